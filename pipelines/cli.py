@@ -1,0 +1,174 @@
+"""The command line: ``recsys-ray``."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+os.environ.setdefault("DGLBACKEND", "pytorch")
+
+import typer
+from rich.console import Console
+
+from recsys_ray.config import Config, load_config
+from recsys_ray.errors import UserError
+from recsys_ray.progress import Progress
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="From interaction logs to a served recommendation. New here? **demo-data**, then **run**, then **serve**; "
+    "`make demo` does it all.",
+)
+
+ConfigPath = Annotated[
+    Path | None, typer.Option("--config", "-c", help="A YAML preset (see configs/). Without it, the defaults.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="NAME=VALUE", help="Override a field, e.g. `--set hgnn.epochs=3`. Repeatable."),
+]
+Force = Annotated[bool, typer.Option("--force", help="Run even where the output is up to date.")]
+BundlePath = Annotated[str, typer.Option("--bundle", "-b", help="A bundle folder, or a run's `bundles/current`.")]
+
+
+def _config(path: Path | None, overrides: list[str] | None) -> Config:
+    return load_config(path, overrides or [])
+
+
+@app.command("demo-data", rich_help_panel="Start here")
+def demo_data(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the tables.")] = Path("data/demo"),
+    events: Annotated[int, typer.Option(min=2000, help="Interactions, thousands to hundreds of millions.")] = 100_000,
+    seed: Annotated[int, typer.Option(help="The same seed makes the same world, bit for bit.")] = 0,
+) -> None:
+    """Generate the demo world: audiobooks, podcasts and music, users with tastes, a year of events."""
+    from recsys_ray.cluster import ray_session
+    from recsys_ray.config import RayConfig
+    from recsys_ray.data.demo_write import spec_for, write_demo
+
+    progress = Progress()
+    spec = spec_for(events, seed)
+    world = out / "world.json"
+    if world.exists() and json.loads(world.read_text(encoding="utf-8")).get("spec") == _plain(spec):
+        progress.say(f"demo world: up to date in {out}")
+        return
+    with ray_session(RayConfig()):
+        facts = write_demo(out, spec, progress)
+    progress.say(f"demo world in {out}: {facts}" if len(str(facts)) < 200 else f"demo world in {out}")
+
+
+def _plain(spec: Any) -> Any:
+    from dataclasses import asdict
+
+    return json.loads(json.dumps(asdict(spec), default=str))
+
+
+@app.command(rich_help_panel="Start here")
+def run(config: ConfigPath = None, overrides: Overrides = None, force: Force = False) -> None:
+    """Run all stages, skipping those that are up to date, and show what came out.
+
+    Killed at any moment, it goes on at the last finished stage or epoch when it is started again.
+    """
+    from pipelines.run import run_all
+
+    run_all(_config(config, overrides), Progress(), force)
+
+
+def _add_stage(name: str, summary: str) -> None:
+    @app.command(name, rich_help_panel="One stage at a time", help=summary)
+    def stage(config: ConfigPath = None, overrides: Overrides = None, force: Force = False) -> None:
+        from pipelines.run import run_one
+
+        run_one(name, _config(config, overrides), Progress(), force)
+
+
+for _name, _summary in {
+    "ingest": "Validate the tables, put bad rows into quarantine with file, row and reason, split by time.",
+    "featurize": "Encode each item's text. Only new or changed texts are encoded again.",
+    "graph": "Count co-interactions into a heterogeneous item graph and cut it into DGL partitions.",
+    "hgnn": "Train the HGNN on the partitions and embed every item, also those without edges.",
+    "two-tower": "Train the user tower and the item tower.",
+    "index": "Index the item vectors and publish the bundle that serving needs.",
+    "evaluate": "Rank the test period with every recommender; writes metrics.json and report.html.",
+}.items():
+    _add_stage(_name, _summary)
+
+
+@app.command(rich_help_panel="Ask and serve")
+def recommend(
+    bundle: BundlePath,
+    user: Annotated[str | None, typer.Option("--user", "-u", help="A user id; unknown ones are new users.")] = None,
+    item: Annotated[
+        list[str] | None, typer.Option("--item", "-i", help="An item that the user has just touched. Repeatable.")
+    ] = None,
+    age: Annotated[float | None, typer.Option(help="Age in years.")] = None,
+    country: Annotated[str | None, typer.Option(help="Country as in the users table.")] = None,
+    item_type: Annotated[list[str] | None, typer.Option("--type", "-t", help="Only this type. Repeatable.")] = None,
+    k: Annotated[int, typer.Option("-k", help="How many.")] = 10,
+    exclude: Annotated[list[str] | None, typer.Option(help="An item that must not come. Repeatable.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Ask a bundle without a server: a known user, or anyone with a few items or traits."""
+    from dataclasses import asdict
+
+    from recsys_ray.retrieval.recommender import Recommender
+
+    recommender = Recommender.load(bundle)
+    answer = recommender.answer(
+        user_id=user,
+        history=[{"item_id": i} for i in item or []] or None,
+        age=age,
+        country=country,
+        item_types=item_type or None,
+        k=k,
+        exclude=exclude or (),
+    )
+    if as_json:
+        print(json.dumps(asdict(answer), ensure_ascii=False, default=str))
+        return
+    console = Console(highlight=False)
+    for past in recommender.history(user) if user else []:
+        console.print(f"  - {past.event} {past.item_type}: {past.title}", markup=False, soft_wrap=True)
+    for place, found in enumerate(answer.items, 1):
+        console.print(
+            f"{place:>3}. {found.item_type}: {found.title}  [{found.item_id}]  {found.score:.3f}  ({found.reason})",
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+@app.command(rich_help_panel="Ask and serve")
+def serve(
+    bundle: BundlePath,
+    host: Annotated[str, typer.Option(help="Interface to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    replicas: Annotated[int, typer.Option(min=1, help="Replicas to start with.")] = 1,
+    max_replicas: Annotated[int | None, typer.Option(min=1, help="Autoscale up to so many.")] = None,
+    address: Annotated[str, typer.Option(help="'local', or a Ray cluster to serve on.")] = "local",
+) -> None:
+    """Serve a bundle over HTTP with Ray Serve until Ctrl-C: a page at /, the API's documentation at /docs."""
+    from serve.deployment import Scaling, serve_forever
+
+    scaling = Scaling(replicas=replicas, max_replicas=max_replicas)
+    serve_forever(bundle, host, port, scaling, address, progress=Progress())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point. A user's mistake is one sentence and exit code 2; anything else is ours and keeps its traceback."""
+    try:
+        app(args=list(arguments) if arguments is not None else None)
+    except UserError as error:
+        Console(stderr=True, highlight=False).print(f"error: {error}", markup=False, soft_wrap=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

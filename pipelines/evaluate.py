@@ -1,0 +1,61 @@
+"""Stage 7: every recommender on the test period."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import polars as pl
+
+from pipelines.stage import Context, Stage
+from recsys_ray.artifacts import load_arrays
+from recsys_ray.config import Config
+from recsys_ray.evaluation.evaluate import evaluate
+from recsys_ray.hgnn.embeddings import load_embeddings
+from recsys_ray.two_tower.scorer import TrainedTower
+
+NAMES = {"text_only": "two_tower_without_hgnn", "hgnn": "2t_hgnn"}  # two-tower variant -> name in the table
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    return {
+        "evaluate": config.evaluate.model_dump(),
+        "events": config.events.model_dump(),
+        "window_days": config.graph.window_days,
+        "history": config.two_tower.history,
+        "seed": config.seed,
+    }
+
+
+def _run(context: Context) -> dict[str, Any]:
+    inputs = {name: artifact.path for name, artifact in context.inputs.items()}
+    text = load_arrays(inputs["featurize"] / "text.safetensors")["vector"]
+    hgnn = load_embeddings(inputs["hgnn"], "test", len(text)).numpy()
+    ntype = pl.read_parquet(inputs["ingest"] / "items.parquet", columns=["ntype"])["ntype"].cast(pl.Int64).to_numpy()
+    moment = context.inputs["ingest"].counts["test_from"]
+    towers = {
+        name: TrainedTower.open(inputs["two-tower"] / variant, text, hgnn, ntype, moment)
+        for variant, name in NAMES.items()
+        if (inputs["two-tower"] / variant / "metrics.json").exists()
+    }
+    return evaluate(
+        context.config,
+        inputs["ingest"],
+        inputs["featurize"],
+        inputs["hgnn"],
+        towers,
+        context.out,
+        context.progress,
+        context.cpus,
+        context.run_dir,
+    )
+
+
+STAGE = Stage(
+    name="evaluate",
+    folder="evaluation",
+    summary="rank the test period with every recommender",
+    inputs=("ingest", "featurize", "hgnn", "two-tower"),
+    settings=_settings,
+    run=_run,
+    sources=lambda config: {"oracle": config.data.oracle},
+)

@@ -1,0 +1,40 @@
+"""Stage 6: item vectors into FAISS, and the bundle that serving needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipelines.stage import Context, Stage
+from recsys_ray.artifacts import Artifact
+from recsys_ray.config import Config
+from recsys_ray.errors import UserError
+from recsys_ray.retrieval.bundle import build_bundle, find_bundle
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    return {"index": config.index.model_dump(), "positives": config.events.positives, "seed": config.seed}
+
+
+def _run(context: Context) -> dict[str, Any]:
+    folders = [context.inputs[name].path for name in STAGE.inputs]
+    bundle = build_bundle(context.config, *folders, context.run_dir / "bundles", context.progress)
+    return {"bundle": bundle.path.name, "recall_at_10": bundle.counts["recall_at_10"]}
+
+
+def _is_whole(config: Config, artifact: Artifact) -> bool:
+    """The bundle lies outside the stage's folder: it must still be there, and live."""
+    try:
+        return find_bundle(f"{config.run_dir}/bundles/current").name == artifact.counts["bundle"]
+    except UserError:
+        return False
+
+
+STAGE = Stage(
+    name="index",
+    folder="index",
+    summary="index the item vectors, publish the bundle",
+    inputs=("ingest", "featurize", "hgnn", "two-tower"),
+    settings=_settings,
+    run=_run,
+    is_whole=_is_whole,
+)

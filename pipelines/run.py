@@ -1,0 +1,85 @@
+"""The chain of all stages.
+
+    python -m pipelines.run --config configs/demo.yaml
+
+is what ``recsys-ray run`` does, and what ``ray job submit -- python -m pipelines.run ...`` runs on a cluster.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from pipelines import evaluate, featurize, graph, hgnn, index, ingest, two_tower
+from pipelines.stage import Runner, Stage
+from recsys_ray.config import Config
+from recsys_ray.progress import Progress
+from recsys_ray.retrieval.recommender import Recommender
+
+STAGES: dict[str, Stage] = {
+    module.STAGE.name: module.STAGE for module in (ingest, featurize, graph, hgnn, two_tower, index, evaluate)
+}
+_EXAMPLES = 5
+_SHOWN_HISTORY = 8
+
+
+def run_all(config: Config, progress: Progress, force: bool = False) -> None:
+    """Every stage, skipping those that are up to date; then what came out."""
+    with Runner(config, STAGES, progress) as runner:
+        runner.chain(list(STAGES), force)
+    show_results(config)
+
+
+def run_one(name: str, config: Config, progress: Progress, force: bool = False) -> None:
+    """One stage, on its inputs as they lie in the run's folder."""
+    with Runner(config, STAGES, progress) as runner:
+        runner.run(name, force=force)
+    if name == "evaluate":
+        show_table(config)
+
+
+def show_results(config: Config) -> None:
+    """The table, the report's path, example users, and how to serve."""
+    console = Console(highlight=False)
+    show_table(config)
+    bundle = Path(config.run_dir) / "bundles" / "current"
+    recommender = Recommender.load(bundle, verify=False)
+    for user_id in recommender.example_users(_EXAMPLES):
+        show_user(recommender, user_id, console)
+    console.print(f"\nReport   {Path(config.run_dir) / 'evaluation' / 'report.html'}", soft_wrap=True)
+    console.print(f"Serve    recsys-ray serve --bundle {bundle}", soft_wrap=True)
+
+
+def show_table(config: Config) -> None:
+    from recsys_ray.evaluation.report import print_table
+
+    metrics = json.loads((Path(config.run_dir) / "evaluation" / "metrics.json").read_text(encoding="utf-8"))
+    print_table(metrics, Console(highlight=False))
+
+
+def show_user(recommender: Recommender, user_id: str, console: Console, k: int = 10) -> None:
+    """What a user touched, and what comes next."""
+    console.print(f"\nuser {user_id}", style="bold", markup=False, soft_wrap=True)
+    history = recommender.history(user_id, _SHOWN_HISTORY)
+    for past in history:
+        console.print(f"  - {past.event} {past.item_type}: {past.title}", markup=False, soft_wrap=True)
+    if not history:
+        console.print("  no history in the window", markup=False)
+    for place, item in enumerate(recommender.recommend(user_id=user_id, k=k), 1):
+        line = f"  {place:>2}. {item.item_type}: {item.title}"
+        console.print(f"{line}  ({item.reason})", markup=False, soft_wrap=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The same as ``recsys-ray run``."""
+    from pipelines.cli import main as cli
+
+    cli(["run", *(sys.argv[1:] if arguments is None else arguments)])
+
+
+if __name__ == "__main__":
+    main()

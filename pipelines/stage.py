@@ -1,0 +1,134 @@
+"""What a stage is, and how one is run: skipped where its output is up to date, resumed where it was killed,
+published whole."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.memory import PeakMemory
+from recsys_ray.artifacts import (
+    Artifact,
+    find_current,
+    fingerprint,
+    open_artifact,
+    publish,
+    source_fingerprint,
+    work_folder,
+)
+from recsys_ray.cluster import ray_session
+from recsys_ray.config import Config
+from recsys_ray.errors import ArtifactError, DataError
+from recsys_ray.progress import Progress
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage's function is given. ``out`` is its work folder."""
+
+    config: Config
+    inputs: Mapping[str, Artifact]
+    out: Path
+    progress: Progress
+    cpus: int
+    hosts: int
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.config.run_dir)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A function of configuration and inputs to one folder below ``run_dir``."""
+
+    name: str  # the verb
+    folder: str
+    summary: str
+    inputs: tuple[str, ...]  # names of other stages
+    settings: Callable[[Config], dict[str, Any]]  # the part of the configuration that decides the output
+    run: Callable[[Context], dict[str, Any]]  # returns the counts for the manifest
+    sources: Callable[[Config], dict[str, str | None]] = lambda config: {}  # tables from outside
+    is_whole: Callable[[Config, Artifact], bool] = lambda config, artifact: True  # is what it made elsewhere there?
+
+
+class Runner:
+    """Runs stages of one configuration; Ray is started when the first of them has work to do."""
+
+    def __init__(self, config: Config, stages: Mapping[str, Stage], progress: Progress) -> None:
+        self.config, self.stages, self.progress = config, stages, progress
+        self._exit = ExitStack()
+        self._cpus: int | None = None
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._exit.close()
+
+    def chain(self, names: list[str], force: bool = False) -> dict[str, Artifact]:
+        """Run these stages in order; returns their outputs."""
+        return {name: self.run(name, f"stage {k} of {len(names)}", force) for k, name in enumerate(names, 1)}
+
+    def run(self, name: str, place: str = "stage", force: bool = False) -> Artifact:
+        """Bring one stage up to date with the configuration and with its inputs as they are.
+
+        Raises:
+            ArtifactError: an input has not been made.
+            DataError: a table is not there.
+        """
+        stage, config = self.stages[name], self.config
+        inputs = {other: self._input(name, other) for other in stage.inputs}
+        hashes = {other: artifact.fingerprint for other, artifact in inputs.items()}
+        hashes |= {table: _hash_source(table, path) for table, path in stage.sources(config).items() if path}
+        expected = fingerprint(stage.name, stage.settings(config), hashes)
+        target = Path(config.run_dir) / stage.folder
+        current = None if force else find_current(target, expected)
+        if current is not None and stage.is_whole(config, current):
+            self.progress.say(f"{place}  {name}: up to date")
+            return current
+        self.progress.say(f"{place}  {name}: {stage.summary}")
+        cpus, hosts = self._ray()
+        started = time.monotonic()
+        work = work_folder(target, expected)
+        with PeakMemory() as memory:
+            counts = stage.run(Context(config, inputs, work, self.progress, cpus, hosts))
+        seconds = time.monotonic() - started
+        artifact = publish(
+            work,
+            target,
+            stage.name,
+            expected,
+            config=stage.settings(config),
+            inputs=hashes,
+            counts=counts,
+            seconds=round(seconds, 1),
+            peak_memory_mb=round(memory.peak_mb),
+        )
+        self.progress.say(f"    done in {seconds:,.0f} s, peak memory {memory.peak_mb:,.0f} MB -> {target}")
+        return artifact
+
+    def _input(self, name: str, other: str) -> Artifact:
+        path = Path(self.config.run_dir) / self.stages[other].folder
+        try:
+            return open_artifact(path)
+        except ArtifactError as error:
+            raise ArtifactError(f"{name} needs the output of {other}: {error}") from error
+
+    def _ray(self) -> tuple[int, int]:
+        import ray
+
+        if self._cpus is None:
+            self._cpus = self._exit.enter_context(ray_session(self.config.ray))
+        hosts = sum(1 for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU"))
+        return self._cpus, max(hosts, 1)
+
+
+def _hash_source(table: str, path: str) -> str:
+    if not Path(path).exists():
+        raise DataError(f"data.{table}: there is no file or folder at {path}")
+    return source_fingerprint(path)

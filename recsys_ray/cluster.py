@@ -1,0 +1,73 @@
+"""Starting or joining Ray with the settings that this project needs on small and large machines alike."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from recsys_ray.config import RayConfig
+from recsys_ray.errors import UserError
+
+# Read by Ray when it starts. A value that the user has set stays.
+_SETTINGS = {
+    "RAY_worker_niceness": "0",  # workers run at nice 15 otherwise, and starve beside anything else
+    "RAY_DATA_USE_DATASOURCE_V2": "0",  # the new Parquet reader takes seconds a read and makes one block of a file
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "HF_HUB_OFFLINE": "1",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+LOGICAL_CPUS_TO_SPARE = 2  # actors that hold every CPU leave none for Ray Data's read tasks: a silent deadlock
+
+
+def granted_cpus() -> int:
+    """CPUs that this process may use, not those that the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def ray_session(config: RayConfig) -> Iterator[int]:
+    """Start a local Ray or join a cluster; yields the number of CPUs to plan for.
+
+    A Ray that is already up in this process is used as it is. One started here ends with the block.
+
+    Raises:
+        UserError: the cluster at ``config.address`` cannot be reached.
+    """
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    cpus = config.num_cpus or granted_cpus()
+    if ray.is_initialized():
+        yield cpus
+        return
+    if config.address == "local":
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a throw-away Ray that listens on this machine alone
+        ray.init(
+            "local",
+            num_cpus=cpus + LOGICAL_CPUS_TO_SPARE,
+            include_dashboard=config.dashboard,
+            object_store_memory=config.object_store_mb * 1024 * 1024,
+            log_to_driver=bool(os.environ.get("RECSYS_RAY_WORKER_LOGS")),
+            logging_level="ERROR",
+            configure_logging=True,
+        )
+    else:
+        try:
+            ray.init(config.address, logging_level="WARNING")
+        except ConnectionError as error:
+            raise UserError(f"no Ray cluster answers at {config.address!r} (ray.address): {error}") from error
+        cpus = int(ray.cluster_resources().get("CPU", cpus))
+    from ray.data import DataContext
+
+    DataContext.get_current().execution_no_progress_timeout_s = 600
+    DataContext.get_current().enable_progress_bars = False
+    try:
+        yield cpus
+    finally:
+        ray.shutdown()

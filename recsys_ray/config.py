@@ -1,0 +1,263 @@
+"""One validated configuration tree for all stages.
+
+Every stage reads its own section. A preset is a YAML file with the same tree; any field can be overridden with a
+dotted path (``hgnn.hidden_dim=64``). An unknown field or a wrong type is a :class:`ConfigError` that names the field
+and offers the nearest one.
+"""
+
+from __future__ import annotations
+
+import difflib
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from recsys_ray.errors import ConfigError
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+def _as_utc(value: datetime | None) -> datetime | None:
+    """A date without a zone means UTC, so that a preset means the same on every machine."""
+    if value is not None and value.tzinfo is None:
+        return value.replace(tzinfo=timezone.utc)
+    return value
+
+
+Moment = Annotated[datetime | None, AfterValidator(_as_utc)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(Section):
+    """Where the tables are. Each is a Parquet or CSV file, or a folder of them."""
+
+    items: str = Field("data/items", description="items: item_id, item_type, title, ...")
+    interactions: str = Field("data/interactions", description="interactions: user_id, item_id, event, timestamp")
+    users: str | None = Field(None, description="users (optional): user_id, age, country, taste vectors")
+    oracle: str | None = Field(None, description="the demo world's own best rankings; evaluation reports shares of it")
+    now: Moment = Field(None, description="rows later than this moment are from the future; default: the clock")
+    max_bad_share: Share = Field(0.05, description="stop when a larger share of a table's rows is quarantined")
+    shards: Positive = Field(8, description="user shards that interactions are split into; raise it with the data")
+
+
+class EventsConfig(Section):
+    """What each event name means. An event in none of the lists is quarantined."""
+
+    positives: list[str] = Field(["stream"], min_length=1, description="events to be predicted")
+    edges: list[str] = Field(["stream"], min_length=1, description="events that make co-interaction edges")
+    weak: list[str] = Field(
+        ["follow", "preview", "intent_to_pay"], description="weak signals: part of a user's history, never a target"
+    )
+    ignore: list[str] = Field([], description="events to leave out, counted but not quarantined")
+
+
+class SplitConfig(Section):
+    """One global split by time: training < valid_from <= validation < test_from <= test."""
+
+    test_from: Moment = Field(None, description="first moment of the test period; default: test_days before the end")
+    valid_from: Moment = Field(None, description="first moment of validation; default: valid_days before test_from")
+    test_days: Positive = 14
+    valid_days: Positive = 14
+
+
+class TextConfig(Section):
+    """Title, description and categories through a transformers encoder, mean-pooled and L2-normalised."""
+
+    model: str = Field("packaged", description="'packaged' (MiniLM-L6, no download), a folder, or a hub id")
+    fields: list[Literal["title", "description", "categories"]] = ["title", "description", "categories"]
+    max_tokens: Positive = 128
+    batch_size: Positive = Field(128, description="texts an encoder step, after sorting by length")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the hardware has it")
+    workers: int | None = Field(None, gt=0, description="encoder actors; default: one per granted CPU (or GPU)")
+
+
+class GraphConfig(Section):
+    """Co-interactions inside a window become a heterogeneous item graph, once per snapshot."""
+
+    window_days: Positive | None = Field(90, description="how far back history counts; null: everything")
+    features_as_of: Literal["example", "window"] = Field(
+        "example",
+        description="example: a training example sees only graphs and history from before it (several snapshots); "
+        "window: the paper's way, one window for features and targets",
+    )
+    cuts: Positive = Field(4, description="training snapshots; each serves the examples up to the next one")
+    first_cut: Share = Field(0.3, description="share of training events before the first cut: they only make graphs")
+    min_support: Positive = Field(1, description="users that must share a pair of items to make an edge")
+    max_history: Positive = Field(100, description="latest items of one user that make pairs")
+    max_neighbors: Positive = Field(30, description="neighbours kept per item and relation, the best supported first")
+    partitions: int | None = Field(None, gt=0, description="DGL partitions; default: one per host of the cluster")
+
+
+class HgnnConfig(Section):
+    """Two-layer heterogeneous GraphSAGE (paper A, section 3.2)."""
+
+    hidden_dim: Positive = 128
+    out_dim: Positive = 128
+    aggregator: Literal["max", "mean"] = Field("max", description="max: max-pool of the papers; mean")
+    fanouts: tuple[Positive, Positive] = Field((8, 5), description="neighbours per relation: of the seeds, one hop on")
+    loss: Literal["softmax", "max_margin"] = Field("softmax", description="in-batch softmax, or the papers' max-margin")
+    temperature: float = Field(0.1, gt=0, description="softmax only")
+    margin: float = Field(0.2, gt=0, description="max_margin only")
+    negatives: Positive = Field(64, description="max_margin only: random catalogue negatives, shared by a batch")
+    balanced: bool = Field(True, description="balanced multi-link sampler; false: every edge, every epoch")
+    min_edges: Positive = Field(
+        50_000, description="balanced: no relation is undersampled below this many edges an epoch"
+    )
+    max_steps: int | None = Field(None, gt=0, description="cap of an epoch's steps; default: none")
+    batch_size: Positive = Field(2048, description="supervision edges a step and worker")
+    epochs: Positive = 10
+    patience: Positive = Field(3, description="epochs without a better validation loss before stopping")
+    valid_share: Share = Field(0.1, description="edges held out for early stopping")
+    learning_rate: float = Field(1e-3, gt=0)
+    workers: int | None = Field(None, gt=0, description="Ray Train workers; default: one per host")
+
+
+class TwoTowerConfig(Section):
+    """User and item towers over text vectors and HGNN embeddings (paper A, section 3.3)."""
+
+    layers: tuple[Positive, ...] = Field((512, 256, 128), description="fully connected layers of both towers")
+    loss: Literal["softmax", "paper"] = Field(
+        "softmax", description="in-batch softmax with log-Q correction, or the loss as printed in paper A"
+    )
+    temperature: float = Field(0.05, gt=0)
+    log_q: float = Field(1.0, ge=0, le=1, description="strength of the log-Q correction: 1 full, 0 none")
+    history: Positive = Field(50, description="latest events of a user that make the user's features")
+    batch_size: Positive = 1024
+    epochs: Positive = 10
+    patience: Positive = Field(2, description="epochs without a better validation HR@10 before stopping")
+    learning_rate: float = Field(1e-3, gt=0)
+    ablation: bool = Field(True, description="also train the two-tower without HGNN, as a baseline")
+    workers: int | None = Field(None, gt=0, description="Ray Train workers; default: one per host")
+
+
+class IndexConfig(Section):
+    """ANN index per item type, inner product."""
+
+    exact_up_to: Positive = Field(100_000, description="items of a type up to which search is exact; HNSW above")
+    hnsw_links: Positive = 32
+    ef_construction: Positive = 200
+    ef_search: Positive = 64
+    min_recall: Share = Field(0.9, description="publishing stops below this recall@10 against exact search")
+
+
+class EvaluateConfig(Section):
+    max_users: int | None = Field(None, gt=0, description="evaluate a seeded sample of this many users; default: all")
+    bootstrap: Positive = Field(1000, description="resamples for the 95 % intervals")
+    batch_size: Positive = 512
+    ials: bool = Field(False, description="also tuned iALS (needs the 'baselines' extra)")
+
+
+class RayConfig(Section):
+    address: str = Field("local", description="'local' starts one here; 'auto' or an address joins a cluster")
+    num_cpus: int | None = Field(None, gt=0, description="CPUs of a local Ray; default: those of this process")
+    object_store_mb: Positive = 512
+    dashboard: bool = False
+
+
+class Config(Section):
+    """The whole tree. ``run_dir`` receives one folder per stage."""
+
+    run_dir: str = "runs/default"
+    seed: int = 0
+    data: DataConfig = DataConfig()
+    events: EventsConfig = EventsConfig()
+    split: SplitConfig = SplitConfig()
+    text: TextConfig = TextConfig()
+    graph: GraphConfig = GraphConfig()
+    hgnn: HgnnConfig = HgnnConfig()
+    two_tower: TwoTowerConfig = TwoTowerConfig()
+    index: IndexConfig = IndexConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    ray: RayConfig = RayConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        overlap = set(self.events.ignore) & {*self.events.positives, *self.events.edges, *self.events.weak}
+        if overlap:
+            raise ValueError(f"events.ignore lists {sorted(overlap)}, which another list of events uses")
+        if set(self.events.positives) & set(self.events.weak):
+            raise ValueError("an event cannot be both in events.positives and in events.weak")
+        if self.split.valid_from and self.split.test_from and self.split.valid_from >= self.split.test_from:
+            raise ValueError("split.valid_from must be before split.test_from")
+        return self
+
+
+def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML preset, apply dotted overrides (``["hgnn.epochs=3"]``), validate.
+
+    Raises:
+        ConfigError: the file cannot be read, a field is unknown or a value does not fit; the message names the field.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        if loaded is not None and not isinstance(loaded, dict):
+            raise ConfigError(f"{path} must hold a mapping of sections, not a {type(loaded).__name__}")
+        tree = loaded or {}
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, str(path) if path else "the configuration")) from error
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    """Set ``a.b=value`` in ``tree``; the value is read as YAML, so lists, null and numbers work."""
+    name, separator, text = override.partition("=")
+    if not separator or not name.strip():
+        raise ConfigError(f"--set takes NAME=VALUE, for example hgnn.hidden_dim=64, not {override!r}")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not valid YAML") from error
+    node = tree
+    *parents, leaf = name.strip().split(".")
+    for parent in parents:
+        child = node.get(parent)
+        if not isinstance(child, dict):
+            child = node[parent] = {}
+        node = child
+    node[leaf] = value
+
+
+def field_names(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Dotted names of every field of the tree."""
+    names: list[str] = []
+    for name, field in model.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            names += [f"{prefix}{name}", *field_names(annotation, f"{prefix}{name}.")]
+        else:
+            names.append(f"{prefix}{name}")
+    return names
+
+
+def _explain(error: ValidationError, source: str) -> str:
+    lines = [f"{source} does not fit:"]
+    known = field_names()
+    for problem in error.errors():
+        name = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+            if not near:  # right leaf in the wrong section
+                near = [other for other in known if other.split(".")[-1] == name.split(".")[-1]][:1]
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            lines.append(f"  {name!r} is not a field{hint}")
+        elif problem["loc"]:
+            lines.append(f"  {name!r}: {problem['msg'].lower()}, but it is {problem['input']!r}")
+        else:
+            lines.append(f"  {problem['msg'].removeprefix('Value error, ')}")
+    return "\n".join(lines)

@@ -1,0 +1,264 @@
+"""The first stage: tables as they come -> dense, sorted, split tables, and a quarantine for every row that is not fit.
+
+Layout of the output: docs/architecture.md. Interactions and users are divided by user (``shuffle.py``); the catalogue
+fits one process.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from recsys_ray.artifacts import SCRATCH, write_json
+from recsys_ray.config import Config, EventsConfig
+from recsys_ray.data import shuffle
+from recsys_ray.data.reading import Source, find_source, replace_aside, run_tasks
+from recsys_ray.data.shuffle import Job, Tally, merge_kinds
+from recsys_ray.data.split import plan_split
+from recsys_ray.data.validate import EventRules, as_records, quarantine_table, utc
+from recsys_ray.errors import DataError
+from recsys_ray.progress import Progress
+
+_BIG_SHARD = 8_000_000  # rows that one reduce task sorts in about 2 GB
+
+
+def ingest(config: Config, out: Path, progress: Progress) -> dict[str, Any]:
+    """Run the stage into ``out``; returns the manifest's counts. Ray must be up.
+
+    Raises:
+        DataError: a table cannot be read, has too many bad rows or none left, or the time split leaves a period empty.
+    """
+    scratch = out / SCRATCH
+    scratch.mkdir(parents=True, exist_ok=True)
+    (out / "quarantine").mkdir(exist_ok=True)
+    rules = EventRules(event_names(config.events), config.events.ignore, _now(config, scratch))
+    sources = {name: find_source(name, path) for name, path in _paths(config).items()}
+    run = _Run(config, out, progress, sources)
+    counts = run.items()
+    run.interactions_and_users(rules, counts)
+    counts["rows"] = {name: tally["rows"] for name, tally in run.tallies.items()}
+    counts["quarantined"] = {name: tally["quarantined"] for name, tally in run.tallies.items()}
+    counts["extra_columns"] = {name: source.extra for name, source in sources.items() if source.extra}
+    valid, test = counts["valid_from"], counts["test_from"]
+    progress.say(f"  training before {utc(valid)}, validation before {utc(test)}, test up to {utc(counts['end'] - 1)}")
+    return counts
+
+
+def event_names(config: EventsConfig) -> list[str]:
+    """Every event that counts, in the order of its code."""
+    return list(dict.fromkeys([*config.positives, *config.edges, *config.weak]))
+
+
+def _paths(config: Config) -> dict[str, str]:
+    paths = {"items": config.data.items, "interactions": config.data.interactions}
+    return paths if config.data.users is None else {**paths, "users": config.data.users}
+
+
+def _now(config: Config, scratch: Path) -> int:
+    """The moment after which a row is from the future; an interrupted run keeps the one it began with."""
+    if config.data.now is not None:
+        return int(config.data.now.timestamp())
+    file = scratch / "now"
+    if not file.exists():
+        replace_aside(lambda aside: write_json(aside, int(time.time())), file, scratch / "aside")
+    return int(file.read_text())
+
+
+class _Run:
+    """The state of one ingest: what every table's tasks have counted so far."""
+
+    def __init__(self, config: Config, out: Path, progress: Progress, sources: Mapping[str, Source]) -> None:
+        self.config, self.out, self.progress, self.sources = config, out, progress, sources
+        self.scratch = out / SCRATCH
+        self.tallies: dict[str, dict[str, Any]] = {}
+        for name, source in sources.items():
+            if source.extra:
+                progress.say(f"  {name}: columns that nothing reads: {', '.join(source.extra)}")
+            if source.other_files:
+                progress.say(f"  {name}: {len(source.other_files)} files that are neither Parquet nor CSV, left aside")
+
+    def job(self, table: str, results: Sequence[Mapping[str, Any]] = ()) -> Job:
+        fragments = self.sources[table].fragments
+        parts = [(p, f.file_index) for r, f in zip(results, fragments, strict=False) for p in r["parts"]]
+        return Job(self.out, self.scratch, self.config.data.shards, fragments, parts)
+
+    def map(self, table: str, work: Callable[[int], dict[str, Any]]) -> list[dict[str, Any]]:
+        source = self.sources[table]
+        done = self.scratch / "done" / table
+        return run_tasks(work, len(source.fragments), done, self.progress, f"read {table}", source.rows)
+
+    def reduce(self, name: str, work: Callable[[int], dict[str, Any]], rows: int | None) -> list[dict[str, Any]]:
+        done = self.scratch / "done" / name
+        return run_tasks(work, self.config.data.shards, done, self.progress, name, rows)
+
+    def items(self) -> dict[str, Any]:
+        """Check the catalogue, number it, write ``items.parquet``; its part of the counts."""
+        job = self.job("items")
+        results = self.map("items", functools.partial(shuffle.map_items, job))
+        pieces = [pq.read_table(self.scratch / "items" / f"{i:05d}.parquet") for i in range(len(results))]
+        table = pa.concat_tables(
+            piece.append_column("file", pa.array(np.full(len(piece), f.file_index, dtype=np.int32)))
+            for piece, f in zip(pieces, job.fragments, strict=True)
+        )
+        table, extra = _first_of_each(job, table)
+        self.settle("items", [*results, extra])
+        table, counts = _number(table)
+        _write(table, self.out / "items.parquet", self.scratch)
+        counts["untitled"] = sum(result["untitled"] for result in results)
+        if counts["untitled"]:
+            self.progress.say(f"  items: {counts['untitled']:,} have no title; they are kept with an empty one")
+        return counts
+
+    def interactions_and_users(self, rules: EventRules, counts: dict[str, Any]) -> None:
+        """Divide by user, number users, write the rest of the output; adds to ``counts``."""
+        work = functools.partial(shuffle.map_interactions, self.job("interactions"), rules, counts["item_types"])
+        mapped = self.map("interactions", work)
+        self.settle("interactions", mapped, quiet=True)  # before the costly part, if it is hopeless
+        kept = sum(result["kept"] for result in mapped)
+        if kept > _BIG_SHARD * self.config.data.shards:
+            self.progress.say(f"  {kept:,} interactions in {self.config.data.shards} shards: raise data.shards")
+        taste, users_mapped, users_job = self._map_users()
+        job = self.job("interactions", mapped)
+        people = self.reduce("number users", functools.partial(shuffle.reduce_users, job, users_job, taste), None)
+        if users_job:
+            self.settle("users", [*users_mapped, *({**p, "rows": 0} for p in people)])
+        sizes = [result["rows"] for result in people]
+        offsets = [0, *np.cumsum(sizes).tolist()]
+        self._write_users()
+        positives = self.config.events.positives
+        events = functools.partial(shuffle.reduce_events, job, offsets, list(rules.names), positives)
+        reduced = self.reduce("sort interactions", events, kept)
+        self.settle("interactions", [*mapped, *({**r, "rows": 0, "kept": -_total(r["kinds"])} for r in reduced)])
+        countries = sorted({country for result in people for country in result["countries"]})
+        counts |= {"events": list(rules.names), "users": offsets[-1], "taste": taste, "countries": countries}
+        counts |= self._split(reduced)
+
+    def _map_users(self) -> tuple[dict[str, int], list[dict[str, Any]], Job | None]:
+        """Check the users table, if any; a taste vector's length is the most frequent one."""
+        if "users" not in self.sources:
+            return {}, [], None
+        names = self.sources["users"].taste
+        mapped = self.map("users", functools.partial(shuffle.map_users, self.job("users"), names))
+        taste: dict[str, int] = {}
+        for name in names:
+            lengths: dict[int, int] = {}
+            for result in mapped:
+                for length, count in result["lengths"].get(name, {}).items():
+                    lengths[int(length)] = lengths.get(int(length), 0) + count
+            usable = {length: count for length, count in lengths.items() if length > 0}
+            if usable:
+                taste[name] = max(usable, key=lambda length: (usable[length], length))
+            else:
+                self.progress.say(f"  users: {name} has no vector in any row; left aside")
+        return taste, mapped, self.job("users", mapped)
+
+    def _write_users(self) -> None:
+        """``users.parquet`` from the shards' people, one at a time."""
+        files = sorted((self.scratch / "people").glob("*.parquet"))
+
+        def write(aside: Path) -> None:
+            with pq.ParquetWriter(aside, pq.read_schema(files[0]), compression="zstd") as writer:
+                for file in files:
+                    writer.write_table(pq.read_table(file, use_threads=False), row_group_size=1 << 20)
+
+        replace_aside(write, self.out / "users.parquet", self.scratch / "aside")
+
+    def _split(self, reduced: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        days: dict[int, int] = {}
+        for result in reduced:
+            for day, count in result["days"]:
+                days[day] = days.get(day, 0) + count
+        moments = [result["positive"] for result in reduced if result["positive"]]
+        last = max(result["last"] for result in reduced if result["last"] is not None)
+        positives = self.config.events.positives
+        if not moments:
+            raise DataError(f"no interaction is one of events.positives ({', '.join(positives)}); check the names")
+        first_and_last = min(first for first, _ in moments), max(latest for _, latest in moments)
+        ordered = sorted(days.items())
+        valid, test = plan_split(self.config.split, ordered, first_and_last, last, positives)
+        return {"valid_from": valid, "test_from": test, "end": last + 1, "days": [list(day) for day in ordered]}
+
+    def settle(self, table: str, results: Sequence[Mapping[str, Any]], quiet: bool = False) -> None:
+        """Add up a table's rows, say what went to quarantine, stop where too much did."""
+        kinds: dict[str, list[Any]] = {}
+        for result in results:
+            merge_kinds(kinds, result["kinds"])
+        rows = {name: sum(result[key] for result in results) for name, key in (("read", "rows"), ("kept", "kept"))}
+        rows |= {"quarantined": _total(kinds), "ignored": sum(result["ignored"] for result in results)}
+        by_reason = {kind: count for kind, (count, _) in sorted(kinds.items())}
+        self.tallies[table] = {"rows": rows, "quarantined": by_reason}
+        frequent = sorted(kinds.items(), key=lambda entry: (-entry[1][0], entry[0]))
+        said = ", ".join(f"{kind} {count:,}" for kind, (count, _) in frequent)
+        share, limit = rows["quarantined"] / max(rows["read"], 1), self.config.data.max_bad_share
+        if share > limit or not rows["kept"]:
+            examples = "; ".join(f"{kind}: {count:,}, as in: {text}" for kind, (count, text) in frequent)
+            what = f"{rows['quarantined']:,} of {rows['read']:,} rows of the {table} table are bad"
+            limit_text = f"more than data.max_bad_share ({limit:.0%})" if share > limit else "and none is left"
+            ignored = f"; {rows['ignored']:,} were left out by events.ignore" if rows["ignored"] else ""
+            raise DataError(f"{what}, {limit_text}. {examples}{ignored}. The rows are in {self.out / 'quarantine'}")
+        if not quiet:
+            left = f", {rows['ignored']:,} ignored" if rows["ignored"] else ""
+            bad = f", {rows['quarantined']:,} to quarantine ({said})" if said else ""
+            self.progress.say(f"  {table}: {rows['read']:,} rows read, {rows['kept']:,} kept{left}{bad}")
+
+
+def _total(kinds: Mapping[str, Sequence[Any]]) -> int:
+    return sum(count for count, _ in kinds.values())
+
+
+def _first_of_each(job: Job, table: pa.Table) -> tuple[pa.Table, dict[str, Any]]:
+    """The first row of each item_id in order of (file, row); the others go to quarantine."""
+    codes = table["item_id"].combine_chunks().dictionary_encode().indices.to_numpy()
+    _, first, of = np.unique(codes, return_index=True, return_inverse=True)
+    again = np.flatnonzero(first[of] != np.arange(len(table)))
+    tally, names = Tally(kept=-len(again)), job.file_names()
+    if len(again):
+        files, rows = table["file"].to_numpy(), table["row"].to_numpy()
+        sentences = [
+            f"item_id is that of row {rows[i]} of {names[int(files[i])]}, which was kept" for i in first[of[again]]
+        ]
+        records = as_records(table.drop_columns(["file", "row"]).take(pa.array(again)))
+        paths = [names[i] for i in files[again].tolist()]
+        bad = quarantine_table(paths, rows[again].tolist(), "items", sentences, records)
+        shuffle.write_quarantine(job, "items-duplicates", [bad])
+        tally.kinds = {"duplicate item_id": [len(again), sentences[0]]}
+    return table.take(pa.array(np.sort(first))), vars(tally)
+
+
+def _number(table: pa.Table) -> tuple[pa.Table, dict[str, Any]]:
+    """Sort by (item_type, item_id) and number: the row is the gid, ``index`` counts within the type."""
+    table = table.sort_by([("item_type", "ascending"), ("item_id", "ascending")]).combine_chunks()
+    names = sorted(pc.unique(table["item_type"]).to_pylist())
+    ntypes = pc.index_in(table["item_type"], value_set=pa.array(names)).to_numpy()
+    sizes = np.bincount(ntypes, minlength=len(names))
+    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    columns = {
+        "item_id": table["item_id"],
+        "item_type": table["item_type"],
+        "ntype": pa.array(ntypes, pa.int16()),
+        "index": pa.array(np.arange(len(table)) - starts[ntypes], pa.int32()),
+    }
+    rest = ("title", "description", "language", "categories", "published_at", "available")
+    columns |= {name: table[name] for name in rest}
+    counts = {
+        "item_types": names,
+        "items_per_type": sizes.tolist(),
+        "languages": sorted(pc.unique(table["language"]).drop_null().to_pylist()),
+        "categories": sorted(pc.unique(pc.list_flatten(table["categories"])).to_pylist()),
+    }
+    return pa.table(columns), counts
+
+
+def _write(table: pa.Table, target: Path, scratch: Path) -> None:
+    def write(aside: Path) -> None:
+        pq.write_table(table, aside, row_group_size=1 << 20, compression="zstd")
+
+    replace_aside(write, target, scratch / "aside")

@@ -1,0 +1,313 @@
+"""Interactions and users, divided by user: no process ever holds all of either.
+
+A map task checks one fragment and leaves each batch as one Arrow file that has one record batch per user shard. A
+reduce task reads its shard's record batch of every file. Which shard a user is in depends on the id alone.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from recsys_ray.data.reading import Batch, Fragment, read_batches, replace_aside
+from recsys_ray.data.validate import (
+    Catalogue,
+    Checked,
+    EventRules,
+    as_records,
+    check_interactions,
+    check_items,
+    check_users,
+    count_kinds,
+    quarantine_table,
+)
+
+DAY = 86_400
+EVENTS = pa.schema([("uid", pa.int64()), ("gid", pa.int32()), ("event", pa.int8()), ("timestamp", pa.int64())])
+_ROW_GROUP = 1 << 20
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the tasks of one table share. ``parts``: the Arrow files that the map tasks left, in order of (file, row),
+    with the number of the file that each came from."""
+
+    out: Path
+    scratch: Path
+    shards: int
+    fragments: Sequence[Fragment]
+    parts: Sequence[tuple[str, int]] = ()
+
+    def file_names(self) -> dict[int, str]:
+        return {fragment.file_index: fragment.file for fragment in self.fragments}
+
+
+@dataclass
+class Tally:
+    """What one task found, as JSON can hold it."""
+
+    rows: int = 0
+    kept: int = 0
+    ignored: int = 0
+    untitled: int = 0
+    kinds: dict[str, list[Any]] = field(default_factory=dict)
+    lengths: dict[str, dict[str, int]] = field(default_factory=dict)
+    parts: list[str] = field(default_factory=list)
+
+    def add(self, checked: Checked, batch: Batch) -> None:
+        self.rows += len(batch.table) + len(batch.malformed)
+        self.kept += len(checked.good)
+        self.ignored += checked.ignored
+        self.untitled += checked.untitled
+        merge_kinds(self.kinds, checked.kinds)
+        for name, lengths in checked.lengths.items():
+            mine = self.lengths.setdefault(name, {})
+            for length, count in lengths.items():
+                mine[length] = mine.get(length, 0) + count
+
+
+def merge_kinds(into: dict[str, list[Any]], more: dict[str, list[Any]]) -> None:
+    """Add up counts by kind; the first example stays."""
+    for kind, (count, example) in more.items():
+        into.setdefault(kind, [0, example])[0] += count
+
+
+def shard_of(user_ids: pa.Array, shards: int) -> np.ndarray:
+    """Shard of each user, int32 [rows]: CRC-32 of the id's UTF-8 bytes, the same in every process and release."""
+    encoded = user_ids.dictionary_encode()
+    hashes = (zlib.crc32(user.encode()) % shards for user in encoded.dictionary.to_pylist())
+    return np.fromiter(hashes, np.int32, len(encoded.dictionary))[encoded.indices.to_numpy()]
+
+
+# -- map -------------------------------------------------------------------------------------------------------------
+
+
+def map_items(job: Job, i: int) -> dict[str, Any]:
+    """Check a fragment of the catalogue; what is good goes to ``scratch/items``."""
+    tally = Tally()
+    goods = list(_check(job, i, check_items, tally))
+    _write_parquet(pa.concat_tables(goods), job.scratch / "items" / f"{i:05d}.parquet", job.scratch)
+    return vars(tally)
+
+
+def map_users(job: Job, taste: Sequence[str], i: int) -> dict[str, Any]:
+    tally = Tally()
+    for number, good in enumerate(_check(job, i, lambda batch, file: check_users(batch, file, taste), tally)):
+        tally.parts += _write_shards(job, "users", good, f"{i:05d}-{number:05d}.arrow")
+    return vars(tally)
+
+
+def map_interactions(job: Job, rules: EventRules, type_names: Sequence[str], i: int) -> dict[str, Any]:
+    tally, catalogue = Tally(), _catalogue(job.out / "items.parquet", type_names)
+    check = lambda batch, file: check_interactions(batch, file, catalogue, rules)  # noqa: E731
+    for number, good in enumerate(_check(job, i, check, tally)):
+        tally.parts += _write_shards(job, "interactions", good, f"{i:05d}-{number:05d}.arrow")
+    return vars(tally)
+
+
+def _catalogue(items: Path, type_names: Sequence[str]) -> Catalogue:
+    table = pq.read_table(items, columns=["item_id", "ntype"], use_threads=False)
+    return Catalogue(table["item_id"].combine_chunks(), table["ntype"].to_numpy(), type_names)
+
+
+def _check(job: Job, i: int, check: Callable[[Batch, str], Checked], tally: Tally) -> Iterator[pa.Table]:
+    """The good rows of each batch of fragment i; the bad ones are in quarantine when the last one is out."""
+    fragment, bad = job.fragments[i], []
+    for batch in read_batches(fragment):
+        checked = check(batch, fragment.file)
+        tally.add(checked, batch)
+        bad.append(checked.quarantine)
+        yield checked.good
+    write_quarantine(job, f"{fragment.table}-{i:05d}", bad)
+
+
+def write_quarantine(job: Job, name: str, tables: Sequence[pa.Table]) -> None:
+    """``quarantine/<name>.parquet``, unless there is nothing to tell."""
+    if sum(map(len, tables)):
+        _write_parquet(pa.concat_tables(tables), job.out / "quarantine" / f"{name}.parquet", job.scratch)
+
+
+def _write_parquet(table: pa.Table, target: Path, scratch: Path) -> None:
+    def write(aside: Path) -> None:
+        pq.write_table(table, aside, row_group_size=_ROW_GROUP, compression="zstd")
+
+    replace_aside(write, target, scratch / "aside")
+
+
+def _write_shards(job: Job, folder: str, good: pa.Table, name: str) -> list[str]:
+    """One Arrow file with record batch s for shard s; its name, or nothing where there are no rows."""
+    if not len(good):
+        return []
+    shards = shard_of(good["user_id"].combine_chunks(), job.shards)
+    order = np.argsort(shards, kind="stable")
+    bounds = np.searchsorted(shards[order], np.arange(job.shards + 1))
+    divided = good.take(pa.array(order)).combine_chunks()
+
+    def write(aside: Path) -> None:
+        options = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
+        with pa.ipc.new_file(str(aside), divided.schema, options=options) as file:
+            for shard in range(job.shards):
+                piece = divided.slice(bounds[shard], bounds[shard + 1] - bounds[shard])
+                batches = piece.to_batches()
+                file.write_batch(batches[0] if batches else pa.RecordBatch.from_pylist([], schema=divided.schema))
+
+    replace_aside(write, job.scratch / folder / name, job.scratch / "aside")
+    return [name]
+
+
+def _read_shard(job: Job, folder: str, shard: int, columns: Sequence[str] | None = None) -> pa.Table | None:
+    """A shard's rows of all parts, in order of (file, row), with a column ``file`` (int32); None if there are no
+    parts."""
+    pieces = []
+    for name, file_index in job.parts:
+        with pa.memory_map(str(job.scratch / folder / name)) as source:
+            table = pa.Table.from_batches([pa.ipc.open_file(source).get_batch(shard)])
+        table = table.select(columns) if columns else table
+        pieces.append(table.append_column("file", pa.array(np.full(len(table), file_index, dtype=np.int32))))
+    return pa.concat_tables(pieces) if pieces else None
+
+
+# -- reduce ----------------------------------------------------------------------------------------------------------
+
+
+def reduce_users(events: Job, users: Job | None, taste: dict[str, int], shard: int) -> dict[str, Any]:
+    """All users of a shard, sorted by id, to ``scratch/people``: those of the users table and those with an event.
+
+    ``taste``: the length that each taste vector must have; another length is a quarantined row.
+    """
+    ids = [pa.array([], pa.string())]
+    seen = _read_shard(events, "interactions", shard, ["user_id"])
+    if seen is not None:
+        ids.append(pc.unique(seen["user_id"]))
+    tally, known = Tally(), _read_shard(users, "users", shard) if users else None
+    if users and known is not None:
+        known, bad = _known_users(users, known, taste, tally)
+        write_quarantine(users, f"users-shard-{shard:05d}", [bad])
+        ids.append(known["user_id"].combine_chunks())
+    everyone = pc.unique(pa.concat_arrays(ids))
+    everyone = everyone.take(pc.sort_indices(everyone))
+    columns: dict[str, pa.Array] = {
+        "user_id": everyone,
+        "shard": pa.array(np.full(len(everyone), shard, dtype=np.int32)),
+    }
+    where = pc.index_in(everyone, value_set=known["user_id"].combine_chunks()) if known is not None else None
+    kinds = {"age": pa.float32(), "country": pa.string(), **{name: pa.list_(pa.float32()) for name in taste}}
+    for name, kind in kinds.items():
+        found = known[name].combine_chunks().cast(kind).take(where) if known is not None else None
+        columns[name] = pa.nulls(len(everyone), kind) if found is None else found
+    _write_parquet(pa.table(columns), events.scratch / "people" / f"{shard:05d}.parquet", events.scratch)
+    countries = sorted(pc.unique(columns["country"]).drop_null().to_pylist())
+    return {**vars(tally), "rows": len(everyone), "countries": countries}
+
+
+def _known_users(job: Job, known: pa.Table, taste: dict[str, int], tally: Tally) -> tuple[pa.Table, pa.Table]:
+    """Rows of the users table that stay, and those in quarantine: a vector of another length, an id seen before."""
+    reasons: dict[int, tuple[str, str]] = {}
+    for name, length in taste.items():
+        lengths = pc.list_value_length(known[name]).fill_null(length).to_numpy()
+        for i in np.flatnonzero(lengths != length).tolist():
+            sentence = f"{name} has {lengths[i]} numbers, most users' have {length}"
+            reasons.setdefault(i, (f"{name} of wrong length", sentence))
+    codes = known["user_id"].combine_chunks().dictionary_encode().indices.to_numpy()
+    names = job.file_names()
+    first_of: dict[int, int] = {}
+    files, rows = known["file"].to_numpy(), known["row"].to_numpy()
+    for i, code in enumerate(codes.tolist()):
+        if i in reasons:
+            continue
+        first = first_of.setdefault(code, i)
+        if first != i:
+            at = f"row {rows[first]} of {names[int(files[first])]}"
+            reasons[i] = ("duplicate user_id", f"user_id is that of {at}, which was kept")
+    return _part(known, reasons, "users", names, tally)
+
+
+def _part(
+    table: pa.Table, reasons: dict[int, tuple[str, str]], name: str, files: dict[int, str], tally: Tally
+) -> tuple[pa.Table, pa.Table]:
+    """Divide rows by position into those that stay and a quarantine table."""
+    at = np.array(sorted(reasons), dtype=np.int64)
+    rejected = table.take(pa.array(at))
+    found = [reasons[i] for i in at.tolist()]
+    merge_kinds(tally.kinds, count_kinds(found))
+    tally.kept -= len(at)
+    keep = np.ones(len(table), dtype=bool)
+    keep[at] = False
+    paths = [files[i] for i in rejected["file"].to_pylist()]
+    records = as_records(rejected.drop_columns(["file", "row"]))
+    bad = quarantine_table(paths, rejected["row"].to_pylist(), name, [sentence for _, sentence in found], records)
+    return table.filter(pa.array(keep)), bad
+
+
+def reduce_events(
+    job: Job, offsets: Sequence[int], names: Sequence[str], positives: Sequence[str], shard: int
+) -> dict[str, Any]:
+    """A shard's events with dense ids, sorted, each once, to ``interactions/shard-<shard>.parquet``."""
+    target = job.out / "interactions" / f"shard-{shard:05d}.parquet"
+    tally, table = Tally(), _read_shard(job, "interactions", shard)
+    if table is None or not len(table):
+        _write_parquet(EVENTS.empty_table(), target, job.scratch)
+        return {**vars(tally), "days": [], "last": None, "positive": None}
+    users = pq.read_table(job.scratch / "people" / f"{shard:05d}.parquet", columns=["user_id"], use_threads=False)
+    local = pc.index_in(table["user_id"], value_set=users["user_id"].combine_chunks())
+    table = table.append_column("uid", pc.add(local.cast(pa.int64()), offsets[shard]))
+    keys = [table[key].to_numpy() for key in ("row", "file", "event", "gid", "timestamp", "uid")]
+    table = table.take(pa.array(np.lexsort(keys)))
+    same = np.ones(len(table), dtype=bool)
+    same[0] = False
+    for key in ("uid", "timestamp", "gid", "event"):
+        column = table[key].to_numpy()
+        same[1:] &= column[1:] == column[:-1]
+    if same.any():
+        bad = _duplicates(job, table, same, names, tally)
+        write_quarantine(job, f"interactions-shard-{shard:05d}", [bad])
+        table = table.filter(pa.array(~same))
+    _write_parquet(table.select(EVENTS.names).cast(EVENTS), target, job.scratch)
+    return {**vars(tally), "rows": len(table), **_history(table, [names.index(name) for name in positives])}
+
+
+def _duplicates(job: Job, table: pa.Table, same: np.ndarray, names: Sequence[str], tally: Tally) -> pa.Table:
+    """Quarantine for the later rows of each run of equal ones."""
+    files, rows = table["file"].to_numpy(), table["row"].to_numpy()
+    at = np.flatnonzero(same)
+    first = np.maximum.accumulate(np.where(same, 0, np.arange(len(table))))[at]
+    paths = job.file_names()
+    sentences = [
+        f"user_id, item_id, event and timestamp are those of row {rows[i]} of {paths[int(files[i])]}" for i in first
+    ]
+    rejected = table.take(pa.array(at))
+    items = pq.read_table(job.out / "items.parquet", columns=["item_id"], use_threads=False)["item_id"]
+    records = as_records(
+        pa.table(
+            {
+                "user_id": rejected["user_id"],
+                "item_id": items.take(rejected["gid"]),
+                "event": pa.array(names).take(rejected["event"]),
+                "timestamp": rejected["timestamp"],
+            }
+        )
+    )
+    merge_kinds(tally.kinds, count_kinds([("duplicate", sentence) for sentence in sentences]))
+    return quarantine_table(
+        [paths[i] for i in files[at].tolist()], rows[at].tolist(), "interactions", sentences, records
+    )
+
+
+def _history(table: pa.Table, positives: Sequence[int]) -> dict[str, Any]:
+    """Positive events by unix day, their first and last moment, and the last moment of all."""
+    moments = table["timestamp"].to_numpy()
+    wanted = moments[np.isin(table["event"].to_numpy(), positives)]
+    days, counts = np.unique(wanted // DAY, return_counts=True)
+    return {
+        "days": [[int(day), int(count)] for day, count in zip(days, counts, strict=True)],
+        "last": int(moments.max()),
+        "positive": [int(wanted.min()), int(wanted.max())] if len(wanted) else None,
+    }

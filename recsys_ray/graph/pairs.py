@@ -1,0 +1,211 @@
+"""Counting which items users share, with bounded memory: plain NumPy, no Ray.
+
+A pair is counted as one integer, ``(a * items + b) << bits | recency`` with a < b, so that one sort of integers gives
+the number of users that share it and the latest time at which it was shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+PAIRS_AT_ONCE = 2_000_000  # pairs that are expanded and sorted together; 8 bytes each, a few times over
+HOLD = 12_000_000  # counted pairs that one task holds before it writes them out, over all windows; 24 bytes each
+
+
+@dataclass(frozen=True)
+class Window:
+    """Interactions with ``start <= timestamp < time`` (unix seconds)."""
+
+    start: int
+    time: int
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Directed edges: src, dst int32, support int32 (users), recency int32 (grows with time)."""
+
+    src: np.ndarray
+    dst: np.ndarray
+    support: np.ndarray
+    recency: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.src)
+
+    def take(self, index: np.ndarray | slice) -> Counted:
+        return Counted(self.src[index], self.dst[index], self.support[index], self.recency[index])
+
+    @staticmethod
+    def concatenate(parts: list[Counted]) -> Counted:
+        return Counted(*(np.concatenate([getattr(p, n) for p in parts]) for n in ("src", "dst", "support", "recency")))
+
+
+def recency_bits(items: int) -> int:
+    """Bits that are left for the time of a pair beside both its items; at most 16."""
+    return max(0, min(16, 63 - 2 * max(1, (items - 1).bit_length())))
+
+
+def latest_items(
+    uid: np.ndarray, gid: np.ndarray, timestamp: np.ndarray, window: Window, max_history: int, items: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Each user's distinct items inside a window, the ``max_history`` latest of them.
+
+    Args:
+        uid, gid, timestamp: events [n], ascending by (uid, timestamp, gid).
+
+    Returns:
+        uid, gid and the item's latest timestamp, ascending as above. Of equal times, the larger gid counts as later.
+    """
+    inside = (timestamp >= window.start) & (timestamp < window.time)
+    uid, gid, timestamp = uid[inside], gid[inside], timestamp[inside]
+    if len(uid) == 0:
+        return uid, gid, timestamp
+    user = np.cumsum(np.r_[0, uid[1:] != uid[:-1]])
+    key = user * items + gid
+    order = np.argsort(key, kind="stable")
+    key = key[order]
+    latest = np.sort(order[np.r_[key[1:] != key[:-1], True]])  # events come in order of time: the last one counts
+    ends = np.cumsum(np.bincount(user[latest]))
+    latest = latest[ends[user[latest]] - np.arange(len(latest)) <= max_history]
+    return uid[latest], gid[latest], timestamp[latest]
+
+
+def pair_keys(
+    uid: np.ndarray, gid: np.ndarray, timestamp: np.ndarray, window: Window, items: int
+) -> Iterator[np.ndarray]:
+    """Keys of all unordered pairs of a user's items, unsorted, at most about ``PAIRS_AT_ONCE`` at a time.
+
+    A pair is as recent as the later of its two items, because that event made it.
+    """
+    starts = np.flatnonzero(np.r_[True, uid[1:] != uid[:-1]]) if len(uid) else np.zeros(0, np.int64)
+    sizes = np.diff(np.r_[starts, len(uid)])
+    bits = recency_bits(items)
+    age = np.maximum(0, timestamp - window.start)
+    step = max(1, -(-(window.time - window.start) // (1 << bits)))
+    total = np.cumsum(sizes * (sizes - 1) // 2)
+    begin = 0
+    while begin < len(starts):
+        done = total[begin - 1] if begin else 0
+        end = max(begin + 1, int(np.searchsorted(total, done + PAIRS_AT_ONCE, side="right")))
+        low, high = starts[begin], starts[end - 1] + sizes[end - 1]
+        # Item x of a user pairs with the ``followers`` that come after it.
+        followers = np.repeat(starts[begin:end] + sizes[begin:end], sizes[begin:end]) - np.arange(low, high) - 1
+        left = np.repeat(np.arange(low, high), followers)
+        right = left + 1 + np.arange(len(left)) - np.repeat(np.cumsum(followers) - followers, followers)
+        a, b = np.minimum(gid[left], gid[right]).astype(np.int64), np.maximum(gid[left], gid[right])
+        recent = np.maximum(age[left], age[right]) // step
+        yield ((a * items + b) << bits) | recent
+        begin = end
+
+
+def count_keys(keys: np.ndarray, items: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Distinct pairs (``a * items + b``, ascending), users that share each, and the latest recency."""
+    keys = np.sort(keys)
+    bits = recency_bits(items)
+    pair = keys >> bits
+    last = np.flatnonzero(np.r_[pair[1:] != pair[:-1], True]) if len(pair) else np.zeros(0, np.int64)
+    support = np.diff(np.r_[-1, last])
+    return pair[last], support, keys[last] & ((1 << bits) - 1)
+
+
+class PairCounter:
+    """Counts the pairs of many chunks of users; hands out what it holds when that becomes too much."""
+
+    def __init__(self, items: int, window: Window, max_history: int, hold: int = HOLD) -> None:
+        self._items, self._window, self._max_history, self._hold = items, window, max_history, hold
+        self._held: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self._size = 0
+
+    def add(self, uid: np.ndarray, gid: np.ndarray, timestamp: np.ndarray) -> Iterator[Counted]:
+        """Count events [n] of whole users (ascending by uid); yields full holds, as :meth:`flush` does."""
+        latest = latest_items(uid, gid, timestamp, self._window, self._max_history, self._items)
+        for keys in pair_keys(*latest, self._window, self._items):
+            counted = count_keys(keys, self._items)
+            self._held.append(counted)
+            self._size += len(counted[0])
+            if self._size > self._hold:
+                self._merge()
+                if self._size > self._hold // 2:  # merging did not help: the pairs are mostly distinct
+                    yield self.flush()
+
+    def flush(self) -> Counted:
+        """What is held, as directed edges in both directions sorted by (dst, src); empties the counter."""
+        self._merge()
+        pair, support, recency = self._held.pop() if self._held else (np.zeros(0, np.int64),) * 3
+        self._size = 0
+        a, b = (pair // self._items).astype(np.int32), (pair % self._items).astype(np.int32)
+        both = Counted(
+            np.concatenate([a, b]),
+            np.concatenate([b, a]),
+            np.concatenate([support, support]).astype(np.int32),
+            np.concatenate([recency, recency]).astype(np.int32),
+        )
+        return both.take(np.argsort(both.dst.astype(np.int64) * self._items + both.src))
+
+    def _merge(self) -> None:
+        if len(self._held) > 1:
+            pair, support, recency = (np.concatenate(column) for column in zip(*self._held, strict=True))
+            self._held = [_sum_by_key(pair, support, recency)]
+        self._size = sum(len(held[0]) for held in self._held)
+
+
+def _sum_by_key(key: np.ndarray, support: np.ndarray, recency: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    order = np.argsort(key, kind="stable")
+    key, support, recency = key[order], support[order], recency[order]
+    first = np.flatnonzero(np.r_[True, key[1:] != key[:-1]]) if len(key) else np.zeros(0, np.int64)
+    if len(first) == 0:
+        return key, support, recency
+    return key[first], np.add.reduceat(support, first), np.maximum.reduceat(recency, first)
+
+
+def merge(parts: list[Counted], items: int) -> Counted:
+    """Sum what several tasks counted of the same edges; sorted by (dst, src)."""
+    whole = Counted.concatenate(parts)
+    key, support, recency = _sum_by_key(whole.dst.astype(np.int64) * items + whole.src, whole.support, whole.recency)
+    return Counted((key % items).astype(np.int32), (key // items).astype(np.int32), support, recency)
+
+
+def keep_best(edges: Counted, ntype: np.ndarray, min_support: int, max_neighbors: int, seed: int) -> Counted:
+    """Drop edges below ``min_support``, then keep of each (dst, type of src) the ``max_neighbors`` best.
+
+    Better is more support, then more recent, then a hash of the pair and the seed (any order by id would favour items
+    that happen to come first). The result does not depend on how the work was split.
+    """
+    edges = edges.take(edges.support >= min_support)
+    types = int(ntype.max()) + 1
+    group = edges.dst.astype(np.int64) * types + ntype[edges.src]
+    sizes = np.bincount(group - group.min()) if len(group) else group
+    crowded = np.flatnonzero(sizes[group - group.min()] > max_neighbors) if len(group) else group
+    if len(crowded) == 0:
+        return edges
+    rivals, group = edges.take(crowded), group[crowded] - group.min()
+    order = _best_first(rivals, group, seed)
+    group = group[order]
+    rank = np.arange(len(group)) - np.searchsorted(group, group)
+    kept = np.ones(len(edges), bool)
+    kept[crowded[order[rank >= max_neighbors]]] = False
+    return edges.take(kept)
+
+
+def _best_first(edges: Counted, group: np.ndarray, seed: int) -> np.ndarray:
+    """Order of edges (sorted by dst, src) by group, then from the best to the worst."""
+    support, recency = edges.support.max() - edges.support, edges.recency.max() - edges.recency
+    tie = (_hash(edges.src, edges.dst, seed) >> np.uint64(48)).astype(np.int64)  # 16 bits; then by src
+    bits = [int(column.max()).bit_length() for column in (group, support, recency)]
+    if sum(bits) + 16 > 63:
+        return np.lexsort((tie, recency, support, group))
+    key = (group << bits[1]) | support  # all in one integer: one sort instead of four
+    return np.argsort((((key << bits[2]) | recency) << 16) | tie, kind="stable")
+
+
+def _hash(src: np.ndarray, dst: np.ndarray, seed: int) -> np.ndarray:
+    """A well-mixed uint64 of each edge (splitmix64)."""
+    with np.errstate(over="ignore"):
+        x = (src.astype(np.uint64) << np.uint64(32)) ^ dst.astype(np.uint64)
+        x = x + np.uint64(seed % 2**63) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))

@@ -1,0 +1,75 @@
+"""The embedding of every item on a snapshot, layer by layer over full neighbourhoods.
+
+Layer by layer each item is computed once per layer, where sampling outwards from each item would compute the same
+neighbours again and again. Nothing is drawn at random: the same graph and weights give the same embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from recsys_ray.hgnn.model import HGNN
+from recsys_ray.hgnn.sampler import build_blocks
+from recsys_ray.hgnn.training import GraphSource
+
+_CHUNK = 4096
+_ALL = -1
+
+
+class LayerStore(Protocol):
+    """Hidden states that ranks share between two layers."""
+
+    def write(self, gids: Int64[Tensor, "N"], values: Float[Tensor, "N H"]) -> None: ...
+
+    def read(self, gids: Int64[Tensor, "N"]) -> Float[Tensor, "N H"]: ...
+
+    def barrier(self) -> None:
+        """Return when every rank has arrived: all writes are then readable."""
+        ...
+
+
+class LocalStore:
+    """The store of a single rank."""
+
+    def __init__(self, num_items: int, dim: int) -> None:
+        self.table = torch.zeros(num_items, dim)
+
+    def write(self, gids: Int64[Tensor, "N"], values: Float[Tensor, "N H"]) -> None:
+        self.table[gids] = values
+
+    def read(self, gids: Int64[Tensor, "N"]) -> Float[Tensor, "N H"]:
+        return self.table[gids]
+
+    def barrier(self) -> None:
+        pass
+
+
+@torch.no_grad()
+def embed_items(
+    model: HGNN,
+    source: GraphSource,
+    snapshot: int,
+    own: Int64[Tensor, "N"],
+    store: LayerStore,
+    on_chunk: Callable[[int], None] = lambda count: None,
+) -> Float[Tensor, "N O"]:
+    """Unit-norm embeddings of this rank's items ``own`` (ascending gids); an item without edges is embedded from its
+    text alone. ``store`` holds the hidden width."""
+    model.eval()
+
+    def run(number: int, read: Callable[[Tensor], Tensor], gids: Tensor) -> Tensor:
+        (block,) = build_blocks(source, gids, snapshot, [_ALL])
+        on_chunk(len(gids))
+        return model.layer(number, read(block.src), block)
+
+    for gids in own.split(_CHUNK):
+        store.write(gids, run(0, lambda nodes: model.project(source.features("text", nodes)), gids))
+    store.barrier()
+    parts = [run(1, store.read, gids) for gids in own.split(_CHUNK)]
+    store.barrier()  # nobody overwrites the store while another rank still reads
+    return torch.cat(parts) if parts else torch.empty(0, model.layers[1].own[0].out_features)

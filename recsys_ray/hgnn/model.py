@@ -1,0 +1,105 @@
+"""Two-layer heterogeneous GraphSAGE over an item-item graph (paper A, section 3.2; GraphSAGE: Hamilton et al. 2017).
+
+Shape suffixes: N nodes, S source nodes of a block, D destination nodes of a block, T text dimension, H hidden
+dimension, O output dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import dgl
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from recsys_ray.config import HgnnConfig
+
+Relation = tuple[int, int]  # (item type number of the neighbour, item type number of the node that receives)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One hop of a sampled neighbourhood. Nodes are gids in ascending order, so that the nodes of one item type
+    stand together and a type is a slice, not an index."""
+
+    src: Int64[Tensor, "S"]
+    dst: Int64[Tensor, "D"]
+    dst_in_src: Int64[Tensor, "D"]  # position of each dst node in src
+    edges: dict[Relation, tuple[Int64[Tensor, "E"], Int64[Tensor, "E"]]]  # positions in src, positions in dst
+
+
+class ItemTypes:
+    """gid ranges of the item types: items of type i have gids from ``starts[i]`` up to ``starts[i + 1]``."""
+
+    def __init__(self, starts: Int64[Tensor, "types_plus_1"]) -> None:
+        self.starts = starts
+        self.count = len(starts) - 1
+
+    def slices(self, gids: Int64[Tensor, "N"]) -> list[slice]:
+        """Where each type lies in ascending ``gids``."""
+        bounds = torch.searchsorted(gids, self.starts).tolist()
+        return [slice(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+
+    def of(self, gids: Int64[Tensor, "N"]) -> Int64[Tensor, "N"]:
+        return torch.searchsorted(self.starts, gids, right=True) - 1
+
+
+class SageLayer(nn.Module):
+    """``h_c = W_self h_c + b + sum over relations r of agg_r``, where ``agg_r`` is the elementwise maximum (or the
+    mean) over sampled neighbours c' of ``relu(W_r h_c' + b_r)``. No neighbours: the self term alone."""
+
+    def __init__(self, in_dim: int, out_dim: int, types: ItemTypes, aggregator: str) -> None:
+        super().__init__()
+        self.types, self.aggregator = types, aggregator
+        self.own = nn.ModuleList(nn.Linear(in_dim, out_dim) for _ in range(types.count))
+        self.relation = nn.ModuleDict(
+            {f"{i}_{j}": nn.Linear(in_dim, out_dim) for i in range(types.count) for j in range(types.count)}
+        )
+
+    def forward(self, h_SD: Float[Tensor, "S in_dim"], block: Block) -> Float[Tensor, "D out_dim"]:
+        src_of, dst_of = self.types.slices(block.src), self.types.slices(block.dst)
+        outputs = []
+        for j, dst in enumerate(dst_of):
+            own = self.own[j](h_SD[block.dst_in_src[dst]])
+            for i, src in enumerate(src_of):
+                if (i, j) in block.edges and len(block.edges[i, j][0]):
+                    own = own + self._aggregate((i, j), h_SD[src], src.start, dst, block)
+            outputs.append(own)
+        return torch.cat(outputs)
+
+    def _aggregate(self, relation: Relation, h: Tensor, src_start: int, dst: slice, block: Block) -> Tensor:
+        message = F.relu(self.relation[f"{relation[0]}_{relation[1]}"](h))
+        src_pos, dst_pos = block.edges[relation]
+        graph = dgl.create_block((src_pos - src_start, dst_pos - dst.start), len(h), dst.stop - dst.start)
+        # A node without neighbours of this relation gets zeros from both, as the papers' sum would.
+        return dgl.ops.copy_u_max(graph, message) if self.aggregator == "max" else dgl.ops.copy_u_mean(graph, message)
+
+
+class HGNN(nn.Module):
+    """Text vectors in, unit-norm item embeddings out. The text is projected to the hidden size once, before the
+    layers, so that aggregation costs the hidden width and not the text's."""
+
+    def __init__(self, text_dim: int, config: HgnnConfig, types: ItemTypes) -> None:
+        super().__init__()
+        self.types = types
+        self.project = nn.Linear(text_dim, config.hidden_dim)
+        self.layers = nn.ModuleList(
+            [
+                SageLayer(config.hidden_dim, config.hidden_dim, types, config.aggregator),
+                SageLayer(config.hidden_dim, config.out_dim, types, config.aggregator),
+            ]
+        )
+
+    def forward(self, text_ST: Float[Tensor, "S T"], blocks: list[Block]) -> Float[Tensor, "D O"]:
+        """Embeddings of the last block's dst nodes; ``text_ST`` belongs to the first block's src nodes."""
+        h = self.project(text_ST)
+        for number, block in enumerate(blocks):
+            h = self.layer(number, h, block)
+        return h
+
+    def layer(self, number: int, h: Float[Tensor, "S in_dim"], block: Block) -> Float[Tensor, "D out_dim"]:
+        """One layer with its activation: relu inside, unit norm at the output only."""
+        h = self.layers[number](h, block)
+        return F.normalize(h, dim=-1) if number == len(self.layers) - 1 else F.relu(h)

@@ -1,0 +1,189 @@
+"""One rank's share of HGNN training: plain torch over any :class:`NeighborSource`, with or without other ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from recsys_ray.config import HgnnConfig
+from recsys_ray.hgnn.loss import in_batch_softmax, max_margin
+from recsys_ray.hgnn.model import HGNN, ItemTypes, Relation
+from recsys_ray.hgnn.sampler import (
+    Edges,
+    NeighborSource,
+    build_blocks,
+    by_unordered_relation,
+    dropper,
+    epoch_edges,
+    held_out,
+    pair_keys,
+    quotas,
+)
+from recsys_ray.ranks import generator_for, sum_over_ranks
+
+_VALIDATION_BATCHES = 4
+
+
+class GraphSource(NeighborSource, Protocol):
+    """Neighbours and the text vectors of items."""
+
+    def features(self, name: str, gids: Int64[Tensor, "N"]) -> Float[Tensor, "N T"]: ...
+
+
+@dataclass
+class EdgeTask:
+    """The supervision of one rank, and what all ranks must agree on."""
+
+    train: dict[Relation, Edges]  # by unordered relation
+    valid: Edges
+    shares: dict[Relation, int]  # edges that this rank draws in an epoch
+    steps: int  # the same on every rank
+    log_q: Float[Tensor, "items"]  # log of the expected draws of each item in an epoch
+    sizes: dict[Relation, int] = field(default_factory=dict)  # training edges over all ranks
+
+
+def plan_edges(
+    edges: Mapping[Relation, Edges], config: HgnnConfig, num_items: int, num_types: int, seed: int, ranks: int = 1
+) -> EdgeTask:
+    """Split this rank's edges into training and validation and agree with the other ranks on the epoch's size."""
+    train: dict[Relation, Edges] = {}
+    valid: list[Edges] = []
+    for relation, (src, dst) in by_unordered_relation(edges).items():
+        out = held_out(pair_keys(src, dst, num_items), config.valid_share, seed)
+        train[relation] = (src[~out], dst[~out])
+        valid.append((src[out], dst[out]))
+    relations = [(i, j) for i in range(num_types) for j in range(i, num_types)]
+    local = torch.tensor([len(train[r][0]) if r in train else 0 for r in relations], dtype=torch.float64)
+    total = sum_over_ranks(local.clone())
+    sizes = {r: int(n) for r, n in zip(relations, total.tolist(), strict=True)}
+    quota = quotas(sizes, config.min_edges) if config.balanced else sizes
+    shares = {
+        r: round(quota[r] * own / all_)
+        for r, own, all_ in zip(relations, local.tolist(), total.tolist(), strict=True)
+        if all_
+    }
+    steps = -(-sum(quota.values()) // (config.batch_size * ranks))
+    if config.max_steps is not None:
+        steps = min(steps, config.max_steps)
+    expected = torch.zeros(num_items, dtype=torch.float64)
+    for relation, (src, dst) in train.items():
+        rate = quota[relation] / max(sizes[relation], 1)
+        expected += rate * torch.bincount(torch.cat([src, dst]), minlength=num_items) / 2
+    log_q = torch.log(sum_over_ranks(expected) + 1).float()
+    held = (torch.cat([s for s, _ in valid]), torch.cat([d for _, d in valid])) if valid else (torch.empty(0).long(),) * 2
+    return EdgeTask(train, held, shares, steps, log_q, sizes)
+
+
+class EdgeTrainer:
+    """Loss of batches of edges, on the training snapshot."""
+
+    def __init__(
+        self, model: HGNN, network: nn.Module, source: GraphSource, types: ItemTypes, config: HgnnConfig, snapshot: int,
+        seed: int,
+    ) -> None:  # fmt: skip
+        self.model, self.network, self.source, self.types = model, network, source, types
+        self.config, self.snapshot, self.seed = config, snapshot, seed
+        self.num_items = int(types.starts[-1])
+
+    def loss(self, anchors: Tensor, positives: Tensor, task: EdgeTask, generator: torch.Generator) -> Tensor:
+        """Loss of one batch of edges; their own messages, in both directions, are left out."""
+        config = self.config
+        others = [anchors, positives]
+        if config.loss == "max_margin":
+            others.append(torch.randint(self.num_items, (config.negatives,), generator=generator))
+        seeds, place = torch.unique(torch.cat(others), return_inverse=True)
+        keys = pair_keys(anchors, positives, self.num_items)
+        drop = dropper(keys, self.num_items, config.valid_share, self.seed)
+        blocks = build_blocks(self.source, seeds, self.snapshot, config.fanouts, generator, drop)
+        z = self.network(self.source.features("text", blocks[0].src), blocks)[place]
+        a, p, n = z[: len(anchors)], z[len(anchors) : 2 * len(anchors)], z[2 * len(anchors) :]
+        if config.loss == "softmax":
+            types = self.types.of(positives)
+            return in_batch_softmax(a, p, anchors, positives, types, task.log_q[positives], config.temperature)
+        return max_margin(a, p, n, self._linked(anchors, others[2]), config.margin)
+
+    def _linked(self, anchors: Tensor, negatives: Tensor) -> Tensor:
+        """Which negatives are neighbours of which anchors, or the anchors themselves."""
+        linked = anchors[:, None] == negatives
+        nodes, place = torch.unique(anchors, return_inverse=True)
+        order = torch.argsort(negatives)
+        table = torch.zeros(len(nodes), len(negatives), dtype=torch.bool)
+        for dst_pos, src in self.source.sample(nodes, self.snapshot, -1, None).values():
+            for shift in (0, 1):  # a negative can be drawn twice; a third time changes nothing worth a loop
+                at = (torch.searchsorted(negatives[order], src) + shift).clamp(max=len(order) - 1)
+                hit = negatives[order[at]] == src
+                table[dst_pos[hit], order[at[hit]]] = True
+        return linked | table[place]
+
+    def epoch(self, task: EdgeTask, epoch: int, rank: int) -> Iterator[tuple[Tensor, Tensor, torch.Generator]]:
+        """The batches of one epoch: edges drawn afresh, the same number on every rank."""
+        generator = generator_for(self.seed, "hgnn", epoch, rank)
+        size = self.config.batch_size
+        wanted = min(sum(task.shares.values()), task.steps * size) if task.steps == 1 else task.steps * size
+        anchors, positives = epoch_edges(task.train, task.shares, max(wanted, 1), generator)
+        for step in range(task.steps):
+            rows = slice(step * size, (step + 1) * size)
+            yield anchors[rows], positives[rows], generator
+
+    @torch.no_grad()
+    def validate(self, task: EdgeTask) -> float:
+        """Mean loss of a fixed sample of held-out edges, over all ranks."""
+        generator = generator_for(self.seed, "validation")
+        order = torch.randperm(len(task.valid[0]), generator=generator)[: _VALIDATION_BATCHES * self.config.batch_size]
+        sums = torch.zeros(2, dtype=torch.float64)
+        for rows in order.split(self.config.batch_size):
+            loss = self.loss_without_ranks(task.valid[0][rows], task.valid[1][rows], task, generator)
+            sums += torch.tensor([loss * len(rows), len(rows)], dtype=torch.float64)
+        sums = sum_over_ranks(sums)
+        return float(sums[0] / sums[1]) if sums[1] else float("nan")
+
+    def loss_without_ranks(self, anchors: Tensor, positives: Tensor, task: EdgeTask, generator: torch.Generator) -> float:
+        """Like :meth:`loss`, past the DDP wrapper: ranks may have different numbers of validation batches."""
+        network, self.network = self.network, self.model
+        try:
+            return float(self.loss(anchors, positives, task, generator))
+        finally:
+            self.network = network
+
+
+def train_epochs(
+    trainer: EdgeTrainer,
+    task: EdgeTask,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    rank: int,
+    on_step: Callable[[int, int, float], None] = lambda epoch, step, loss: None,
+    on_epoch: Callable[[dict[str, Any], bool], None] = lambda state, better: None,
+) -> dict[str, Any]:
+    """Train from ``state`` (empty: from the start) until the last epoch or until ``patience`` epochs in a row did not
+    lower the validation loss. ``on_epoch(state, better)`` is the place for checkpoints."""
+    state.setdefault("history", [])
+    state.setdefault("best", None)
+    state.setdefault("bad", 0)
+    config = trainer.config
+    for epoch in range(len(state["history"]), config.epochs):
+        if state["bad"] >= config.patience:
+            break
+        total = 0.0
+        trainer.network.train()
+        for step, (anchors, positives, generator) in enumerate(trainer.epoch(task, epoch, rank)):
+            loss = trainer.loss(anchors, positives, task, generator)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            total += loss.item()
+            on_step(epoch, step, total / (step + 1))
+        means = sum_over_ranks(torch.tensor([total / max(task.steps, 1), 1.0], dtype=torch.float64))
+        trainer.network.eval()
+        valid = trainer.validate(task)
+        watched = valid if valid == valid else float(means[0] / means[1])  # no held-out edges: the training loss
+        better = state["best"] is None or watched < state["best"]
+        state["best"], state["bad"] = (watched, 0) if better else (state["best"], state["bad"] + 1)
+        state["history"].append({"epoch": epoch, "loss": float(means[0] / means[1]), "valid_loss": valid})
+        on_epoch(state, better)
+    return state

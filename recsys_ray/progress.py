@@ -1,0 +1,75 @@
+"""Progress of long work: stage n of m, rows or steps done, rate, time left. Bars on a terminal, a line now and then
+where output goes to a file, stage lines only under CI."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+_LINE_EVERY_S = 10.0
+
+
+class Task:
+    """One countable piece of work inside a stage."""
+
+    def __init__(self, report: Progress, description: str, total: int | None, unit: str) -> None:
+        self._report, self._description, self._total, self._unit = report, description, total, unit
+        self._done, self._started, self._shown = 0, time.monotonic(), time.monotonic()
+        self._bar = report.bars.add_task(description, total=total, rate="", detail="") if report.bars else None
+
+    def update(self, done: int, total: int | None = None, detail: str = "") -> None:
+        """``done`` so far, of ``total`` if that changed; ``detail`` is shown beside (a loss, a count)."""
+        self._done, self._total = done, total if total is not None else self._total
+        now = time.monotonic()
+        rate = done / max(now - self._started, 1e-9)
+        text = f"{rate:,.0f} {self._unit}/s" if rate >= 10 else f"{rate:.2g} {self._unit}/s"
+        if self._report.bars and self._bar is not None:
+            self._report.bars.update(self._bar, completed=done, total=self._total, rate=text, detail=detail)
+        elif not self._report.quiet and now - self._shown >= _LINE_EVERY_S:
+            self._shown = now
+            left = f", {(self._total - done) / rate:,.0f} s left" if self._total and rate > 0 else ""
+            of = f" of {self._total:,}" if self._total else ""
+            self._report.say(f"    {self._description}: {done:,}{of} {self._unit}, {text}{left}  {detail}".rstrip())
+
+    def advance(self, count: int = 1, detail: str = "") -> None:
+        self.update(self._done + count, detail=detail)
+
+
+class Progress:
+    """What a stage reports to. ``say`` prints a line in any mode."""
+
+    def __init__(self, quiet: bool | None = None) -> None:
+        self.console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        self.quiet = bool(os.environ.get("CI")) if quiet is None else quiet
+        self.bars: Bars | None = None
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    @contextmanager
+    def task(self, description: str, total: int | None = None, unit: str = "rows") -> Iterator[Task]:
+        """Show a piece of work while the block runs."""
+        outermost = self.bars is None and self.console.is_terminal and not self.quiet
+        if outermost:
+            columns = ("    {task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[rate]}")
+            self.bars = Bars(
+                *(TextColumn(c) if isinstance(c, str) else c for c in columns),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[detail]}"),
+                console=self.console,
+                transient=True,
+            )
+            self.bars.start()
+        try:
+            yield Task(self, description, total, unit)
+        finally:
+            if outermost and self.bars is not None:
+                self.bars.stop()
+                self.bars = None

@@ -1,0 +1,354 @@
+"""The bundle: all that serving needs in one folder, published whole.
+
+Layout of ``bundles/<version>/``:
+
+- ``items.arrow`` (item_id, title, ntype, available; row = gid), ``item_ids.arrow`` (id ascending, gid)
+- ``vectors.safetensors``: ``vector`` float32 [items, d], what the item tower made of every item
+- ``text.safetensors``, ``hgnn.safetensors``: the user tower's item tables
+- ``index/t{i}.faiss``: the available items of type number i, in order of gid
+- ``user_tower/``: ``model.safetensors``, ``spec.json``
+- ``user_ids.arrow`` (id ascending, uid), ``users.safetensors`` (age, country, taste.<name>; row = uid)
+- ``histories.safetensors`` (see histories.py), ``popularity.safetensors`` (see catalogue.py)
+- ``manifest.json``: checksums, counts, configuration, recall@10 of every index against exact search
+
+``bundles/current`` is a relative link to the live version and is swapped in one step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from recsys_ray.artifacts import (
+    SCRATCH,
+    Artifact,
+    find_current,
+    fingerprint,
+    load_arrays,
+    open_artifact,
+    publish,
+    save_arrays,
+    work_folder,
+)
+from recsys_ray.config import Config
+from recsys_ray.errors import ArtifactError
+from recsys_ray.progress import Progress
+from recsys_ray.retrieval.catalogue import Items, Users, sorted_ids, write_table
+from recsys_ray.retrieval.histories import (
+    Events,
+    Histories,
+    HistoryWriter,
+    RawArrays,
+    mapped_arrays,
+    user_inputs,
+    whole_users,
+)
+from recsys_ray.retrieval.index import METRIC, TypeIndex, check_metric, check_unit_norm, recall_at
+from recsys_ray.retrieval.tower import LoadTower, TowerRunner, load_user_tower
+
+CURRENT = "current"
+VARIANT = "hgnn"  # of the two-tower stage's models, the one that is served
+_SAMPLE = 1_000  # queries that recall is measured with
+_DAY = 86_400
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """What the earlier stages left."""
+
+    ingest: Artifact
+    featurize: Artifact
+    hgnn: Artifact
+    two_tower: Artifact
+    spec: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, ingest: Path, featurize: Path, hgnn: Path, two_tower: Path) -> _Sources:
+        tower = two_tower / VARIANT / "spec.json"
+        try:
+            spec = json.loads(tower.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"{tower} cannot be read ({error}); run the two-tower stage again") from error
+        return cls(open_artifact(ingest), open_artifact(featurize), open_artifact(hgnn), open_artifact(two_tower), spec)
+
+    @property
+    def prints(self) -> dict[str, str]:
+        stages = {"ingest": self.ingest, "featurize": self.featurize, "hgnn": self.hgnn, "two_tower": self.two_tower}
+        return {name: artifact.fingerprint for name, artifact in stages.items()}
+
+    @property
+    def history(self) -> int:
+        return int(self.spec["history"])
+
+    def start(self, config: Config) -> int:
+        """First moment of the window before the data's end, unix seconds."""
+        days = self.spec.get("window_days", config.graph.window_days)
+        return 0 if days is None else int(self.ingest.counts["end"]) - days * _DAY
+
+
+def bundle_fingerprint(config: Config, prints: Mapping[str, str]) -> str:
+    """``prints``: fingerprints of the ingest, featurize, hgnn and two_tower folders."""
+    own = {"index": config.index.model_dump(), "positives": config.events.positives, "seed": config.seed}
+    own |= {"history": config.two_tower.history, "window_days": config.graph.window_days}
+    return fingerprint("index", own, prints)
+
+
+def build_bundle(
+    config: Config,
+    ingest_dir: Path,
+    featurize_dir: Path,
+    hgnn_dir: Path,
+    two_tower_dir: Path,
+    out_root: Path,
+    progress: Progress,
+    load_tower: LoadTower = load_user_tower,
+) -> Artifact:
+    """Build ``out_root``/<version> and point ``out_root``/current at it.
+
+    A bundle of the same inputs and configuration that is already there is kept; the version is a date (of the data's
+    last event) and the start of the fingerprint, so that the same inputs always make the same version.
+
+    Raises:
+        ArtifactError: an input is missing or does not fit the others; recall is below ``index.min_recall``.
+    """
+    sources = _Sources.open(ingest_dir, featurize_dir, hgnn_dir, two_tower_dir)
+    check_metric(sources.spec.get("metric"), two_tower_dir / VARIANT)
+    expected = bundle_fingerprint(config, sources.prints)
+    day = datetime.fromtimestamp(sources.ingest.counts["end"] - 1, tz=timezone.utc)
+    target = out_root / f"{day:%Y%m%d}-{expected[:12]}"
+    bundle = find_current(target, expected)
+    if bundle is None:
+        work = work_folder(target, expected)
+        progress.say(f"    bundle {target.name}")
+        _write_items(work, sources)
+        _write_users(work, sources)
+        _write_events(work, config, sources, progress)
+        recall, exact = _write_indexes(work, config, sources, progress, load_tower)
+        facts = {"config": config.model_dump(mode="json"), "inputs": sources.prints}
+        counts = _counts(config, sources, target.name) | {"recall_at_10": recall, "exact": exact}
+        bundle = publish(work, target, "bundle", expected, counts=counts, **facts)
+    set_current(out_root, target.name)
+    return bundle
+
+
+def set_current(root: Path, version: str) -> None:
+    """Point ``root``/current at ``version`` in one step: there is no moment without a live bundle."""
+    aside = root / f".{CURRENT}.{os.getpid()}"
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(version, target_is_directory=True)
+    aside.replace(root / CURRENT)
+
+
+def find_bundle(path: str | Path) -> Path:
+    """The concrete folder that ``path`` means: a bundle, a ``current`` link, a ``bundles`` folder or a run's folder.
+
+    Raises:
+        ArtifactError: there is no bundle.
+    """
+    given = Path(path)
+    for folder in (given, given / CURRENT, given / "bundles" / CURRENT):
+        if (folder / "manifest.json").is_file() and (folder / "user_tower").is_dir():
+            return folder.resolve()
+    raise ArtifactError(f"{given} is no bundle and holds none; 'recsys-ray run' or 'recsys-ray index' builds one")
+
+
+def _counts(config: Config, sources: _Sources, version: str) -> dict[str, Any]:
+    """What a replica must know before it reads a table."""
+    counts, spec = sources.ingest.counts, sources.spec
+    events = list(counts["events"])
+    default = next((event for event in config.events.positives if event in events), events[0] if events else "")
+    return {
+        "version": version,
+        "metric": METRIC,
+        "items": sum(_per_type(counts)),
+        "item_types": list(counts["item_types"]),
+        "items_per_type": dict(zip(counts["item_types"], _per_type(counts), strict=True)),
+        "users": counts["users"],
+        "events": events,
+        "default_event": default,
+        "countries": list(counts.get("countries", [])),
+        "taste": dict(counts.get("taste", {})),
+        "end": counts["end"],
+        "history": sources.history,
+        "window_days": spec.get("window_days", config.graph.window_days),
+        "cold_start": bool(spec.get("cold_start", False)),
+        "ef_search": config.index.ef_search,
+    }
+
+
+def _per_type(counts: Mapping[str, Any]) -> list[int]:
+    """Items of every type, in the order of ``item_types``; the manifest has a list or a mapping."""
+    per_type = counts["items_per_type"]
+    return [per_type[name] for name in counts["item_types"]] if isinstance(per_type, Mapping) else list(per_type)
+
+
+def _write_items(work: Path, sources: _Sources) -> None:
+    names = ["item_id", "title", "ntype", "available"]
+    table = pq.read_table(sources.ingest.path / "items.parquet", columns=names)
+    text, size = sources.featurize.path / "text.safetensors", len(table)
+    vectors = sources.two_tower.path / VARIANT / "items" / "serve.safetensors"
+    for path in (text, vectors):
+        rows = len(mapped_arrays(path)["vector"])
+        if rows != size:
+            raise ArtifactError(f"{path} has {rows} rows, but the catalogue has {size} items; run the stages again")
+    columns = {
+        "item_id": table["item_id"].cast(pa.large_string()),
+        "title": table["title"].cast(pa.large_string()),
+        "ntype": table["ntype"].cast(pa.int16()),
+        "available": pa.array(table["available"].fill_null(True).to_numpy().astype(np.uint8)).cast(pa.uint8()),
+    }
+    write_table(work / "items.arrow", pa.table(columns))
+    write_table(work / "item_ids.arrow", sorted_ids(table["item_id"], "gid"))
+    shutil.copyfile(text, work / "text.safetensors")
+    shutil.copyfile(vectors, work / "vectors.safetensors")
+    save_arrays(work / "hgnn.safetensors", {"embedding": _hgnn_table(sources.hgnn.path, size)})
+    (work / "user_tower").mkdir(exist_ok=True)
+    for name in ("model.safetensors", "spec.json"):
+        shutil.copyfile(sources.two_tower.path / VARIANT / name, work / "user_tower" / name)
+
+
+def _hgnn_table(folder: Path, items: int) -> npt.NDArray[np.float32]:
+    """Embeddings of the serve snapshot [items, h], put together from the partitions' files."""
+    serve = folder / "embeddings" / "serve"
+    parts = [load_arrays(path) for path in sorted(serve.glob("part-*.safetensors"))]
+    gids = np.concatenate([np.empty(0, np.int64), *(part["gid"] for part in parts)])
+    if not np.array_equal(np.sort(gids), np.arange(items)):
+        raise ArtifactError(f"{serve} does not hold each of the {items} items once; run the hgnn stage again")
+    table = np.empty((items, parts[0]["embedding"].shape[1]), np.float32)
+    for part in parts:
+        table[part["gid"]] = part["embedding"]
+    return table
+
+
+def _write_users(work: Path, sources: _Sources) -> None:
+    counts = sources.ingest.counts
+    sizes, countries = dict(counts.get("taste", {})), pa.array(counts.get("countries", []), pa.string())
+    file = pq.ParquetFile(sources.ingest.path / "users.parquet")
+    write_table(work / "user_ids.arrow", sorted_ids(file.read(["user_id"])["user_id"], "uid"))
+    columns: dict[str, tuple[type, int | None]] = {"age": (np.float32, None), "country": (np.int16, None)}
+    columns |= {f"taste.{name}": (np.float32, size) for name, size in sizes.items()}
+    raw = RawArrays(work / SCRATCH, columns)
+    for batch in file.iter_batches(batch_size=100_000, columns=["age", "country", *sizes]):
+        codes = pa.compute.index_in(batch["country"].cast(pa.string()), value_set=countries).fill_null(-1)
+        age = batch["age"].cast(pa.float32()).to_numpy(zero_copy_only=False)
+        raw.append(age=age, country=codes.to_numpy(zero_copy_only=False))
+        for name, size in sizes.items():
+            raw.append(**{f"taste.{name}": _rows(batch[name], size)})
+    raw.close(work / "users.safetensors")
+
+
+def _rows(lists: pa.Array, size: int) -> npt.NDArray[np.float32]:
+    """List column -> [rows, size]; a null list becomes a row of NaN."""
+    table = np.full((len(lists), size), np.nan, np.float32)
+    table[np.asarray(lists.is_valid())] = lists.drop_null().flatten().to_numpy(zero_copy_only=False).reshape(-1, size)
+    return table
+
+
+def _write_events(work: Path, config: Config, sources: _Sources, progress: Progress) -> None:
+    """Histories and popularity, in one pass over the interactions."""
+    counts, items = sources.ingest.counts, sum(_per_type(sources.ingest.counts))
+    start, users = sources.start(config), int(counts["users"])
+    writer = HistoryWriter(work / SCRATCH, users, items, start, sources.history)
+    names = list(counts["events"])
+    positive = np.array([names.index(name) for name in config.events.positives if name in names], np.int64)
+    country = mapped_arrays(work / "users.safetensors")["country"].numpy().astype(np.int64)
+    keys, sums = np.empty(0, np.int64), np.empty(0, np.int64)
+    folder = sources.ingest.path / "interactions"
+    rows = sum(pq.ParquetFile(path).metadata.num_rows for path in folder.glob("shard-*.parquet"))
+    with progress.task("histories", rows, "events") as task:
+        for events in whole_users(folder):
+            writer.add(events)
+            wanted = events.where((events.timestamp >= start) & np.isin(events.event, positive))
+            keys, sums = _count_pairs(keys, sums, wanted, country, items)
+            task.advance(len(events))
+    writer.close(work / "histories.safetensors")
+    _write_popularity(work, sources, keys, sums, items)
+
+
+def _count_pairs(
+    keys: npt.NDArray[np.int64],
+    sums: npt.NDArray[np.int64],
+    events: Events,
+    country: npt.NDArray[np.int64],
+    items: int,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Add the users of ``events`` to the sums by (country + 1) * items + gid. A user counts once for an item."""
+    uid, gid = np.divmod(np.unique(events.uid * items + events.gid), items)
+    new, counts = np.unique((country[uid] + 1) * items + gid, return_counts=True)
+    merged, place = np.unique(np.concatenate([keys, new]), return_inverse=True)
+    total = np.bincount(place, np.concatenate([sums, counts]), minlength=len(merged))
+    return merged, total.astype(np.int64)
+
+
+def _write_popularity(
+    work: Path, sources: _Sources, keys: npt.NDArray[np.int64], sums: npt.NDArray[np.int64], items: int
+) -> None:
+    """Equally popular items are ranked by date of publication, the newest first."""
+    country, gid = np.divmod(keys, items)
+    world = np.bincount(gid, sums, minlength=items).astype(np.int64)
+    table = pq.read_table(sources.ingest.path / "items.parquet", columns=["published_at"])
+    published = table["published_at"].cast(pa.int64()).fill_null(np.iinfo(np.int64).min + 1).to_numpy()
+    rank = np.empty(items, np.int32)
+    rank[np.lexsort((np.arange(items), -published, -world))] = np.arange(items)
+    named = country > 0
+    sizes = np.bincount(country[named] - 1, minlength=len(sources.ingest.counts.get("countries", [])))
+    arrays: dict[str, npt.NDArray[Any]] = {
+        "world": world,
+        "rank": rank,
+        "offsets": np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
+        "gids": gid[named].astype(np.int32),
+        "counts": sums[named].astype(np.int32),
+    }
+    save_arrays(work / "popularity.safetensors", arrays)
+
+
+def _write_indexes(
+    work: Path, config: Config, sources: _Sources, progress: Progress, load_tower: LoadTower
+) -> tuple[dict[str, float], dict[str, bool]]:
+    """Index every type; recall@10 and whether the search is exact, by type."""
+    types = list(sources.ingest.counts["item_types"])
+    vectors = np.asarray(mapped_arrays(work / "vectors.safetensors")["vector"].numpy(), np.float32)
+    check_unit_norm(vectors, sources.two_tower.path / VARIANT / "items" / "serve.safetensors")
+    items = Items(work, types)
+    queries = _sample_queries(work, config, sources, items, vectors, load_tower)
+    recall, exact = {}, {}
+    with progress.task("index", len(types), "types") as task:
+        for number, name in enumerate(types):
+            gids = np.flatnonzero((items.ntype == number) & (items.available != 0)).astype(np.int32)
+            index = TypeIndex.build(name, vectors, gids, config.index)
+            recall[name], exact[name] = recall_at(index, queries), index.exact
+            if recall[name] < config.index.min_recall:
+                raise ArtifactError(
+                    f"the index of {name!r} finds {recall[name]:.3f} of exact search's first ten, less than "
+                    f"index.min_recall={config.index.min_recall}; raise index.ef_search or index.hnsw_links"
+                )
+            index.save(work / "index" / f"t{number}.faiss")
+            task.advance(detail=f"{name}: recall@10 {recall[name]:.3f}")
+    return recall, exact
+
+
+def _sample_queries(
+    work: Path, config: Config, sources: _Sources, items: Items, vectors: npt.NDArray[np.float32], load: LoadTower
+) -> npt.NDArray[np.float32]:
+    """What will be asked: vectors of users with recent events; of items where there are no such users."""
+    random = np.random.default_rng(config.seed)
+    histories, users = Histories(work / "histories.safetensors"), Users(work)
+    active = histories.active()
+    if not len(active):
+        return vectors[random.choice(len(vectors), min(_SAMPLE, len(vectors)), replace=False)]
+    sample = np.sort(random.choice(active, min(_SAMPLE, len(active)), replace=False))
+    tower = TowerRunner.open(work, load, torch.from_numpy(items.ntype.astype(np.int64)))
+    inputs = user_inputs([users.traits(uid, histories.recent(uid)) for uid in sample], tower.tastes)
+    return tower(inputs)

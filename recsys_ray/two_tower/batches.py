@@ -1,0 +1,141 @@
+"""Batches of examples with the item features that they need, fetched once per distinct item."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from recsys_ray.two_tower.examples import ABSENT
+from recsys_ray.two_tower.inputs import ItemTables, UserInputs
+from recsys_ray.two_tower.towers import ItemRows, TowerSpec
+
+Examples = Mapping[str, np.ndarray]
+
+
+class FeatureSource(Protocol):
+    """Where item features come from: DGL partitions in training, arrays in evaluation and tests."""
+
+    def features(self, name: str, gids: Int64[Tensor, "N"]) -> Float[Tensor, "N d"]: ...
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """The catalogue's categorical features, small enough for every rank."""
+
+    ntype: Int64[Tensor, "items"]
+    language: Int64[Tensor, "items"]  # 0: unknown
+    categories: Int64[Tensor, "c"]
+    category_offsets: Int64[Tensor, "items_plus_1"]
+
+    def rows(self, gids: Int64[Tensor, "N"], text: Tensor, hgnn: Tensor | None) -> ItemRows:
+        counts = self.category_offsets.diff()[gids]
+        offsets = torch.cumsum(counts, 0) - counts
+        within = torch.arange(int(counts.sum())) - torch.repeat_interleave(offsets, counts)
+        flat = self.categories[torch.repeat_interleave(self.category_offsets[gids], counts) + within]
+        return ItemRows(text, hgnn, self.ntype[gids], self.language[gids], flat, offsets)
+
+
+class ArrayFeatures:
+    """Features that lie in memory: evaluation, the bundle, tests."""
+
+    def __init__(self, **tables: Tensor | np.ndarray) -> None:
+        self.tables = {name: torch.as_tensor(table) for name, table in tables.items()}
+
+    def features(self, name: str, gids: Int64[Tensor, "N"]) -> Float[Tensor, "N d"]:
+        return self.tables[name][gids].float()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's input. ``candidates`` are the distinct targets of the batch, ascending."""
+
+    inputs: UserInputs  # gids are rows of tables
+    tables: ItemTables
+    rows: ItemRows
+    candidates: Int64[Tensor, "C"]
+    target: Int64[Tensor, "B"]  # column of each example's own target
+    not_negative: Bool[Tensor, "B C"]  # touched by the user, or of another type than the target
+
+
+def tables_for(
+    source: FeatureSource, spec: TowerSpec, catalogue: Catalogue, snapshot: str, gids: Int64[Tensor, "N"]
+) -> ItemTables:
+    """Text vectors and HGNN embeddings (as of ``snapshot``) of these items."""
+    hgnn = source.features(f"hgnn_{snapshot}", gids) if spec.hgnn_dim else None
+    return ItemTables(text=source.features("text", gids), hgnn=hgnn, ntype=catalogue.ntype[gids])
+
+
+def user_inputs(examples: Examples, rows: np.ndarray, spec: TowerSpec) -> UserInputs:
+    """The users of these example rows; ``gids`` are still gids."""
+    history = torch.from_numpy(examples["history"][rows]).long()
+    event = torch.from_numpy(examples["history_event"][rows]).long()
+    there = history != ABSENT
+    offsets = torch.zeros(len(rows) + 1, dtype=torch.int64)
+    offsets[1:] = torch.cumsum(there.sum(1), 0)
+    tastes = {name: torch.from_numpy(examples[f"taste_{name}"][rows]) for name in spec.tastes}
+    return UserInputs(
+        gids=history[there],
+        events=event[there],
+        offsets=offsets,
+        age=torch.from_numpy(examples["age"][rows]),
+        country=torch.from_numpy(examples["country_index"][rows]),
+        tastes=tastes,
+    )
+
+
+def make_batch(
+    examples: Examples, rows: np.ndarray, spec: TowerSpec, source: FeatureSource, catalogue: Catalogue, snapshot: str
+) -> Batch:
+    """Assemble the examples ``rows``, all of one snapshot."""
+    users = user_inputs(examples, rows, spec)
+    targets = torch.from_numpy(examples["target"][rows]).long()
+    candidates, target = torch.unique(targets, return_inverse=True)
+    needed, place = torch.unique(torch.cat([users.gids, candidates]), return_inverse=True)
+    tables = tables_for(source, spec, catalogue, snapshot, needed)
+    local = UserInputs(place[: len(users.gids)], users.events, users.offsets, users.age, users.country, users.tastes)
+    own = place[len(users.gids) :]
+    assert tables.text is not None
+    item_rows = catalogue.rows(candidates, tables.text[own], None if tables.hgnn is None else tables.hgnn[own])
+    kinds = catalogue.ntype[candidates]
+    not_negative = kinds[target][:, None] != kinds
+    row = torch.repeat_interleave(torch.arange(len(rows)), users.offsets.diff())
+    column = torch.searchsorted(candidates, users.gids).clamp(max=len(candidates) - 1)
+    touched = candidates[column] == users.gids
+    not_negative[row[touched], column[touched]] = True
+    return Batch(local, tables, item_rows, candidates, target, not_negative)
+
+
+def epoch_batches(
+    snapshot: np.ndarray, batch_size: int, steps: int, generator: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """Shuffled example rows, ``steps`` batches, each of one snapshot (its items' embeddings are as of one moment).
+
+    Ranks with fewer batches repeat some, so that all take the same number of steps.
+    """
+    batches: list[np.ndarray] = []
+    for each in np.unique(snapshot):
+        rows = generator.permutation(np.flatnonzero(snapshot == each))
+        batches += np.array_split(rows, max(1, round(len(rows) / batch_size)))
+    order = generator.permutation(len(batches))
+    for step in range(steps):
+        yield batches[order[step % len(order)]]
+
+
+def batches_in(snapshot: np.ndarray, batch_size: int) -> int:
+    """How many batches :func:`epoch_batches` makes of these examples."""
+    return sum(max(1, round(int((snapshot == each).sum()) / batch_size)) for each in np.unique(snapshot))
+
+
+def country_index(countries: Sequence[str], values: np.ndarray) -> np.ndarray:
+    """Index of each country in the sorted vocabulary, -1 where absent or unknown. int64 [m]."""
+    if not len(countries):
+        return np.full(len(values), -1, np.int64)
+    known = np.asarray(countries)
+    place = np.searchsorted(known, values).clip(max=len(known) - 1)
+    return np.where(known[place] == values, place, -1).astype(np.int64)

@@ -1,0 +1,171 @@
+"""Training examples out of a user's events, each with what was known at its moment and nothing later.
+
+An example is a user's first positive event on an item. Its features are the user's earlier events inside the window
+(the target itself left out), as in serving, where an item that the user has touched is never recommended again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow.parquet as pq
+from jaxtyping import Bool, Int
+
+from recsys_ray.snapshots import DAY, Snapshot
+
+ABSENT = -1  # fills the history of a user with fewer events
+
+
+@dataclass(frozen=True)
+class UserEvents:
+    """Events sorted by (uid, timestamp)."""
+
+    uid: Int[np.ndarray, "n"]
+    gid: Int[np.ndarray, "n"]
+    event: Int[np.ndarray, "n"]
+    timestamp: Int[np.ndarray, "n"]
+
+    @staticmethod
+    def read(shard: str | Path) -> UserEvents:
+        table = pq.read_table(shard, columns=["uid", "gid", "event", "timestamp"])
+        return UserEvents(*(table.column(name).to_numpy() for name in ("uid", "gid", "event", "timestamp")))
+
+
+@dataclass(frozen=True)
+class HistoryRules:
+    """How much of a user's past makes features."""
+
+    length: int
+    window_days: int | None
+    as_of: str = "example"  # or "window": the paper's own way, everything in the window but the target
+
+    @property
+    def window(self) -> int:
+        return (1 << 40) if self.window_days is None else self.window_days * DAY
+
+
+def first_touches(events: UserEvents, positive: Bool[np.ndarray, "n"]) -> Int[np.ndarray, "m"]:
+    """Positions of the first positive event of each (user, item), in order."""
+    where = np.flatnonzero(positive)
+    if not len(where):
+        return where
+    pairs = events.uid[where].astype(np.int64) * (int(events.gid.max()) + 1) + events.gid[where]
+    _, first = np.unique(pairs, return_index=True)
+    return where[np.sort(first)]
+
+
+def histories(
+    events: UserEvents, users: Int[np.ndarray, "m"], moments: Int[np.ndarray, "m"], rules: HistoryRules
+) -> Int[np.ndarray, "m length"]:
+    """Positions of the latest ``length`` events of each user with ``moment - window <= timestamp < moment``, oldest
+    first, filled with ABSENT on the left."""
+    starts, ends = _ranges(events, users, moments, rules.window)
+    positions = ends[:, None] - rules.length + np.arange(rules.length)
+    return np.where(positions >= starts[:, None], positions, ABSENT)
+
+
+def _ranges(
+    events: UserEvents, users: np.ndarray, moments: np.ndarray, window: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """First position inside the window and first at or after the moment, by one search over (uid, timestamp)."""
+    if not len(events.uid):
+        return np.zeros(len(users), np.int64), np.zeros(len(users), np.int64)
+    low = int(events.timestamp.min())
+    span = int(max(events.timestamp.max() - low, moments.max(initial=low) - low)) + 2
+    keys = events.uid.astype(np.int64) * span + (events.timestamp - low)
+    at = users.astype(np.int64) * span
+    ends = np.searchsorted(keys, at + np.clip(moments - low, 0, span - 1))
+    starts = np.searchsorted(keys, at + np.clip(moments - window - low, 0, span - 1))
+    return starts, ends
+
+
+def build_examples(
+    events: UserEvents, positives: Sequence[int], snapshots: Sequence[Snapshot], rules: HistoryRules
+) -> dict[str, np.ndarray]:
+    """Examples of all snapshots that have an interval of them.
+
+    Returns:
+        uid int64 [m], target int32 [m], timestamp int64 [m], snapshot int16 [m], history int32 [m, length] (gids,
+        ABSENT on the left), history_event int8 [m, length].
+    """
+    chosen = first_touches(events, np.isin(events.event, np.asarray(positives, events.event.dtype)))
+    snapshot = np.full(len(chosen), ABSENT, np.int16)
+    for each in snapshots:
+        if each.examples is not None:
+            inside = (events.timestamp[chosen] >= each.examples[0]) & (events.timestamp[chosen] < each.examples[1])
+            snapshot[inside] = each.index
+    chosen, snapshot = chosen[snapshot != ABSENT], snapshot[snapshot != ABSENT]
+    moments = events.timestamp[chosen]
+    if rules.as_of == "window":
+        last = {s.index: s.examples[1] for s in snapshots if s.examples is not None and s.name.startswith("cut")}
+        moments = np.array([last.get(int(s), t) for s, t in zip(snapshot, moments, strict=True)], np.int64)
+    positions = histories(events, events.uid[chosen], moments, rules)
+    target = events.gid[chosen]
+    positions[(positions != ABSENT) & (events.gid[positions] == target[:, None])] = ABSENT
+    return {
+        "uid": events.uid[chosen].astype(np.int64),
+        "target": target.astype(np.int32),
+        "timestamp": events.timestamp[chosen].astype(np.int64),
+        "snapshot": snapshot,
+        **_fill(events, positions),
+    }
+
+
+def build_queries(
+    events: UserEvents, positives: Sequence[int], start: int, end: int, rules: HistoryRules
+) -> dict[str, np.ndarray]:
+    """Validation queries: for each user with new positives in ``start <= t < end``, one row per such item, with the
+    history before ``start`` and nothing after it. Same columns as :func:`build_examples` without snapshot, and
+    ``seen``: whether the user had touched the item before (such rows are left out)."""
+    chosen = first_touches(events, np.isin(events.event, np.asarray(positives, events.event.dtype)))
+    chosen = chosen[(events.timestamp[chosen] >= start) & (events.timestamp[chosen] < end)]
+    chosen = chosen[~_touched_before(events, chosen, start)]
+    moments = np.full(len(chosen), start, np.int64)
+    positions = histories(events, events.uid[chosen], moments, rules)
+    return {
+        "uid": events.uid[chosen].astype(np.int64),
+        "target": events.gid[chosen].astype(np.int32),
+        **_fill(events, positions),
+    }
+
+
+def _touched_before(events: UserEvents, chosen: np.ndarray, start: int) -> np.ndarray:
+    """Whether the user had any event on the item before ``start``."""
+    items = int(events.gid.max(initial=0)) + 1
+    pairs = events.uid.astype(np.int64) * items + events.gid
+    return np.isin(pairs[chosen], pairs[events.timestamp < start])
+
+
+def _fill(events: UserEvents, positions: np.ndarray) -> dict[str, np.ndarray]:
+    there = positions != ABSENT
+    if not len(events.gid):
+        return {"history": positions.astype(np.int32), "history_event": positions.astype(np.int8)}
+    return {
+        "history": np.where(there, events.gid[positions], ABSENT).astype(np.int32),
+        "history_event": np.where(there, events.event[positions], ABSENT).astype(np.int8),
+    }
+
+
+def user_columns(users: str | Path, uids: Int[np.ndarray, "m"], tastes: dict[str, int]) -> dict[str, np.ndarray]:
+    """Age (NaN: absent), country (string, "" absent) and taste vectors (NaN rows: absent) of these users."""
+    if not len(uids):
+        empty = {f"taste_{name}": np.zeros((0, dim), np.float32) for name, dim in tastes.items()}
+        return {"age": np.zeros(0, np.float32), "country": np.zeros(0, "<U1"), **empty}
+    first, last = int(uids.min()), int(uids.max())
+    frame = pl.scan_parquet(users).slice(first, last - first + 1).select(["age", "country", *tastes]).collect()
+    rows = uids - first
+    columns = {
+        "age": frame["age"].cast(pl.Float32).fill_null(float("nan")).to_numpy()[rows],
+        "country": frame["country"].fill_null("").to_numpy()[rows].astype(str),
+    }
+    for name, dim in tastes.items():
+        table = np.full((frame.height, dim), np.nan, np.float32)
+        there = frame[name].is_not_null().to_numpy()
+        if there.any():
+            table[there] = np.stack(frame[name].drop_nulls().to_list()).astype(np.float32)
+        columns[f"taste_{name}"] = table[rows]
+    return columns

@@ -1,0 +1,231 @@
+"""The two-tower stage: Ray Data makes the examples, the DGL partitions feed item features, Ray Train trains."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from recsys_ray.artifacts import SCRATCH, Artifact, save_arrays, write_json
+from recsys_ray.checkpoint import load_checkpoint, save_checkpoint
+from recsys_ray.config import Config, TwoTowerConfig
+from recsys_ray.errors import DataError
+from recsys_ray.progress import Progress
+from recsys_ray.ranks import partition_client, rank_setup, run_ranks, seed_from, workers_for
+from recsys_ray.snapshots import Snapshot, snapshots_of
+from recsys_ray.two_tower.batches import Catalogue, Examples, country_index
+from recsys_ray.two_tower.examples import HistoryRules, UserEvents, build_examples, build_queries, user_columns
+from recsys_ray.two_tower.towers import TowerSpec, TwoTower
+from recsys_ray.two_tower.training import TowerTask, TowerTrainer, item_vectors, train_epochs
+
+VARIANTS = {"hgnn": True, "text_only": False}  # folder -> with HGNN embeddings
+_CHECKPOINT = "checkpoint.safetensors"
+_BEST = "best.safetensors"
+_REPORT_EVERY = 10  # steps
+_MAX_QUERIES = 10_000  # validation queries an epoch, over all ranks
+
+
+def train_two_tower(
+    config: Config, ingest: Artifact, featurize: Artifact, graph: Artifact, hgnn: Artifact, out: Path,
+    progress: Progress, cpus: int, hosts: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Train the two-tower, and the one without HGNN beside it, into ``out`` (docs/architecture.md).
+
+    A run that was killed goes on at its last epoch.
+
+    Raises:
+        DataError: no example lies between the first cut and the validation period.
+    """
+    snapshots = snapshots_of(graph.counts)
+    spec = _spec(config, ingest, featurize, hgnn)
+    workers = workers_for(config.two_tower.workers, hosts)
+    datasets, counts = _datasets(config, ingest, snapshots, spec)
+    if not counts["examples"]:
+        raise DataError(
+            "no training example lies between the first snapshot and the validation period; lower graph.first_cut, "
+            "or move split.valid_from"
+        )
+    per_worker = max(1, (cpus - (1 if cpus > workers else 0)) // workers) if workers > 1 else cpus
+    results: dict[str, Any] = {"workers": workers, **counts}
+    for variant, with_hgnn in VARIANTS.items():
+        folder = out / variant
+        if not (with_hgnn or config.two_tower.ablation) or (folder / "metrics.json").exists():
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        own = spec if with_hgnn else _without_hgnn(spec)
+        own.save(folder / "spec.json")
+        parameters = {
+            "config": config.two_tower.model_dump(),
+            "seed": seed_from(config.seed, "two_tower"),
+            "threads": per_worker,
+            "graph": str(graph.path.resolve()),
+            "hgnn": str(hgnn.path.resolve()),
+            "items": str((ingest.path / "items.parquet").resolve()),
+            "vocabularies": {k: list(ingest.counts[k]) for k in ("languages", "categories")},
+            "out": str(folder.resolve()),
+            "scratch": str((out / SCRATCH / variant).resolve()),
+            "snapshots": [(s.name, s.index) for s in snapshots],
+        }
+        with progress.task(f"two-tower, {variant}", unit="steps") as task:
+            run_ranks(_train_rank, parameters, workers, per_worker, out / SCRATCH, task, datasets)
+        results[variant] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))[-1:]
+    return results
+
+
+def _spec(config: Config, ingest: Artifact, featurize: Artifact, hgnn: Artifact) -> TowerSpec:
+    facts = ingest.counts
+    return TowerSpec(
+        num_types=len(facts["item_types"]),
+        events=list(facts["events"]),
+        text_dim=featurize.counts["text_dim"],
+        hgnn_dim=hgnn.counts["out_dim"],
+        num_countries=len(facts["countries"]),
+        num_languages=len(facts["languages"]),
+        num_categories=len(facts["categories"]),
+        tastes=dict(facts["taste"]),
+        layers=list(config.two_tower.layers),
+        item_types=list(facts["item_types"]),
+        countries=list(facts["countries"]),
+        history=config.two_tower.history,
+        window_days=config.graph.window_days,
+    )
+
+
+def _without_hgnn(spec: TowerSpec) -> TowerSpec:
+    return TowerSpec(**{**spec.__dict__, "hgnn_dim": 0})
+
+
+def _datasets(
+    config: Config, ingest: Artifact, snapshots: list[Snapshot], spec: TowerSpec
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Ray Data sets of training examples and validation queries, one task an interactions shard."""
+    import ray.data
+
+    names = list(ingest.counts["events"])
+    positives = [names.index(name) for name in config.events.positives if name in names]
+    rules = HistoryRules(config.two_tower.history, config.graph.window_days, config.graph.features_as_of)
+    users = str((ingest.path / "users.parquet").resolve())
+    shards = [{"shard": str(p.resolve())} for p in sorted((ingest.path / "interactions").glob("*.parquet"))]
+    valid, test = ingest.counts["valid_from"], ingest.counts["test_from"]
+    cuts = [s for s in snapshots if s.name.startswith("cut")]
+
+    def make(batch: Mapping[str, np.ndarray], training: bool) -> dict[str, np.ndarray]:
+        parts = []
+        for shard in batch["shard"]:
+            events = UserEvents.read(str(shard))
+            if training:
+                known = events.timestamp < valid
+                before = UserEvents(*(column[known] for column in vars(events).values()))
+                part = build_examples(before, positives, cuts, rules)
+            else:
+                part = build_queries(events, positives, valid, test, rules)
+            columns = user_columns(users, part["uid"], spec.tastes)
+            part["country_index"] = country_index(spec.countries, columns.pop("country"))
+            parts.append({**part, **columns})
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    datasets = {}
+    for name, training in (("train", True), ("valid", False)):
+        source = ray.data.from_items(shards, override_num_blocks=len(shards))
+        datasets[name] = source.map_batches(
+            make, batch_size=1, fn_kwargs={"training": training}, batch_format="numpy"
+        ).materialize()
+    return datasets, {"examples": datasets["train"].count(), "queries": datasets["valid"].count()}
+
+
+def _collect(name: str, order: tuple[str, ...]) -> Examples:
+    """This rank's part of a data set, in memory, in an order that does not depend on how it arrived."""
+    import ray.train
+
+    shard = ray.train.get_dataset_shard(name)
+    parts = list(shard.iter_batches(batch_size=65_536, batch_format="numpy", prefetch_batches=1))
+    if not parts:
+        return {}
+    joined = {key: np.concatenate([np.asarray(part[key]) for part in parts]) for key in parts[0]}
+    rows = np.lexsort([joined[key] for key in order[::-1]])
+    return {key: np.ascontiguousarray(column[rows]) for key, column in joined.items()}
+
+
+def load_catalogue(items: str | Path, languages: list[str], categories: list[str]) -> Catalogue:
+    """Categorical features of all items, by gid; a language or category outside the vocabulary counts as unknown."""
+    frame = pl.read_parquet(items, columns=["ntype", "language", "categories"])
+    codes = {name: number + 1 for number, name in enumerate(languages)}
+    language = frame["language"].replace_strict(codes, default=0, return_dtype=pl.Int64).fill_null(0)
+    lists = frame["categories"].fill_null([])
+    known = {name: number + 1 for number, name in enumerate(categories)}
+    flat = lists.explode(empty_as_null=False).replace_strict(known, default=0, return_dtype=pl.Int64)
+    offsets = np.concatenate([[0], np.cumsum(lists.list.len().to_numpy())]).astype(np.int64)
+    return Catalogue(
+        torch.from_numpy(frame["ntype"].cast(pl.Int64).to_numpy().copy()),
+        torch.from_numpy(language.to_numpy().copy()),
+        torch.from_numpy(flat.to_numpy().astype(np.int64)),
+        torch.from_numpy(offsets),
+    )
+
+
+def _train_rank(parameters: dict[str, Any]) -> None:
+    """What each rank runs."""
+    names = dict((index, name) for name, index in parameters["snapshots"])
+    spec = TowerSpec.load(Path(parameters["out"]) / "spec.json")
+    features = {}
+    if spec.hgnn_dim:
+        features = {f"hgnn_{name}": Path(parameters["hgnn"]) / "embeddings" / name for name in names.values()}
+    with rank_setup(parameters) as (rank, world):
+        examples = _collect("train", ("uid", "timestamp", "target"))
+        queries = _collect("valid", ("uid", "target"))
+        with partition_client(Path(parameters["graph"]), rank, world, features) as client:
+            catalogue = load_catalogue(parameters["items"], **parameters["vocabularies"])
+            queries = _sample(queries, _MAX_QUERIES // world, seed_from(parameters["seed"], "queries", rank))
+            task = TowerTask(spec, client, catalogue, examples, queries, names)
+            _train(parameters, task, rank, world, client)
+
+
+def _sample(examples: Examples, count: int, seed: int) -> Examples:
+    if not examples:
+        return {"target": np.zeros(0, np.int32), "uid": np.zeros(0, np.int64)}
+    rows = np.sort(np.random.default_rng(seed).permutation(len(examples["uid"]))[:count])
+    return {name: column[rows] for name, column in examples.items()}
+
+
+def _train(parameters: dict[str, Any], task: TowerTask, rank: int, world: int, client: Any) -> None:
+    import ray.train.torch
+
+    config = TwoTowerConfig.model_validate(parameters["config"])
+    model = TwoTower(task.spec)
+    network: nn.Module = model if world == 1 else ray.train.torch.prepare_model(model)
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
+    scratch, out = Path(parameters["scratch"]), Path(parameters["out"])
+    state: dict[str, Any] = {}
+    if (scratch / _CHECKPOINT).exists():
+        state = load_checkpoint(scratch / _CHECKPOINT, model, optimizer)
+    trainer = TowerTrainer(model, network, task, config, parameters["seed"], rank)
+
+    def on_step(epoch: int, step: int, loss: float) -> None:
+        if rank == 0 and step % _REPORT_EVERY == 0:
+            best = "" if not state.get("best") else f", best valid HR@10 {state['best']:.4f}"
+            done, total = epoch * trainer.steps + step, config.epochs * trainer.steps
+            parameters["board"].put.remote(done, total, f"epoch {epoch} loss {loss:.4f}{best}")
+
+    def on_epoch(state: dict[str, Any], better: bool) -> None:
+        if rank == 0:
+            if better:
+                save_checkpoint(scratch / _BEST, model, optimizer, state)
+            save_checkpoint(scratch / _CHECKPOINT, model, optimizer, state)
+
+    state = train_epochs(trainer, optimizer, state, on_step, on_epoch)
+    client.barrier()  # rank 0 has written the best weights
+    if rank == 0:
+        load_checkpoint(scratch / _BEST, model)
+        model.eval()
+        for snapshot in ("test", "serve"):
+            vectors = item_vectors(model, client, task.catalogue, snapshot)
+            save_arrays(out / "items" / f"{snapshot}.safetensors", {"vector": vectors.numpy()})
+        save_file(model.state_dict(), out / "model.safetensors")
+        write_json(out / "metrics.json", state["history"])  # last: says that the variant is whole

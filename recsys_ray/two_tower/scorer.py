@@ -1,0 +1,83 @@
+"""A trained two-tower as evaluation sees it: item vectors of a snapshot, user vectors from histories."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from recsys_ray.artifacts import load_arrays
+from recsys_ray.snapshots import DAY
+from recsys_ray.two_tower.batches import country_index
+from recsys_ray.two_tower.inputs import ItemTables, UserInputs
+from recsys_ray.two_tower.towers import UserTower, load_user_tower
+
+if TYPE_CHECKING:
+    from recsys_ray.evaluation.recommenders import UserBatch
+
+
+@dataclass
+class TrainedTower:
+    """Travels to Ray tasks: arrays and one small module. Fulfils ``TowerScorer`` of the evaluation."""
+
+    item_vectors: np.ndarray  # float32 [items, d]
+    tower: UserTower
+    text: np.ndarray  # float16 [items, t]
+    hgnn: np.ndarray | None  # float32 [items, h], as of the snapshot
+    ntype: np.ndarray  # int64 [items]
+    moment: int  # the snapshot's time: a history reaches back from here
+
+    @staticmethod
+    def open(folder: Path, text: np.ndarray, hgnn: np.ndarray | None, ntype: np.ndarray, moment: int) -> TrainedTower:
+        """The towers of ``folder`` with the item vectors of the test snapshot.
+
+        Raises:
+            ArtifactError: the folder is not whole.
+        """
+        vectors = load_arrays(folder / "items" / "test.safetensors")["vector"]
+        tower = load_user_tower(folder)
+        return TrainedTower(vectors, tower, text, hgnn if tower.spec.hgnn_dim else None, ntype, moment)
+
+    @torch.no_grad()
+    def user_vectors(self, users: UserBatch) -> Float[Tensor, "users d"]:
+        """Unit vectors of the users, by their latest events inside the window."""
+        spec = self.tower.spec
+        kept = np.ones(len(users.gid), bool)
+        if spec.window_days is not None:
+            kept = users.timestamp >= self.moment - spec.window_days * DAY
+        kept &= np.repeat(users.offsets[1:], np.diff(users.offsets)) - np.arange(len(users.gid)) <= spec.history
+        lengths = np.bincount(users.rows[kept], minlength=len(users))
+        needed, place = np.unique(users.gid[kept], return_inverse=True)
+        tables = ItemTables(
+            text=torch.from_numpy(self.text[needed]).float(),
+            hgnn=None if self.hgnn is None else torch.from_numpy(self.hgnn[needed]),
+            ntype=torch.from_numpy(self.ntype[needed]),
+        )
+        age, country, tastes = self._traits(users)
+        inputs = UserInputs(
+            gids=torch.from_numpy(place.astype(np.int64)),
+            events=torch.from_numpy(users.event[kept].astype(np.int64)),
+            offsets=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)),
+            age=age,
+            country=country,
+            tastes=tastes,
+        )
+        return self.tower(inputs, tables)
+
+    def _traits(self, users: UserBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        spec, count = self.tower.spec, len(users)
+        if users.users is None:
+            tastes = {name: torch.full((count, dim), torch.nan) for name, dim in spec.tastes.items()}
+            return torch.full((count,), torch.nan), torch.full((count,), -1), tastes
+        ages = np.array([np.nan if a is None else a for a in users.users.column("age").to_pylist()], np.float32)
+        countries = np.array([c or "" for c in users.users.column("country").to_pylist()], dtype=str)
+        tastes = {}
+        for name, dim in spec.tastes.items():
+            rows = [row or [np.nan] * dim for row in users.users.column(name).to_pylist()]
+            tastes[name] = torch.from_numpy(np.asarray(rows, np.float32).reshape(count, dim))
+        return torch.from_numpy(ages), torch.from_numpy(country_index(spec.countries, countries)), tastes

@@ -1,0 +1,161 @@
+"""One rank's share of two-tower training: plain torch over any :class:`FeatureSource`, with or without other ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import nn
+
+from recsys_ray.config import TwoTowerConfig
+from recsys_ray.ranks import largest_over_ranks, seed_from, sum_over_ranks
+from recsys_ray.two_tower.batches import (
+    Batch,
+    Catalogue,
+    Examples,
+    FeatureSource,
+    batches_in,
+    epoch_batches,
+    make_batch,
+    tables_for,
+    user_inputs,
+)
+from recsys_ray.two_tower.inputs import UserInputs
+from recsys_ray.two_tower.loss import inclusion_log_q, paper_loss, sampled_softmax
+from recsys_ray.two_tower.towers import TowerSpec, TwoTower
+
+_ITEM_CHUNK = 8192
+_QUERY_CHUNK = 512
+_TOP = 10
+
+
+@dataclass
+class TowerTask:
+    """One variant's training on one rank."""
+
+    spec: TowerSpec
+    source: FeatureSource
+    catalogue: Catalogue
+    examples: Examples
+    queries: Examples
+    snapshot_names: dict[int, str]
+
+
+class TowerTrainer:
+    """Steps and validation of the two-tower."""
+
+    def __init__(
+        self, model: TwoTower, network: nn.Module, task: TowerTask, config: TwoTowerConfig, seed: int, rank: int = 0
+    ) -> None:
+        self.model, self.network, self.task, self.config = model, network, task, config
+        self.seed, self.rank = seed, rank
+        self.steps = largest_over_ranks(batches_in(task.examples["snapshot"], config.batch_size))
+        counts = torch.bincount(
+            torch.from_numpy(task.examples["target"]).long(), minlength=len(task.catalogue.ntype)
+        ).double()
+        counts = sum_over_ranks(counts)
+        self.share = (counts / counts.sum().clamp(min=1)).float()
+
+    def loss(self, batch: Batch) -> Float[Tensor, ""]:
+        """Loss of one batch."""
+        users, items = self.network(batch.inputs, batch.tables, batch.rows)
+        share = self.share[batch.candidates]
+        if self.config.loss == "paper":
+            return paper_loss(users, items, batch.target, share, batch.not_negative)
+        log_q = self.config.log_q * inclusion_log_q(share, len(batch.target))
+        return sampled_softmax(users, items, batch.target, log_q, batch.not_negative, self.config.temperature)
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        task = self.task
+        snapshot = task.snapshot_names[int(task.examples["snapshot"][rows[0]])]
+        return make_batch(task.examples, rows, task.spec, task.source, task.catalogue, snapshot)
+
+    @torch.no_grad()
+    def validate(self, snapshot: str = "valid") -> float:
+        """HR@10 of the validation queries, full ranking inside the target's type, seen items left out; each query
+        is one new item of a user. Over all ranks."""
+        queries, task = self.task.queries, self.task
+        hits = torch.zeros(2, dtype=torch.float64)
+        vectors = item_vectors(self.model, task.source, task.catalogue, snapshot) if len(queries["target"]) else None
+        order = np.lexsort((queries["uid"], task.catalogue.ntype.numpy()[queries["target"]]))
+        for kind in range(task.spec.num_types):
+            rows = order[task.catalogue.ntype.numpy()[queries["target"][order]] == kind]
+            columns = (task.catalogue.ntype == kind).nonzero().squeeze(1)
+            for chunk in np.array_split(rows, -(-len(rows) // _QUERY_CHUNK)) if len(rows) else []:
+                assert vectors is not None
+                users = user_vectors(self.model, task.source, task.catalogue, snapshot, queries, chunk)
+                scores = users @ vectors[columns].T
+                history = torch.from_numpy(queries["history"][chunk]).long() - columns[0]
+                inside = (history >= 0) & (history < len(columns))
+                seen_row, seen_column = inside.nonzero()[:, 0], history[inside]
+                scores[seen_row, seen_column] = -torch.inf
+                target = torch.from_numpy(queries["target"][chunk]).long() - columns[0]
+                better = (scores > scores.gather(1, target[:, None])).sum(1)
+                hits += torch.tensor([(better < _TOP).sum(), len(chunk)], dtype=torch.float64)
+        hits = sum_over_ranks(hits)
+        return float(hits[0] / hits[1]) if hits[1] else float("nan")
+
+
+def item_vectors(model: TwoTower, source: FeatureSource, catalogue: Catalogue, snapshot: str) -> Float[Tensor, "N D"]:
+    """Vectors of all items as of a snapshot."""
+    chunks = []
+    with torch.no_grad():
+        for gids in torch.arange(len(catalogue.ntype)).split(_ITEM_CHUNK):
+            tables = tables_for(source, model.user.spec, catalogue, snapshot, gids)
+            assert tables.text is not None
+            chunks.append(model.item(catalogue.rows(gids, tables.text, tables.hgnn)))
+    return torch.cat(chunks)
+
+
+def user_vectors(
+    model: TwoTower, source: FeatureSource, catalogue: Catalogue, snapshot: str, examples: Examples, rows: np.ndarray
+) -> Float[Tensor, "B D"]:
+    """Vectors of the users of these rows, with item features as of a snapshot."""
+    users = user_inputs(examples, rows, model.user.spec)
+    needed, place = torch.unique(users.gids, return_inverse=True)
+    tables = tables_for(source, model.user.spec, catalogue, snapshot, needed)
+    with torch.no_grad():
+        return model.user(
+            UserInputs(place, users.events, users.offsets, users.age, users.country, users.tastes), tables
+        )
+
+
+def train_epochs(
+    trainer: TowerTrainer,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    on_step: Callable[[int, int, float], None] = lambda epoch, step, loss: None,
+    on_epoch: Callable[[dict[str, Any], bool], None] = lambda state, better: None,
+) -> dict[str, Any]:
+    """Train from ``state`` (empty: from the start) until the last epoch or until ``patience`` epochs in a row did not
+    raise the validation HR@10. ``on_epoch(state, better)`` is the place for checkpoints."""
+    for key, value in (("history", []), ("best", None), ("bad", 0)):
+        state.setdefault(key, value)
+    config = trainer.config
+    snapshots = trainer.task.examples["snapshot"]
+    for epoch in range(len(state["history"]), config.epochs):
+        if state["bad"] >= config.patience:
+            break
+        generator = np.random.default_rng(seed_from(trainer.seed, "two_tower", epoch, trainer.rank))
+        total = 0.0
+        trainer.network.train()
+        for step, rows in enumerate(epoch_batches(snapshots, config.batch_size, trainer.steps, generator)):
+            loss = trainer.loss(trainer.batch(rows))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            total += loss.item()
+            on_step(epoch, step, total / (step + 1))
+        sums = sum_over_ranks(torch.tensor([total / max(trainer.steps, 1), 1.0], dtype=torch.float64))
+        trainer.network.eval()
+        hit_rate, loss_mean = trainer.validate(), float(sums[0] / sums[1])
+        watched = hit_rate if hit_rate == hit_rate else -loss_mean  # no validation queries: the training loss
+        better = state["best"] is None or watched > state["best"]
+        state["best"], state["bad"] = (watched, 0) if better else (state["best"], state["bad"] + 1)
+        state["history"].append({"epoch": epoch, "loss": loss_mean, "valid_hr_at_10": hit_rate})
+        on_epoch(state, better)
+    return state

@@ -1,0 +1,178 @@
+"""A tiny world whose stage outputs are written by hand, for the tests of bundle, recommender and serving."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from recsys_ray.artifacts import Artifact, publish, save_arrays, work_folder
+from recsys_ray.config import Config
+from recsys_ray.progress import Progress
+from recsys_ray.retrieval.bundle import build_bundle
+
+DAY = 86_400
+END = 1_700_000_000
+EVENTS = ["follow", "preview", "stream"]
+TASTE = 4
+LONELY, FORGOTTEN = "user without events", "user of long ago"
+STRANGE_IDS = ["audio/Hörbuch: 日本語?", "audio#2 & more/similar"]  # what a URL must carry
+
+
+@dataclass(frozen=True)
+class World:
+    """Paths of the stages and what was written into them."""
+
+    root: Path
+    config: Config
+    item_ids: list[str]
+    ntype: np.ndarray
+    available: np.ndarray
+    vectors: np.ndarray
+    user_ids: list[str]
+    events: np.ndarray  # [n, 4]: uid, gid, event, timestamp
+
+    def seen(self, user_id: str) -> set[str]:
+        uid = self.user_ids.index(user_id)
+        return {self.item_ids[gid] for gid in self.events[self.events[:, 0] == uid, 1]}
+
+    def bundle(self, name: str = "bundles") -> Artifact:
+        run = self.root
+        stages = (run / "ingest", run / "featurize", run / "hgnn", run / "two_tower")
+        return build_bundle(self.config, *stages, run / name, Progress(quiet=True))
+
+
+def make_world(
+    root: Path, per_type: Sequence[int] = (30, 40, 50), users: int = 60, dim: int = 8, text: int = 16, seed: int = 0
+) -> World:
+    random = np.random.default_rng(seed)
+    types = ["audiobook", "music", "podcast"][: len(per_type)]
+    item_ids: list[str] = []
+    for name, count in zip(types, per_type, strict=True):
+        strange = STRANGE_IDS if name == "audiobook" else []
+        item_ids += sorted(strange + [f"{name}-{i:05d}" for i in range(count - len(strange))])
+    ntype = np.repeat(np.arange(len(types)), per_type)
+    available = random.random(len(item_ids)) > 0.1
+    for item_id in STRANGE_IDS:
+        available[item_ids.index(item_id)] = True
+    vectors = _unit(random, len(item_ids), dim)
+    user_ids = [f"üser/{i:04d}" for i in random.permutation(users)]
+    user_ids[3], user_ids[7] = LONELY, FORGOTTEN
+    events = _events(random, users, len(item_ids))
+    world = World(root, _config(root), item_ids, ntype, available, vectors, user_ids, events)
+    _write_ingest(world, types, per_type, random)
+    _publish(root / "featurize", {"text.safetensors": {"vector": _unit(random, len(item_ids), text).astype("float16")}})
+    order = random.permutation(len(item_ids))
+    embedding = _unit(random, len(item_ids), dim)
+    half = len(order) // 2
+    parts = {
+        f"embeddings/serve/part-{number:05d}.safetensors": {"gid": gids, "embedding": embedding[gids]}
+        for number, gids in enumerate((order[:half], order[half:]))
+    }
+    _publish(root / "hgnn", parts)
+    _write_towers(root / "two_tower", world, types, text, dim)
+    return world
+
+
+def _config(root: Path) -> Config:
+    return Config.model_validate({"run_dir": str(root), "index": {"exact_up_to": 100_000}})
+
+
+def _unit(random: np.random.Generator, rows: int, dim: int) -> np.ndarray:
+    values = random.standard_normal((rows, dim), dtype=np.float32)
+    return values / np.linalg.norm(values, axis=1, keepdims=True)
+
+
+def _events(random: np.random.Generator, users: int, items: int) -> np.ndarray:
+    """Some users have many events, one has none, one only events from before the window."""
+    rows = []
+    for uid in range(users):
+        count = 0 if uid == 3 else 120 if uid == 5 else int(random.integers(1, 20))
+        gids = (items * random.random(count) ** 2).astype(int)
+        age = random.integers(200, 300, count) if uid == 7 else random.integers(0, 150, count)
+        moments = END - 1 - age * DAY
+        rows += [(uid, g, e, t) for g, e, t in zip(gids, random.integers(0, 3, count), moments, strict=True)]
+    table = np.array(rows, np.int64)
+    return table[np.lexsort((table[:, 2], table[:, 1], table[:, 3], table[:, 0]))]
+
+
+def _write_ingest(world: World, types: list[str], per_type: Sequence[int], random: np.random.Generator) -> None:
+    work = work_folder(world.root / "ingest", "ingest")
+    size, users = len(world.item_ids), len(world.user_ids)
+    items = {
+        "item_id": world.item_ids,
+        "item_type": [types[t] for t in world.ntype],
+        "ntype": pa.array(world.ntype, pa.int16()),
+        "index": pa.array(np.concatenate([np.arange(n) for n in per_type]), pa.int32()),
+        "title": [f"Title of {item_id}" for item_id in world.item_ids],
+        "description": pa.nulls(size, pa.string()),
+        "language": pa.nulls(size, pa.string()),
+        "categories": [["a"]] * size,
+        "published_at": pa.array([None if i % 3 else END - i * DAY for i in range(size)], pa.int64()),
+        "available": world.available,
+    }
+    pq.write_table(pa.table(items), work / "items.parquet")
+    people = {
+        "user_id": world.user_ids,
+        "shard": pa.array(np.arange(users) * 3 // users, pa.int32()),
+        "age": pa.array([None if uid % 4 == 0 else 20.0 + uid % 50 for uid in range(users)], pa.float32()),
+        "country": [None if uid % 5 == 4 else ["DE", "SE"][uid % 2] for uid in range(users)],
+        "music": [None if uid % 3 == 0 else random.random(TASTE).tolist() for uid in range(users)],
+    }
+    for column in ("age", "country", "music"):  # nothing at all is known of this user
+        values = people[column].to_pylist() if isinstance(people[column], pa.Array) else list(people[column])
+        values[3] = None
+        people[column] = pa.array(
+            values, {"age": pa.float32(), "country": pa.string()}.get(column, pa.list_(pa.float32()))
+        )
+    pq.write_table(pa.table(people), work / "users.parquet", row_group_size=17)
+    (work / "interactions").mkdir(exist_ok=True)
+    for shard in range(3):
+        mine = world.events[world.events[:, 0] * 3 // users == shard]
+        columns = zip(
+            ["uid", "gid", "event", "timestamp"], [pa.int64(), pa.int32(), pa.int8(), pa.int64()], strict=True
+        )
+        table = pa.table({name: pa.array(mine[:, i], kind) for i, (name, kind) in enumerate(columns)})
+        pq.write_table(table, work / "interactions" / f"shard-{shard:05d}.parquet", row_group_size=50)
+    counts = {
+        "item_types": types,
+        "items_per_type": list(per_type),
+        "events": EVENTS,
+        "users": users,
+        "taste": {"music": TASTE},
+        "languages": [],
+        "countries": ["DE", "SE"],
+        "categories": ["a"],
+        "valid_from": END - 28 * DAY,
+        "test_from": END - 14 * DAY,
+        "end": END,
+        "days": [],
+    }
+    publish(work, world.root / "ingest", "ingest", "ingest", counts=counts)
+
+
+def _publish(target: Path, files: dict[str, dict[str, np.ndarray]]) -> None:
+    work = work_folder(target, target.name)
+    for name, arrays in files.items():
+        save_arrays(work / name, arrays)
+    publish(work, target, target.name, target.name, counts={})
+
+
+def _write_towers(target: Path, world: World, types: list[str], text: int, dim: int) -> None:
+    from safetensors.torch import save_file
+
+    from recsys_ray.two_tower.towers import TowerSpec, TwoTower
+
+    work = work_folder(target, target.name)
+    (work / "hgnn" / "items").mkdir(parents=True, exist_ok=True)
+    spec = TowerSpec(len(types), EVENTS, text, dim, 2, 0, 1, {"music": TASTE}, [16, dim], types, ["DE", "SE"], 50, 90)
+    torch.manual_seed(0)
+    save_file(TwoTower(spec).state_dict(), work / "hgnn" / "model.safetensors")
+    spec.save(work / "hgnn" / "spec.json")
+    save_arrays(work / "hgnn" / "items" / "serve.safetensors", {"vector": world.vectors})
+    publish(work, target, target.name, target.name, counts={})

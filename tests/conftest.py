@@ -1,0 +1,23 @@
+"""Fixtures shared by all tests. Ray is started once a session, and only if a test asks for it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# jaxtyping's shape annotations are checked while the tests run, never in production.
+os.environ.setdefault("JAXTYPING_DISABLE", "0")
+
+
+@pytest.fixture(scope="session")
+def ray_local():
+    """A real local Ray whose workers can import the test modules."""
+    os.environ.update(RAY_worker_niceness="0", RAY_AUTH_MODE="disabled", RAY_DATA_USE_DATASOURCE_V2="0")
+    from recsys_ray.cluster import ray_session
+    from recsys_ray.config import RayConfig
+
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    with ray_session(RayConfig(num_cpus=4, object_store_mb=256)):
+        yield

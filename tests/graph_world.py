@@ -1,0 +1,63 @@
+"""A small random world on disk, as the ingest and featurize stages leave it, and what its graph must be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from recsys_ray.artifacts import publish, save_arrays, work_folder
+from recsys_ray.config import Config, DataConfig, GraphConfig
+
+DAY = 86_400
+DAYS = 100
+TEXT_DIM = 8
+
+
+def write_world(
+    root: Path, sizes: tuple[int, ...] = (40, 25, 3), users: int = 60, events: int = 1500, shards: int = 3
+) -> tuple[Path, Path]:
+    """Folders of ingest and featurize for items of ``sizes`` (by type) and random events over 100 days."""
+    rng = np.random.default_rng(5)
+    items = sum(sizes)
+    uid = np.sort(rng.integers(0, users, events))
+    gid = rng.integers(0, items, events).astype(np.int32)
+    timestamp = rng.integers(0, DAYS * DAY, events)
+    event = (rng.random(events) < 0.2).astype(np.int8)  # 0 stream, 1 follow
+    order = np.lexsort((event, gid, timestamp, uid))
+    table = pa.table({"uid": uid[order], "gid": gid[order], "event": event[order], "timestamp": timestamp[order]})
+    ingest = work_folder(root / "ingest", "0" * 16)
+    (ingest / "interactions").mkdir(parents=True, exist_ok=True)
+    edges = np.searchsorted(uid, np.linspace(0, users, shards + 1).astype(int))
+    for shard in range(shards):
+        part = table.slice(edges[shard], edges[shard + 1] - edges[shard])
+        pq.write_table(part, ingest / "interactions" / f"shard-{shard:05d}.parquet")
+    ntype = np.repeat(np.arange(len(sizes)), sizes).astype(np.int16)
+    pq.write_table(pa.table({"ntype": ntype}), ingest / "items.parquet")
+    days = np.bincount(timestamp[event == 0] // DAY, minlength=DAYS)
+    counts = {
+        "item_types": [f"type{i}" for i in range(len(sizes))],
+        "events": ["stream", "follow"],
+        "valid_from": 70 * DAY,
+        "test_from": 85 * DAY,
+        "end": int(timestamp.max()) + 1 if events else DAYS * DAY,
+        "days": [[day, int(n)] for day, n in enumerate(days.tolist()) if n],
+    }
+    publish(ingest, root / "ingest", "ingest", "0" * 16, counts=counts)
+    vectors = rng.normal(size=(items, TEXT_DIM)).astype(np.float16)
+    (root / "featurize").mkdir()
+    save_arrays(root / "featurize" / "text.safetensors", {"vector": vectors})
+    return root / "ingest", root / "featurize"
+
+
+def small_config(**graph: object) -> Config:
+    """Two cuts, a window of 30 days."""
+    return Config(data=DataConfig(shards=3), graph=GraphConfig(**{"cuts": 2, "window_days": 30, **graph}))
+
+
+def true_edges(graph: Path, snapshot: str) -> set[tuple[int, int]]:
+    """(src, dst) of a snapshot's edge file."""
+    src, dst = pq.read_table(graph / "edges" / f"{snapshot}.parquet", columns=["src", "dst"]).columns
+    return set(zip(src.to_pylist(), dst.to_pylist(), strict=True))

@@ -1,0 +1,216 @@
+"""The evaluate stage on a real local Ray, on a checkerboard whose right answers are known."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import ray
+import torch
+
+from recsys_ray.artifacts import save_arrays, write_json
+from recsys_ray.config import Config, load_config
+from recsys_ray.evaluation import evaluate as stage
+from recsys_ray.evaluation.recommenders import UserBatch
+from recsys_ray.progress import Progress
+
+pytestmark = pytest.mark.slow
+
+TYPES, PER_TYPE, USERS, SHARDS = ("book", "song"), 150, 48, 3
+ITEMS = len(TYPES) * PER_TYPE
+VALID, TEST, END = 1_000_000, 2_000_000, 3_000_000
+COLUMNS = {
+    "model", "item_type", "segment", "users", "queries", "hr_at_10", "hr_at_10_low", "hr_at_10_high", "ndcg_at_10",
+    "mrr_at_100", "mrr_at_100_hits", "coverage_at_100", "share_of_oracle",
+}  # fmt: skip
+
+
+# The tower below goes to tasks, whose processes cannot import this file.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+class ColourTower:
+    """Knows the answer. Needs the users table to tell a user's colour."""
+
+    item_vectors = np.eye(2, dtype=np.float32)[np.arange(ITEMS) % 2]
+
+    def user_vectors(self, users: UserBatch) -> torch.Tensor:
+        assert users.users is not None and len(users.users) == len(users)
+        colour = [int(user_id.removeprefix("user-")) % 2 for user_id in users.users["user_id"].to_pylist()]
+        return torch.eye(2)[torch.tensor(colour)]
+
+
+def events_of(user: int, rng: np.random.Generator) -> list[tuple[int, int, int, int]]:
+    """Users like items of their colour. Even test: three new items a type; every sixth user is cold, every eighth
+    knows books only; the last ten items of a type appear after training."""
+    rows = []
+    for first in (0, PER_TYPE):
+        own = first + user % 2 + 2 * rng.permutation(PER_TYPE // 2)
+        old, new = own[own < first + PER_TYPE - 10], own[own >= first + PER_TYPE - 10]
+        if user % 6 and (first == 0 or user % 8):
+            rows += [(user, int(g), 0, int(t)) for g, t in zip(old[:20], rng.integers(0, TEST, 20), strict=True)]
+            rows += [(user, int(old[20]), 1, TEST - 1), (user, int(old[0]), 0, TEST + 1)]  # weak; known already
+        truths = [*old[30:32], new[user % len(new)]]
+        rows += [(user, int(g), 0, int(t)) for g, t in zip(truths, rng.integers(TEST, END, 3), strict=True)]
+    return sorted(rows, key=lambda row: (row[0], row[3], row[1], row[2]))
+
+
+@pytest.fixture(scope="module")
+def log() -> list[tuple[int, int, int, int]]:
+    rng = np.random.default_rng(0)
+    return list(itertools.chain.from_iterable(events_of(user, rng) for user in range(USERS)))
+
+
+@pytest.fixture
+def run(tmp_path, log) -> Path:
+    """What the stages before leave in the run folder."""
+    ingest = tmp_path / "ingest"
+    (ingest / "interactions").mkdir(parents=True)
+    items = {
+        "item_id": [f"item-{g:03d}" for g in range(ITEMS)],
+        "item_type": [TYPES[g // PER_TYPE] for g in range(ITEMS)],
+        "ntype": np.arange(ITEMS, dtype=np.int16) // PER_TYPE,
+        "available": np.arange(ITEMS) % PER_TYPE != 5,
+    }
+    pl.DataFrame(items).write_parquet(ingest / "items.parquet")
+    shard = np.arange(USERS) * SHARDS // USERS
+    users = pl.DataFrame({"user_id": [f"user-{u}" for u in range(USERS)], "shard": shard})
+    users.write_parquet(ingest / "users.parquet", row_group_size=10)
+    schema = {"uid": pl.Int64, "gid": pl.Int32, "event": pl.Int8, "timestamp": pl.Int64}
+    table = pl.DataFrame(log, schema=schema, orient="row")
+    for k in range(SHARDS):
+        mine = table.filter(pl.col("uid").is_in(np.flatnonzero(shard == k)))
+        mine.write_parquet(ingest / "interactions" / f"shard-{k:05d}.parquet")
+    counts = {"item_types": TYPES, "events": ["stream", "follow"], "valid_from": VALID, "test_from": TEST, "end": END}
+    write_json(ingest / "manifest.json", {"counts": counts, "seconds": 1.0})
+    vectors = np.eye(16)[np.arange(ITEMS) % 2] + np.random.default_rng(1).normal(0, 0.05, (ITEMS, 16))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    save_arrays(tmp_path / "featurize" / "text.safetensors", {"vector": vectors.astype(np.float16)})
+    shuffled = np.random.default_rng(2).permutation(ITEMS)
+    for k, part in enumerate(np.array_split(shuffled, 2)):
+        arrays = {"gid": part, "embedding": vectors[part].astype(np.float32)}
+        save_arrays(tmp_path / "hgnn" / "embeddings" / "test" / f"part-{k:05d}.safetensors", arrays)
+    oracle = {  # ranks for half of the users only, and has what they will touch in front
+        "user_id": [f"user-{u}" for u in range(USERS // 2) for _ in TYPES],
+        "item_type": [name for _ in range(USERS // 2) for name in TYPES],
+        "item_ids": [
+            [f"item-{g:03d}" for u, g, e, t in log if u == user and t >= TEST and g // PER_TYPE == k and e == 0]
+            for user in range(USERS // 2)
+            for k in range(len(TYPES))
+        ],
+    }
+    pl.DataFrame(oracle).write_parquet(tmp_path / "oracle.parquet")
+    return tmp_path
+
+
+def configuration(run: Path, *overrides: str) -> Config:
+    return load_config(None, [f"data.oracle={run / 'oracle.parquet'}", "evaluate.bootstrap=200", *overrides])
+
+
+def go(run: Path, config: Config, out: str = "evaluation") -> dict:
+    folders = (run / "ingest", run / "featurize", run / "hgnn")
+    return stage.evaluate(config, *folders, {"2t_hgnn": ColourTower()}, run / out, Progress(quiet=True), cpus=2)
+
+
+def table(run: Path, out: str = "evaluation") -> dict[tuple[str, str, str], dict]:
+    rows = json.loads((run / out / "metrics.json").read_text())
+    return {(row["model"], row["item_type"], row["segment"]): row for row in rows}
+
+
+def by_hand(log: list[tuple[int, int, int, int]]) -> dict[str, float]:
+    """HR@10 by popularity (90 days reach back to the start), one query after the other, for warm users."""
+    popularity = np.zeros(ITEMS)
+    for _, gid, event, time in log:
+        popularity[gid] += event == 0 and time < TEST
+    hits: dict[str, list[bool]] = {name: [] for name in TYPES}
+    for user, (k, name) in itertools.product(range(USERS), enumerate(TYPES)):
+        seen = {g for u, g, _, t in log if u == user and t < TEST}
+        truth = {g for u, g, e, t in log if u == user and t >= TEST and e == 0 and g // PER_TYPE == k} - seen
+        if not seen or not truth:
+            continue
+        allowed = [g for g in range(k * PER_TYPE, (k + 1) * PER_TYPE) if g % PER_TYPE != 5 or g in truth]
+        ranked = sorted((g for g in allowed if g not in seen), key=lambda g: (-popularity[g], g))
+        hits[name].append(bool(truth & set(ranked[:10])))
+    return {name: float(np.mean(found)) for name, found in hits.items()}
+
+
+def test_table(ray_local, run, log):
+    counts = go(run, configuration(run))
+    found = table(run)
+    assert counts["models"] == ["popularity", "item_knn", "llm_knn", "hgnn", "2t_hgnn", "oracle"]
+    assert counts["queries"] == 2 * USERS and counts["users"] == USERS
+    for row in found.values():
+        assert set(row) == COLUMNS
+        assert row["hr_at_10_low"] <= row["hr_at_10"] <= row["hr_at_10_high"] <= 1
+        assert 0 <= row["ndcg_at_10"] <= 1 and row["mrr_at_100"] <= row["mrr_at_100_hits"] <= 1
+    expected = by_hand(log)
+    for name in TYPES:
+        assert found["popularity", name, "warm"]["hr_at_10"] == pytest.approx(expected[name])
+    cold = sum(user % 6 == 0 for user in range(USERS))
+    assert found["2t_hgnn", "all", "cold"]["users"] == cold
+    assert found["2t_hgnn", "all", "warm"]["users"] == USERS - cold
+    strangers = sum(user % 6 != 0 and user % 8 == 0 for user in range(USERS))
+    assert found["llm_knn", "song", "new_to_type"]["users"] == strangers
+    assert ("llm_knn", "book", "new_to_type") not in found
+    # Items that appear after training: popularity cannot find them, vectors can.
+    assert found["popularity", "all", "cold_items"]["hr_at_10"] == 0
+    assert found["hgnn", "all", "cold_items"]["users"] == USERS - cold
+    assert found["2t_hgnn", "all", "warm"]["mrr_at_100"] > found["popularity", "all", "warm"]["mrr_at_100"]
+    # The oracle is always right, for those whom it knows.
+    assert found["oracle", "all", "all"]["hr_at_10"] == 1 and found["oracle", "all", "all"]["users"] == USERS // 2
+    assert found["oracle", "all", "warm"]["share_of_oracle"] == 1
+    assert 0 < found["popularity", "all", "warm"]["share_of_oracle"] < 1
+    # Two colours, all users: everything of the type is within somebody's first hundred.
+    assert found["llm_knn", "all", "all"]["coverage_at_100"] == 1
+    page = (run / "evaluation" / "report.html").read_text()
+    assert f"{found['2t_hgnn', 'all', 'warm']['hr_at_10']:.4f}" in page
+
+
+def test_killed_evaluation_goes_on_where_it_was(ray_local, run, monkeypatch):
+    go(run, configuration(run), "undisturbed")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage, "summarise", killed)
+    with pytest.raises(KeyboardInterrupt):
+        go(run, configuration(run))
+    monkeypatch.undo()
+    scratch = run / "evaluation" / "_scratch"
+    parts = {path: path.stat().st_mtime_ns for path in scratch.iterdir()}
+    missing = [scratch / "llm_knn-shard-00001.safetensors", scratch / "survey-shard-00002.safetensors"]
+    for path in missing:
+        path.unlink()
+    go(run, configuration(run))
+    assert (run / "evaluation" / "metrics.json").read_text() == (run / "undisturbed" / "metrics.json").read_text()
+    assert {path for path, time in parts.items() if path.stat().st_mtime_ns != time} == set(missing)
+
+
+def test_a_sample_of_users(ray_local, run):
+    overrides = ("evaluate.max_users=10", "evaluate.batch_size=3")
+    assert go(run, configuration(run, *overrides), "one")["users"] == 10
+    go(run, configuration(run, *overrides), "two")
+    assert table(run, "one") == table(run, "two")
+    go(run, configuration(run, *overrides, "seed=1"), "three")
+    assert table(run, "one") != table(run, "three")
+
+
+def test_ials_is_tuned_and_compared(ray_local, run):
+    pytest.importorskip("implicit")
+    counts = go(run, configuration(run, "evaluate.ials=true"))
+    assert counts["models"][3] == "ials"
+    assert table(run)["ials", "all", "warm"]["coverage_at_100"] > 0
+
+
+def test_nothing_to_evaluate(ray_local, run):
+    for path in (run / "ingest" / "interactions").glob("*.parquet"):
+        pl.read_parquet(path).filter(pl.col("timestamp") < TEST).write_parquet(path)
+    counts = go(run, configuration(run))
+    assert counts["queries"] == 0
+    assert json.loads((run / "evaluation" / "metrics.json").read_text()) == []
+    assert "nothing to compare" in (run / "evaluation" / "report.html").read_text()

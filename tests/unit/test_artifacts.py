@@ -1,0 +1,91 @@
+"""Stage outputs appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from recsys_ray.artifacts import (
+    SCRATCH,
+    find_current,
+    fingerprint,
+    load_arrays,
+    open_artifact,
+    publish,
+    save_arrays,
+    source_fingerprint,
+    work_folder,
+)
+from recsys_ray.errors import ArtifactError
+
+
+def make(tmp_path, value=1.0, print_="f" * 64):
+    target = tmp_path / "stage"
+    work = work_folder(target, print_)
+    save_arrays(work / "table.safetensors", {"x": np.full(3, value)})
+    (work / SCRATCH).mkdir(exist_ok=True)
+    (work / SCRATCH / "resume").write_text("state")
+    return publish(work, target, "stage", print_, counts={"rows": 3})
+
+
+def test_published_folder_is_whole_and_without_scratch(tmp_path):
+    artifact = make(tmp_path)
+    assert artifact.counts["rows"] == 3
+    assert not (artifact.path / SCRATCH).exists()
+    assert not list(tmp_path.glob(".stage.*"))
+    assert open_artifact(artifact.path, verify=True).fingerprint == "f" * 64
+
+
+def test_publishing_again_replaces(tmp_path):
+    make(tmp_path, 1.0)
+    artifact = make(tmp_path, 2.0, "e" * 64)
+    assert load_arrays(artifact.path / "table.safetensors")["x"][0] == 2.0
+    assert find_current(artifact.path, "f" * 64) is None
+    assert find_current(artifact.path, "e" * 64) is not None
+
+
+def test_work_of_the_same_fingerprint_is_kept_and_of_others_removed(tmp_path):
+    first = work_folder(tmp_path / "stage", "a" * 64)
+    (first / "half").write_text("x")
+    assert (work_folder(tmp_path / "stage", "a" * 64) / "half").exists()
+    work_folder(tmp_path / "stage", "b" * 64)
+    assert not first.exists()
+
+
+def test_damage_is_noticed(tmp_path):
+    artifact = make(tmp_path)
+    file = artifact.path / "table.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    open_artifact(artifact.path)  # sizes are as they were
+    with pytest.raises(ArtifactError, match="checksum"):
+        open_artifact(artifact.path, verify=True)
+    file.write_bytes(data[:-1])
+    with pytest.raises(ArtifactError, match=r"table\.safetensors is missing or not"):
+        open_artifact(artifact.path)
+    with pytest.raises(ArtifactError, match="damaged"):
+        load_arrays(file)
+
+
+def test_unfinished_and_foreign_folders(tmp_path):
+    with pytest.raises(ArtifactError, match="no finished output"):
+        open_artifact(tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(ArtifactError, match="damaged"):
+        open_artifact(tmp_path)
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": 0}))
+    with pytest.raises(ArtifactError, match="format 0"):
+        open_artifact(tmp_path)
+
+
+def test_fingerprints_depend_on_configuration_inputs_and_data(tmp_path):
+    base = fingerprint("graph", {"a": 1}, {"ingest": "x"})
+    assert base == fingerprint("graph", {"a": 1}, {"ingest": "x"})
+    assert len({base, fingerprint("graph", {"a": 2}, {"ingest": "x"}), fingerprint("graph", {"a": 1}, {})}) == 3
+    (tmp_path / "part.csv").write_text("a\n")
+    before = source_fingerprint(tmp_path)
+    (tmp_path / "part.csv").write_text("ab\n")
+    assert source_fingerprint(tmp_path) != before

@@ -1,0 +1,55 @@
+"""The configuration tree: presets, overrides, and errors that name the field."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from recsys_ray.config import load_config
+from recsys_ray.errors import ConfigError
+
+PRESETS = sorted(p for p in (Path(__file__).parents[2] / "configs").glob("*.yaml") if p.name != "serve.yaml")
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_presets_are_valid(preset):
+    load_config(preset)
+
+
+def test_overrides_reach_nested_fields_with_their_types():
+    config = load_config(None, ["hgnn.hidden_dim=64", "events.weak=[]", "graph.window_days=null", "seed=7"])
+    assert config.hgnn.hidden_dim == 64
+    assert config.events.weak == []
+    assert config.graph.window_days is None
+    assert config.seed == 7
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("hgnn.hiden_dim=64", "did you mean 'hgnn.hidden_dim'"),
+        ("hidden_dim=64", "did you mean 'hgnn.hidden_dim'"),
+        ("hgn.epochs=3", "did you mean 'hgnn'"),
+        ("two_tower.epochs=many", "'two_tower.epochs'"),
+        ("data.max_bad_share=1.5", "'data.max_bad_share'"),
+        ("hgnn.loss=hinge", "'hgnn.loss'"),
+        ("hgnn.epochs", "NAME=VALUE"),
+        ("events.ignore=[stream]", "events.ignore lists ['stream']"),
+    ],
+)
+def test_mistakes_name_the_field(override, sentence):
+    with pytest.raises(ConfigError, match=r".") as error:
+        load_config(None, [override])
+    assert sentence in str(error.value)
+
+
+def test_missing_and_malformed_presets(tmp_path):
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("- a\n")
+    with pytest.raises(ConfigError, match="mapping"):
+        load_config(tmp_path / "list.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(tmp_path / "bad.yaml")

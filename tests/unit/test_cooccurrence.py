@@ -1,0 +1,174 @@
+"""The sharded counting of co-interactions against the obvious way to count them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recsys_ray.graph import pairs
+from recsys_ray.graph.cooccurrence import count_shard, reduce_range
+from recsys_ray.graph.pairs import Counted, Window, keep_best
+
+WIDE = Window(0, 10_000)
+Event = tuple[int, int, int]  # uid, gid, timestamp
+
+
+def brute_force(events: list[Event], window: Window, max_history: int) -> dict[tuple[int, int], tuple[int, int]]:
+    """(src, dst) -> (support, time at which the pair was last made)."""
+    latest: dict[int, dict[int, int]] = defaultdict(dict)
+    for uid, gid, timestamp in events:
+        if window.start <= timestamp < window.time:
+            latest[uid][gid] = max(timestamp, latest[uid].get(gid, 0))
+    edges: dict[tuple[int, int], tuple[int, int]] = {}
+    for items in latest.values():
+        kept = sorted(items.items(), key=lambda item: (item[1], item[0]))[-max_history:]
+        for (a, time_a), (b, time_b) in permutations(kept, 2):
+            support, time = edges.get((a, b), (0, 0))
+            edges[a, b] = (support + 1, max(time, time_a, time_b))
+    return edges
+
+
+def write_shard(path: Path, events: list[Event], event: int = 0) -> None:
+    rows = sorted(events, key=lambda row: (row[0], row[2], row[1]))
+    uid, gid, timestamp = (np.array([row[i] for row in rows], np.int64) for i in range(3))
+    table = pa.table({"uid": uid, "gid": gid.astype(np.int32), "event": np.full(len(rows), event, np.int8),
+                      "timestamp": timestamp})  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path)
+
+
+def sharded(
+    folder: Path,
+    events: list[Event],
+    items: int,
+    windows: dict[str, Window],
+    shards: int = 3,
+    ranges: int = 2,
+    max_history: int = 100,
+    ntype: np.ndarray | None = None,
+    min_support: int = 1,
+    max_neighbors: int = 1000,
+) -> dict[str, dict[tuple[int, int], int]]:
+    """The tasks of build_edges, without Ray: snapshot -> (src, dst) -> support."""
+    bounds = [items * r // ranges for r in range(1, ranges + 1)]
+    ntype = np.zeros(items, np.int16) if ntype is None else ntype
+    for shard in range(shards):
+        file = folder / f"shard-{shard:05d}.parquet"
+        write_shard(file, [row for row in events if row[0] % shards == shard])
+        count_shard(file, folder / "scratch" / file.stem, windows, [0], bounds, max_history)
+    found: dict[str, dict[tuple[int, int], int]] = {}
+    for name in windows:
+        found[name] = {}
+        for r in range(ranges):
+            out = folder / "out" / f"{name}-{r}.parquet"
+            reduce_range(folder / "scratch", name, r, ntype, min_support, max_neighbors, 0, out)
+            src, dst, support = (column.to_pylist() for column in pq.read_table(out).columns)
+            assert list(zip(dst, src, strict=True)) == sorted(zip(dst, src, strict=True))
+            found[name].update(zip(zip(src, dst, strict=True), support, strict=True))
+    return found
+
+
+events_of_a_few = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 8), st.integers(0, 40)), min_size=0, max_size=80)
+
+
+@settings(max_examples=60, deadline=None)
+@given(events_of_a_few, st.integers(1, 5), st.integers(1, 4), st.integers(1, 4))
+def test_sharded_counts_equal_brute_force(
+    tmp_path_factory: pytest.TempPathFactory, events: list[Event], max_history: int, shards: int, ranges: int
+) -> None:
+    windows = {"early": Window(0, 20), "late": Window(10, 41), "never": Window(100, 200)}
+    folder = tmp_path_factory.mktemp("pairs")
+    found = sharded(folder, events, 9, windows, shards, ranges, max_history)
+    for name, window in windows.items():
+        expected = brute_force(events, window, max_history)
+        assert found[name] == {edge: support for edge, (support, _) in expected.items()}
+
+
+def test_window_is_half_open(tmp_path: Path) -> None:
+    events = [(0, 0, 10), (0, 1, 20), (1, 0, 9), (1, 1, 15), (2, 2, 19), (2, 3, 10)]
+    found = sharded(tmp_path, events, 4, {"w": Window(10, 20)})
+    assert found["w"] == {(2, 3): 1, (3, 2): 1}
+
+
+def test_only_the_latest_items_of_a_user_make_pairs(tmp_path: Path) -> None:
+    events = [(0, gid, 100 + gid) for gid in range(10)] + [(0, 2, 500)]  # an old item that was used again
+    found = sharded(tmp_path, events, 10, {"w": WIDE}, max_history=3)
+    assert {gid for edge in found["w"] for gid in edge} == {2, 8, 9}
+
+
+def test_a_user_with_100_000_events_costs_its_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recsys_ray.graph.cooccurrence._ROWS", 7_000)  # so that the user spans many batches
+    rng = np.random.default_rng(0)
+    heavy = list(zip([1] * 100_000, rng.integers(0, 5_000, 100_000).tolist(), range(100_000), strict=True))
+    events = [(0, 1, 1), (0, 2, 2), *heavy, (2, 1, 3), (2, 2, 4)]
+    found = sharded(tmp_path, events, 5_000, {"w": Window(0, 200_000)}, shards=1, max_history=50)
+    assert len(found["w"]) in {50 * 49, 50 * 49 + 2}
+    assert found["w"][1, 2] >= 2
+
+
+def test_spilling_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(1)
+    events = [tuple(row) for row in np.stack([rng.integers(0, 60, 900), rng.integers(0, 40, 900),
+                                              rng.integers(0, 99, 900)], axis=1).tolist()]  # fmt: skip
+    whole = sharded(tmp_path / "whole", events, 40, {"w": WIDE})
+    monkeypatch.setattr(pairs, "HOLD", 50)
+    monkeypatch.setattr(pairs, "PAIRS_AT_ONCE", 20)
+    monkeypatch.setattr("recsys_ray.graph.cooccurrence._ROWS", 37)
+    pieces = sharded(tmp_path / "pieces", events, 40, {"w": WIDE})
+    assert len(list((tmp_path / "pieces" / "scratch").rglob("w-*.parquet"))) > 6
+    assert pieces == whole
+
+
+def test_other_events_make_no_edges(tmp_path: Path) -> None:
+    write_shard(tmp_path / "shard-00000.parquet", [(0, 0, 1), (0, 1, 2)], event=1)
+    count_shard(tmp_path / "shard-00000.parquet", tmp_path / "s" / "shard-00000", {"w": WIDE}, [0, 2], [2], 10)
+    assert not list((tmp_path / "s").rglob("w-*.parquet"))
+
+
+def test_min_support(tmp_path: Path) -> None:
+    events = [(0, 0, 1), (0, 1, 2), (1, 0, 1), (1, 1, 2), (2, 1, 1), (2, 2, 2)]
+    assert sharded(tmp_path, events, 3, {"w": WIDE}, min_support=2)["w"] == {(0, 1): 2, (1, 0): 2}
+
+
+def counted(rows: list[tuple[int, int, int, int]]) -> Counted:
+    return Counted(*(np.array(column, np.int32) for column in zip(*rows, strict=True)))
+
+
+def kept(edges: Counted) -> set[tuple[int, int]]:
+    return set(zip(edges.src.tolist(), edges.dst.tolist(), strict=True))
+
+
+def test_the_best_neighbours_of_each_type_are_kept() -> None:
+    ntype = np.array([0, 0, 0, 0, 1, 1, 1], np.int16)
+    edges = counted([(1, 0, 5, 1), (2, 0, 4, 9), (3, 0, 4, 8), (4, 0, 1, 0), (5, 0, 1, 7), (6, 0, 1, 3), (0, 1, 1, 1)])
+    best = keep_best(edges, ntype, 1, 2, seed=0)
+    assert kept(best) == {(1, 0), (2, 0), (5, 0), (6, 0), (0, 1)}
+    assert kept(keep_best(edges, ntype, 2, 2, seed=0)) == {(1, 0), (2, 0)}
+
+
+def test_ties_depend_on_the_seed_and_on_nothing_else() -> None:
+    ntype = np.zeros(200, np.int16)
+    rows = [(src, 0, 1, 1) for src in range(1, 200)]
+    first = kept(keep_best(counted(rows), ntype, 1, 10, seed=1))
+    assert kept(keep_best(counted(rows[::-1]), ntype, 1, 10, seed=1)) == first
+    assert kept(keep_best(counted(rows), ntype, 1, 10, seed=2)) != first
+    assert len(first) == 10
+
+
+@pytest.mark.parametrize("items", [3, 1_000, 2**23, 2**30])
+def test_keys_hold_every_pair(items: int) -> None:
+    uid = np.zeros(3, np.int64)
+    gid = np.array([0, items - 2, items - 1], np.int32)
+    keys = np.concatenate(list(pairs.pair_keys(uid, gid, np.array([5, 6, 9_999]), WIDE, items)))
+    pair, support, recency = pairs.count_keys(keys, items)
+    assert [divmod(p, items) for p in pair.tolist()] == [(0, items - 2), (0, items - 1), (items - 2, items - 1)]
+    assert support.tolist() == [1, 1, 1]
+    assert recency[1] == recency[2] >= recency[0] >= 0

@@ -1,0 +1,131 @@
+"""The HGNN on graphs with provably right answers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from toy_graph import ToyGraph, both_ways
+
+from recsys_ray.checkpoint import load_checkpoint, save_checkpoint
+from recsys_ray.config import HgnnConfig
+from recsys_ray.hgnn.embedding import LocalStore, embed_items
+from recsys_ray.hgnn.loss import in_batch_softmax, max_margin
+from recsys_ray.hgnn.model import HGNN, ItemTypes
+from recsys_ray.hgnn.sampler import build_blocks
+from recsys_ray.hgnn.training import EdgeTrainer, plan_edges, train_epochs
+
+ITEMS, HALF = 40, 20
+
+
+def planted_world():
+    """Two item types, two tastes that cross them: gid % 2. The text says nothing about taste."""
+    pairs = [(i, j) for i in range(ITEMS) for j in range(i + 1, ITEMS) if i % 2 == j % 2 and (i * 7 + j) % 3]
+    text = torch.randn(ITEMS, 16, generator=torch.Generator().manual_seed(1))
+    return ToyGraph(*both_ways(pairs), [0, HALF, ITEMS], torch.nn.functional.normalize(text, dim=-1))
+
+
+def train(config, seed=0):
+    torch.manual_seed(seed)
+    graph, types = planted_world(), ItemTypes(torch.tensor([0, HALF, ITEMS]))
+    model = HGNN(16, config, types)
+    task = plan_edges(graph.edges(), config, ITEMS, 2, seed)
+    trainer = EdgeTrainer(model, model, graph, types, config, 0, seed)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    state = train_epochs(trainer, task, optimizer, {}, 0)
+    z = embed_items(model, graph, 0, torch.arange(ITEMS), LocalStore(ITEMS, config.hidden_dim))
+    return model, graph, types, state, z
+
+
+@pytest.mark.parametrize("loss", ["softmax", "max_margin"])
+@pytest.mark.parametrize("aggregator", ["max", "mean"])
+def test_it_finds_the_planted_tastes(loss, aggregator):
+    config = HgnnConfig(
+        hidden_dim=16, out_dim=16, loss=loss, aggregator=aggregator, epochs=8, batch_size=64, patience=8, min_edges=100
+    )
+    _, _, _, state, z = train(config)
+    assert torch.allclose(z.norm(dim=-1), torch.ones(ITEMS), atol=1e-5)
+    scores = z @ z.T
+    same = torch.arange(ITEMS)[:, None] % 2 == torch.arange(ITEMS) % 2
+    off = ~torch.eye(ITEMS, dtype=torch.bool)
+    right = (scores[:, :, None] > scores[:, None, :]).float()  # is j nearer to i than k?
+    wanted = (same & off)[:, :, None] & ~same[:, None, :]
+    assert right[wanted].mean() > 0.9
+    assert state["history"][-1]["valid_loss"] < state["history"][0]["valid_loss"]
+
+
+def test_the_same_seed_gives_the_same_embeddings_and_a_resumed_run_too(tmp_path):
+    config = HgnnConfig(hidden_dim=8, out_dim=8, epochs=4, batch_size=64, patience=9, min_edges=50)
+    *_, first = train(config)
+    *_, second = train(config)
+    assert torch.equal(first, second)
+
+    graph, types = planted_world(), ItemTypes(torch.tensor([0, HALF, ITEMS]))
+    for epochs in (2, 4):  # killed after two epochs, started again
+        torch.manual_seed(0 if epochs == 2 else 99)
+        short = config.model_copy(update={"epochs": epochs})
+        model = HGNN(16, short, types)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        trainer = EdgeTrainer(model, model, graph, types, short, 0, 0)
+        task = plan_edges(graph.edges(), short, ITEMS, 2, 0)
+        path = tmp_path / "checkpoint.safetensors"
+        state = load_checkpoint(path, model, optimizer) if path.exists() else {}
+        train_epochs(
+            trainer, task, optimizer, state, 0,
+            on_epoch=lambda state, better: save_checkpoint(path, model, optimizer, state),  # noqa: B023
+        )  # fmt: skip
+    resumed = embed_items(model, graph, 0, torch.arange(ITEMS), LocalStore(ITEMS, 8))
+    assert torch.equal(first, resumed)
+
+
+def test_layer_by_layer_equals_full_neighbourhoods():
+    config = HgnnConfig(hidden_dim=8, out_dim=8, epochs=1, batch_size=64, min_edges=50)
+    model, graph, _, _, z = train(config)
+    seeds = torch.tensor([3, 17, 25])
+    blocks = build_blocks(graph, seeds, 0, [-1, -1])
+    assert torch.allclose(model(graph.features("text", blocks[0].src), blocks), z[seeds], atol=1e-6)
+
+
+def test_an_item_without_edges_is_embedded_from_its_text_alone():
+    config = HgnnConfig(hidden_dim=8, out_dim=8)
+    types = ItemTypes(torch.tensor([0, 2, 3]))
+    graph = ToyGraph(torch.tensor([0, 1]), torch.tensor([1, 0]), [0, 2, 3], torch.eye(3, 16))
+    model = HGNN(16, config, types)
+    z = embed_items(model, graph, 0, torch.arange(3), LocalStore(3, 8))
+    h = torch.relu(model.layers[0].own[1](model.project(graph.text[2])))
+    alone = torch.nn.functional.normalize(model.layers[1].own[1](h), dim=-1)
+    assert torch.allclose(z[2], alone, atol=1e-6)
+
+
+def test_max_pool_is_the_elementwise_maximum():
+    torch.manual_seed(0)
+    config = HgnnConfig(hidden_dim=4, out_dim=4)
+    types = ItemTypes(torch.tensor([0, 3]))
+    graph = ToyGraph(torch.tensor([1, 2]), torch.tensor([0, 0]), [0, 3], torch.randn(3, 5))
+    model = HGNN(5, config, types)
+    (block,) = build_blocks(graph, torch.tensor([0]), 0, [-1])
+    h = model.project(graph.text[block.src])
+    layer = model.layers[0]
+    messages = torch.relu(layer.relation["0_0"](h[1:]))
+    assert torch.allclose(layer(h, block)[0], layer.own[0](h[0]) + messages.amax(0), atol=1e-6)
+
+
+def test_softmax_masks_what_is_no_negative():
+    z = torch.nn.functional.normalize(torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), dim=-1)
+    anchors, positives, kinds = torch.tensor([0, 0, 1, 2]), torch.tensor([5, 6, 5, 9]), torch.tensor([0, 0, 0, 1])
+    loss = in_batch_softmax(z, z, anchors, positives, kinds, torch.zeros(4), 1.0)
+    logits = z @ z.T
+    # row 0: column 1 is another positive of anchor 0, column 2 the same item, column 3 of another type
+    rows = [
+        torch.tensor(0.0),
+        torch.logsumexp(logits[1, [1, 2]], 0) - logits[1, 1],
+        torch.logsumexp(logits[2, [2, 1]], 0) - logits[2, 2],
+        torch.tensor(0.0),
+    ]
+    assert torch.allclose(loss, torch.stack(rows).mean(), atol=1e-5)
+
+
+def test_max_margin_by_hand():
+    a, p, n = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.0, -1.0]])
+    nothing = torch.zeros(1, 2, dtype=torch.bool)
+    assert max_margin(a, p, n, nothing, 0.5) == pytest.approx((1.5 + 0.5) / 2)
+    assert max_margin(a, p, n, torch.tensor([[True, False]]), 0.5) == pytest.approx(0.5)

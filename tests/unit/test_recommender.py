@@ -1,0 +1,366 @@
+"""Bundle and recommender over a world whose stage outputs are written by hand."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import bundle_world
+import numpy as np
+import pytest
+from bundle_world import DAY, END, EVENTS, FORGOTTEN, LONELY, STRANGE_IDS, World, make_world
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recsys_ray.artifacts import open_artifact
+from recsys_ray.errors import ArtifactError
+from recsys_ray.retrieval.bundle import find_bundle, set_current
+from recsys_ray.retrieval.filters import RequestError, UnknownItem
+from recsys_ray.retrieval.histories import Histories, HistoryWriter, whole_users
+from recsys_ray.retrieval.recommender import Recommender
+from recsys_ray.retrieval.wording import because, fits
+
+TYPES = ["audiobook", "music", "podcast"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> World:
+    made = make_world(tmp_path_factory.mktemp("world"))
+    made.bundle()
+    return made
+
+
+@pytest.fixture(scope="module")
+def recommender(world) -> Recommender:
+    return Recommender.load(world.root / "bundles" / "current")
+
+
+def ids(items) -> list[str]:
+    return [item.item_id for item in items]
+
+
+# ---- bundle
+
+
+def test_bundle_is_whole_and_current(world):
+    link = world.root / "bundles" / "current"
+    assert not link.readlink().is_absolute()
+    bundle = open_artifact(link, verify=True)
+    assert bundle.counts["version"] == link.readlink().name == find_bundle(world.root).name
+    assert bundle.counts["recall_at_10"] == dict.fromkeys(TYPES, 1.0)
+    assert not [path for path in bundle.path.rglob("*") if path.suffix in (".pkl", ".pt", ".npy")]
+
+
+def test_same_inputs_make_the_same_version_and_are_kept(world):
+    before = (find_bundle(world.root) / "manifest.json").stat().st_mtime_ns
+    assert world.bundle().path.name == find_bundle(world.root).name
+    assert (find_bundle(world.root) / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_current_moves_in_one_step(tmp_path):
+    for version in ("a", "b"):
+        (tmp_path / version).mkdir()
+        set_current(tmp_path, version)
+        assert (tmp_path / "current").readlink() == Path(version)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "current"]
+
+
+def test_histories_are_those_of_the_events(world, recommender):
+    for uid, user_id in enumerate(world.user_ids):
+        events = world.events[world.events[:, 0] == uid]
+        seen = recommender.histories.seen(recommender.users.find(user_id))
+        assert seen.tolist() == sorted(set(events[:, 1].tolist()))
+        recent = recommender.histories.recent(uid)
+        expected = events[events[:, 3] >= END - 90 * DAY][-50:]
+        assert np.array_equal(np.stack([recent.gids, recent.events, recent.timestamps], 1), expected[:, 1:])
+
+
+@pytest.mark.parametrize("rows", [1, 7, 10_000])
+def test_no_batch_cuts_a_user_in_two(world, rows, tmp_path):
+    writer = HistoryWriter(tmp_path, len(world.user_ids), len(world.item_ids), END - 90 * DAY, 50)
+    uids = []
+    for batch in whole_users(world.root / "ingest" / "interactions", rows):
+        uids += np.unique(batch.uid).tolist()
+        writer.add(batch)
+    assert uids == sorted(set(world.events[:, 0].tolist()))
+    writer.close(tmp_path / "histories.safetensors")
+    made, kept = (
+        Histories(tmp_path / "histories.safetensors"),
+        Histories(find_bundle(world.root) / "histories.safetensors"),
+    )
+    for uid in range(len(world.user_ids)):
+        assert np.array_equal(made.seen(uid), kept.seen(uid))
+        assert np.array_equal(made.recent(uid).gids, kept.recent(uid).gids)
+
+
+def test_users_and_items_are_found(world, recommender):
+    for uid, user_id in enumerate(world.user_ids):
+        assert recommender.users.find(user_id) == uid
+        traits = recommender.users.traits(uid, recommender.histories.recent(uid))
+        assert ("age" in traits.known_traits) == (uid % 4 != 0 and uid != 3)
+        assert ("taste" in traits.known_traits) == (uid % 3 != 0)
+    for gid, item_id in enumerate(world.item_ids):
+        assert recommender.items.find(item_id) == gid and recommender.items.id(gid) == item_id
+    for nobody in ("", "zzz", "\x00", "\ud800", "日本"):
+        assert recommender.users.find(nobody) is None and recommender.items.find(nobody) is None
+
+
+def test_popularity_counts_users_of_the_window(world, recommender):
+    events = world.events[(world.events[:, 3] >= END - 90 * DAY) & (world.events[:, 2] == EVENTS.index("stream"))]
+    pairs = np.unique(events[:, :2], axis=0)
+    expected = np.bincount(pairs[:, 1], minlength=len(world.item_ids))
+    assert np.array_equal(recommender.popularity.world, expected)
+
+
+def test_poor_recall_is_not_published(tmp_path):
+    world = make_world(tmp_path, per_type=(30, 40, 3_000))
+    poor = {"exact_up_to": 10, "hnsw_links": 2, "ef_construction": 2, "ef_search": 1}
+    bad = World(**{**vars(world), "config": world.config.model_validate({"index": poor})})
+    with pytest.raises(ArtifactError, match=r"index of '.*' finds 0\.\d+ .*min_recall=0.9"):
+        bad.bundle()
+    assert not (tmp_path / "bundles" / "current").exists()
+    good = World(**{**vars(world), "config": world.config.model_validate({"index": {"exact_up_to": 10}})})
+    counts = good.bundle().counts
+    assert counts["exact"] == dict.fromkeys(TYPES, False) and min(counts["recall_at_10"].values()) > 0.9
+    assert len(Recommender.load(tmp_path).recommend(world.user_ids[5], k=500)) == 500
+
+
+@pytest.mark.parametrize("change", ["metric", "norm", "embedding", "rows"])
+def test_inputs_that_do_not_fit_are_refused(tmp_path, change, monkeypatch):
+    world = make_world(tmp_path)
+    monkeypatch.setattr("recsys_ray.retrieval.bundle.open_artifact", _unchecked)
+    towers, save = tmp_path / "two_tower" / "hgnn", bundle_world.save_arrays
+    if change == "metric":
+        spec = towers / "spec.json"
+        spec.write_text(spec.read_text().replace("inner_product", "l2"))
+    elif change == "norm":
+        save(towers / "items" / "serve.safetensors", {"vector": world.vectors * 2})
+    elif change == "rows":
+        save(towers / "items" / "serve.safetensors", {"vector": world.vectors[1:]})
+    else:
+        (tmp_path / "hgnn" / "embeddings" / "serve" / "part-00001.safetensors").unlink()
+    sentences = {"metric": "metric 'l2'", "norm": "length 2", "embedding": "each of the 120", "rows": "119 rows"}
+    with pytest.raises(ArtifactError, match=sentences[change]):
+        world.bundle()
+    assert not (tmp_path / "bundles" / "current").exists()
+
+
+def _unchecked(path: Path, verify: bool = False):
+    import json
+
+    from recsys_ray.artifacts import Artifact
+
+    return Artifact(path, json.loads((path / "manifest.json").read_text()))
+
+
+def test_any_damaged_or_missing_file_is_one_sentence(world, tmp_path):
+    healthy = find_bundle(world.root)
+    for name in open_artifact(healthy).manifest["files"]:
+        for damage in (_flip, _cut, Path.unlink):
+            copy = tmp_path / "copy"
+            shutil.copytree(healthy, copy)
+            damage(copy / name)
+            with pytest.raises(ArtifactError):
+                Recommender.load(copy)
+            shutil.rmtree(copy)
+    with pytest.raises(ArtifactError, match="is no bundle"):
+        Recommender.load(tmp_path)
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+# ---- answers
+
+
+def test_answer_is_brute_force(world, recommender):
+    """The tower's vector against every allowed item."""
+    from recsys_ray.retrieval.histories import user_inputs
+
+    for uid in (0, 1, 5, 11):
+        profile = recommender.users.traits(uid, recommender.histories.recent(uid))
+        query = recommender.tower(user_inputs([profile], recommender.tower.tastes))[0]
+        seen = world.seen(world.user_ids[uid])
+        allowed = [g for g, i in enumerate(world.item_ids) if world.available[g] and i not in seen]
+        best = sorted(allowed, key=lambda g: -float(world.vectors[g] @ query))[:10]
+        assert ids(recommender.recommend(world.user_ids[uid])) == [world.item_ids[g] for g in best]
+
+
+def test_only_the_touched_rows_matter(recommender):
+    """The tower over a few table rows gives what it gives over whole tables."""
+    import torch
+
+    from recsys_ray.retrieval.histories import user_inputs
+
+    profiles = [recommender.users.traits(uid, recommender.histories.recent(uid)) for uid in range(10)]
+    inputs = user_inputs(profiles, recommender.tower.tastes)
+    whole = recommender.tower.tower(inputs, recommender.tower.tables).detach().numpy()
+    np.testing.assert_allclose(recommender.tower(inputs), whole, atol=1e-6)
+    torch.testing.assert_close(torch.from_numpy(whole).norm(dim=1), torch.ones(10))
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+def test_nothing_forbidden_ever_comes(world, recommender, data):
+    user = data.draw(st.sampled_from([None, "nobody", *world.user_ids]))
+    history = data.draw(st.lists(st.sampled_from(world.item_ids), max_size=80))
+    exclude = data.draw(st.lists(st.sampled_from([*world.item_ids, "no such item"]), max_size=80))
+    wanted = data.draw(st.one_of(st.none(), st.lists(st.sampled_from(TYPES), min_size=1)))
+    k = data.draw(st.integers(1, 500))
+    country = data.draw(st.sampled_from([None, "DE", "Atlantis"]))
+    entries = [{"item_id": item_id, "event": "stream"} for item_id in history]
+    found = recommender.recommend(user, entries, country=country, item_types=wanted, k=k, exclude=exclude)
+    seen = world.seen(user) if user in world.user_ids else set()
+    allowed = {
+        item_id
+        for gid, item_id in enumerate(world.item_ids)
+        if world.available[gid]
+        and item_id not in seen | {*history, *exclude}
+        and TYPES[world.ntype[gid]] in (wanted or TYPES)
+    }
+    assert len(found) == len(set(ids(found))) == min(k, len(allowed))
+    assert set(ids(found)) <= allowed
+    scores = [item.score for item in found]
+    assert scores == sorted(scores, reverse=True)
+    assert all(item.title and item.reason and item.item_type in TYPES for item in found)
+
+
+def test_inline_history_is_as_good_as_a_stored_one(world, recommender):
+    names = EVENTS
+    for uid in (1, 5, 8):
+        events = world.events[world.events[:, 0] == uid]
+        inline = [
+            {"item_id": world.item_ids[gid], "event": names[event], "timestamp": int(moment)}
+            for _, gid, event, moment in events.tolist()
+        ]
+        stored = recommender.users.traits(uid, recommender.histories.recent(uid))
+        country = ["DE", "SE"][stored.country] if stored.country >= 0 else None
+        age = stored.age if np.isfinite(stored.age) else None
+        tastes = {name: vector.tolist() for name, vector in stored.tastes.items()}
+        by_id = recommender.answer(world.user_ids[uid])
+        by_history = recommender.answer(history=inline, age=age, country=country, tastes=tastes)
+        assert by_id.known and not by_history.known
+        assert by_id.items == by_history.items
+
+
+def test_a_fresh_event_changes_the_answer(world, recommender):
+    before = recommender.recommend(world.user_ids[1], k=5)
+    after = recommender.recommend(world.user_ids[1], [{"item_id": before[0].item_id}], k=5)
+    assert before[0].item_id not in ids(after)
+    assert [item.score for item in before[1:]] != [item.score for item in after[:4]]
+    assert recommender.recommend(world.user_ids[1], k=5) == before
+
+
+def test_an_old_inline_history_counts(world, recommender):
+    """All of it lies before the window; whoever sends it wants it to count."""
+    found = recommender.recommend(history=[{"item_id": world.item_ids[0], "timestamp": 1_000_000_000}])
+    assert found[0].reason == f'because you streamed "Title of {world.item_ids[0]}"'
+
+
+def test_cold_users(world, recommender):
+    assert not recommender.answer("nobody").known and recommender.answer(LONELY).known
+    popular = recommender.recommend(LONELY, k=20)
+    assert popular == recommender.recommend() + recommender.recommend(k=20)[10:]
+    counts = dict(zip(world.item_ids, recommender.popularity.world, strict=True))
+    best = sorted((i for g, i in enumerate(world.item_ids) if world.available[g]), key=lambda i: -counts[i])
+    assert [counts[i] for i in ids(popular)] == [counts[i] for i in best[:20]]
+    assert popular[0].reason == "popular now"
+    assert recommender.recommend(age=30, country="SE")[0].reason == "fits your age and country"
+    assert recommender.recommend(FORGOTTEN)[0].reason == "fits your age, country and taste"
+    assert recommender.recommend(country="Atlantis") == recommender.recommend()
+
+
+def test_without_cold_start_a_country_gets_its_own_popularity(world, recommender, monkeypatch):
+    counts = {**recommender.artifact.counts, "cold_start": False}
+    monkeypatch.setitem(recommender.artifact.manifest, "counts", counts)  # type: ignore[arg-type]
+    stream = EVENTS.index("stream")
+    recent = world.events[(world.events[:, 3] >= END - 90 * DAY) & (world.events[:, 2] == stream)]
+    for number, country in enumerate(["DE", "SE"]):
+        uids = [uid for uid in range(len(world.user_ids)) if uid % 5 != 4 and uid % 2 == number and uid != 3]
+        mine = {world.item_ids[gid] for gid in recent[np.isin(recent[:, 0], uids), 1]}
+        found = recommender.recommend(country=country, k=500)
+        assert {item.item_id for item in found if item.reason == f"popular in {country}"} <= mine
+        assert found[0].reason == f"popular in {country}"
+        assert found[-1].reason == "little known yet" and len(found) == world.available.sum()
+
+
+def test_similar(world, recommender):
+    for item_id in [*STRANGE_IDS, world.item_ids[-1]]:
+        gid = world.item_ids.index(item_id)
+        allowed = [g for g in range(len(world.item_ids)) if world.available[g] and g != gid]
+        best = sorted(allowed, key=lambda g: -float(world.vectors[g] @ world.vectors[gid]))
+        assert ids(recommender.similar(item_id, 7)) == [world.item_ids[g] for g in best[:7]]
+        books = [g for g in best if world.ntype[g] == 0]
+        assert ids(recommender.similar(item_id, 7, ["audiobook"])) == [world.item_ids[g] for g in books[:7]]
+    with pytest.raises(UnknownItem, match="no item 'x'"):
+        recommender.similar("x")
+
+
+GOOD = {"item_id": STRANGE_IDS[0]}
+
+
+@pytest.mark.parametrize(
+    ("request_", "field", "sentence"),
+    [
+        ({"k": 0}, "k", "1 to 500"),
+        ({"k": 501}, "k", "1 to 500"),
+        ({"k": True}, "k", "1 to 500"),
+        ({"history": [GOOD, {"item_id": "x"}]}, "history.1.item_id", "no item 'x'"),
+        ({"history": [{**GOOD, "event": "strem"}]}, "history.0.event", "did you mean 'stream'"),
+        ({"history": [{**GOOD, "event": "?"}]}, "history.0.event", "known: follow, preview, stream"),
+        ({"history": [{**GOOD, "timestamp": 1.7e12}]}, "history.0.timestamp", "milliseconds"),
+        ({"history": [{**GOOD, "timestamp": float("nan")}]}, "history.0.timestamp", "unix seconds"),
+        ({"history": [{**GOOD, "when": 1}]}, "history.0", "'when' is not known"),
+        ({"history": [{"event": "stream"}]}, "history.0", "item_id is missing"),
+        ({"item_types": ["books"]}, "item_types.0", "known: audiobook, music, podcast"),
+        ({"item_types": []}, "item_types", "at least one"),
+        ({"age": -1}, "age", "0 to 130"),
+        ({"age": float("nan")}, "age", "0 to 130"),
+        ({"country": 3}, "country", "must be a text"),
+        ({"tastes": {"films": [1.0]}}, "tastes.films", "known: music"),
+        ({"tastes": {"music": [1.0]}}, "tastes.music", "must hold 4 numbers, not 1"),
+        ({"tastes": {"music": [1.0, 2.0, 3.0, float("inf")]}}, "tastes.music", "not finite"),
+        ({"tastes": {"music": ["a"] * 4}}, "tastes.music", "list of numbers"),
+        ({"exclude": "abc"}, "exclude", "list of item ids"),
+    ],
+)
+def test_bad_requests_name_the_field(recommender, request_, field, sentence):
+    with pytest.raises(RequestError, match=sentence) as caught:
+        recommender.recommend(**request_)
+    assert caught.value.field == field
+
+
+def test_history_and_examples(world, recommender):
+    users = recommender.example_users(5)
+    assert len(set(users)) == 5
+    for user_id in users:
+        past = recommender.history(user_id, 4)
+        assert past and {event.item_id for event in past} <= world.seen(user_id)
+        assert [event.timestamp for event in past] == sorted((event.timestamp for event in past), reverse=True)
+    assert recommender.history("nobody") == []
+
+
+def test_reasons_read_well():
+    assert because("stream", "Dune") == 'because you streamed "Dune"'
+    assert because("intent_to_pay", "Dune") == 'because you wanted to buy "Dune"'
+    assert because("like", "Dune") == 'because you liked "Dune"'
+    assert because("try", "Dune") == 'because you tried "Dune"'
+    assert because("long_view", "Dune") == 'because of "Dune" (long view)'
+    assert fits(["age", "country", "taste"]) == "fits your age, country and taste"
+    assert fits(["age"]) == "fits your age"
+
+
+def test_nothing_that_trains_is_imported():
+    """A replica has neither dgl nor transformers."""
+    import subprocess
+    import sys
+
+    code = "import sys, serve.app, recsys_ray.two_tower.towers; assert not {'dgl', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

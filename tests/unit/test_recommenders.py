@@ -1,0 +1,207 @@
+"""The same contract for every recommender, and a world in which the right answers are known."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import scipy.sparse as sp
+import torch
+
+from recsys_ray.evaluation import baselines, recommenders
+from recsys_ray.evaluation.recommenders import Recommender, UserBatch, batch_of, rank, rank_queries, top_k
+from recsys_ray.evaluation.segments import SEGMENTS, Catalogue, Events, find_queries
+
+USERS, PER_TYPE, DIM = 40, 60, 8
+# Two types of 60 items. Even users like even items, odd users odd ones, of both types: a checkerboard.
+CATALOGUE = Catalogue(("book", "song"), np.array([0, PER_TYPE, 2 * PER_TYPE]), np.ones(2 * PER_TYPE, dtype=bool))
+ITEMS = CATALOGUE.items
+LIMIT = 50
+
+
+def checkerboard() -> Events:
+    """Each user touches 12 random items of the own colour in each type; user 39 comes without history."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for user in range(USERS - 1):
+        for first in (0, PER_TYPE):
+            own = first + user % 2 + 2 * rng.permutation(PER_TYPE // 2)[:12]
+            rows += [(user, item, time) for time, item in enumerate(own)]
+    uid, gid, time = np.array(sorted(rows, key=lambda r: (r[0], r[2]))).T
+    return Events(uid, gid, np.zeros(len(uid), dtype=np.int8), time)
+
+
+HISTORY = checkerboard()
+POPULARITY = np.bincount(HISTORY.gid, minlength=ITEMS)
+
+
+class ColourTower:
+    """Knows the answer: items and users are vectors of their colour."""
+
+    item_vectors = np.eye(2, dtype=np.float32)[np.arange(ITEMS) % 2]
+
+    def user_vectors(self, users: UserBatch) -> torch.Tensor:
+        return torch.eye(2)[torch.from_numpy(users.uid % 2)]
+
+
+def build(name: str) -> Recommender:
+    batch = batch_of(np.arange(USERS), HISTORY)
+    likes = baselines.history_matrix(batch, ITEMS, LIMIT)
+    if name == "popularity":
+        return baselines.Popularity(POPULARITY)
+    if name == "item_knn":
+        pairs = sp.vstack(baselines.count_pairs(likes, 3), format="csr")
+        similar = baselines.nearest_items(pairs, 0, POPULARITY, CATALOGUE.type_of(np.arange(ITEMS)), 200)
+        return baselines.ItemKnn(similar.indptr, similar.indices, similar.data, POPULARITY, LIMIT)
+    if name in ("llm_knn", "hgnn"):
+        noise = np.random.default_rng(1).normal(0, 0.1, (ITEMS, DIM))
+        vectors = noise + np.eye(DIM)[np.arange(ITEMS) % 2]
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        dtype = np.float16 if name == "llm_knn" else np.float32
+        return baselines.MeanVectors(name, vectors.astype(dtype), POPULARITY, LIMIT)
+    if name == "2t_hgnn":
+        return baselines.Tower(name, ColourTower())
+    if name == "ials":
+        pytest.importorskip("implicit")
+        factors = baselines.fit_ials(likes, factors=2, regularization=0.1, alpha=5.0, seed=0)
+        return baselines.Ials(factors, 0.1, 5.0, POPULARITY, LIMIT)
+    lists = [np.arange(user % 2, ITEMS, 2) for user in range(USERS)]
+    per_type = [line[(line >= a) & (line < a + PER_TYPE)] for line in lists for a in (0, PER_TYPE)]
+    offsets = np.concatenate([[0], np.cumsum([len(line) for line in per_type])])
+    return baselines.ReadyLists("oracle", np.arange(2 * USERS), offsets, np.concatenate(per_type), types=2)
+
+
+NAMES = ["popularity", "item_knn", "llm_knn", "hgnn", "2t_hgnn", "ials", "oracle"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+class TestContract:
+    def test_only_items_of_the_type_never_a_seen_one_and_none_twice(self, name):
+        batch = batch_of(np.arange(USERS), HISTORY)
+        for item_type in (0, 1):
+            first, last = CATALOGUE.range_of(item_type)
+            ranked = rank(build(name), batch, CATALOGUE, item_type)
+            for row in range(USERS):
+                items = ranked[row][ranked[row] >= 0]
+                assert len(items) and len(set(items)) == len(items)
+                assert ((items >= first) & (items < last)).all()
+                assert not set(items) & set(HISTORY.gid[HISTORY.uid == row])
+
+    def test_right_answers(self, name):
+        """Popularity cannot know a user's colour; everything else must."""
+        if name == "popularity":
+            pytest.skip("popularity is the same for everyone")
+        batch = batch_of(np.arange(USERS - 1), HISTORY)
+        ranked = rank(build(name), batch, CATALOGUE, 1, k=10)
+        assert (ranked % 2 == np.arange(USERS - 1)[:, None] % 2).all()
+
+    def test_deterministic_and_the_same_alone_as_in_a_batch(self, name):
+        model = build(name)
+        batch = batch_of(np.arange(USERS), HISTORY)
+        ranked = rank(model, batch, CATALOGUE, 0)
+        assert np.array_equal(ranked, rank(build(name), batch, CATALOGUE, 0))
+        alone = rank(model, batch_of(np.array([7]), HISTORY), CATALOGUE, 0)
+        assert np.array_equal(alone[0][:5], ranked[7][:5])
+
+    def test_without_history(self, name):
+        nobody = batch_of(np.array([USERS - 1]), HISTORY)
+        assert nobody.empty.all()
+        ranked = rank(build(name), nobody, CATALOGUE, 0, k=10)
+        assert (ranked >= 0).all()
+        if name in ("popularity", "item_knn", "llm_knn", "hgnn", "ials"):
+            assert np.array_equal(np.sort(POPULARITY[ranked[0]]), np.sort(np.sort(POPULARITY[:PER_TYPE])[-10:]))
+
+    def test_unavailable_items_stay_out_unless_asked_for(self, name):
+        available = np.ones(ITEMS, dtype=bool)
+        available[:40] = False
+        catalogue = Catalogue(CATALOGUE.types, CATALOGUE.bounds, available)
+        nobody = batch_of(np.array([USERS - 1]), HISTORY)
+        ranked = rank(build(name), nobody, catalogue, 0)[0]
+        assert set(ranked[ranked >= 0]) <= set(range(40, 60))
+        kept = rank(build(name), nobody, catalogue, 0, always=(np.array([0]), np.array([1])))[0]
+        assert set(kept[kept >= 0]) == set(ranked[ranked >= 0]) | {1}
+
+    def test_chunks_of_the_catalogue_change_nothing(self, name, monkeypatch):
+        batch = batch_of(np.arange(USERS), HISTORY)
+        catalogue = Catalogue(("all",), np.array([0, ITEMS]), np.ones(ITEMS, dtype=bool))
+        whole = rank(build(name), batch, catalogue, 0, k=20)
+        monkeypatch.setattr(recommenders, "_CELLS", 1)
+        monkeypatch.setattr(recommenders, "_MIN_COLUMNS", 7)
+        chunked = rank(build(name), batch, catalogue, 0, k=20)
+        assert (whole == chunked).mean() > 0.99  # rounding may swap near-equals
+
+    def test_survives_the_way_to_a_task(self, name):
+        model = build(name)
+        batch = batch_of(np.arange(5), HISTORY)
+        before = rank(model, batch, CATALOGUE, 0)
+        assert np.array_equal(before, rank(pickle.loads(pickle.dumps(model)), batch, CATALOGUE, 0))
+
+
+def test_ties_go_to_the_first_columns():
+    scores = torch.tensor([[1.0, 2, 1, 1, 2, 1], [0, 0, 0, 0, 0, 0], [5, 4, 3, 2, 1, 0], [-torch.inf] * 5 + [1.0]])
+    values, columns = top_k(scores, 3)
+    assert columns[:3].tolist() == [[1, 4, 0], [0, 1, 2], [0, 1, 2]]
+    assert values[0].tolist() == [2, 2, 1] and columns[3, 0] == 5
+    assert top_k(scores, 10)[0].shape == (4, 6)
+
+
+def test_top_k_against_a_full_sort():
+    scores = torch.from_numpy(np.random.default_rng(0).integers(0, 6, (50, 200)).astype(np.float32))
+    expected = scores.sort(dim=1, descending=True, stable=True).indices[:, :20]
+    assert torch.equal(top_k(scores, 20)[1], expected)
+
+
+def test_a_score_that_is_no_number_is_an_error():
+    broken = baselines.MeanVectors("hgnn", np.full((ITEMS, 2), np.nan, dtype=np.float32), POPULARITY, LIMIT)
+    with pytest.raises(ValueError, match="hgnn gave a score"):
+        rank(broken, batch_of(np.array([0]), HISTORY), CATALOGUE, 0)
+
+
+def test_batches_and_latest_items():
+    events = Events(*(np.array(c) for c in ([1, 1, 1, 1, 4], [7, 8, 7, 9, 7], [0, 0, 0, 0, 0], [1, 2, 3, 4, 1])))
+    users = pa.table({"user_id": ["b", "c", "e"]})
+    batch = batch_of(np.array([1, 2, 4]), events, users)
+    assert batch.offsets.tolist() == [0, 4, 4, 5] and batch.empty.tolist() == [False, True, False]
+    row, gid = batch.latest_items(2)
+    assert list(zip(row.tolist(), gid.tolist(), strict=True)) == [(0, 7), (0, 9), (2, 7)]
+    row, gid = batch.latest_items(10)
+    assert gid.tolist() == [8, 7, 9, 7]
+
+
+def test_item_knn_is_the_cosine_of_co_occurrence():
+    likes = sp.csr_matrix(np.array([[1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 1, 1]], dtype=np.float32))
+    count = np.asarray(likes.sum(0)).ravel()
+    pairs = sp.vstack(baselines.count_pairs(likes, 2), format="csr")
+    similar = baselines.nearest_items(pairs, 0, count, np.zeros(4, dtype=int), 10).toarray()
+    dense = likes.toarray()
+    expected = (dense.T @ dense) / np.sqrt(np.outer(count, count))
+    np.fill_diagonal(expected, 0)
+    assert similar == pytest.approx(expected)
+    assert (baselines.nearest_items(pairs, 0, count, np.zeros(4, dtype=int), 1).toarray() > 0).sum(1).max() == 1
+
+
+@pytest.mark.parametrize(("name", "expected"), [("2t_hgnn", 1.0), ("popularity", None)])
+def test_queries_of_the_checkerboard(name, expected):
+    """Test events are the rest of the own colour: the first ten of a perfect model hold nothing else."""
+    rows = [
+        (user, item, 100)
+        for user in range(USERS - 1)
+        for item in range(user % 2, ITEMS, 2)
+        if item not in HISTORY.gid[HISTORY.uid == user]
+    ]
+    uid, gid, time = np.array(rows).T
+    merged = [np.concatenate(pair) for pair in ((HISTORY.uid, uid), (HISTORY.gid, gid), (HISTORY.timestamp, time))]
+    order = np.lexsort((merged[2], merged[0]))
+    events = Events(merged[0][order], merged[1][order], np.zeros(len(order), dtype=np.int8), merged[2][order])
+    queries = find_queries(events, CATALOGUE, np.array([True]), cut=100, end=200)
+    assert len(queries) == 2 * (USERS - 1)
+    member = np.zeros((len(queries), len(SEGMENTS)), dtype=bool)
+    member[:, 0] = True
+    found = rank_queries(build(name), queries, member, HISTORY, None, CATALOGUE, batch_size=16)
+    # 18 of the 48 unseen items of a type are truths: a perfect model has them all in its first 18.
+    top = np.bincount(found.hit_query[found.hit_rank < 18], minlength=len(queries))
+    assert (top == 18).all() if expected else (top < 18).any()
+    assert np.array_equal(queries.truth_query[found.hit_truth], found.hit_query)
+    assert found.covered[0].all() and not found.covered[1:].any()

@@ -1,0 +1,277 @@
+"""Row checks, without Ray: every wrong cell has its reason, every accepted representation is read."""
+
+from __future__ import annotations
+
+import json
+from datetime import date, datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from recsys_ray.config import SplitConfig
+from recsys_ray.data.reading import Batch, find_source, read_batches
+from recsys_ray.data.schema import convert, match_columns
+from recsys_ray.data.shuffle import shard_of
+from recsys_ray.data.split import plan_split
+from recsys_ray.data.validate import (
+    Catalogue,
+    Checked,
+    EventRules,
+    check_interactions,
+    check_items,
+    check_users,
+)
+from recsys_ray.errors import DataError
+
+NOW = 1_700_000_000
+RULES = EventRules(["stream", "follow"], ["heartbeat"], NOW)
+CATALOGUE = Catalogue(pa.array(["a", "b"]), np.array([0, 1], dtype=np.int16), ["audio book: 日/é", "podcast"])
+
+
+def batch_of(rows: list[dict[str, Any]] | pa.Table) -> Batch:
+    table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(rows)
+    return Batch(table, np.arange(1, len(table) + 1, dtype=np.int64))
+
+
+def reasons(checked: Checked) -> dict[int, str]:
+    return {row["row"]: row["reason"] for row in checked.quarantine.to_pylist()}
+
+
+def event(**changes: Any) -> dict[str, Any]:
+    return {"user_id": "u", "item_id": "a", "event": "stream", "timestamp": NOW - 5, "item_type": None} | changes
+
+
+def test_interactions_row_by_row() -> None:
+    rows = [
+        event(),
+        event(user_id=None),
+        event(user_id="  "),
+        event(item_id=None),
+        event(event=None),
+        event(event="strem"),
+        event(event="heartbeat", item_id="nowhere"),
+        event(timestamp=None),
+        event(timestamp=NOW * 1000),
+        event(timestamp=NOW + 1),
+        event(timestamp=-1),
+        event(item_id="zz"),
+        event(item_type="podcast"),
+        event(item_type="audio book: 日/é", item_id="a"),
+    ]
+    checked = check_interactions(batch_of(rows), "logs/x.parquet", CATALOGUE, RULES)
+    assert checked.good["row"].to_pylist() == [1, 14]
+    assert checked.good.column_names == ["row", "user_id", "gid", "event", "timestamp"]
+    assert checked.ignored == 1
+    found = reasons(checked)
+    assert set(found) == set(range(2, 14)) - {7}
+    assert found[2] == found[3] == "user_id is missing"
+    assert found[4] == "item_id is missing"
+    assert found[5] == "event is missing"
+    assert found[6] == 'event "strem" is in none of the lists of the events section (did you mean "stream"?)'
+    assert found[8] == "timestamp is missing"
+    assert "looks like milliseconds" in found[9]
+    assert found[10].startswith(f"timestamp is {NOW + 1}, later than 2023-11-14 22:13:20")
+    assert found[11] == "timestamp is -1, before 1970"
+    assert found[12] == 'item_id "zz" is not among the items that were kept'
+    assert found[13] == 'item_type is "podcast", but the catalogue has "audio book: 日/é"'
+    assert checked.kinds["missing user_id"][0] == 2
+    first = checked.quarantine.to_pylist()[0]
+    assert (first["file"], first["table"]) == ("logs/x.parquet", "interactions")
+    assert json.loads(first["record"]) == rows[1]
+
+
+def test_items_row_by_row() -> None:
+    base = {"item_id": "x", "item_type": "book", "title": "T", "published_at": "2024-02-01", "available": None}
+    rows = [
+        base | {"title": " Tom &amp; J&eacute;r&ocirc;me "},
+        base | {"title": None},
+        base | {"item_type": None},
+        base | {"item_id": ""},
+        base | {"published_at": "the other day"},
+        base | {"available": "perhaps"},
+        base | {"available": "FALSE", "item_id": "7"},
+    ]
+    checked = check_items(batch_of(rows), "f")
+    good = checked.good.to_pylist()
+    assert [row["row"] for row in good] == [1, 2, 7]
+    assert good[0]["title"] == "Tom & Jérôme" and good[1]["title"] == ""
+    assert checked.untitled == 1
+    assert [row["available"] for row in good] == [True, True, False]
+    assert good[0]["published_at"] == int(datetime(2024, 2, 1, tzinfo=timezone.utc).timestamp())
+    assert good[0]["categories"] == [] and good[0]["language"] is None
+    found = reasons(checked)
+    assert found[3] == "item_type is missing" and found[4] == "item_id is missing"
+    assert found[5] == 'published_at is "the other day", not a time (unix seconds or an ISO date)'
+    assert found[6] == 'available is "perhaps", neither true nor false'
+
+
+def test_users_row_by_row() -> None:
+    table = pa.table(
+        {
+            "user_id": [1, 2, 3, 4, 5],
+            "age": pa.array(["34", "old", "131", None, "-1"]),
+            "music": pa.array([[0.0, 1.0], [1.0, 1.0], None, [float("nan"), 0.0], [1.0, 2.0]]),
+        }
+    )
+    checked = check_users(batch_of(table), "f", ["music"])
+    assert checked.good["user_id"].to_pylist() == ["1"]
+    found = reasons(checked)
+    assert found[2] == 'age is "old", not a number'
+    assert found[3] == 'age is "131", outside 0 to 130'
+    assert found[4] == "music is [nan, 0.0], not a list of finite numbers"
+    assert found[5] == 'age is "-1", outside 0 to 130'
+    assert checked.lengths == {"music": {"2": 1}}
+
+
+MOMENT = datetime(2024, 3, 1, 12, 30, 15, tzinfo=timezone.utc)
+SECONDS = int(MOMENT.timestamp())
+
+
+@pytest.mark.parametrize(
+    ("array", "expected"),
+    [
+        (pa.array([SECONDS]), SECONDS),
+        (pa.array([SECONDS], pa.int32()), SECONDS),
+        (pa.array([float(SECONDS) + 0.9]), SECONDS),
+        *(
+            (pa.array([MOMENT], pa.timestamp(unit, zone)), SECONDS)
+            for unit in ("s", "ms", "ns")
+            for zone in ("UTC", "")
+        ),
+        (pa.array([MOMENT], pa.timestamp("us", "Asia/Tokyo")), SECONDS),
+        (pa.array([date(2024, 3, 1)]), SECONDS - 45_015),
+        (pa.array([date(2024, 3, 1)], pa.date64()), SECONDS - 45_015),
+        (pa.array([str(SECONDS)]), SECONDS),
+        (pa.array(["2024-03-01 12:30:15"]), SECONDS),
+        (pa.array(["2024-03-01T12:30:15.75Z"]), SECONDS),
+        (pa.array(["2024-03-01T21:30:15+09:00"]), SECONDS),
+        (pa.array(["2024-03-01"]), SECONDS - 45_015),
+        (pa.array(["2024-03-01", "x"])[:1].dictionary_encode(), SECONDS - 45_015),
+    ],
+)
+def test_times_in_every_representation(array: pa.Array, expected: int) -> None:
+    converted = convert(array, "seconds", 1)
+    assert converted.values.to_pylist() == [expected]
+    assert not converted.bad.any()
+
+
+def test_mixed_texts_are_read_one_by_one() -> None:
+    texts = pa.array(["2024-03-01", str(SECONDS), "nonsense", None, "", "2024-03-01T12:30:15Z"])
+    converted = convert(texts, "seconds", len(texts))
+    assert converted.values.to_pylist() == [SECONDS - 45_015, SECONDS, None, None, None, SECONDS]
+    assert converted.bad.tolist() == [False, False, True, False, False, False]
+
+
+def test_ids_and_labels() -> None:
+    assert convert(pa.array([1.0, None, 2.5]), "id", 3).values.to_pylist() == ["1", None, None]
+    assert convert(pa.array([1.0, None, 2.5]), "id", 3).bad.tolist() == [False, False, True]
+    assert convert(pa.array(["a| b |a||", None]), "labels", 2).values.to_pylist() == [["a", "b"], []]
+    assert convert(pa.array([["ä", None], None]), "labels", 2).values.to_pylist() == [["ä"], []]
+    assert convert(pa.array(["[1, 2]", "[1, x]", None]), "vector", 3).bad.tolist() == [False, True, False]
+
+
+def test_missing_column_names_file_and_nearest() -> None:
+    schema = pa.schema(
+        [("user", pa.string()), ("item_id", pa.string()), ("event", pa.string()), ("timestamp", "int64")]
+    )
+    with pytest.raises(DataError, match=r"f\.parquet .*no column 'user_id'.*user, item_id.*call 'user' 'user_id'"):
+        match_columns("interactions", schema, "f.parquet")
+    wrong = pa.schema([("user_id", pa.string()), ("age", pa.list_(pa.string()))])
+    with pytest.raises(DataError, match=r"'age' of f .*has the type list"):
+        match_columns("users", wrong, "f")
+
+
+def test_parquet_rows_are_numbered_over_row_groups(tmp_path: Path) -> None:
+    table = pa.table({"user_id": [str(i) for i in range(10)], "extra": list(range(10))})
+    pq.write_table(table, tmp_path / "b.parquet", row_group_size=4)
+    pq.write_table(table.slice(0, 0), tmp_path / "a.parquet")
+    (tmp_path / "_SUCCESS").touch()
+    source = find_source("users", str(tmp_path))
+    assert [f.first_row for f in source.fragments] == [0, 4, 8]
+    assert source.extra == ["extra"] and source.rows == 10
+    rows = [(int(row), user) for f in source.fragments for b in read_batches(f) for row, user in _pairs(b)]
+    assert rows == [(i + 1, str(i)) for i in range(10)]
+
+
+def _pairs(batch: Batch) -> list[tuple[int, str]]:
+    return list(zip(batch.rows.tolist(), batch.table["user_id"].to_pylist(), strict=True))
+
+
+def test_csv_rows_keep_their_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of a few bytes, quoted line breaks and records with too many cells or too few."""
+    import recsys_ray.data.reading as reading
+
+    monkeypatch.setattr(reading, "_CSV_BLOCK", 64)
+    lines, expected, broken = ["\ufeffuser_id,age,music"], [], []
+    for i in range(1, 60):
+        if i % 7 == 0:
+            lines.append(f"u{i},1")
+            broken.append(i)
+        elif i % 11 == 0:
+            lines.append(f"u{i},1,,,,")
+            broken.append(i)
+        else:
+            lines.append(f'"u{i}\nx",3{"," if i == 1 else ""}' + ("" if i == 1 else ',"[0.5, 1]"'))
+            expected.append((i, f"u{i}\nx"))
+    (tmp_path / "users.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    source = find_source("users", str(tmp_path))
+    assert source.taste == ["music"]
+    batches = [b for f in source.fragments for b in read_batches(f)]
+    assert len(batches) > 3
+    assert [pair for b in batches for pair in _pairs(b)] == expected
+    assert [row for b in batches for row, _, _ in b.malformed] == broken
+    assert check_users(batches[0], "f", ["music"]).good["music"].to_pylist()[1] == [0.5, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.parquet", b"", "cannot be read"),
+        ("x.parquet", b"PAR1 and then nothing", "cannot be read"),
+        ("x.csv", b"", "is empty"),
+        ("x.csv", b"user_id,age\n", "has no rows"),
+        ("x.txt", b"user_id", "holds no file"),
+    ],
+)
+def test_unusable_files_are_sentences(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        find_source("users", str(tmp_path))
+    with pytest.raises(DataError, match=r"no file or folder .*data\.users"):
+        find_source("users", str(tmp_path / "elsewhere"))
+
+
+def test_csv_that_is_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_bytes(b"user_id\nM\xfcller\n")
+    source = find_source("users", str(tmp_path))
+    with pytest.raises(DataError, match=r"x\.csv cannot be read"):
+        list(read_batches(source.fragments[0]))
+
+
+def test_shards_depend_on_the_id_alone() -> None:
+    users = pa.array([f"u{i}" for i in range(4000)])
+    shards = shard_of(users, 8)
+    assert shards[:6].tolist() == shard_of(users.take(pa.array(range(5, -1, -1))), 8)[::-1].tolist()
+    assert np.bincount(shards, minlength=8).min() > 350
+
+
+def test_split_is_derived_or_refused() -> None:
+    day = 86_400
+    days = [(d, 1) for d in range(100, 200)]
+    span = (100 * day + 5, 199 * day + 5)
+    assert plan_split(SplitConfig(test_days=10, valid_days=20), days, span, span[1], ["stream"]) == (
+        170 * day,
+        190 * day,
+    )
+    cases: list[tuple[SplitConfig, str]] = [
+        (SplitConfig(test_days=95, valid_days=10), "training"),
+        (SplitConfig(test_from=datetime(1970, 1, 1) + timedelta(days=300)), "validation"),
+        (SplitConfig(test_from=datetime(1970, 1, 1) + timedelta(days=200), valid_days=5), "test"),
+    ]
+    for config, period in cases:
+        with pytest.raises(DataError, match=f"{period} period.*from 1970-04-11 00:00:05 to 1970-07-19"):
+            plan_split(config, days, span, span[1], ["stream"])
