@@ -52,7 +52,8 @@ def demo_data(
     """Generate the demo world: audiobooks, podcasts and music, users with tastes, a year of events."""
     from recsys_ray.cluster import ray_session
     from recsys_ray.config import RayConfig
-    from recsys_ray.data.demo_write import spec_for, write_demo
+    from recsys_ray.data.demo_world import spec_for
+    from recsys_ray.data.demo_write import write_demo
 
     progress = Progress()
     spec = spec_for(events, seed)

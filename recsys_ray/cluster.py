@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,6 +66,7 @@ def ray_session(config: RayConfig) -> Iterator[int]:
         cpus = int(ray.cluster_resources().get("CPU", cpus))
     from ray.data import DataContext
 
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     DataContext.get_current().execution_no_progress_timeout_s = 600
     DataContext.get_current().enable_progress_bars = False
     try:

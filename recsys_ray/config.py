@@ -100,6 +100,7 @@ class HgnnConfig(Section):
 
     hidden_dim: Positive = 128
     out_dim: Positive = 128
+    signature_dim: int = Field(128, ge=0, description="random signs that an item sends beside its text; 0: text alone")
     aggregator: Literal["max", "mean"] = Field("max", description="max: max-pool of the papers; mean")
     fanouts: tuple[Positive, Positive] = Field((8, 5), description="neighbours per relation: of the seeds, one hop on")
     loss: Literal["softmax", "max_margin"] = Field("softmax", description="in-batch softmax, or the papers' max-margin")

@@ -18,7 +18,7 @@ from recsys_ray.errors import UserError
 from recsys_ray.progress import Task
 
 _POLL_S = 0.5
-_MAX_FAILURES = 3  # attempts after the first; each starts at the last checkpoint
+_MAX_FAILURES = 2  # attempts after the first; each starts at the last checkpoint
 
 
 def seed_from(*parts: int | str) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
@@ -36,10 +37,12 @@ class GraphClient:
     Attributes:
         table: where every item lies (types, partitions).
         part: the partition on this host.
+        distributed: DGL's DistGraph, for this package alone.
+        name: the attempt's name, which keeps shared memory of several attempts on one host apart.
     """
 
     def __init__(self, graph: object, name: str, table: NodeTable, part: int) -> None:
-        self._graph, self._name, self.table, self.part = graph, name, table, part
+        self.distributed, self.name, self.table, self.part = graph, name, table, part
         self._local = LocalGraph(graph.local_partition, table, part)  # type: ignore[attr-defined]
 
     @classmethod
@@ -169,17 +172,27 @@ class GraphClient:
     def _typed_features(self, name: str, kind: int, gids: Tensor) -> Tensor:
         """Rows of items of one type, in the precision that they are stored in."""
         table = self.table
-        store = self._graph._client  # type: ignore[attr-defined]
-        key = feature_key(self._name, kind, name)
+        store = self.distributed._client  # type: ignore[attr-defined]
+        key = feature_key(self.name, kind, name)
         if key not in store.data_store:
             raise KeyError(f"no node feature {name!r}")
         if len(gids) == 0:
             return store.data_store[key][:0]
-        part = table.part[gids].long()
-        ids = table.local[gids].long() + table.typed_shift[part, kind]
+        ids = self.typed_ids(gids, kind)
         if table.num_parts == 1:
             return torch.index_select(store.data_store[key], 0, ids)
         return store.pull(key, ids)
+
+    def typed_ids(self, gids: Tensor, kind: int) -> Tensor:
+        """DGL's ids inside the node type ``t{kind}`` of items that are all of that type, int64 [n]."""
+        return self.table.local[gids].long() + self.table.typed_shift[self.table.part[gids].long(), kind]
+
+    def rows_by_type(self, gids: Tensor) -> Iterator[tuple[int, slice]]:
+        """Where the items of each type stand in ascending ``gids``; types without any are left out."""
+        bounds = torch.searchsorted(gids, self.table.type_start).tolist()
+        for kind, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+            if begin < end:
+                yield kind, slice(begin, end)
 
     def edges(self, snapshot: int) -> dict[Relation, tuple[Tensor, Tensor]]:
         """This partition's edges of a snapshot (their destinations are owned here): relation -> (src_gid, dst_gid),

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from recsys_ray.hgnn.model import HGNN
+from recsys_ray.hgnn.model import HGNN, Block
 from recsys_ray.hgnn.sampler import build_blocks
 from recsys_ray.hgnn.training import GraphSource
 
@@ -62,14 +62,17 @@ def embed_items(
     text alone. ``store`` holds the hidden width."""
     model.eval()
 
-    def run(number: int, read: Callable[[Tensor], Tensor], gids: Tensor) -> Tensor:
-        (block,) = build_blocks(source, gids, snapshot, [_ALL])
+    def block_of(gids: Tensor) -> Block:
         on_chunk(len(gids))
-        return model.layer(number, read(block.src), block)
+        return build_blocks(source, gids, snapshot, [_ALL])[0]
 
     for gids in own.split(_CHUNK):
-        store.write(gids, run(0, lambda nodes: model.project(source.features("text", nodes)), gids))
+        block = block_of(gids)
+        store.write(gids, model.first(source.features("text", block.src), block))
     store.barrier()
-    parts = [run(1, store.read, gids) for gids in own.split(_CHUNK)]
+    parts = []
+    for gids in own.split(_CHUNK):
+        block = block_of(gids)
+        parts.append(model.second(store.read(block.src), block))
     store.barrier()  # nobody overwrites the store while another rank still reads
-    return torch.cat(parts) if parts else torch.empty(0, model.layers[1].own[0].out_features)
+    return torch.cat(parts) if parts else torch.empty(0, model.out_dim)

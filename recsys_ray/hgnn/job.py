@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -14,8 +15,10 @@ from torch import nn
 from recsys_ray.artifacts import SCRATCH, Artifact, save_arrays, write_json
 from recsys_ray.checkpoint import load_checkpoint, save_checkpoint
 from recsys_ray.config import Config, HgnnConfig
-from recsys_ray.hgnn.embedding import embed_items
+from recsys_ray.graph.store import PartitionStore
+from recsys_ray.hgnn.embedding import LocalStore, embed_items
 from recsys_ray.hgnn.model import HGNN, ItemTypes
+from recsys_ray.hgnn.signature import SignedSource, item_signatures
 from recsys_ray.hgnn.training import EdgeTrainer, plan_edges, train_epochs
 from recsys_ray.progress import Progress
 from recsys_ray.ranks import partition_client, place_in_partition, rank_setup, run_ranks, seed_from, workers_for
@@ -42,7 +45,8 @@ def train_hgnn(
         "threads": per_worker,
         "graph": str(graph.path.resolve()),
         "out": str(out.resolve()),
-        "starts": _type_starts(ingest.counts["items_per_type"], ingest.counts["item_types"]),
+        "starts": [0, *itertools.accumulate(ingest.counts["items_per_type"])],
+        "items": str((ingest.path / "items.parquet").resolve()),
         "text_dim": featurize.counts["text_dim"],
         "snapshots": [(s.name, s.index) for s in snapshots_of(graph.counts)],
     }
@@ -52,13 +56,6 @@ def train_hgnn(
     return {"epochs": len(history), "workers": workers, "out_dim": config.hgnn.out_dim, "last": history[-1:]}
 
 
-def _type_starts(per_type: dict[str, int], names: Sequence[str]) -> list[int]:
-    starts = [0]
-    for name in names:
-        starts.append(starts[-1] + per_type[name])
-    return starts
-
-
 def _train_rank(parameters: dict[str, Any]) -> None:
     """What each rank runs."""
     with rank_setup(parameters) as (rank, world), partition_client(Path(parameters["graph"]), rank, world) as client:
@@ -66,7 +63,10 @@ def _train_rank(parameters: dict[str, Any]) -> None:
         types = ItemTypes(torch.tensor(parameters["starts"]))
         model = HGNN(parameters["text_dim"], config, types)
         place, sharing = place_in_partition(client.part, rank, world)
-        rank_run = _RankRun(parameters, config, types, model, client, rank, world, place, sharing)
+        ids = pl.read_parquet(parameters["items"], columns=["item_id"])["item_id"].to_list()
+        packed = torch.from_numpy(item_signatures(ids, config.signature_dim).copy())
+        source = SignedSource(client, packed, config.signature_dim)
+        rank_run = _RankRun(parameters, config, types, model, client, source, rank, world, place, sharing)
         rank_run.train()
         for name, index in parameters["snapshots"]:
             rank_run.embed(name, index)
@@ -76,13 +76,16 @@ class _RankRun:
     """Training and embedding of one rank."""
 
     def __init__(
-        self, parameters: dict[str, Any], config: HgnnConfig, types: ItemTypes, model: HGNN, client: Any, rank: int,
-        world: int, place: int, sharing: int,
+        self, parameters: dict[str, Any], config: HgnnConfig, types: ItemTypes, model: HGNN, client: Any,
+        source: SignedSource, rank: int, world: int, place: int, sharing: int,
     ) -> None:  # fmt: skip
         self.parameters, self.config, self.types, self.model = parameters, config, types, model
-        self.client, self.rank, self.world = client, rank, world
+        self.client, self.source, self.rank, self.world = client, source, rank, world
         self.place, self.sharing = place, sharing
         self.out = Path(parameters["out"])
+        alone = world == 1
+        dim = config.hidden_dim
+        self.store = LocalStore(int(types.starts[-1]), dim) if alone else PartitionStore(client, dim)
 
     def train(self) -> None:
         """Train from the last checkpoint, or from the start; leaves the best weights in the model."""
@@ -105,7 +108,7 @@ class _RankRun:
         state: dict[str, Any] = {}
         if (scratch / _CHECKPOINT).exists():
             state = load_checkpoint(scratch / _CHECKPOINT, self.model, optimizer)
-        trainer = EdgeTrainer(self.model, network, self.client, self.types, config, snapshot, seed)
+        trainer = EdgeTrainer(self.model, network, self.source, self.types, config, snapshot, seed)
 
         def on_step(epoch: int, step: int, loss: float) -> None:
             if self.rank == 0 and step % _REPORT_EVERY == 0:
@@ -140,8 +143,7 @@ class _RankRun:
             if self.rank == 0:
                 self._report(done, 2 * len(own), f"embedding snapshot {name}")
 
-        store = self.client.layer_store("hidden", self.config.hidden_dim)
-        embedding = embed_items(self.model, self.client, index, own, store, on_chunk)
+        embedding = embed_items(self.model, self.source, index, own, self.store, on_chunk)
         save_arrays(target, {"gid": own.numpy(), "embedding": embedding.numpy()})
 
     def _report(self, done: int, total: int, detail: str) -> None:

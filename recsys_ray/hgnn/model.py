@@ -58,14 +58,17 @@ class SageLayer(nn.Module):
             {f"{i}_{j}": nn.Linear(in_dim, out_dim) for i in range(types.count) for j in range(types.count)}
         )
 
-    def forward(self, h_SD: Float[Tensor, "S in_dim"], block: Block) -> Float[Tensor, "D out_dim"]:
+    def forward(
+        self, own_SD: Float[Tensor, "S in_dim"], sent_SD: Float[Tensor, "S in_dim"], block: Block
+    ) -> Float[Tensor, "D out_dim"]:
+        """``own_SD`` enters the self term, ``sent_SD`` is what a node sends to its neighbours."""
         src_of, dst_of = self.types.slices(block.src), self.types.slices(block.dst)
         outputs = []
         for j, dst in enumerate(dst_of):
-            own = self.own[j](h_SD[block.dst_in_src[dst]])
+            own = self.own[j](own_SD[block.dst_in_src[dst]])
             for i, src in enumerate(src_of):
                 if (i, j) in block.edges and len(block.edges[i, j][0]):
-                    own = own + self._aggregate((i, j), h_SD[src], src.start, dst, block)
+                    own = own + self._aggregate((i, j), sent_SD[src], src.start, dst, block)
             outputs.append(own)
         return torch.cat(outputs)
 
@@ -73,33 +76,54 @@ class SageLayer(nn.Module):
         message = F.relu(self.relation[f"{relation[0]}_{relation[1]}"](h))
         src_pos, dst_pos = block.edges[relation]
         graph = dgl.create_block((src_pos - src_start, dst_pos - dst.start), len(h), dst.stop - dst.start)
-        # A node without neighbours of this relation gets zeros from both, as the papers' sum would.
-        return dgl.ops.copy_u_max(graph, message) if self.aggregator == "max" else dgl.ops.copy_u_mean(graph, message)
+        if self.aggregator == "mean":
+            return dgl.ops.copy_u_mean(graph, message)
+        pooled = dgl.ops.copy_u_max(graph, message)
+        return pooled.masked_fill(torch.isinf(pooled), 0.0)  # DGL's maximum over no neighbour is -inf
 
 
 class HGNN(nn.Module):
-    """Text vectors in, unit-norm item embeddings out. The text is projected to the hidden size once, before the
-    layers, so that aggregation costs the hidden width and not the text's."""
+    """Text vectors in, unit-norm item embeddings out.
+
+    Two things are ours, not the papers'. The text is projected to the hidden size once, before the layers, so that
+    aggregation costs the hidden width and not the text's. And an item sends its *signature* beside its text, random
+    signs that stand for its identity (recsys_ray/hgnn/signature.py): text alone cannot tell which of two look-alikes
+    a neighbour is, so without it the model cannot see that two items share neighbours. A node's own signature never
+    enters its own self term: an item without edges is embedded from its text alone.
+
+    The weights start as an average over the neighbourhood (identities and orthogonal projections), which already
+    places items near those that they share users with; from random weights that takes many epochs.
+    """
 
     def __init__(self, text_dim: int, config: HgnnConfig, types: ItemTypes) -> None:
         super().__init__()
-        self.types = types
+        self.types, self.text_dim, self.out_dim = types, text_dim, config.out_dim
         self.project = nn.Linear(text_dim, config.hidden_dim)
+        self.sign = nn.Linear(config.signature_dim, config.hidden_dim, bias=False) if config.signature_dim else None
         self.layers = nn.ModuleList(
             [
                 SageLayer(config.hidden_dim, config.hidden_dim, types, config.aggregator),
                 SageLayer(config.hidden_dim, config.out_dim, types, config.aggregator),
             ]
         )
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                square = module.in_features == module.out_features
+                (nn.init.eye_ if square else nn.init.orthogonal_)(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
-    def forward(self, text_ST: Float[Tensor, "S T"], blocks: list[Block]) -> Float[Tensor, "D O"]:
-        """Embeddings of the last block's dst nodes; ``text_ST`` belongs to the first block's src nodes."""
-        h = self.project(text_ST)
-        for number, block in enumerate(blocks):
-            h = self.layer(number, h, block)
-        return h
+    def forward(self, inputs_SI: Float[Tensor, "S I"], blocks: list[Block]) -> Float[Tensor, "D O"]:
+        """Embeddings of the last block's dst nodes; ``inputs_SI`` (text, then signature) belongs to the first block's
+        src nodes."""
+        return self.second(self.first(inputs_SI, blocks[0]), blocks[1])
 
-    def layer(self, number: int, h: Float[Tensor, "S in_dim"], block: Block) -> Float[Tensor, "D out_dim"]:
-        """One layer with its activation: relu inside, unit norm at the output only."""
-        h = self.layers[number](h, block)
-        return F.normalize(h, dim=-1) if number == len(self.layers) - 1 else F.relu(h)
+    def first(self, inputs_SI: Float[Tensor, "S I"], block: Block) -> Float[Tensor, "D H"]:
+        """The first layer."""
+        own = self.project(inputs_SI[:, : self.text_dim])
+        sent = own if self.sign is None else own + self.sign(inputs_SI[:, self.text_dim :])
+        return F.relu(self.layers[0](own, sent, block))
+
+    def second(self, h_SH: Float[Tensor, "S H"], block: Block) -> Float[Tensor, "D O"]:
+        """The second layer; unit norm, at the output only."""
+        return F.normalize(self.layers[1](h_SH, h_SH, block), dim=-1)

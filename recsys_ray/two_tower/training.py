@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import nn
+from torch import Tensor, nn
 
 from recsys_ray.config import TwoTowerConfig
 from recsys_ray.ranks import largest_over_ranks, seed_from, sum_over_ranks
