@@ -13,7 +13,7 @@ from recsys_ray.evaluation.evaluate import evaluate
 from recsys_ray.hgnn.embeddings import load_embeddings
 from recsys_ray.two_tower.scorer import TrainedTower
 
-NAMES = {"text_only": "two_tower_without_hgnn", "hgnn": "2t_hgnn"}  # two-tower variant -> name in the table
+NAMES = {"text_only": "two_tower_text_only", "hgnn": "2t_hgnn"}  # two-tower variant -> name in the table
 
 
 def _settings(config: Config) -> dict[str, Any]:

@@ -9,8 +9,10 @@ from recsys_ray.hgnn.job import train_hgnn
 
 
 def _run(context: Context) -> dict[str, Any]:
-    inputs = [context.inputs[name] for name in ("ingest", "featurize", "graph")]
-    return train_hgnn(context.config, *inputs, context.out, context.progress, context.cpus, context.hosts)
+    ingest, featurize, graph = (context.inputs[name] for name in ("ingest", "featurize", "graph"))
+    return train_hgnn(
+        context.config, ingest, featurize, graph, context.out, context.progress, context.cpus, context.hosts
+    )
 
 
 STAGE = Stage(

@@ -16,8 +16,9 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def _run(context: Context) -> dict[str, Any]:
-    folders = [context.inputs[name].path for name in STAGE.inputs]
-    bundle = build_bundle(context.config, *folders, context.run_dir / "bundles", context.progress)
+    ingest, featurize, hgnn, two_tower = (context.inputs[name].path for name in STAGE.inputs)
+    out = context.run_dir / "bundles"
+    bundle = build_bundle(context.config, ingest, featurize, hgnn, two_tower, out, context.progress)
     return {"bundle": bundle.path.name, "recall_at_10": bundle.counts["recall_at_10"]}
 
 

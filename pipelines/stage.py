@@ -84,6 +84,7 @@ class Runner:
         stage, config = self.stages[name], self.config
         inputs = {other: self._input(name, other) for other in stage.inputs}
         hashes = {other: artifact.fingerprint for other, artifact in inputs.items()}
+        _check_kinship(inputs)
         hashes |= {table: _hash_source(table, path) for table, path in stage.sources(config).items() if path}
         expected = fingerprint(stage.name, stage.settings(config), hashes)
         target = Path(config.run_dir) / stage.folder
@@ -126,6 +127,14 @@ class Runner:
             self._cpus = self._exit.enter_context(ray_session(self.config.ray))
         hosts = sum(1 for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU"))
         return self._cpus, max(hosts, 1)
+
+
+def _check_kinship(inputs: Mapping[str, Artifact]) -> None:
+    """Inputs that were made from one another must be of the same make: dense ids differ between two ingests."""
+    for name, artifact in inputs.items():
+        for other in artifact.manifest["inputs"].keys() & inputs.keys():
+            if artifact.manifest["inputs"][other] != inputs[other].fingerprint:
+                raise ArtifactError(f"{artifact.path} was made from another {other} than the one there is; run {name}")
 
 
 def _hash_source(table: str, path: str) -> str:

@@ -19,8 +19,10 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def _run(context: Context) -> dict[str, Any]:
-    inputs = [context.inputs[name] for name in STAGE.inputs]
-    return train_two_tower(context.config, *inputs, context.out, context.progress, context.cpus, context.hosts)
+    ingest, featurize, graph, hgnn = (context.inputs[name] for name in STAGE.inputs)
+    return train_two_tower(
+        context.config, ingest, featurize, graph, hgnn, context.out, context.progress, context.cpus, context.hosts
+    )
 
 
 STAGE = Stage(

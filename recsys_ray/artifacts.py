@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import shutil
 from collections.abc import Mapping
@@ -125,11 +124,11 @@ def publish(work: Path, target: str | Path, stage: str, expected: str, **facts: 
     if target.exists():  # a rename cannot replace a folder that holds something
         old = target.parent / f".{target.name}.old"
         shutil.rmtree(old, ignore_errors=True)
-        os.replace(target, old)
-        os.replace(work, target)
+        target.replace(old)
+        work.replace(target)
         shutil.rmtree(old, ignore_errors=True)
     else:
-        os.replace(work, target)
+        work.replace(target)
     return open_artifact(target)
 
 
@@ -137,7 +136,7 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON aside, then rename: a reader sees the old file or the new one."""
     aside = path.with_name(f".{path.name}.tmp")
     aside.write_text(json.dumps(value, indent=1, default=_plain, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    aside.replace(path)
 
 
 def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
@@ -146,7 +145,7 @@ def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[
     aside = path.with_name(f".{path.name}.tmp")
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     save_file(contiguous, aside, metadata=dict(metadata) if metadata else None)
-    os.replace(aside, path)
+    aside.replace(path)
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:

@@ -4,7 +4,6 @@ one, and loading one can execute nothing."""
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.tmp")
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, aside, {"state": json.dumps(state)})
-    os.replace(aside, path)
+    aside.replace(path)
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:

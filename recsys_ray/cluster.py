@@ -55,12 +55,12 @@ def ray_session(config: RayConfig) -> Iterator[int]:
             include_dashboard=config.dashboard,
             object_store_memory=config.object_store_mb * 1024 * 1024,
             log_to_driver=bool(os.environ.get("RECSYS_RAY_WORKER_LOGS")),
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
             configure_logging=True,
         )
     else:
         try:
-            ray.init(config.address, logging_level="WARNING")
+            ray.init(config.address, logging_level=logging.WARNING)
         except ConnectionError as error:
             raise UserError(f"no Ray cluster answers at {config.address!r} (ray.address): {error}") from error
         cpus = int(ray.cluster_resources().get("CPU", cpus))

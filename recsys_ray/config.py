@@ -113,10 +113,10 @@ class HgnnConfig(Section):
     )
     max_steps: int | None = Field(None, gt=0, description="cap of an epoch's steps; default: none")
     batch_size: Positive = Field(2048, description="supervision edges a step and worker")
-    epochs: Positive = 10
-    patience: Positive = Field(3, description="epochs without a better validation loss before stopping")
+    epochs: Positive = 5
+    patience: Positive = Field(2, description="epochs without a better validation loss before stopping")
     valid_share: Share = Field(0.1, description="edges held out for early stopping")
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(2e-3, gt=0)
     workers: int | None = Field(None, gt=0, description="Ray Train workers; default: one per host")
 
 

@@ -76,7 +76,7 @@ def run_ranks(
     from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    board = ray.remote(num_cpus=0)(_Board).remote()
+    board: Any = ray.remote(num_cpus=0)(_Board).remote()
     trainer = TorchTrainer(
         function,
         train_loop_config={**parameters, "board": board},

@@ -46,6 +46,7 @@ def plan_snapshots(config: GraphConfig, counts: Mapping[str, Any]) -> list[Snaps
     else:
         moments = sorted({_quantile(days, _share(config, k)) for k in range(config.cuts)})
         cuts = [(time, (time, following)) for time, following in zip(moments, [*moments[1:], valid], strict=True)]
+    planned: list[tuple[str, int, tuple[int, int] | None]]
     planned = [(f"cut{k}", time, examples) for k, (time, examples) in enumerate(cuts)]
     planned += [("valid", valid, (valid, test)), ("test", test, None), ("serve", end, None)]
     back = None if config.window_days is None else config.window_days * DAY

@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+from jaxtyping import install_import_hook
 
-# jaxtyping's shape annotations are checked while the tests run, never in production.
-os.environ.setdefault("JAXTYPING_DISABLE", "0")
+# Before anything imports them: the shapes in these packages' annotations are checked while the tests run.
+install_import_hook(["recsys_ray.hgnn", "recsys_ray.two_tower", "recsys_ray.evaluation"], "shape_check.check")
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,14 @@ class ToyGraph:
     def __init__(self, src, dst, starts, text):
         self.src, self.dst = torch.as_tensor(src), torch.as_tensor(dst)
         self.starts, self.text = torch.as_tensor(starts), text
+        self._edges, self._rows = {}, {}  # by relation; _rows: edges sorted by dst, and where each gid's begin
+        kinds = self.types_of(self.src), self.types_of(self.dst)
+        for pair in sorted(set(zip(kinds[0].tolist(), kinds[1].tolist(), strict=True))):
+            chosen = (kinds[0] == pair[0]) & (kinds[1] == pair[1])
+            self._edges[pair] = self.src[chosen], self.dst[chosen]
+            order = torch.argsort(self.dst[chosen], stable=True)
+            pointer = torch.searchsorted(self.dst[chosen][order], torch.arange(int(self.starts[-1]) + 1))
+            self._rows[pair] = self.src[chosen][order], pointer
 
     def types_of(self, gids):
         return torch.searchsorted(self.starts, gids, right=True) - 1
@@ -19,22 +27,21 @@ class ToyGraph:
         return self.text[gids]
 
     def edges(self, snapshot=0):
-        kinds = self.types_of(self.src), self.types_of(self.dst)
-        pairs = sorted(set(zip(kinds[0].tolist(), kinds[1].tolist(), strict=True)))
-        found = {pair: (kinds[0] == pair[0]) & (kinds[1] == pair[1]) for pair in pairs}
-        return {pair: (self.src[rows], self.dst[rows]) for pair, rows in found.items()}
+        return self._edges
 
     def sample(self, gids, snapshot, fanout, generator=None):
         sampled = {}
-        for relation, (src, dst) in self.edges().items():
-            positions, sources = [], []
-            for position, gid in enumerate(gids.tolist()):
-                own = src[dst == gid]
-                if fanout >= 0:
-                    own = own[torch.randperm(len(own), generator=generator)[:fanout]]
-                positions += [position] * len(own)
-                sources.append(own)
-            sampled[relation] = (torch.tensor(positions, dtype=torch.int64), torch.cat(sources))
+        for relation, (source, pointer) in self._rows.items():
+            counts = pointer[gids + 1] - pointer[gids]
+            position = torch.repeat_interleave(torch.arange(len(gids)), counts)
+            begin = torch.cumsum(counts, 0) - counts
+            edge = torch.arange(len(position)) + torch.repeat_interleave(pointer[gids] - begin, counts)
+            if fanout >= 0:  # shuffle each node's edges, keep the first of them
+                order = torch.argsort(position + torch.rand(len(position), generator=generator, dtype=torch.float64))
+                edge = edge[order]
+                keep = torch.arange(len(position)) - torch.repeat_interleave(begin, counts) < fanout
+                position, edge = position[keep], edge[keep]
+            sampled[relation] = (position, source[edge])
         return sampled
 
 

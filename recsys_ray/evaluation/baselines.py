@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import scipy.sparse as sp
@@ -70,6 +70,7 @@ class MeanVectors:
         return _popular_where_empty(score, users, self.popularity)
 
 
+@runtime_checkable
 class TowerScorer(Protocol):
     """What evaluation needs of a trained two-tower model."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -81,6 +81,7 @@ def batch_of(uids: np.ndarray, history: Events, users: pa.Table | None = None) -
 Scorer = Callable[[int, int], "Float[Tensor, 'users items']"]
 
 
+@runtime_checkable
 class Recommender(Protocol):
     """Any model of the comparison.
 

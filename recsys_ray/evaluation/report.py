@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -31,6 +32,14 @@ SEGMENT_NAMES = {
     **{f"tier{k + 1}": f"popularity tier {k + 1}" for k in range(TIERS)},
 }
 _TIER_NAMES = [f"tier{k + 1}" for k in range(TIERS)]
+SHORT_NAMES = {
+    "item_knn": "item-kNN",
+    "llm_knn": "LLM-kNN",
+    "ials": "iALS",
+    "hgnn": "HGNN",
+    "two_tower_text_only": "2T",
+    "2t_hgnn": "2T-HGNN",
+}
 MODEL_NOTES = {
     "popularity": "Most positive events in the window before the test period.",
     "item_knn": "Cosine similarity of co-occurrence, summed over the user's items.",
@@ -51,15 +60,15 @@ def print_table(metrics: Sequence[Row], console: Console) -> None:
     main = _select(metrics, item_type="all", segment=_main_segment(metrics))
     with_oracle = any(row.get("share_of_oracle") is not None for row in metrics)
     title = f"{SEGMENT_NAMES[_main_segment(metrics)].capitalize()}, all item types ({main[0]['users']:,} users)"
-    table = Table(title=title, title_justify="left")
-    for name in ("model", "HR@10", "95 %", "NDCG@10", "MRR@100", "coverage@100"):
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
+    for name in ("model", "HR@10", "95 % interval", "NDCG@10", "MRR@100", "cov.@100"):
         table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
     if with_oracle:
-        table.add_column("of oracle", justify="right")
+        table.add_column("of oracle", justify="right", no_wrap=True)
     best = max((row["hr_at_10"] for row in main if row["model"] != "oracle"), default=0.0)
     for row in main:
-        cells = [_plain(row["model"]), f"{row['hr_at_10']:.4f}", interval(row), f"{row['ndcg_at_10']:.4f}"]
-        cells += [f"{row['mrr_at_100']:.4f}", f"{row['coverage_at_100']:.1%}"]
+        cells = [_short(row["model"]), f"{row['hr_at_10']:.4f}", interval(row).replace(" to ", "-")]
+        cells += [f"{row['ndcg_at_10']:.4f}", f"{row['mrr_at_100']:.4f}", f"{row['coverage_at_100']:.1%}"]
         if with_oracle:
             cells.append(percent(row.get("share_of_oracle")))
         table.add_row(*cells, style="bold" if row["hr_at_10"] == best and row["model"] != "oracle" else None)
@@ -76,14 +85,20 @@ def _small_table(
     names = [name for name in names if any(row[over] == name for row in rows)]
     if not names:
         return
-    table = Table(title=title, title_justify="left")
-    table.add_column("model", no_wrap=True)
-    for name in names:
-        table.add_column(_plain(name), justify="right")
+    models = _ordered(rows, "model")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
+    table.add_column(over.replace("_", " "), no_wrap=True)
+    for model in models:
+        table.add_column(_short(model), justify="right", no_wrap=True)
     value = {(row["model"], row[over]): f"{row['hr_at_10']:.4f}" for row in rows}
-    for model in _ordered(rows, "model"):
-        table.add_row(_plain(model), *(value.get((model, name), "-") for name in names))
+    for name in names:
+        table.add_row(_plain(name), *(value.get((model, name), "-") for model in models))
     console.print(table)
+
+
+def _short(model: str) -> str:
+    """A model's name where there is little room."""
+    return SHORT_NAMES.get(model, _plain(model))
 
 
 def write_report(path: Path, metrics: Sequence[Row], config: Config, run_dir: Path) -> None:

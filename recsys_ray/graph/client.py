@@ -7,6 +7,7 @@ and prints "User pressed Ctrl+C" or stops with "double free" when its process en
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -190,7 +191,7 @@ class GraphClient:
     def rows_by_type(self, gids: Tensor) -> Iterator[tuple[int, slice]]:
         """Where the items of each type stand in ascending ``gids``; types without any are left out."""
         bounds = torch.searchsorted(gids, self.table.type_start).tolist()
-        for kind, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        for kind, (begin, end) in enumerate(itertools.pairwise(bounds)):
             if begin < end:
                 yield kind, slice(begin, end)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,8 @@ class PartitionStore:
         from dgl.distributed import DistTensor
 
         self._client, self._dim = client, dim
-        table, graph = client.table, client.distributed
+        table = client.table
+        graph: Any = client.distributed
         self._tensors = [
             DistTensor(
                 (graph.num_nodes(f"t{kind}"), dim),

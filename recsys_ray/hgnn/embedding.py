@@ -7,7 +7,7 @@ neighbours again and again. Nothing is drawn at random: the same graph and weigh
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64
@@ -17,10 +17,11 @@ from recsys_ray.hgnn.model import HGNN, Block
 from recsys_ray.hgnn.sampler import build_blocks
 from recsys_ray.hgnn.training import GraphSource
 
-_CHUNK = 4096
+_CHUNK = 16_384  # neighbourhoods of a chunk overlap: the larger, the less is computed twice
 _ALL = -1
 
 
+@runtime_checkable
 class LayerStore(Protocol):
     """Hidden states that ranks share between two layers."""
 

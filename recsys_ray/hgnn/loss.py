@@ -30,9 +30,7 @@ def in_batch_softmax(
     """
     logits_BB = anchor_BO @ positive_BO.T / temperature - log_q
     not_negative = (
-        (positive_types[:, None] != positive_types)
-        | (positives[:, None] == positives)
-        | (anchors[:, None] == anchors)
+        (positive_types[:, None] != positive_types) | (positives[:, None] == positives) | (anchors[:, None] == anchors)
     )
     not_negative.fill_diagonal_(False)
     return F.cross_entropy(logits_BB.masked_fill(not_negative, _NEVER), torch.arange(len(anchors)))

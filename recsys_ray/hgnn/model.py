@@ -6,6 +6,7 @@ dimension, O output dimension.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import dgl
@@ -27,7 +28,7 @@ class Block:
     src: Int64[Tensor, "S"]
     dst: Int64[Tensor, "D"]
     dst_in_src: Int64[Tensor, "D"]  # position of each dst node in src
-    edges: dict[Relation, tuple[Int64[Tensor, "E"], Int64[Tensor, "E"]]]  # positions in src, positions in dst
+    edges: dict[Relation, tuple[Int64[Tensor, "_"], Int64[Tensor, "_"]]]  # positions in src, positions in dst
 
 
 class ItemTypes:
@@ -40,7 +41,7 @@ class ItemTypes:
     def slices(self, gids: Int64[Tensor, "N"]) -> list[slice]:
         """Where each type lies in ascending ``gids``."""
         bounds = torch.searchsorted(gids, self.starts).tolist()
-        return [slice(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        return [slice(a, b) for a, b in itertools.pairwise(bounds)]
 
     def of(self, gids: Int64[Tensor, "N"]) -> Int64[Tensor, "N"]:
         return torch.searchsorted(self.starts, gids, right=True) - 1

@@ -9,7 +9,7 @@ thinned; messages still pass over the whole graph.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int64
@@ -17,16 +17,17 @@ from torch import Tensor
 
 from recsys_ray.hgnn.model import Block, Relation
 
-Edges = tuple[Int64[Tensor, "E"], Int64[Tensor, "E"]]  # src gids, dst gids
+Edges = tuple[Int64[Tensor, "_"], Int64[Tensor, "_"]]  # src gids, dst gids; as many
 _MIX = (0x9E3779B97F4A7C15 - (1 << 64), 0xBF58476D1CE4E5B9 - (1 << 64))  # odd 64-bit constants, as signed
 
 
+@runtime_checkable
 class NeighborSource(Protocol):
     """Where neighbours come from: DGL partitions in production, plain tensors in tests."""
 
     def sample(
         self, gids: Int64[Tensor, "N"], snapshot: int, fanout: int, generator: torch.Generator | None = None
-    ) -> Mapping[Relation, tuple[Int64[Tensor, "E"], Int64[Tensor, "E"]]]:
+    ) -> Mapping[Relation, tuple[Int64[Tensor, "_"], Int64[Tensor, "_"]]]:
         """Per relation: position in ``gids`` of the receiving node, gid of the neighbour. At most ``fanout`` a node
         and relation; -1: all."""
         ...

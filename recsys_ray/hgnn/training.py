@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64
@@ -29,6 +29,7 @@ from recsys_ray.ranks import generator_for, sum_over_ranks
 _VALIDATION_BATCHES = 4
 
 
+@runtime_checkable
 class GraphSource(NeighborSource, Protocol):
     """Neighbours and the text vectors of items."""
 
@@ -75,7 +76,8 @@ def plan_edges(
         rate = quota[relation] / max(sizes[relation], 1)
         expected += rate * torch.bincount(torch.cat([src, dst]), minlength=num_items) / 2
     log_q = torch.log(sum_over_ranks(expected) + 1).float()
-    held = (torch.cat([s for s, _ in valid]), torch.cat([d for _, d in valid])) if valid else (torch.empty(0).long(),) * 2
+    nothing = torch.empty(0, dtype=torch.int64)
+    held = (torch.cat([nothing, *(s for s, _ in valid)]), torch.cat([nothing, *(d for _, d in valid)]))
     return EdgeTask(train, held, shares, steps, log_q, sizes)
 
 
@@ -142,7 +144,9 @@ class EdgeTrainer:
         sums = sum_over_ranks(sums)
         return float(sums[0] / sums[1]) if sums[1] else float("nan")
 
-    def loss_without_ranks(self, anchors: Tensor, positives: Tensor, task: EdgeTask, generator: torch.Generator) -> float:
+    def loss_without_ranks(
+        self, anchors: Tensor, positives: Tensor, task: EdgeTask, generator: torch.Generator
+    ) -> float:
         """Like :meth:`loss`, past the DDP wrapper: ranks may have different numbers of validation batches."""
         network, self.network = self.network, self.model
         try:

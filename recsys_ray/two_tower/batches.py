@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from recsys_ray.two_tower.towers import ItemRows, TowerSpec
 Examples = Mapping[str, np.ndarray]
 
 
+@runtime_checkable
 class FeatureSource(Protocol):
     """Where item features come from: DGL partitions in training, arrays in evaluation and tests."""
 

@@ -68,9 +68,7 @@ def histories(
     return np.where(positions >= starts[:, None], positions, ABSENT)
 
 
-def _ranges(
-    events: UserEvents, users: np.ndarray, moments: np.ndarray, window: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _ranges(events: UserEvents, users: np.ndarray, moments: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
     """First position inside the window and first at or after the moment, by one search over (uid, timestamp)."""
     if not len(events.uid):
         return np.zeros(len(users), np.int64), np.zeros(len(users), np.int64)

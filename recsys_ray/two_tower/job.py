@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,31 +52,27 @@ def train_two_tower(
             "no training example lies between the first snapshot and the validation period; lower graph.first_cut, "
             "or move split.valid_from"
         )
-    per_worker = max(1, (cpus - (1 if cpus > workers else 0)) // workers) if workers > 1 else cpus
-    results: dict[str, Any] = {"workers": workers, **counts}
-    for variant, with_hgnn in VARIANTS.items():
-        folder = out / variant
-        if not (with_hgnn or config.two_tower.ablation) or (folder / "metrics.json").exists():
-            continue
-        folder.mkdir(parents=True, exist_ok=True)
-        own = spec if with_hgnn else _without_hgnn(spec)
-        own.save(folder / "spec.json")
-        parameters = {
-            "config": config.two_tower.model_dump(),
-            "seed": seed_from(config.seed, "two_tower"),
-            "threads": per_worker,
-            "graph": str(graph.path.resolve()),
-            "hgnn": str(hgnn.path.resolve()),
-            "items": str((ingest.path / "items.parquet").resolve()),
-            "vocabularies": {k: list(ingest.counts[k]) for k in ("languages", "categories")},
-            "out": str(folder.resolve()),
-            "scratch": str((out / SCRATCH / variant).resolve()),
-            "snapshots": [(s.name, s.index) for s in snapshots],
-        }
-        with progress.task(f"two-tower, {variant}", unit="steps") as task:
-            run_ranks(_train_rank, parameters, workers, per_worker, out / SCRATCH, task, datasets)
-        results[variant] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))[-1:]
-    return results
+    per_worker = max(1, cpus // workers)
+    variants = [name for name, with_hgnn in VARIANTS.items() if with_hgnn or config.two_tower.ablation]
+    for variant in variants:
+        (out / variant).mkdir(parents=True, exist_ok=True)
+        (spec if VARIANTS[variant] else replace(spec, hgnn_dim=0)).save(out / variant / "spec.json")
+    parameters = {
+        "config": config.two_tower.model_dump(),
+        "seed": seed_from(config.seed, "two_tower"),
+        "threads": per_worker,
+        "graph": str(graph.path.resolve()),
+        "hgnn": str(hgnn.path.resolve()),
+        "items": str((ingest.path / "items.parquet").resolve()),
+        "vocabularies": {k: list(ingest.counts[k]) for k in ("languages", "categories")},
+        "out": str(out.resolve()),
+        "variants": variants,
+        "snapshots": [(s.name, s.index) for s in snapshots],
+    }
+    with progress.task("two-tower", unit="steps") as task:
+        run_ranks(_train_rank, parameters, workers, per_worker, out / SCRATCH, task, datasets)
+    last = {v: json.loads((out / v / "metrics.json").read_text(encoding="utf-8"))[-1:] for v in variants}
+    return {"workers": workers, **counts, "last": last}
 
 
 def _spec(config: Config, ingest: Artifact, featurize: Artifact, hgnn: Artifact) -> TowerSpec:
@@ -98,10 +94,6 @@ def _spec(config: Config, ingest: Artifact, featurize: Artifact, hgnn: Artifact)
     )
 
 
-def _without_hgnn(spec: TowerSpec) -> TowerSpec:
-    return TowerSpec(**{**spec.__dict__, "hgnn_dim": 0})
-
-
 def _datasets(
     config: Config, ingest: Artifact, snapshots: list[Snapshot], spec: TowerSpec
 ) -> tuple[dict[str, Any], dict[str, int]]:
@@ -116,7 +108,7 @@ def _datasets(
     valid, test = ingest.counts["valid_from"], ingest.counts["test_from"]
     cuts = [s for s in snapshots if s.name.startswith("cut")]
 
-    def make(batch: Mapping[str, np.ndarray], training: bool) -> dict[str, np.ndarray]:
+    def make(batch: Any, training: bool = False) -> dict[str, np.ndarray]:
         parts = []
         for shard in batch["shard"]:
             events = UserEvents.read(str(shard))
@@ -171,20 +163,22 @@ def load_catalogue(items: str | Path, languages: list[str], categories: list[str
 
 
 def _train_rank(parameters: dict[str, Any]) -> None:
-    """What each rank runs."""
-    names = dict((index, name) for name, index in parameters["snapshots"])
-    spec = TowerSpec.load(Path(parameters["out"]) / "spec.json")
-    features = {}
-    if spec.hgnn_dim:
-        features = {f"hgnn_{name}": Path(parameters["hgnn"]) / "embeddings" / name for name in names.values()}
+    """What each rank runs: one variant after the other, over the same servers and the same examples."""
+    names = {index: name for name, index in parameters["snapshots"]}
+    features = {f"hgnn_{name}": Path(parameters["hgnn"]) / "embeddings" / name for name in names.values()}
     with rank_setup(parameters) as (rank, world):
         examples = _collect("train", ("uid", "timestamp", "target"))
         queries = _collect("valid", ("uid", "target"))
+        queries = _sample(queries, _MAX_QUERIES // world, seed_from(parameters["seed"], "queries", rank))
+        catalogue = load_catalogue(parameters["items"], **parameters["vocabularies"])
         with partition_client(Path(parameters["graph"]), rank, world, features) as client:
-            catalogue = load_catalogue(parameters["items"], **parameters["vocabularies"])
-            queries = _sample(queries, _MAX_QUERIES // world, seed_from(parameters["seed"], "queries", rank))
-            task = TowerTask(spec, client, catalogue, examples, queries, names)
-            _train(parameters, task, rank, world, client)
+            for variant in parameters["variants"]:
+                if (Path(parameters["out"]) / variant / "metrics.json").exists():  # whole, from an earlier attempt
+                    continue
+                spec = TowerSpec.load(Path(parameters["out"]) / variant / "spec.json")
+                task = TowerTask(spec, client, catalogue, examples, queries, names)
+                torch.manual_seed(seed_from(parameters["seed"], variant))
+                _train(parameters, variant, task, rank, world, client)
 
 
 def _sample(examples: Examples, count: int, seed: int) -> Examples:
@@ -194,14 +188,15 @@ def _sample(examples: Examples, count: int, seed: int) -> Examples:
     return {name: column[rows] for name, column in examples.items()}
 
 
-def _train(parameters: dict[str, Any], task: TowerTask, rank: int, world: int, client: Any) -> None:
+def _train(parameters: dict[str, Any], variant: str, task: TowerTask, rank: int, world: int, client: Any) -> None:
     import ray.train.torch
 
     config = TwoTowerConfig.model_validate(parameters["config"])
     model = TwoTower(task.spec)
     network: nn.Module = model if world == 1 else ray.train.torch.prepare_model(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
-    scratch, out = Path(parameters["scratch"]), Path(parameters["out"])
+    out = Path(parameters["out"]) / variant
+    scratch = Path(parameters["out"]) / SCRATCH / variant
     state: dict[str, Any] = {}
     if (scratch / _CHECKPOINT).exists():
         state = load_checkpoint(scratch / _CHECKPOINT, model, optimizer)
@@ -211,7 +206,7 @@ def _train(parameters: dict[str, Any], task: TowerTask, rank: int, world: int, c
         if rank == 0 and step % _REPORT_EVERY == 0:
             best = "" if not state.get("best") else f", best valid HR@10 {state['best']:.4f}"
             done, total = epoch * trainer.steps + step, config.epochs * trainer.steps
-            parameters["board"].put.remote(done, total, f"epoch {epoch} loss {loss:.4f}{best}")
+            parameters["board"].put.remote(done, total, f"{variant}, epoch {epoch} loss {loss:.4f}{best}")
 
     def on_epoch(state: dict[str, Any], better: bool) -> None:
         if rank == 0:
@@ -229,3 +224,4 @@ def _train(parameters: dict[str, Any], task: TowerTask, rank: int, world: int, c
             save_arrays(out / "items" / f"{snapshot}.safetensors", {"vector": vectors.numpy()})
         save_file(model.state_dict(), out / "model.safetensors")
         write_json(out / "metrics.json", state["history"])  # last: says that the variant is whole
+    client.barrier()  # no rank looks for the next variant's files before this one's are there

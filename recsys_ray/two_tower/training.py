@@ -94,8 +94,9 @@ class TowerTrainer:
                 seen_row, seen_column = inside.nonzero()[:, 0], history[inside]
                 scores[seen_row, seen_column] = -torch.inf
                 target = torch.from_numpy(queries["target"][chunk]).long() - columns[0]
-                better = (scores > scores.gather(1, target[:, None])).sum(1)
-                hits += torch.tensor([(better < _TOP).sum(), len(chunk)], dtype=torch.float64)
+                own = scores.gather(1, target[:, None])
+                ahead = (scores > own).sum(1) + ((scores == own).sum(1) - 1) / 2  # look-alikes do not all rank first
+                hits += torch.tensor([(ahead < _TOP).sum(), len(chunk)], dtype=torch.float64)
         hits = sum_over_ranks(hits)
         return float(hits[0] / hits[1]) if hits[1] else float("nan")
 

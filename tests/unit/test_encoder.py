@@ -15,7 +15,7 @@ from recsys_ray.text.featurize import hash_text, text_of
 # First numbers of the vectors, computed one sentence at a time with transformers alone, mean over tokens, unit norm.
 CANONICAL = {
     "The lighthouse keeper's daughter": [-0.018008, 0.025998, 0.014311, 0.046709, 0.027442, -0.000711],
-    "Криминальный подкаст о море": [0.024642, 0.080197, -0.010110, 0.002314, -0.042315, 0.061237],  # noqa: RUF001
+    "Криминальный подкаст о море": [0.024642, 0.080197, -0.010110, 0.002314, -0.042315, 0.061237],
     "🎧 深夜のジャズ": [-0.022651, 0.109320, -0.014248, 0.008913, -0.014553, 0.061474],
 }
 

@@ -12,6 +12,7 @@ from recsys_ray.hgnn.embedding import LocalStore, embed_items
 from recsys_ray.hgnn.loss import in_batch_softmax, max_margin
 from recsys_ray.hgnn.model import HGNN, ItemTypes
 from recsys_ray.hgnn.sampler import build_blocks
+from recsys_ray.hgnn.signature import SignedSource, item_signatures, signs
 from recsys_ray.hgnn.training import EdgeTrainer, plan_edges, train_epochs
 
 ITEMS, HALF = 40, 20
@@ -24,33 +25,63 @@ def planted_world():
     return ToyGraph(*both_ways(pairs), [0, HALF, ITEMS], torch.nn.functional.normalize(text, dim=-1))
 
 
-def train(config, seed=0):
+def signed(graph, config):
+    """The graph with each item's signature behind its text, as the job gives it to the model."""
+    names = [f"item {gid}" for gid in range(len(graph.text))]
+    return SignedSource(
+        graph, torch.from_numpy(item_signatures(names, config.signature_dim).copy()), config.signature_dim
+    )
+
+
+def train(config, seed=0, scramble=False):
+    """``scramble``: from random weights, since the model's own start already averages over the neighbourhood."""
     torch.manual_seed(seed)
     graph, types = planted_world(), ItemTypes(torch.tensor([0, HALF, ITEMS]))
     model = HGNN(16, config, types)
+    for weight in model.parameters() if scramble else ():
+        torch.nn.init.normal_(weight, std=0.3)
     task = plan_edges(graph.edges(), config, ITEMS, 2, seed)
+    graph = signed(graph, config)
     trainer = EdgeTrainer(model, model, graph, types, config, 0, seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    untrained = trainer.validate(task)
     state = train_epochs(trainer, task, optimizer, {}, 0)
     z = embed_items(model, graph, 0, torch.arange(ITEMS), LocalStore(ITEMS, config.hidden_dim))
-    return model, graph, types, state, z
+    return model, graph, untrained, state, z
+
+
+def tastes_found(z):
+    """Share of the triples of an item, one of its taste and one of the other that the embeddings put in order."""
+    scores = z @ z.T
+    same = torch.arange(ITEMS)[:, None] % 2 == torch.arange(ITEMS) % 2
+    off = ~torch.eye(ITEMS, dtype=torch.bool)
+    right = (scores[:, :, None] > scores[:, None, :]).double()  # is j nearer to i than k?
+    return float(right[(same & off)[:, :, None] & ~same[:, None, :]].mean())
 
 
 @pytest.mark.parametrize("loss", ["softmax", "max_margin"])
 @pytest.mark.parametrize("aggregator", ["max", "mean"])
 def test_it_finds_the_planted_tastes(loss, aggregator):
     config = HgnnConfig(
-        hidden_dim=16, out_dim=16, loss=loss, aggregator=aggregator, epochs=8, batch_size=64, patience=8, min_edges=100
+        hidden_dim=16, out_dim=16, loss=loss, aggregator=aggregator, epochs=5, batch_size=64, patience=8, min_edges=100
     )
-    _, _, _, state, z = train(config)
+    _, _, untrained, state, z = train(config, scramble=True)
     assert torch.allclose(z.norm(dim=-1), torch.ones(ITEMS), atol=1e-5)
-    scores = z @ z.T
-    same = torch.arange(ITEMS)[:, None] % 2 == torch.arange(ITEMS) % 2
-    off = ~torch.eye(ITEMS, dtype=torch.bool)
-    right = (scores[:, :, None] > scores[:, None, :]).float()  # is j nearer to i than k?
-    wanted = (same & off)[:, :, None] & ~same[:, None, :]
-    assert right[wanted].mean() > 0.9
-    assert state["history"][-1]["valid_loss"] < state["history"][0]["valid_loss"]
+    assert tastes_found(z) > 0.95
+    assert min(epoch["valid_loss"] for epoch in state["history"]) < 0.95 * untrained
+
+
+def test_untrained_weights_already_average_over_the_neighbourhood():
+    config = HgnnConfig(hidden_dim=16, out_dim=16)
+    graph, types = planted_world(), ItemTypes(torch.tensor([0, HALF, ITEMS]))
+    torch.manual_seed(0)
+    model = HGNN(16, config, types)
+    z = embed_items(model, signed(graph, config), 0, torch.arange(ITEMS), LocalStore(ITEMS, 16))
+    assert tastes_found(z) > 0.9
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    z = embed_items(model, signed(graph, config), 0, torch.arange(ITEMS), LocalStore(ITEMS, 16))
+    assert tastes_found(z) < 0.85  # what training has to make good in the test above
 
 
 def test_the_same_seed_gives_the_same_embeddings_and_a_resumed_run_too(tmp_path):
@@ -59,14 +90,15 @@ def test_the_same_seed_gives_the_same_embeddings_and_a_resumed_run_too(tmp_path)
     *_, second = train(config)
     assert torch.equal(first, second)
 
-    graph, types = planted_world(), ItemTypes(torch.tensor([0, HALF, ITEMS]))
+    toy, types = planted_world(), ItemTypes(torch.tensor([0, HALF, ITEMS]))
+    graph = signed(toy, config)
     for epochs in (2, 4):  # killed after two epochs, started again
         torch.manual_seed(0 if epochs == 2 else 99)
         short = config.model_copy(update={"epochs": epochs})
         model = HGNN(16, short, types)
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
         trainer = EdgeTrainer(model, model, graph, types, short, 0, 0)
-        task = plan_edges(graph.edges(), short, ITEMS, 2, 0)
+        task = plan_edges(toy.edges(), short, ITEMS, 2, 0)
         path = tmp_path / "checkpoint.safetensors"
         state = load_checkpoint(path, model, optimizer) if path.exists() else {}
         train_epochs(
@@ -90,7 +122,7 @@ def test_an_item_without_edges_is_embedded_from_its_text_alone():
     types = ItemTypes(torch.tensor([0, 2, 3]))
     graph = ToyGraph(torch.tensor([0, 1]), torch.tensor([1, 0]), [0, 2, 3], torch.eye(3, 16))
     model = HGNN(16, config, types)
-    z = embed_items(model, graph, 0, torch.arange(3), LocalStore(3, 8))
+    z = embed_items(model, signed(graph, config), 0, torch.arange(3), LocalStore(3, 8))
     h = torch.relu(model.layers[0].own[1](model.project(graph.text[2])))
     alone = torch.nn.functional.normalize(model.layers[1].own[1](h), dim=-1)
     assert torch.allclose(z[2], alone, atol=1e-6)
@@ -106,7 +138,20 @@ def test_max_pool_is_the_elementwise_maximum():
     h = model.project(graph.text[block.src])
     layer = model.layers[0]
     messages = torch.relu(layer.relation["0_0"](h[1:]))
-    assert torch.allclose(layer(h, block)[0], layer.own[0](h[0]) + messages.amax(0), atol=1e-6)
+    assert torch.allclose(layer(h, h, block)[0], layer.own[0](h[0]) + messages.amax(0), atol=1e-6)
+    sent = h + 1
+    messages = torch.relu(layer.relation["0_0"](sent[1:]))  # what neighbours send is not what a node keeps
+    assert torch.allclose(layer(h, sent, block)[0], layer.own[0](h[0]) + messages.amax(0), atol=1e-6)
+
+
+def test_signatures_depend_on_the_id_alone_and_tell_items_apart():
+    packed = torch.from_numpy(item_signatures(["a", "b", "c"], 128).copy())
+    other = torch.from_numpy(item_signatures(["c", "日本"], 128).copy())
+    assert torch.equal(packed[2], other[0])
+    vectors = signs(packed, 100)  # not a multiple of 64
+    assert vectors.shape == (3, 100)
+    assert torch.allclose(vectors.norm(dim=1), torch.ones(3), atol=1e-6)
+    assert (vectors @ vectors.T - torch.eye(3)).abs().max() < 0.5
 
 
 def test_softmax_masks_what_is_no_negative():

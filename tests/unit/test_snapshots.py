@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from recsys_ray.config import GraphConfig
@@ -21,7 +23,7 @@ def test_every_example_uses_a_graph_that_ends_before_it():
     assert [s.name for s in plan] == ["cut0", "cut1", "cut2", "cut3", "valid", "test", "serve"]
     intervals = [s.examples for s in plan if s.name.startswith("cut")]
     assert intervals[-1][1] == COUNTS["valid_from"]
-    for snapshot, following in zip(plan, plan[1:], strict=False):
+    for snapshot, following in itertools.pairwise(plan):
         assert snapshot.start == snapshot.time - 30 * DAY
         if snapshot.examples:
             assert snapshot.time == snapshot.examples[0]

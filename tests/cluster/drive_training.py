@@ -1,0 +1,99 @@
+"""Runs on the first of two hosts: trains HGNN and two-tower over two partitions, then the same on one host alone."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recsys_ray.artifacts import Artifact, load_arrays, publish, save_arrays, work_folder
+from recsys_ray.cluster import ray_session
+from recsys_ray.config import Config, RayConfig
+from recsys_ray.data.demo_world import spec_for
+from recsys_ray.data.demo_write import write_demo
+from recsys_ray.data.ingest import ingest
+from recsys_ray.graph.build import build_graph
+from recsys_ray.hgnn.embeddings import load_embeddings
+from recsys_ray.hgnn.job import train_hgnn
+from recsys_ray.progress import Progress
+from recsys_ray.two_tower.job import train_two_tower
+
+EVENTS, TEXT_DIM = 6_000, 32
+EPOCHS = 6  # of one worker; two workers take as many steps in twice the epochs
+QUIET = Progress(quiet=True)
+
+
+def settings(root: Path, workers: int) -> Config:
+    tables = {name: str(root / "demo" / name) for name in ("items", "interactions", "users")}
+    return Config.model_validate({
+        "data": {**tables, "now": "2026-01-02", "shards": 4},
+        "graph": {"window_days": 120, "cuts": 2, "first_cut": 0.4, "partitions": workers},
+        "hgnn": {"hidden_dim": 32, "out_dim": 32, "signature_dim": 32, "epochs": EPOCHS * workers, "patience": 99,
+                 "batch_size": 256, "min_edges": 2000},
+        "two_tower": {"layers": [64, 32], "epochs": EPOCHS * workers, "patience": 99, "batch_size": 256,
+                      "history": 20},
+    })  # fmt: skip
+
+
+def finish(work: Path, counts: dict[str, Any]) -> Artifact:
+    """Publish what a stage left in its work folder."""
+    target = work.parent / work.name.split(".")[1]
+    return publish(work, target, target.name, target.name, counts=counts)
+
+
+def text_vectors(root: Path, items: int) -> Artifact:
+    """Stands for featurize: what it would write, without an encoder."""
+    work = work_folder(root / "featurize", "featurize")
+    vectors = np.random.default_rng(0).normal(size=(items, TEXT_DIM))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    save_arrays(work / "text.safetensors", {"vector": vectors.astype(np.float16)})
+    return finish(work, {"text_dim": TEXT_DIM})
+
+
+def train(root: Path, tables: Artifact, text: Artifact, hosts: int) -> dict[str, Any]:
+    """Graph, HGNN and two-tower on so many hosts, a worker on each; what came out."""
+    config, runs = settings(root, hosts), root / f"on-{hosts}"
+    work = work_folder(runs / "graph", "graph")
+    graph = finish(work, build_graph(config, tables.path, text.path, work, QUIET, hosts))
+    work = work_folder(runs / "hgnn", "hgnn")
+    hgnn = finish(work, train_hgnn(config, tables, text, graph, work, QUIET, hosts, hosts))
+    work = work_folder(runs / "two_tower", "two_tower")
+    towers = finish(work, train_two_tower(config, tables, text, graph, hgnn, work, QUIET, hosts, hosts))
+    items = sum(tables.counts["items_per_type"])
+    parts = sorted((hgnn.path / "embeddings" / "test").glob("part-*.safetensors"))
+    owned = [load_arrays(part)["gid"].tolist() for part in parts]
+    vectors = {s: load_embeddings(hgnn.path, s, items).numpy() for s in ("cut0", "cut1", "valid", "test", "serve")}
+    trained = {"hgnn": hgnn.path, "two_tower": towers.path / "hgnn", "text_only": towers.path / "text_only"}
+    histories = {
+        name: json.loads((folder / "metrics.json").read_text(encoding="utf-8")) for name, folder in trained.items()
+    }
+    return {
+        "items": items,
+        "workers": [hgnn.counts["workers"], towers.counts["workers"]],
+        "nodes_per_partition": graph.counts["nodes_per_partition"],
+        "owned": owned,
+        "unit": [bool(np.allclose(np.linalg.norm(v, axis=1), 1, atol=1e-4)) for v in vectors.values()],
+        "item_vectors": [
+            list(load_arrays(towers.path / v / "items" / f"{s}.safetensors")["vector"].shape)
+            for v in ("hgnn", "text_only")
+            for s in ("test", "serve")
+        ],
+        "histories": histories,
+    }
+
+
+def main(root: Path) -> None:
+    with ray_session(RayConfig(address="auto")):
+        write_demo(root / "demo", spec_for(EVENTS, 0), QUIET)
+        work = work_folder(root / "ingest", "ingest")
+        tables = finish(work, ingest(settings(root, 1), work, QUIET))
+        text = text_vectors(root, sum(tables.counts["items_per_type"]))
+        report = {str(hosts): train(root, tables, text, hosts) for hosts in (2, 1)}
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
