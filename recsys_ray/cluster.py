@@ -48,6 +48,7 @@ def ray_session(config: RayConfig) -> Iterator[int]:
         yield cpus
         return
     if config.address == "local":
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what fails is raised all the same
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a throw-away Ray that listens on this machine alone
         ray.init(
             "local",
@@ -66,7 +67,7 @@ def ray_session(config: RayConfig) -> Iterator[int]:
         cpus = int(ray.cluster_resources().get("CPU", cpus))
     from ray.data import DataContext
 
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     DataContext.get_current().execution_no_progress_timeout_s = 600
     DataContext.get_current().enable_progress_bars = False
     try:

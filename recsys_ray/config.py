@@ -8,7 +8,7 @@ and offers the nearest one.
 from __future__ import annotations
 
 import difflib
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,7 +24,7 @@ Positive = Annotated[int, Field(gt=0)]
 def _as_utc(value: datetime | None) -> datetime | None:
     """A date without a zone means UTC, so that a preset means the same on every machine."""
     if value is not None and value.tzinfo is None:
-        return value.replace(tzinfo=timezone.utc)
+        return value.replace(tzinfo=UTC)
     return value
 
 
@@ -87,8 +87,8 @@ class GraphConfig(Section):
         description="example: a training example sees only graphs and history from before it (several snapshots); "
         "window: the paper's way, one window for features and targets",
     )
-    cuts: Positive = Field(4, description="training snapshots; each serves the examples up to the next one")
-    first_cut: Share = Field(0.3, description="share of training events before the first cut: they only make graphs")
+    cuts: Positive = Field(5, description="training snapshots; each serves the examples up to the next one")
+    first_cut: Share = Field(0.2, description="share of training events before the first cut: they only make graphs")
     min_support: Positive = Field(1, description="users that must share a pair of items to make an edge")
     max_history: Positive = Field(100, description="latest items of one user that make pairs")
     max_neighbors: Positive = Field(30, description="neighbours kept per item and relation, the best supported first")
@@ -109,7 +109,7 @@ class HgnnConfig(Section):
     negatives: Positive = Field(64, description="max_margin only: random catalogue negatives, shared by a batch")
     balanced: bool = Field(True, description="balanced multi-link sampler; false: every edge, every epoch")
     min_edges: Positive = Field(
-        50_000, description="balanced: no relation is undersampled below this many edges an epoch"
+        20_000, description="balanced: no relation is undersampled below this many edges an epoch"
     )
     max_steps: int | None = Field(None, gt=0, description="cap of an epoch's steps; default: none")
     batch_size: Positive = Field(2048, description="supervision edges a step and worker")
@@ -129,6 +129,7 @@ class TwoTowerConfig(Section):
     )
     temperature: float = Field(0.05, gt=0)
     log_q: float = Field(1.0, ge=0, le=1, description="strength of the log-Q correction: 1 full, 0 none")
+    dropout: Share = Field(0.2, description="before every layer, while training")
     history: Positive = Field(50, description="latest events of a user that make the user's features")
     batch_size: Positive = 1024
     epochs: Positive = 10

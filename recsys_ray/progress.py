@@ -22,13 +22,16 @@ class Task:
     def __init__(self, report: Progress, description: str, total: int | None, unit: str) -> None:
         self._report, self._description, self._total, self._unit = report, description, total, unit
         self._done, self._started, self._shown = 0, time.monotonic(), time.monotonic()
+        self._first: int | None = None
         self._bar = report.bars.add_task(description, total=total, rate="", detail="") if report.bars else None
 
     def update(self, done: int, total: int | None = None, detail: str = "") -> None:
         """``done`` so far, of ``total`` if that changed; ``detail`` is shown beside (a loss, a count)."""
         self._done, self._total = done, total if total is not None else self._total
         now = time.monotonic()
-        rate = done / max(now - self._started, 1e-9)
+        if self._first is None or done < self._first:  # start-up, and what an earlier attempt did, have no rate
+            self._first, self._started = done, now
+        rate = (done - self._first) / max(now - self._started, 1e-9)
         text = f"{rate:,.0f} {self._unit}/s" if rate >= 10 else f"{rate:.2g} {self._unit}/s"
         if self._report.bars and self._bar is not None:
             self._report.bars.update(self._bar, completed=done, total=self._total, rate=text, detail=detail)

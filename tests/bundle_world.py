@@ -170,7 +170,21 @@ def _write_towers(target: Path, world: World, types: list[str], text: int, dim: 
 
     work = work_folder(target, target.name)
     (work / "hgnn" / "items").mkdir(parents=True, exist_ok=True)
-    spec = TowerSpec(len(types), EVENTS, text, dim, 2, 0, 1, {"music": TASTE}, [16, dim], types, ["DE", "SE"], 50, 90)
+    spec = TowerSpec(
+        len(types),
+        EVENTS,
+        text,
+        dim,
+        2,
+        0,
+        1,
+        {"music": TASTE},
+        [16, dim],
+        types,
+        ["DE", "SE"],
+        history=50,
+        window_days=90,
+    )
     torch.manual_seed(0)
     save_file(TwoTower(spec).state_dict(), work / "hgnn" / "model.safetensors")
     spec.save(work / "hgnn" / "spec.json")

@@ -12,7 +12,7 @@ No matrix product of BLAS is used, because its last bits may depend on the numbe
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import lru_cache
 
 import numpy as np
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from recsys_ray.data.demo_text import LANGUAGES, THEME_AGES, THEMES, split_topic
 
 DAY = 86_400
-END = int(datetime(2026, 1, 1, tzinfo=timezone.utc).timestamp())  # events are before it
+END = int(datetime(2026, 1, 1, tzinfo=UTC).timestamp())  # events are before it
 START = END - 365 * DAY
 TYPES = ("audiobook", "music", "podcast")
 AUDIOBOOK, MUSIC, PODCAST = range(3)

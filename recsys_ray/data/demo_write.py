@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import asdict
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,7 @@ def _summary(spec: WorldSpec, parts: list[dict[str, Any]]) -> dict[str, Any]:
         "start": START,
         "test_from": spec.test_from,
         "end": END,
-        "test_from_date": datetime.fromtimestamp(spec.test_from, timezone.utc).isoformat(),
+        "test_from_date": datetime.fromtimestamp(spec.test_from, UTC).isoformat(),
         f"oracle_hr_at_{HITS_AT}": {
             name: round(hits[name] / pairs[name], 4) if pairs[name] else None for name in pairs
         },

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -261,7 +261,7 @@ def _parse_time(text: str) -> int | None:
         moment = datetime.fromisoformat(_ISO_Z.sub("+00:00", text))
     except ValueError:
         return None
-    return int((moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp() // 1)
+    return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() // 1)
 
 
 def _number(array: pa.Array) -> Converted:

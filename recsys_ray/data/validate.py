@@ -6,7 +6,7 @@ import html
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -180,7 +180,7 @@ def _check_item(columns: Mapping[str, Converted], catalogue: Catalogue, findings
 
 def utc(seconds: int) -> str:
     """A moment as a reader writes it; the time of day only where it is not midnight."""
-    text = datetime.fromtimestamp(seconds, timezone.utc).isoformat(sep=" ").removesuffix("+00:00")
+    text = datetime.fromtimestamp(seconds, UTC).isoformat(sep=" ").removesuffix("+00:00")
     return text.removesuffix(" 00:00:00")
 
 

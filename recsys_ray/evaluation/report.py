@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -230,7 +230,7 @@ def _facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     facts: list[tuple[str, str]] = []
     for name in ("valid_from", "test_from", "end"):
         if name in counts:
-            facts.append((name, datetime.fromtimestamp(counts[name], timezone.utc).strftime("%Y-%m-%d %H:%M UTC")))
+            facts.append((name, datetime.fromtimestamp(counts[name], UTC).strftime("%Y-%m-%d %H:%M UTC")))
     for name, value in counts.items():
         if name in ("valid_from", "test_from", "end", "days", "languages", "countries", "categories"):
             continue

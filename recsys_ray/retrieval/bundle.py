@@ -21,7 +21,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,7 @@ def build_bundle(
     sources = _Sources.open(ingest_dir, featurize_dir, hgnn_dir, two_tower_dir)
     check_metric(sources.spec.get("metric"), two_tower_dir / VARIANT)
     expected = bundle_fingerprint(config, sources.prints)
-    day = datetime.fromtimestamp(sources.ingest.counts["end"] - 1, tz=timezone.utc)
+    day = datetime.fromtimestamp(sources.ingest.counts["end"] - 1, tz=UTC)
     target = out_root / f"{day:%Y%m%d}-{expected[:12]}"
     bundle = find_current(target, expected)
     if bundle is None:

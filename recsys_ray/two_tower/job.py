@@ -47,7 +47,7 @@ def train_two_tower(
     spec = _spec(config, ingest, featurize, hgnn)
     workers = workers_for(config.two_tower.workers, hosts)
     datasets, counts = _datasets(config, ingest, snapshots, spec)
-    if not counts["examples"]:
+    if counts["examples"] < workers:
         raise DataError(
             "no training example lies between the first snapshot and the validation period; lower graph.first_cut, "
             "or move split.valid_from"
@@ -89,6 +89,7 @@ def _spec(config: Config, ingest: Artifact, featurize: Artifact, hgnn: Artifact)
         layers=list(config.two_tower.layers),
         item_types=list(facts["item_types"]),
         countries=list(facts["countries"]),
+        dropout=config.two_tower.dropout,
         history=config.two_tower.history,
         window_days=config.graph.window_days,
     )
@@ -123,6 +124,8 @@ def _datasets(
             parts.append({**part, **columns})
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
+    # The same rows go to the same rank after a restart.
+    ray.data.DataContext.get_current().execution_options.preserve_order = True
     datasets = {}
     for name, training in (("train", True), ("valid", False)):
         source = ray.data.from_items(shards, override_num_blocks=len(shards))

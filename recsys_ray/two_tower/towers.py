@@ -40,6 +40,7 @@ class TowerSpec:
     layers: list[int]
     item_types: list[str] = field(default_factory=list)
     countries: list[str] = field(default_factory=list)
+    dropout: float = 0.0
     history: int = 50
     window_days: int | None = None
     metric: str = METRIC
@@ -56,10 +57,10 @@ class TowerSpec:
             raise ArtifactError(f"{path} is no description of towers: {error}") from error
 
 
-def _perceptron(in_dim: int, layers: list[int]) -> nn.Sequential:
+def _perceptron(in_dim: int, layers: list[int], dropout: float) -> nn.Sequential:
     parts: list[nn.Module] = []
     for width in layers:
-        parts += [nn.Linear(in_dim, width), nn.ReLU()]
+        parts += [nn.Dropout(dropout), nn.Linear(in_dim, width), nn.ReLU()]
         in_dim = width
     return nn.Sequential(*parts[:-1])
 
@@ -75,7 +76,7 @@ class UserTower(nn.Module):
         self.country = _small_embedding(spec.num_countries + 1)
         width = spec.text_dim + spec.num_types * (spec.hgnn_dim + 2) + 2 + _SMALL
         width += sum(dim + 1 for dim in spec.tastes.values())
-        self.layers = _perceptron(width, spec.layers)
+        self.layers = _perceptron(width, spec.layers, spec.dropout)
 
     def forward(self, inputs: UserInputs, tables: ItemTables) -> Float[Tensor, "B D"]:
         """Unit vectors. ``inputs.gids`` are rows of ``tables``."""
@@ -132,7 +133,7 @@ class ItemTower(nn.Module):
         self.category = nn.EmbeddingBag.from_pretrained(
             _small_embedding(spec.num_categories + 1).weight.detach(), freeze=False, mode="mean"
         )
-        self.layers = _perceptron(spec.text_dim + spec.hgnn_dim + 3 * _SMALL, spec.layers)
+        self.layers = _perceptron(spec.text_dim + spec.hgnn_dim + 3 * _SMALL, spec.layers, spec.dropout)
 
     def forward(self, rows: ItemRows) -> Float[Tensor, "N D"]:
         """Unit vectors."""

@@ -142,6 +142,7 @@ def train_epochs(
         if state["bad"] >= config.patience:
             break
         generator = np.random.default_rng(seed_from(trainer.seed, "two_tower", epoch, trainer.rank))
+        torch.manual_seed(seed_from(trainer.seed, "dropout", epoch, trainer.rank))  # the same after a restart
         total = 0.0
         trainer.network.train()
         for step, rows in enumerate(epoch_batches(snapshots, config.batch_size, trainer.steps, generator)):

@@ -22,7 +22,7 @@ from recsys_ray.progress import Progress
 from recsys_ray.two_tower.job import train_two_tower
 
 EVENTS, TEXT_DIM = 6_000, 32
-EPOCHS = 6  # of one worker; two workers take as many steps in twice the epochs
+EPOCHS = 4  # of one worker; two workers take as many steps in twice the epochs
 QUIET = Progress(quiet=True)
 
 
@@ -34,7 +34,7 @@ def settings(root: Path, workers: int) -> Config:
         "hgnn": {"hidden_dim": 32, "out_dim": 32, "signature_dim": 32, "epochs": EPOCHS * workers, "patience": 99,
                  "batch_size": 256, "min_edges": 2000},
         "two_tower": {"layers": [64, 32], "epochs": EPOCHS * workers, "patience": 99, "batch_size": 256,
-                      "history": 20},
+                      "history": 20, "ablation": False},
     })  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def train(root: Path, tables: Artifact, text: Artifact, hosts: int) -> dict[str,
     parts = sorted((hgnn.path / "embeddings" / "test").glob("part-*.safetensors"))
     owned = [load_arrays(part)["gid"].tolist() for part in parts]
     vectors = {s: load_embeddings(hgnn.path, s, items).numpy() for s in ("cut0", "cut1", "valid", "test", "serve")}
-    trained = {"hgnn": hgnn.path, "two_tower": towers.path / "hgnn", "text_only": towers.path / "text_only"}
+    trained = {"hgnn": hgnn.path, "two_tower": towers.path / "hgnn"}
     histories = {
         name: json.loads((folder / "metrics.json").read_text(encoding="utf-8")) for name, folder in trained.items()
     }
@@ -77,8 +77,7 @@ def train(root: Path, tables: Artifact, text: Artifact, hosts: int) -> dict[str,
         "owned": owned,
         "unit": [bool(np.allclose(np.linalg.norm(v, axis=1), 1, atol=1e-4)) for v in vectors.values()],
         "item_vectors": [
-            list(load_arrays(towers.path / v / "items" / f"{s}.safetensors")["vector"].shape)
-            for v in ("hgnn", "text_only")
+            list(load_arrays(towers.path / "hgnn" / "items" / f"{s}.safetensors")["vector"].shape)
             for s in ("test", "serve")
         ],
         "histories": histories,

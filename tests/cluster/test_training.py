@@ -26,9 +26,9 @@ def test_two_hosts_train_to_the_loss_of_one(tmp_path: Path) -> None:
     assert sorted(gid for gids in both["owned"] for gid in gids) == list(range(both["items"]))
     for run in (both, one):
         assert all(run["unit"])
-        assert run["item_vectors"] == [[run["items"], 32]] * 4
+        assert run["item_vectors"] == [[run["items"], 32]] * 2
 
-    for model in ("hgnn", "two_tower", "text_only"):
+    for model in ("hgnn", "two_tower"):
         first, last = (one["histories"][model][k]["loss"] for k in (0, -1))
         assert last < 0.97 * first, f"{model} learned nothing on one host"
         assert both["histories"][model][-1]["loss"] == pytest.approx(last, rel=0.1), model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import defaultdict
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def write_world(folder: Path, kind: str = "parquet") -> Config:
     return Config(
         data=DataConfig(
             **{name: str(folder / name) for name in tables},
-            now=datetime.fromtimestamp(NOW, timezone.utc),
+            now=datetime.fromtimestamp(NOW, UTC),
             shards=3,
             max_bad_share=0.06,
         ),

@@ -45,13 +45,14 @@ def test_without_a_feature_that_tells_the_board_it_does_not_see_it():
 
 def test_a_resumed_training_equals_an_undisturbed_one_bit_for_bit(tmp_path):
     task, path = board_task(rows=slice(0, 700)), tmp_path / "checkpoint.safetensors"
+    task.spec = replace(task.spec, dropout=0.2)
     config = CONFIG.model_copy(update={"epochs": 4})
     whole, optimizer = board_trainer(task, config)
     undisturbed = train_epochs(whole, optimizer, {})
     for epochs in (2, 4):  # killed after two epochs, started again
         trainer, optimizer = board_trainer(task, config.model_copy(update={"epochs": epochs}))
         if path.exists():
-            torch.nn.init.zeros_(trainer.model.user.layers[0].weight)
+            torch.nn.init.zeros_(trainer.model.user.event_weight)
         state = load_checkpoint(path, trainer.model, optimizer) if path.exists() else {}
         state = train_epochs(
             trainer, optimizer, state,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import date, datetime, timedelta, timezone
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ def test_items_row_by_row() -> None:
     assert good[0]["title"] == "Tom & Jérôme" and good[1]["title"] == ""
     assert checked.untitled == 1
     assert [row["available"] for row in good] == [True, True, False]
-    assert good[0]["published_at"] == int(datetime(2024, 2, 1, tzinfo=timezone.utc).timestamp())
+    assert good[0]["published_at"] == int(datetime(2024, 2, 1, tzinfo=UTC).timestamp())
     assert good[0]["categories"] == [] and good[0]["language"] is None
     found = reasons(checked)
     assert found[3] == "item_type is missing" and found[4] == "item_id is missing"
@@ -127,7 +127,7 @@ def test_users_row_by_row() -> None:
     assert checked.lengths == {"music": {"2": 1}}
 
 
-MOMENT = datetime(2024, 3, 1, 12, 30, 15, tzinfo=timezone.utc)
+MOMENT = datetime(2024, 3, 1, 12, 30, 15, tzinfo=UTC)
 SECONDS = int(MOMENT.timestamp())
 
 

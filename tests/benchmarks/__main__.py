@@ -1,0 +1,102 @@
+"""Benchmarks: each prints what it does in a second and the ratio to something else measured in the same run.
+
+make bench          (or: python -m tests.benchmarks)
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DGLBACKEND", "pytorch")
+
+import numpy as np
+import torch
+
+_REPEATS = 5
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Median of a few runs after one to warm up."""
+    work()
+    times = []
+    for _ in range(_REPEATS):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def line(name: str, ours: float, other: float, unit: str, amount: float, than: str) -> None:
+    print(f"{name:<34} {amount / ours:>12,.0f} {unit}/s   {other / ours:>6.2f} times {than}")
+
+
+def encoder() -> None:
+    """Text encoding in order of length against the order in which texts come."""
+    from recsys_ray.text.encoder import Encoder, find_model
+
+    draw = np.random.default_rng(0)
+    words = ["quiet", "galaxy", "notebook", "mystery", "jazz", "winter", "history", "river", "signal", "garden"]
+    texts = [" ".join(draw.choice(words, int(n))) for n in draw.geometric(0.05, 512).clip(2, 120)]
+    model = Encoder(find_model("packaged"), max_tokens=128, batch_size=32, precision="fp32")
+    by_length = sorted(texts, key=len)
+
+    def in_batches(order: list[str]) -> None:
+        for start in range(0, len(order), 32):
+            model.encode(order[start : start + 32])
+
+    line("encoder, sorted by length", seconds(lambda: in_batches(by_length)), seconds(lambda: in_batches(texts)),
+         "texts", len(texts), "as fast as unsorted")  # fmt: skip
+
+
+def sampler() -> None:
+    """Our neighbour sampling inside a partition against DGL's, on the same graph."""
+    import dgl
+
+    from recsys_ray.graph.sampling import draw
+
+    nodes, degree, fanout, seeds = 50_000, 30, 5, 10_000
+    generator = torch.Generator().manual_seed(0)
+    src = torch.randint(nodes, (nodes * degree,), generator=generator)
+    dst = torch.arange(nodes).repeat_interleave(degree)
+    graph = dgl.graph((src, dst), num_nodes=nodes).formats("csc")
+    start, length = torch.arange(nodes) * degree, torch.full((nodes,), degree)
+    chosen = torch.randperm(nodes, generator=generator)[:seeds]
+
+    def ours() -> torch.Tensor:
+        _, picks = draw(start[chosen], length[chosen], fanout, generator)
+        return src[picks]
+
+    line("neighbour sampling, one relation", seconds(ours),
+         seconds(lambda: dgl.sampling.sample_neighbors(graph, chosen, fanout)), "nodes", seeds, "as fast as DGL")  # fmt: skip
+
+
+def index() -> None:
+    """Top-10 with the items of the user left out: FAISS with a selector against a plain product and sort."""
+    import faiss
+
+    faiss.omp_set_num_threads(1)
+    draw = np.random.default_rng(0)
+    vectors = draw.standard_normal((50_000, 128)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    flat = faiss.IndexFlatIP(128)
+    flat.add(vectors)
+    seen = draw.choice(50_000, 100, replace=False).astype(np.int64)
+    without = faiss.SearchParameters(sel=faiss.IDSelectorNot(faiss.IDSelectorBatch(seen)))
+
+    def plain() -> np.ndarray:
+        scores = vectors @ vectors[0]
+        scores[seen] = -np.inf
+        return np.argsort(-scores)[:10]
+
+    line("exact search, seen items left out", seconds(lambda: flat.search(vectors[:1], 10, params=without)),
+         seconds(plain), "queries", 1, "as fast as product and sort")  # fmt: skip
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for benchmark in (encoder, sampler, index):
+        benchmark()

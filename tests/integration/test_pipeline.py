@@ -1,0 +1,240 @@
+"""The command line from Parquet to an HTTP answer, on a real local Ray and Ray Serve; what a kill and bad input do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import polars as pl
+import psutil
+import pytest
+import yaml
+
+from pipelines.cli import main
+from pipelines.evaluate import NAMES
+from pipelines.run import STAGES
+
+pytestmark = pytest.mark.slow
+
+BASELINES = {"popularity", "item_knn", "llm_knn", "hgnn", "oracle"}
+TABLES = ("items", "interactions", "users", "oracle")
+SMALL = {
+    "data": {"now": "2026-01-02", "shards": 2},
+    "graph": {"window_days": 120, "cuts": 2, "first_cut": 0.4, "max_neighbors": 10},
+    "hgnn": {"hidden_dim": 16, "out_dim": 16, "signature_dim": 32, "epochs": 3, "batch_size": 256, "min_edges": 1000},
+    "two_tower": {"layers": [32, 16], "epochs": 1, "batch_size": 256, "history": 20},
+    "evaluate": {"bootstrap": 50},
+    "ray": {"num_cpus": 2, "object_store_mb": 128},
+}
+
+
+def command(*words: object) -> list[str]:
+    return [sys.executable, "-m", "pipelines.cli", *map(str, words)]
+
+
+def call(*words: object, timeout: float = 400) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*words), capture_output=True, text=True, timeout=timeout)
+
+
+def configure(root: Path, world: Path, name: str, /, **changes: dict) -> Path:
+    """A configuration file for a run in ``root/name``."""
+    tree = {section: {**SMALL.get(section, {}), **changes.get(section, {})} for section in {*SMALL, *changes}}
+    tree["data"] = {**{table: str(world / table) for table in TABLES}, **tree["data"]}
+    (root / f"{name}.yaml").write_text(yaml.safe_dump({"run_dir": str(root / name), **tree}), encoding="utf-8")
+    return root / f"{name}.yaml"
+
+
+def metrics_of(run: Path) -> list[dict]:
+    return json.loads((run / "evaluation" / "metrics.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("pipeline")
+
+
+@pytest.fixture(scope="module")
+def data(root):
+    done = call("demo-data", "--out", root / "data", "--events", 3000, "--seed", 1)
+    assert done.returncode == 0, done.stderr
+    return root / "data"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(root, data):
+    """A finished run: its folder, its configuration and what the command printed."""
+    config = configure(root, data, "undisturbed")
+    done = call("run", "--config", config)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return root / "undisturbed", config, done
+
+
+def test_one_command_makes_everything(undisturbed):
+    run, _, done = undisturbed
+    for stage in STAGES.values():
+        assert f"{stage.name}: {stage.summary}" in done.stderr
+        assert (run / stage.folder / "manifest.json").exists()
+    rows = metrics_of(run)
+    assert {row["model"] for row in rows} == BASELINES | set(NAMES.values())
+    assert {row["item_type"] for row in rows} == {"all", "audiobook", "music", "podcast"}
+    assert (run / "evaluation" / "report.html").stat().st_size > 10_000
+    for promised in ("HR@10", "report.html", "recsys-ray serve", "user "):
+        assert promised in done.stdout
+
+
+def test_the_second_run_skips_every_stage(undisturbed):
+    run, config, _ = undisturbed
+    before = {name: (run / stage.folder / "manifest.json").stat().st_mtime_ns for name, stage in STAGES.items()}
+    started = time.monotonic()
+    done = call("run", "--config", config)
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert done.stderr.count("up to date") == len(STAGES)
+    assert time.monotonic() - started < 60  # Ray is not even started
+    assert before == {name: (run / s.folder / "manifest.json").stat().st_mtime_ns for name, s in STAGES.items()}
+
+
+def test_an_answer_over_http_has_nothing_that_the_user_has_seen(undisturbed, tmp_path):
+    run, _, _ = undisturbed
+    user, seen = seen_by_the_busiest(run)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = (tmp_path / "log").open("w+")
+    words = command("serve", "--bundle", run / "bundles" / "current", "--port", port)
+    server = subprocess.Popen(words, stdout=log, stderr=log)
+    try:
+        url, answer = f"http://127.0.0.1:{port}", None
+        for _ in range(240):
+            try:
+                answer = httpx.get(f"{url}/healthz", timeout=5)
+            except httpx.HTTPError:
+                answer = None
+            if (answer is not None and answer.status_code == 200) or server.poll() is not None:
+                break
+            time.sleep(0.5)
+        assert answer is not None and answer.status_code == 200, (tmp_path / "log").read_text()[-4000:]
+        answer = httpx.post(f"{url}/v1/recommendations", json={"user_id": user, "k": 50}, timeout=30)
+        assert answer.status_code == 200, answer.text
+        ids = [item["item_id"] for item in answer.json()["items"]]
+        assert len(ids) == len(set(ids)) == 50
+        assert not set(ids) & seen
+        assert len(seen) > 10
+    finally:
+        end(server)
+        log.close()
+
+
+def seen_by_the_busiest(run):
+    """The user with the most events, and the ids of their items."""
+    events = pl.read_parquet(run / "ingest" / "interactions" / "*.parquet")
+    uid = events["uid"].value_counts(sort=True)["uid"][0]
+    gids = events.filter(pl.col("uid") == uid)["gid"].unique().to_list()
+    items = pl.read_parquet(run / "ingest" / "items.parquet")["item_id"]
+    users = pl.read_parquet(run / "ingest" / "users.parquet")["user_id"]
+    return users[uid], {items[gid] for gid in gids}
+
+
+def end(process):
+    """End a process as a user would, or by force."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def test_a_killed_run_ends_as_an_undisturbed_one(undisturbed, root, data):
+    run, _, _ = undisturbed
+    config, killed = configure(root, data, "killed"), root / "killed"
+    for stage in ("ingest", "featurize", "graph"):
+        shutil.copytree(run / stage, killed / stage)
+    process = subprocess.Popen(command("run", "--config", config), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not list(killed.glob(".hgnn.*/_scratch/checkpoint.safetensors")):  # in the midst of training
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    children = psutil.Process(process.pid).children(recursive=True)
+    names = {child.pid: child.name() for child in children}
+    process.kill()
+    process.wait()
+    assert not (killed / "hgnn").exists(), "it was done before it was killed"
+    _, alive = psutil.wait_procs(children, timeout=15)
+    assert not [child for child in alive if "Train" in names[child.pid]], "a worker outlived the run"
+    for child in alive:  # Ray's agents, which take their time
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    done = call("run", "--config", config)
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert done.stderr.count("up to date") == 3
+    for name in ("model.safetensors", "metrics.json"):
+        assert (killed / "hgnn" / name).read_bytes() == (run / "hgnn" / name).read_bytes(), name
+    assert metrics_of(killed) == metrics_of(run)
+    assert not [path for path in killed.iterdir() if path.name.startswith(".")]
+
+
+def test_an_unknown_field_is_one_sentence_and_exit_code_2(root, data):
+    done = call("run", "--config", configure(root, data, "unknown", hgnn={"hiden_dim": 3}))
+    assert done.returncode == 2
+    assert "hgnn.hiden_dim" in done.stderr
+    assert "hgnn.hidden_dim" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def complaint(capsys, *words: object) -> str:
+    """What the command line says, in this process, before it exits with code 2."""
+    with pytest.raises(SystemExit) as stopped:
+        main([str(word) for word in words])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, said
+    return errors[0]
+
+
+def test_no_interactions_is_one_sentence(ray_local, root, data, tmp_path, capsys):
+    events = pl.read_parquet(data / "interactions" / "*.parquet")
+    events.head(0).write_parquet(tmp_path / "none.parquet")
+    config = configure(root, data, "nothing", data={"interactions": str(tmp_path / "none.parquet")})
+    assert "interactions" in complaint(capsys, "ingest", "--config", config)
+
+
+def test_a_missing_column_is_one_sentence(ray_local, root, data, tmp_path, capsys):
+    events = pl.read_parquet(data / "interactions" / "*.parquet")
+    events.drop("timestamp").write_parquet(tmp_path / "timeless.parquet")
+    config = configure(root, data, "timeless", data={"interactions": str(tmp_path / "timeless.parquet")})
+    assert "timestamp" in complaint(capsys, "ingest", "--config", config)
+
+
+def test_a_missing_table_or_stage_is_one_sentence(ray_local, root, data, capsys):
+    config = configure(root, data, "missing", data={"items": str(root / "nowhere")})
+    assert "nowhere" in complaint(capsys, "ingest", "--config", config)
+    assert "ingest" in complaint(capsys, "hgnn", "--config", config)
+
+
+def test_one_item_type_alone_works(undisturbed, root, data, tmp_path):
+    run, _, _ = undisturbed
+    items = pl.read_parquet(data / "items" / "*.parquet").filter(pl.col("item_type") == "podcast")
+    events = pl.read_parquet(data / "interactions" / "*.parquet").join(items.select("item_id"), on="item_id")
+    items.write_parquet(tmp_path / "items.parquet")
+    events.write_parquet(tmp_path / "interactions.parquet")
+    tables = {table: str(tmp_path / f"{table}.parquet") for table in ("items", "interactions")}
+    changes = {"data": {**SMALL["data"], **tables, "oracle": None}, "two_tower": {"ablation": False}}
+    config = configure(root, data, "podcasts", **changes, hgnn={"epochs": 1})
+    shutil.copytree(run / "cache", root / "podcasts" / "cache")  # the texts are the same: nothing is encoded again
+    done = call("run", "--config", config)
+    assert done.returncode == 0, done.stderr[-6000:]
+    rows = metrics_of(root / "podcasts")
+    assert {row["item_type"] for row in rows} <= {"all", "podcast"}
+    assert NAMES["hgnn"] in {row["model"] for row in rows}
