@@ -113,10 +113,10 @@ class HgnnConfig(Section):
     )
     max_steps: int | None = Field(None, gt=0, description="cap of an epoch's steps; default: none")
     batch_size: Positive = Field(2048, description="supervision edges a step and worker")
-    epochs: Positive = 5
+    epochs: Positive = 6
     patience: Positive = Field(2, description="epochs without a better validation loss before stopping")
     valid_share: Share = Field(0.1, description="edges held out for early stopping")
-    learning_rate: float = Field(2e-3, gt=0)
+    learning_rate: float = Field(1e-3, gt=0)
     workers: int | None = Field(None, gt=0, description="Ray Train workers; default: one per host")
 
 
@@ -127,9 +127,9 @@ class TwoTowerConfig(Section):
     loss: Literal["softmax", "paper"] = Field(
         "softmax", description="in-batch softmax with log-Q correction, or the loss as printed in paper A"
     )
-    temperature: float = Field(0.05, gt=0)
+    temperature: float = Field(0.07, gt=0)
     log_q: float = Field(1.0, ge=0, le=1, description="strength of the log-Q correction: 1 full, 0 none")
-    dropout: Share = Field(0.2, description="before every layer, while training")
+    dropout: Share = Field(0.3, description="before every layer, while training")
     history: Positive = Field(50, description="latest events of a user that make the user's features")
     batch_size: Positive = 1024
     epochs: Positive = 10

@@ -112,4 +112,4 @@ def test_printed_tables():
     text = out.getvalue()
     assert "podcast [new]" in text and "1,234 users" in text and EVIL in text
     warm = 0.0123 + 0.001
-    assert f"{warm:.4f}" in text and f"{warm - 0.002:.4f} to {warm + 0.002:.4f}" in text and "20.0%" in text
+    assert f"{warm:.4f}" in text and f"{warm - 0.002:.4f}-{warm + 0.002:.4f}" in text and "20.0%" in text
