@@ -33,6 +33,7 @@ SEGMENT_NAMES = {
 }
 _TIER_NAMES = [f"tier{k + 1}" for k in range(TIERS)]
 SHORT_NAMES = {
+    "popularity": "pop.",
     "item_knn": "item-kNN",
     "llm_knn": "LLM-kNN",
     "ials": "iALS",
@@ -61,10 +62,10 @@ def print_table(metrics: Sequence[Row], console: Console) -> None:
     with_oracle = any(row.get("share_of_oracle") is not None for row in metrics)
     title = f"{SEGMENT_NAMES[_main_segment(metrics)].capitalize()}, all item types ({main[0]['users']:,} users)"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
-    for name in ("model", "HR@10", "95 % interval", "NDCG@10", "MRR@100", "cov.@100"):
+    for name in ("model", "HR@10", "95 % interval", "NDCG@10", "MRR", "cov.@100"):
         table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
     if with_oracle:
-        table.add_column("of oracle", justify="right", no_wrap=True)
+        table.add_column("oracle %", justify="right", no_wrap=True)
     best = max((row["hr_at_10"] for row in main if row["model"] != "oracle"), default=0.0)
     for row in main:
         cells = [_short(row["model"]), f"{row['hr_at_10']:.4f}", interval(row).replace(" to ", "-")]
