@@ -188,8 +188,3 @@ def partition_client(
     finally:
         if servers is not None:
             servers.stop()
-
-
-def workers_for(configured: int | None, hosts: int) -> int:
-    """Ray Train workers: as configured, or one per host."""
-    return configured or hosts

@@ -21,7 +21,7 @@ from recsys_ray.hgnn.model import HGNN, ItemTypes
 from recsys_ray.hgnn.signature import SignedSource, item_signatures
 from recsys_ray.hgnn.training import EdgeTrainer, plan_edges, train_epochs
 from recsys_ray.progress import Progress
-from recsys_ray.ranks import partition_client, place_in_partition, rank_setup, run_ranks, seed_from, workers_for
+from recsys_ray.ranks import partition_client, place_in_partition, rank_setup, run_ranks, seed_from
 from recsys_ray.snapshots import snapshots_of
 
 _CHECKPOINT = "checkpoint.safetensors"
@@ -37,7 +37,7 @@ def train_hgnn(
 
     A run that was killed goes on at its last epoch.
     """
-    workers = workers_for(config.hgnn.workers, hosts)
+    workers = config.hgnn.workers or hosts
     per_worker = max(1, cpus // workers)
     parameters = {
         "config": config.hgnn.model_dump(),

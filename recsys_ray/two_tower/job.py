@@ -18,7 +18,7 @@ from recsys_ray.checkpoint import load_checkpoint, save_checkpoint
 from recsys_ray.config import Config, TwoTowerConfig
 from recsys_ray.errors import DataError
 from recsys_ray.progress import Progress
-from recsys_ray.ranks import partition_client, rank_setup, run_ranks, seed_from, workers_for
+from recsys_ray.ranks import partition_client, rank_setup, run_ranks, seed_from
 from recsys_ray.snapshots import Snapshot, snapshots_of
 from recsys_ray.two_tower.batches import Catalogue, Examples, country_index
 from recsys_ray.two_tower.examples import HistoryRules, UserEvents, build_examples, build_queries, user_columns
@@ -45,7 +45,7 @@ def train_two_tower(
     """
     snapshots = snapshots_of(graph.counts)
     spec = _spec(config, ingest, featurize, hgnn)
-    workers = workers_for(config.two_tower.workers, hosts)
+    workers = config.two_tower.workers or hosts
     datasets, counts = _datasets(config, ingest, snapshots, spec)
     if counts["examples"] < workers:
         raise DataError(
