@@ -101,7 +101,7 @@ class HgnnConfig(Section):
     hidden_dim: Positive = 128
     out_dim: Positive = 128
     signature_dim: int = Field(128, ge=0, description="random signs that an item sends beside its text; 0: text alone")
-    aggregator: Literal["max", "mean"] = Field("max", description="max: max-pool of the papers; mean")
+    aggregator: Literal["max", "mean"] = Field("mean", description="mean, or the max-pool of the papers")
     fanouts: tuple[Positive, Positive] = Field((8, 5), description="neighbours per relation: of the seeds, one hop on")
     loss: Literal["softmax", "max_margin"] = Field("softmax", description="in-batch softmax, or the papers' max-margin")
     temperature: float = Field(0.1, gt=0, description="softmax only")
@@ -127,14 +127,15 @@ class TwoTowerConfig(Section):
     loss: Literal["softmax", "paper"] = Field(
         "softmax", description="in-batch softmax with log-Q correction, or the loss as printed in paper A"
     )
-    temperature: float = Field(0.07, gt=0)
+    temperature: float = Field(0.1, gt=0)
     log_q: float = Field(1.0, ge=0, le=1, description="strength of the log-Q correction: 1 full, 0 none")
-    dropout: Share = Field(0.3, description="before every layer, while training")
+    dropout: Share = Field(0.1, description="before every layer, while training")
     history: Positive = Field(50, description="latest events of a user that make the user's features")
     batch_size: Positive = 1024
-    epochs: Positive = 10
-    patience: Positive = Field(2, description="epochs without a better validation HR@10 before stopping")
-    learning_rate: float = Field(1e-3, gt=0)
+    epochs: Positive = 20
+    patience: Positive = Field(3, description="epochs without a better validation HR@10 before stopping")
+    learning_rate: float = Field(5e-4, gt=0)
+    averaging: Share = Field(0.99, description="share of the averaged weights that a step leaves; 0: no averaging")
     ablation: bool = Field(True, description="also train the two-tower without HGNN, as a baseline")
     workers: int | None = Field(None, gt=0, description="Ray Train workers; default: one per host")
 

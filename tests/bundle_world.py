@@ -175,6 +175,7 @@ def _write_towers(target: Path, world: World, types: list[str], text: int, dim: 
         EVENTS,
         text,
         dim,
+        3,
         2,
         0,
         1,

@@ -24,6 +24,7 @@ ITEMS = 2 * LIKED * TYPES
 CHANCE = 10 / (2 * LIKED - (LIKED - HELD_OUT))
 VALID, TEST = 70 * DAY, 85 * DAY
 TEXT = HGNN = 16
+ACTIVITY = 3
 SNAPSHOTS = [
     Snapshot("cut0", 0, 5 * DAY, 0, (5 * DAY, 40 * DAY)),
     Snapshot("cut1", 1, 40 * DAY, 0, (40 * DAY, VALID)),
@@ -66,7 +67,8 @@ def board_catalogue() -> Catalogue:
     offsets = torch.full((ITEMS + 1,), 2)
     offsets[0] = 0
     kinds = torch.arange(ITEMS) // (2 * LIKED)
-    return Catalogue(kinds, torch.zeros(ITEMS, dtype=torch.int64), torch.tensor([1, 2]), offsets)
+    quiet = {s.name: torch.zeros(ITEMS, ACTIVITY) for s in SNAPSHOTS}
+    return Catalogue(kinds, torch.zeros(ITEMS, dtype=torch.int64), torch.tensor([1, 2]), offsets, quiet)
 
 
 def board_task(telling: str = "hgnn", with_hgnn: bool = True, rows: slice = slice(None)) -> TowerTask:
@@ -82,8 +84,8 @@ def board_task(telling: str = "hgnn", with_hgnn: bool = True, rows: slice = slic
         table.update(unknown, taste_music=np.full((count, 3), np.nan, np.float32))
     examples = {name: column[rows] for name, column in examples.items()}
     spec = TowerSpec(
-        num_types=TYPES, events=["stream", "preview"], text_dim=TEXT, hgnn_dim=HGNN, num_countries=2, num_languages=1,
-        num_categories=2, tastes={"music": 3}, layers=list(CONFIG.layers), history=80,
+        num_types=TYPES, events=["stream", "preview"], text_dim=TEXT, hgnn_dim=HGNN, activity_dim=ACTIVITY,
+        num_countries=2, num_languages=1, num_categories=2, tastes={"music": 3}, layers=list(CONFIG.layers), history=80,
     )  # fmt: skip
     names = {s.index: s.name for s in SNAPSHOTS}
     spec = spec if with_hgnn else replace(spec, hgnn_dim=0)

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from recsys_ray.artifacts import open_artifact
 from recsys_ray.config import Config
 from recsys_ray.errors import DataError
+from recsys_ray.graph.activity import write_activity
 from recsys_ray.graph.cooccurrence import build_edges
 from recsys_ray.graph.partition import partition_graph
 from recsys_ray.graph.sampling import GRAPH_JSON
@@ -41,6 +42,7 @@ def build_graph(
         raise DataError(f"{len(ntype)} items cannot be cut into {parts} partitions; lower graph.partitions")
     snapshots = plan_snapshots(config.graph, counts)
     edges = build_edges(config, ingest_dir, snapshots, ntype, len(counts["item_types"]), out / "edges", progress)
+    write_activity(config, ingest_dir, snapshots, out, progress)
     cut = _partition(config, snapshots, ntype, featurize_dir, out, parts, progress)
     return {
         "snapshots": as_records(snapshots),

@@ -33,10 +33,11 @@ def train_hgnn(
     config: Config, ingest: Artifact, featurize: Artifact, graph: Artifact, out: Path, progress: Progress, cpus: int,
     hosts: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train on the first snapshot, embed all items on all snapshots, into ``out`` (docs/architecture.md).
+    """Train on the last training cut, embed all items on all snapshots, into ``out`` (docs/architecture.md).
 
     A run that was killed goes on at its last epoch.
     """
+    snapshots = snapshots_of(graph.counts)
     workers = config.hgnn.workers or hosts
     per_worker = max(1, cpus // workers)
     parameters = {
@@ -48,7 +49,8 @@ def train_hgnn(
         "starts": [0, *itertools.accumulate(ingest.counts["items_per_type"])],
         "items": str((ingest.path / "items.parquet").resolve()),
         "text_dim": featurize.counts["text_dim"],
-        "snapshots": [(s.name, s.index) for s in snapshots_of(graph.counts)],
+        "snapshots": [(s.name, s.index) for s in snapshots],
+        "train_on": max(s.index for s in snapshots if s.name.startswith("cut")),
     }
     with progress.task("training and embedding", unit="steps") as task:
         run_ranks(_train_rank, parameters, workers, per_worker, out / SCRATCH, task)
@@ -91,7 +93,7 @@ class _RankRun:
         """Train from the last checkpoint, or from the start; leaves the best weights in the model."""
         import ray.train.torch
 
-        config, snapshot = self.config, self.parameters["snapshots"][0][1]
+        config, snapshot = self.config, self.parameters["train_on"]
         edges = {
             relation: (src[self.place :: self.sharing], dst[self.place :: self.sharing])
             for relation, (src, dst) in self.client.edges(snapshot).items()

@@ -27,19 +27,21 @@ class FeatureSource(Protocol):
 
 @dataclass(frozen=True)
 class Catalogue:
-    """The catalogue's categorical features, small enough for every rank."""
+    """The catalogue's narrow features, small enough for every rank."""
 
     ntype: Int64[Tensor, "items"]
     language: Int64[Tensor, "items"]  # 0: unknown
     categories: Int64[Tensor, "c"]
     category_offsets: Int64[Tensor, "items_plus_1"]
+    activity: Mapping[str, Float[Tensor, "items A"]]  # by snapshot (recsys_ray/graph/activity.py)
 
-    def rows(self, gids: Int64[Tensor, "N"], text: Tensor, hgnn: Tensor | None) -> ItemRows:
+    def rows(self, gids: Int64[Tensor, "N"], snapshot: str, text: Tensor, hgnn: Tensor | None) -> ItemRows:
         counts = self.category_offsets.diff()[gids]
         offsets = torch.cumsum(counts, 0) - counts
         within = torch.arange(int(counts.sum())) - torch.repeat_interleave(offsets, counts)
         flat = self.categories[torch.repeat_interleave(self.category_offsets[gids], counts) + within]
-        return ItemRows(text, hgnn, self.ntype[gids], self.language[gids], flat, offsets)
+        alive = self.activity[snapshot][gids].float()
+        return ItemRows(text, hgnn, alive, self.ntype[gids], self.language[gids], flat, offsets)
 
 
 class ArrayFeatures:
@@ -62,6 +64,7 @@ class Batch:
     candidates: Int64[Tensor, "C"]
     target: Int64[Tensor, "B"]  # column of each example's own target
     not_negative: Bool[Tensor, "B C"]  # touched by the user, or of another type than the target
+    snapshot: int  # that all examples and features are as of
 
 
 def tables_for(
@@ -91,9 +94,12 @@ def user_inputs(examples: Examples, rows: np.ndarray, spec: TowerSpec) -> UserIn
 
 
 def make_batch(
-    examples: Examples, rows: np.ndarray, spec: TowerSpec, source: FeatureSource, catalogue: Catalogue, snapshot: str
-) -> Batch:
-    """Assemble the examples ``rows``, all of one snapshot."""
+    examples: Examples, rows: np.ndarray, spec: TowerSpec, source: FeatureSource, catalogue: Catalogue,
+    names: Mapping[int, str],
+) -> Batch:  # fmt: skip
+    """Assemble the examples ``rows``, all of one snapshot; ``names`` are the snapshots'."""
+    index = int(examples["snapshot"][rows[0]])
+    snapshot = names[index]
     users = user_inputs(examples, rows, spec)
     targets = torch.from_numpy(examples["target"][rows]).long()
     candidates, target = torch.unique(targets, return_inverse=True)
@@ -102,14 +108,16 @@ def make_batch(
     local = UserInputs(place[: len(users.gids)], users.events, users.offsets, users.age, users.country, users.tastes)
     own = place[len(users.gids) :]
     assert tables.text is not None
-    item_rows = catalogue.rows(candidates, tables.text[own], None if tables.hgnn is None else tables.hgnn[own])
+    item_rows = catalogue.rows(
+        candidates, snapshot, tables.text[own], None if tables.hgnn is None else tables.hgnn[own]
+    )
     kinds = catalogue.ntype[candidates]
     not_negative = kinds[target][:, None] != kinds
     row = torch.repeat_interleave(torch.arange(len(rows)), users.offsets.diff())
     column = torch.searchsorted(candidates, users.gids).clamp(max=len(candidates) - 1)
     touched = candidates[column] == users.gids
     not_negative[row[touched], column[touched]] = True
-    return Batch(local, tables, item_rows, candidates, target, not_negative)
+    return Batch(local, tables, item_rows, candidates, target, not_negative, index)
 
 
 def epoch_batches(

@@ -13,17 +13,18 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from recsys_ray.artifacts import SCRATCH, Artifact, save_arrays, write_json
+from recsys_ray.artifacts import SCRATCH, Artifact, load_arrays, save_arrays, write_json
 from recsys_ray.checkpoint import load_checkpoint, save_checkpoint
 from recsys_ray.config import Config, TwoTowerConfig
 from recsys_ray.errors import DataError
+from recsys_ray.graph.activity import ACTIVITY, COLUMNS
 from recsys_ray.progress import Progress
 from recsys_ray.ranks import partition_client, rank_setup, run_ranks, seed_from
 from recsys_ray.snapshots import Snapshot, snapshots_of
 from recsys_ray.two_tower.batches import Catalogue, Examples, country_index
 from recsys_ray.two_tower.examples import HistoryRules, UserEvents, build_examples, build_queries, user_columns
 from recsys_ray.two_tower.towers import TowerSpec, TwoTower
-from recsys_ray.two_tower.training import TowerTask, TowerTrainer, item_vectors, train_epochs
+from recsys_ray.two_tower.training import TowerTask, TowerTrainer, item_vectors, start_near, train_epochs
 
 VARIANTS = {"hgnn": True, "text_only": False}  # folder -> with HGNN embeddings
 _CHECKPOINT = "checkpoint.safetensors"
@@ -64,6 +65,7 @@ def train_two_tower(
         "graph": str(graph.path.resolve()),
         "hgnn": str(hgnn.path.resolve()),
         "items": str((ingest.path / "items.parquet").resolve()),
+        "activity": str((graph.path / ACTIVITY).resolve()),
         "vocabularies": {k: list(ingest.counts[k]) for k in ("languages", "categories")},
         "out": str(out.resolve()),
         "variants": variants,
@@ -82,6 +84,7 @@ def _spec(config: Config, ingest: Artifact, featurize: Artifact, hgnn: Artifact)
         events=list(facts["events"]),
         text_dim=featurize.counts["text_dim"],
         hgnn_dim=hgnn.counts["out_dim"],
+        activity_dim=COLUMNS,
         num_countries=len(facts["countries"]),
         num_languages=len(facts["languages"]),
         num_categories=len(facts["categories"]),
@@ -148,8 +151,8 @@ def _collect(name: str, order: tuple[str, ...]) -> Examples:
     return {key: np.ascontiguousarray(column[rows]) for key, column in joined.items()}
 
 
-def load_catalogue(items: str | Path, languages: list[str], categories: list[str]) -> Catalogue:
-    """Categorical features of all items, by gid; a language or category outside the vocabulary counts as unknown."""
+def load_catalogue(items: str | Path, activity: str | Path, languages: list[str], categories: list[str]) -> Catalogue:
+    """Narrow features of all items, by gid; a language or category outside the vocabulary counts as unknown."""
     frame = pl.read_parquet(items, columns=["ntype", "language", "categories"])
     codes = {name: number + 1 for number, name in enumerate(languages)}
     language = frame["language"].replace_strict(codes, default=0, return_dtype=pl.Int64).fill_null(0)
@@ -162,6 +165,7 @@ def load_catalogue(items: str | Path, languages: list[str], categories: list[str
         torch.from_numpy(language.to_numpy().copy()),
         torch.from_numpy(flat.to_numpy().astype(np.int64)),
         torch.from_numpy(offsets),
+        {snapshot: torch.from_numpy(table) for snapshot, table in load_arrays(Path(activity)).items()},
     )
 
 
@@ -173,7 +177,7 @@ def _train_rank(parameters: dict[str, Any]) -> None:
         examples = _collect("train", ("uid", "timestamp", "target"))
         queries = _collect("valid", ("uid", "target"))
         queries = _sample(queries, _MAX_QUERIES // world, seed_from(parameters["seed"], "queries", rank))
-        catalogue = load_catalogue(parameters["items"], **parameters["vocabularies"])
+        catalogue = load_catalogue(parameters["items"], parameters["activity"], **parameters["vocabularies"])
         with partition_client(Path(parameters["graph"]), rank, world, features) as client:
             for variant in parameters["variants"]:
                 if (Path(parameters["out"]) / variant / "metrics.json").exists():  # whole, from an earlier attempt
@@ -196,14 +200,15 @@ def _train(parameters: dict[str, Any], variant: str, task: TowerTask, rank: int,
 
     config = TwoTowerConfig.model_validate(parameters["config"])
     model = TwoTower(task.spec)
+    start_near(model, task, parameters["seed"])
     network: nn.Module = model if world == 1 else ray.train.torch.prepare_model(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
     out = Path(parameters["out"]) / variant
     scratch = Path(parameters["out"]) / SCRATCH / variant
+    trainer = TowerTrainer(model, network, task, config, parameters["seed"], rank)
     state: dict[str, Any] = {}
     if (scratch / _CHECKPOINT).exists():
-        state = load_checkpoint(scratch / _CHECKPOINT, model, optimizer)
-    trainer = TowerTrainer(model, network, task, config, parameters["seed"], rank)
+        state = load_checkpoint(scratch / _CHECKPOINT, trainer.weights, optimizer)
 
     def on_step(epoch: int, step: int, loss: float) -> None:
         if rank == 0 and step % _REPORT_EVERY == 0:
@@ -214,8 +219,8 @@ def _train(parameters: dict[str, Any], variant: str, task: TowerTask, rank: int,
     def on_epoch(state: dict[str, Any], better: bool) -> None:
         if rank == 0:
             if better:
-                save_checkpoint(scratch / _BEST, model, optimizer, state)
-            save_checkpoint(scratch / _CHECKPOINT, model, optimizer, state)
+                save_checkpoint(scratch / _BEST, trainer.averaged, optimizer, state)
+            save_checkpoint(scratch / _CHECKPOINT, trainer.weights, optimizer, state)
 
     state = train_epochs(trainer, optimizer, state, on_step, on_epoch)
     client.barrier()  # rank 0 has written the best weights

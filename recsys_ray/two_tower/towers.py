@@ -1,6 +1,10 @@
 """The two towers: three fully connected layers each, unit-norm outputs, one vector space for all item types
 (paper A, section 3.3; paper B, section 3).
 
+Ours, not the papers': a linear path past the layers. It starts as the same principal directions of text and HGNN
+embedding in both towers, while the layers start silent, so that before its first step the two-tower recommends what is
+near the user's items, new items too, and training moves on from there.
+
 Shape suffixes: B users, N items of a table, n flat history events, T text dimension, H HGNN dimension, D output.
 Imports neither dgl nor transformers: the user tower runs in a serving replica.
 """
@@ -24,6 +28,8 @@ METRIC = "inner_product"
 _SMALL = 16  # width of the embeddings of country, language, category and item type
 _AGE_SCALE = 50.0  # years; brings ages to about one
 
+Directions = tuple[Float[Tensor, "d"], Float[Tensor, "k d"]]  # a mean, and orthonormal axes around it
+
 
 @dataclass(frozen=True)
 class TowerSpec:
@@ -33,6 +39,7 @@ class TowerSpec:
     events: list[str]
     text_dim: int
     hgnn_dim: int  # 0: the two-tower without HGNN
+    activity_dim: int
     num_countries: int
     num_languages: int
     num_categories: int
@@ -57,47 +64,80 @@ class TowerSpec:
             raise ArtifactError(f"{path} is no description of towers: {error}") from error
 
 
-def _perceptron(in_dim: int, layers: list[int], dropout: float) -> nn.Sequential:
-    parts: list[nn.Module] = []
-    for width in layers:
-        parts += [nn.Dropout(dropout), nn.Linear(in_dim, width), nn.ReLU()]
-        in_dim = width
-    return nn.Sequential(*parts[:-1])
+class _Layers(nn.Module):
+    """Fully connected layers with ReLU between them, beside a linear path; unit-norm outputs."""
+
+    def __init__(self, in_dim: int, layers: list[int], dropout: float) -> None:
+        super().__init__()
+        parts: list[nn.Module] = []
+        width = in_dim
+        for out in layers:
+            parts += [nn.Dropout(dropout), nn.Linear(width, out), nn.ReLU()]
+            width = out
+        self.deep = nn.Sequential(*parts[:-1])
+        self.linear = nn.Linear(in_dim, width)
+
+    def forward(self, x_BF: Float[Tensor, "B F"]) -> Float[Tensor, "B D"]:
+        return F.normalize(self.deep(x_BF) + self.linear(x_BF), dim=-1)
+
+    @torch.no_grad()
+    def start(self, blocks: list[tuple[int, Directions]]) -> None:
+        """Silence the layers; let each block of inputs (its first column) pass along its directions."""
+        last = self.deep[-1]
+        assert isinstance(last, nn.Linear)
+        for parameter in (last.weight, last.bias, self.linear.weight, self.linear.bias):
+            parameter.zero_()
+        row = 0
+        for column, (mean, axes) in blocks:
+            count, dim = axes.shape
+            self.linear.weight[row : row + count, column : column + dim] = axes / dim**0.5  # inputs: _unit_variance
+            self.linear.bias[row : row + count] = -axes @ mean
+            row += count
+
+
+def principal_directions(vectors: Float[Tensor, "N d"], count: int) -> Directions:
+    """The mean and the ``count`` (at most d) directions of largest variance."""
+    mean = vectors.mean(0)
+    centred = (vectors - mean).double()
+    axes = torch.linalg.eigh(centred.T @ centred).eigenvectors  # ascending variance
+    return mean, axes.T.flip(0)[: min(count, vectors.shape[1])].float()
 
 
 class UserTower(nn.Module):
-    """A user is what they touched: per item type the mean HGNN embedding, over all types the mean text vector, how
-    much of each type; and age, country and taste vectors, each of which may be absent (zeros and a flag)."""
+    """A user is what they touched: the mean text vector, the mean HGNN embedding of all items and of those of each
+    type, how much of each type; and age, country and taste vectors, each of which may be absent (zeros and a flag)."""
 
     def __init__(self, spec: TowerSpec) -> None:
         super().__init__()
         self.spec = spec
         self.event_weight = nn.Parameter(torch.zeros(len(spec.events)))  # log weight: a stream may say more
         self.country = _small_embedding(spec.num_countries + 1)
-        width = spec.text_dim + spec.num_types * (spec.hgnn_dim + 2) + 2 + _SMALL
+        self.event_weight.requires_grad_(len(spec.events) > 1)  # one event has nothing to be weighed against
+        width = spec.text_dim + (1 + spec.num_types) * spec.hgnn_dim + 2 * spec.num_types + 2 + _SMALL
         width += sum(dim + 1 for dim in spec.tastes.values())
-        self.layers = _perceptron(width, spec.layers, spec.dropout)
+        self.layers = _Layers(width, spec.layers, spec.dropout)
 
     def forward(self, inputs: UserInputs, tables: ItemTables) -> Float[Tensor, "B D"]:
         """Unit vectors. ``inputs.gids`` are rows of ``tables``."""
-        return F.normalize(self.layers(self._features(inputs, tables)), dim=-1)
+        return self.layers(self._features(inputs, tables))
 
     def _features(self, inputs: UserInputs, tables: ItemTables) -> Float[Tensor, "B width"]:
-        users = len(inputs.offsets) - 1
-        lengths = inputs.offsets.diff()
-        row_n = torch.repeat_interleave(torch.arange(users), lengths)
+        users, kinds = len(inputs.offsets) - 1, self.spec.num_types
+        row_n = torch.repeat_interleave(torch.arange(users), inputs.offsets.diff())
         weight_n = self.event_weight.exp()[inputs.events]
         kind_n = tables.ntype[inputs.gids]
         parts = []
         if tables.text is not None:
-            parts.append(_unit_variance(_mean(tables.text, inputs.gids, weight_n, row_n, users)))
-        for kind in range(self.spec.num_types if self.spec.hgnn_dim else 0):
+            total_BT, weight_B = _sums(tables.text, inputs.gids, weight_n, row_n, users)
+            parts.append(_unit_variance(_mean(total_BT, weight_B)))
+        if self.spec.hgnn_dim:
             assert tables.hgnn is not None
-            of_kind = (kind_n == kind).nonzero().squeeze(1)
-            mean = _mean(tables.hgnn, inputs.gids[of_kind], weight_n[of_kind], row_n[of_kind], users)
-            parts.append(_unit_variance(mean))
-        counts = torch.bincount(row_n * self.spec.num_types + kind_n, minlength=users * self.spec.num_types)
-        counts = counts.view(users, self.spec.num_types).float()
+            bag_n, order = torch.sort(row_n * kinds + kind_n, stable=True)
+            total, weight = _sums(tables.hgnn, inputs.gids[order], weight_n[order], bag_n, users * kinds)
+            total_BKH, weight_BK = total.view(users, kinds, -1), weight.view(users, kinds)
+            parts.append(_unit_variance(_mean(total_BKH.sum(1), weight_BK.sum(1))))
+            parts.append(_unit_variance(_mean(total_BKH, weight_BK)).flatten(1))
+        counts = torch.bincount(row_n * kinds + kind_n, minlength=users * kinds).view(users, kinds).float()
         parts += [torch.log1p(counts), (counts > 0).float()]
         known = ~torch.isnan(inputs.age)
         parts.append(torch.stack([torch.nan_to_num(inputs.age) / _AGE_SCALE * known, known.float()], 1))
@@ -116,6 +156,7 @@ class ItemRows:
 
     text: Float[Tensor, "N T"]
     hgnn: Float[Tensor, "N H"] | None
+    activity: Float[Tensor, "N A"]  # recsys_ray/graph/activity.py
     ntype: Int64[Tensor, "N"]
     language: Int64[Tensor, "N"]  # 0: unknown
     categories: Int64[Tensor, "c"]  # flat
@@ -123,7 +164,7 @@ class ItemRows:
 
 
 class ItemTower(nn.Module):
-    """Text vector, HGNN embedding, item type, language and categories of an item."""
+    """Text vector, HGNN embedding, activity, item type, language and categories of an item."""
 
     def __init__(self, spec: TowerSpec) -> None:
         super().__init__()
@@ -133,15 +174,16 @@ class ItemTower(nn.Module):
         self.category = nn.EmbeddingBag.from_pretrained(
             _small_embedding(spec.num_categories + 1).weight.detach(), freeze=False, mode="mean"
         )
-        self.layers = _perceptron(spec.text_dim + spec.hgnn_dim + 3 * _SMALL, spec.layers, spec.dropout)
+        width = spec.text_dim + spec.hgnn_dim + spec.activity_dim + 3 * _SMALL
+        self.layers = _Layers(width, spec.layers, spec.dropout)
 
     def forward(self, rows: ItemRows) -> Float[Tensor, "N D"]:
         """Unit vectors."""
         vectors = [rows.text] if rows.hgnn is None else [rows.text, rows.hgnn]
         parts = [_unit_variance(vector) for vector in vectors]
-        parts += [self.kind(rows.ntype), self.language(rows.language)]
+        parts += [rows.activity, self.kind(rows.ntype), self.language(rows.language)]
         parts.append(self.category(rows.categories, rows.category_offsets))
-        return F.normalize(self.layers(torch.cat(parts, 1)), dim=-1)
+        return self.layers(torch.cat(parts, 1))
 
 
 class TwoTower(nn.Module):
@@ -156,10 +198,21 @@ class TwoTower(nn.Module):
     ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "N D"]]:
         return self.user(inputs, tables), self.item(rows)
 
+    def start_near(self, text_NT: Float[Tensor, "N T"], hgnn_NH: Float[Tensor, "N H"] | None) -> None:
+        """Start as nearest neighbours, given the vectors of a sample of items: half of the output's width to either."""
+        spec = self.user.spec
+        room = spec.layers[-1]
+        text = principal_directions(text_NT, room if hgnn_NH is None else room - room // 2)
+        blocks = [(0, text)]  # text comes first in both towers, the HGNN embedding (of all items) after it
+        if hgnn_NH is not None:
+            blocks.append((spec.text_dim, principal_directions(hgnn_NH, room // 2)))
+        for tower in (self.user, self.item):
+            tower.layers.start(blocks)
 
-def _unit_variance(vectors: Float[Tensor, "N d"]) -> Float[Tensor, "N d"]:
+
+def _unit_variance(vectors: Float[Tensor, "*N d"]) -> Float[Tensor, "*N d"]:
     """Entries of a unit vector are about 1 / sqrt(d), too small beside flags and embeddings to be learned from."""
-    return vectors * vectors.shape[1] ** 0.5
+    return vectors * vectors.shape[-1] ** 0.5
 
 
 def _small_embedding(rows: int) -> nn.Embedding:
@@ -168,18 +221,22 @@ def _small_embedding(rows: int) -> nn.Embedding:
     return embedding
 
 
-def _mean(
+def _sums(
     table: Float[Tensor, "N d"],
     gids: Int64[Tensor, "n"],
     weight: Float[Tensor, "n"],
-    row: Int64[Tensor, "n"],
-    users: int,
-) -> Float[Tensor, "users d"]:
-    """Weighted mean of table rows for each user; zeros for a user with none. ``row`` ascends."""
-    starts = torch.searchsorted(row, torch.arange(users))
+    bag: Int64[Tensor, "n"],
+    bags: int,
+) -> tuple[Float[Tensor, "bags d"], Float[Tensor, "bags"]]:
+    """Weighted sum of table rows in each bag, and the sum of the weights. ``bag`` ascends."""
+    starts = torch.searchsorted(bag, torch.arange(bags))
     total = F.embedding_bag(gids, table.float(), starts, mode="sum", per_sample_weights=weight)
-    weights = torch.zeros(users).index_add(0, row, weight)
-    return total / weights.clamp(min=1e-12)[:, None]
+    return total, torch.zeros(bags).index_add(0, bag, weight)
+
+
+def _mean(total: Float[Tensor, "*bags d"], weight: Float[Tensor, "*bags"]) -> Float[Tensor, "*bags d"]:
+    """Zeros where there is nothing."""
+    return total / weight.clamp(min=1e-12)[..., None]
 
 
 def load_user_tower(folder: Path) -> UserTower:

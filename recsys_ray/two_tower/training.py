@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ from recsys_ray.two_tower.towers import TowerSpec, TwoTower
 
 _ITEM_CHUNK = 8192
 _QUERY_CHUNK = 512
+_START_SAMPLE = 20_000  # items whose directions of variance the towers start with
 _TOP = 10
 
 
@@ -45,34 +47,64 @@ class TowerTask:
     snapshot_names: dict[int, str]
 
 
+def start_near(model: TwoTower, task: TowerTask, seed: int) -> None:
+    """Let a fresh model start as nearest neighbours (:meth:`TwoTower.start_near`), the same on every rank."""
+    last = int(max(task.examples["snapshot"], default=0))
+    rows = np.random.default_rng(seed_from(seed, "start")).permutation(len(task.catalogue.ntype))
+    gids = torch.from_numpy(np.sort(rows[:_START_SAMPLE]))
+    tables = tables_for(task.source, task.spec, task.catalogue, task.snapshot_names[last], gids)
+    assert tables.text is not None
+    model.start_near(tables.text.float(), tables.hgnn)
+
+
 class TowerTrainer:
-    """Steps and validation of the two-tower."""
+    """Steps and validation of the two-tower.
+
+    Attributes:
+        model: the weights that the optimizer moves.
+        averaged: their exponential moving average: steadier than any one step's, and what is validated and kept.
+    """
 
     def __init__(
         self, model: TwoTower, network: nn.Module, task: TowerTask, config: TwoTowerConfig, seed: int, rank: int = 0
     ) -> None:
         self.model, self.network, self.task, self.config = model, network, task, config
+        self.averaged = copy.deepcopy(model).requires_grad_(False)
         self.seed, self.rank = seed, rank
         self.steps = largest_over_ranks(batches_in(task.examples["snapshot"], config.batch_size))
-        counts = torch.bincount(
-            torch.from_numpy(task.examples["target"]).long(), minlength=len(task.catalogue.ntype)
-        ).double()
-        counts = sum_over_ranks(counts)
-        self.share = (counts / counts.sum().clamp(min=1)).float()
+        self.share = {index: self._share(index) for index in sorted(task.snapshot_names)}
+
+    def _share(self, snapshot: int) -> Float[Tensor, "items"]:
+        """Each item's share of a snapshot's examples, over all ranks: batches are of one snapshot, so this is how
+        likely the item is to turn up in one of them."""
+        targets = self.task.examples["target"][self.task.examples["snapshot"] == snapshot]
+        counts = torch.bincount(torch.from_numpy(targets).long(), minlength=len(self.task.catalogue.ntype))
+        counts = sum_over_ranks(counts.double())
+        return (counts / counts.sum().clamp(min=1)).float()
 
     def loss(self, batch: Batch) -> Float[Tensor, ""]:
         """Loss of one batch."""
         users, items = self.network(batch.inputs, batch.tables, batch.rows)
-        share = self.share[batch.candidates]
+        share = self.share[batch.snapshot][batch.candidates]
         if self.config.loss == "paper":
             return paper_loss(users, items, batch.target, share, batch.not_negative)
         log_q = self.config.log_q * inclusion_log_q(share, len(batch.target))
         return sampled_softmax(users, items, batch.target, log_q, batch.not_negative, self.config.temperature)
 
+    @property
+    def weights(self) -> nn.Module:
+        """All that a checkpoint must hold of the towers."""
+        return nn.ModuleDict({"trained": self.model, "averaged": self.averaged})
+
+    @torch.no_grad()
+    def average(self, steps: int) -> None:
+        """Take the weights after ``steps`` steps in all into the average; the first ones count for less."""
+        rate = 1 - min(self.config.averaging, (1 + steps) / (10 + steps))
+        torch._foreach_lerp_(list(self.averaged.parameters()), list(self.model.parameters()), rate)
+
     def batch(self, rows: np.ndarray) -> Batch:
         task = self.task
-        snapshot = task.snapshot_names[int(task.examples["snapshot"][rows[0]])]
-        return make_batch(task.examples, rows, task.spec, task.source, task.catalogue, snapshot)
+        return make_batch(task.examples, rows, task.spec, task.source, task.catalogue, task.snapshot_names)
 
     @torch.no_grad()
     def validate(self, snapshot: str = "valid") -> float:
@@ -80,14 +112,14 @@ class TowerTrainer:
         is one new item of a user. Over all ranks."""
         queries, task = self.task.queries, self.task
         hits = torch.zeros(2, dtype=torch.float64)
-        vectors = item_vectors(self.model, task.source, task.catalogue, snapshot) if len(queries["target"]) else None
+        vectors = item_vectors(self.averaged, task.source, task.catalogue, snapshot) if len(queries["target"]) else None
         order = np.lexsort((queries["uid"], task.catalogue.ntype.numpy()[queries["target"]]))
         for kind in range(task.spec.num_types):
             rows = order[task.catalogue.ntype.numpy()[queries["target"][order]] == kind]
             columns = (task.catalogue.ntype == kind).nonzero().squeeze(1)
             for chunk in np.array_split(rows, -(-len(rows) // _QUERY_CHUNK)) if len(rows) else []:
                 assert vectors is not None
-                users = user_vectors(self.model, task.source, task.catalogue, snapshot, queries, chunk)
+                users = user_vectors(self.averaged, task.source, task.catalogue, snapshot, queries, chunk)
                 scores = users @ vectors[columns].T
                 history = torch.from_numpy(queries["history"][chunk]).long() - columns[0]
                 inside = (history >= 0) & (history < len(columns))
@@ -108,7 +140,7 @@ def item_vectors(model: TwoTower, source: FeatureSource, catalogue: Catalogue, s
         for gids in torch.arange(len(catalogue.ntype)).split(_ITEM_CHUNK):
             tables = tables_for(source, model.user.spec, catalogue, snapshot, gids)
             assert tables.text is not None
-            chunks.append(model.item(catalogue.rows(gids, tables.text, tables.hgnn)))
+            chunks.append(model.item(catalogue.rows(gids, snapshot, tables.text, tables.hgnn)))
     return torch.cat(chunks)
 
 
@@ -150,10 +182,11 @@ def train_epochs(
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
+            trainer.average(epoch * trainer.steps + step)
             total += loss.item()
             on_step(epoch, step, total / (step + 1))
         sums = sum_over_ranks(torch.tensor([total / max(trainer.steps, 1), 1.0], dtype=torch.float64))
-        trainer.network.eval()
+        trainer.averaged.eval()
         hit_rate, loss_mean = trainer.validate(), float(sums[0] / sums[1])
         watched = hit_rate if hit_rate == hit_rate else -loss_mean  # no validation queries: the training loss
         better = state["best"] is None or watched > state["best"]

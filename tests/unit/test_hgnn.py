@@ -128,9 +128,12 @@ def test_an_item_without_edges_is_embedded_from_its_text_alone():
     assert torch.allclose(z[2], alone, atol=1e-6)
 
 
-def test_max_pool_is_the_elementwise_maximum():
+@pytest.mark.parametrize(
+    ("aggregator", "pooled"), [("max", lambda sent: sent.amax(0)), ("mean", lambda sent: sent.mean(0))]
+)
+def test_neighbours_are_pooled_element_by_element(aggregator, pooled):
     torch.manual_seed(0)
-    config = HgnnConfig(hidden_dim=4, out_dim=4)
+    config = HgnnConfig(hidden_dim=4, out_dim=4, aggregator=aggregator)
     types = ItemTypes(torch.tensor([0, 3]))
     graph = ToyGraph(torch.tensor([1, 2]), torch.tensor([0, 0]), [0, 3], torch.randn(3, 5))
     model = HGNN(5, config, types)
@@ -138,10 +141,10 @@ def test_max_pool_is_the_elementwise_maximum():
     h = model.project(graph.text[block.src])
     layer = model.layers[0]
     messages = torch.relu(layer.relation["0_0"](h[1:]))
-    assert torch.allclose(layer(h, h, block)[0], layer.own[0](h[0]) + messages.amax(0), atol=1e-6)
+    assert torch.allclose(layer(h, h, block)[0], layer.own[0](h[0]) + pooled(messages), atol=1e-6)
     sent = h + 1
     messages = torch.relu(layer.relation["0_0"](sent[1:]))  # what neighbours send is not what a node keeps
-    assert torch.allclose(layer(h, sent, block)[0], layer.own[0](h[0]) + messages.amax(0), atol=1e-6)
+    assert torch.allclose(layer(h, sent, block)[0], layer.own[0](h[0]) + pooled(messages), atol=1e-6)
 
 
 def test_signatures_depend_on_the_id_alone_and_tell_items_apart():

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from checkerboard import CHANCE, CONFIG, ITEMS, LIKED, SNAPSHOTS, USERS, board_task, board_trainer
+from checkerboard import CHANCE, CONFIG, ITEMS, LIKED, TEXT, USERS, board_task, board_trainer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -17,8 +17,8 @@ from recsys_ray.errors import ArtifactError
 from recsys_ray.two_tower.batches import batches_in, country_index, epoch_batches, make_batch, tables_for, user_inputs
 from recsys_ray.two_tower.inputs import UserInputs
 from recsys_ray.two_tower.loss import inclusion_log_q, paper_loss, sampled_softmax
-from recsys_ray.two_tower.towers import load_towers, load_user_tower
-from recsys_ray.two_tower.training import item_vectors, train_epochs, user_vectors
+from recsys_ray.two_tower.towers import TwoTower, load_towers, load_user_tower
+from recsys_ray.two_tower.training import item_vectors, start_near, train_epochs, user_vectors
 
 EMPTY = torch.empty(0, dtype=torch.int64)
 
@@ -31,8 +31,8 @@ def test_it_learns_the_checkerboard(loss, with_hgnn):
     state = train_epochs(trainer, optimizer, {})
     assert state["history"][-1]["valid_hr_at_10"] > 0.97
     assert state["history"][-1]["loss"] < state["history"][0]["loss"]
-    users = user_vectors(trainer.model, task.source, task.catalogue, "valid", task.queries, np.arange(USERS))
-    items = item_vectors(trainer.model, task.source, task.catalogue, "valid")
+    users = user_vectors(trainer.averaged, task.source, task.catalogue, "valid", task.queries, np.arange(USERS))
+    items = item_vectors(trainer.averaged, task.source, task.catalogue, "valid")
     for vectors in (users, items):
         assert torch.allclose(vectors.norm(dim=-1), torch.ones(len(vectors)), atol=1e-5)
 
@@ -53,10 +53,10 @@ def test_a_resumed_training_equals_an_undisturbed_one_bit_for_bit(tmp_path):
         trainer, optimizer = board_trainer(task, config.model_copy(update={"epochs": epochs}))
         if path.exists():
             torch.nn.init.zeros_(trainer.model.user.event_weight)
-        state = load_checkpoint(path, trainer.model, optimizer) if path.exists() else {}
+        state = load_checkpoint(path, trainer.weights, optimizer) if path.exists() else {}
         state = train_epochs(
             trainer, optimizer, state,
-            on_epoch=lambda state, better: save_checkpoint(path, trainer.model, optimizer, state),  # noqa: B023
+            on_epoch=lambda state, better: save_checkpoint(path, trainer.weights, optimizer, state),  # noqa: B023
         )  # fmt: skip
     assert state == undisturbed
     for name, weight in whole.model.state_dict().items():
@@ -111,7 +111,7 @@ def test_paper_loss_by_hand():
 def test_a_batch_masks_what_is_no_negative():
     task = board_task()
     rows = np.random.default_rng(0).choice(len(task.examples["target"]), 50, replace=False)
-    batch = make_batch(task.examples, rows, task.spec, task.source, task.catalogue, "cut1")
+    batch = make_batch(task.examples, rows, task.spec, task.source, task.catalogue, task.snapshot_names)
     candidates = batch.candidates.tolist()
     assert candidates == sorted(set(task.examples["target"][rows].tolist()))
     for place, row in enumerate(rows):
@@ -126,7 +126,7 @@ def test_a_batch_masks_what_is_no_negative():
 def test_a_batch_holds_each_items_features_of_its_snapshot():
     task = board_task()
     rows = np.arange(40)
-    batch = make_batch(task.examples, rows, task.spec, task.source, task.catalogue, "cut0")
+    batch = make_batch(task.examples, rows, task.spec, task.source, task.catalogue, task.snapshot_names)
     assert torch.equal(batch.rows.hgnn, task.source.tables["hgnn_cut0"][batch.candidates])
     assert torch.equal(batch.rows.text, task.source.tables["text"][batch.candidates])
     history = torch.from_numpy(task.examples["history"][rows]).long()
@@ -137,7 +137,7 @@ def test_a_batch_holds_each_items_features_of_its_snapshot():
 def test_categories_stay_with_their_items():
     task = board_task()
     gids = torch.tensor([5, 0, 7])
-    rows = task.catalogue.rows(gids, task.source.features("text", gids), None)
+    rows = task.catalogue.rows(gids, "cut0", task.source.features("text", gids), None)
     assert rows.categories.tolist() == [1, 2]
     assert rows.category_offsets.tolist() == [0, 0, 2]
 
@@ -250,5 +250,54 @@ def test_examples_without_any_history_make_inputs():
     examples = {**task.examples, "history": np.full_like(task.examples["history"], -1)}
     inputs = user_inputs(examples, rows, task.spec)
     assert inputs.offsets.tolist() == [0, 0, 0, 0]
-    batch = make_batch(examples, rows, task.spec, task.source, task.catalogue, SNAPSHOTS[0].name)
+    batch = make_batch(examples, rows, task.spec, task.source, task.catalogue, task.snapshot_names)
     assert not batch.not_negative[torch.arange(3), batch.target].any()
+
+
+@pytest.mark.parametrize("with_hgnn", [True, False])
+def test_before_its_first_step_it_recommends_what_is_near(with_hgnn):
+    """Of the widths here nothing of the vectors is lost: both towers turn centred text and HGNN vectors alike."""
+    task = board_task("text", with_hgnn)
+    task.spec = replace(task.spec, layers=[8, 2 * TEXT])
+    torch.manual_seed(0)
+    model = TwoTower(task.spec).eval()
+    start_near(model, task, seed=0)
+    items = item_vectors(model, task.source, task.catalogue, "cut1")
+    users = user_vectors(model, task.source, task.catalogue, "cut1", task.examples, np.arange(50))
+    history = torch.from_numpy(task.examples["history"][:50]).long()
+    there = (history >= 0).float()[:, :, None]
+
+    def near(vectors):
+        centred = vectors - vectors.mean(0)
+        mean = (centred[history.clamp(min=0)] * there).sum(1) / there.sum(1).clamp(min=1)
+        return mean, centred
+
+    parts = [near(task.source.tables["text"])] + ([near(task.source.tables["hgnn_cut1"])] if with_hgnn else [])
+    known = there.sum(1).squeeze(1) > 0
+    wanted = cosine(torch.cat([u for u, _ in parts], 1)[known], torch.cat([i for _, i in parts], 1))
+    assert torch.allclose((users @ items.T)[known], wanted, atol=1e-4)
+
+
+def cosine(users, items):
+    unit = torch.nn.functional.normalize
+    return unit(users, dim=-1) @ unit(items, dim=-1).T
+
+
+def test_the_share_of_an_item_is_that_of_its_snapshot():
+    task = board_task()
+    trainer, _ = board_trainer(task)
+    for snapshot in (0, 1):
+        targets = task.examples["target"][task.examples["snapshot"] == snapshot]
+        wanted = np.bincount(targets, minlength=ITEMS) / len(targets)
+        assert np.allclose(trainer.share[snapshot].numpy(), wanted, atol=1e-6)
+
+
+def test_weights_are_averaged_over_steps():
+    trainer, _ = board_trainer(board_task(), CONFIG.model_copy(update={"averaging": 0.5}))
+    start = trainer.averaged.item.kind.weight.clone()
+    with torch.no_grad():
+        trainer.model.item.kind.weight += 1
+    trainer.average(steps=1000)
+    assert torch.allclose(trainer.averaged.item.kind.weight, start + 0.5)
+    trainer.average(steps=0)  # early on the newest weights count for more
+    assert torch.allclose(trainer.averaged.item.kind.weight, start + 0.95)

@@ -1,0 +1,113 @@
+"""How alive each item is at each snapshot: what its edges cannot say, since aggregation forgets how many there are.
+
+Columns of the table (all at most a few units large, so that towers can read them as they are):
+
+* ``log(1 + c / mean)`` of the positives ``c`` of the last 7, 30 and 90 days, and of all days; ``mean`` is over the
+  items that had any event, so that a platform that doubles does not shift every item's value;
+* the same of all events, weak signals included, of the last 30 days;
+* ``log(1 + days)`` since the item's first event, and a flag for items that had none;
+* ``log(1 + days)`` since publication, and a flag for items whose date is known (and not after the snapshot).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Float, Int
+
+from recsys_ray.artifacts import open_artifact, save_arrays
+from recsys_ray.config import Config
+from recsys_ray.progress import Progress
+from recsys_ray.snapshots import DAY, Snapshot
+
+ACTIVITY = "activity.safetensors"
+COLUMNS = 9
+_POSITIVE_DAYS = (7, 30, 90)
+_ALL_DAYS = 30
+_NEVER = np.iinfo(np.int64).max
+_SCALE = 3.0  # natural log of days, brought to about one
+
+Counts = tuple[Int[np.ndarray, "5 items"], Int[np.ndarray, "items"]]  # the five counts; first event or _NEVER
+
+
+def write_activity(
+    config: Config, ingest_dir: Path, snapshots: Sequence[Snapshot], out: Path, progress: Progress
+) -> None:
+    """Write ``out/activity.safetensors``: snapshot name -> float16 [items, COLUMNS]. One task a shard and snapshot."""
+    if (out / ACTIVITY).exists():
+        return
+    items = pq.read_table(ingest_dir / "items.parquet", columns=["published_at"]).column("published_at")
+    published = items.cast(pa.int64()).fill_null(_NEVER).to_numpy()
+    names = list(open_artifact(ingest_dir).counts["events"])
+    codes = [names.index(name) for name in config.events.positives if name in names]
+    shards = sorted((ingest_dir / "interactions").glob("shard-*.parquet"))
+    tables = {}
+    with progress.task("counting activity", len(snapshots), "snapshots") as shown:
+        for snapshot in snapshots:
+            counts, first = _add(_count_all(shards, snapshot.time, codes, len(published)))
+            tables[snapshot.name] = describe(counts, first, published, snapshot.time).astype(np.float16)
+            shown.advance(1)
+    save_arrays(out / ACTIVITY, tables)
+
+
+def _count_all(shards: Sequence[Path], moment: int, codes: list[int], items: int) -> Iterator[Counts]:
+    """Counts of each shard, as they come; no more tasks wait than the cluster can start soon."""
+    import ray
+
+    task = ray.remote(num_cpus=1)(count_shard)
+    limit = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    waiting: list[Any] = []
+    for shard in shards:
+        waiting.append(task.remote(shard, moment, codes, items))
+        if len(waiting) >= limit:
+            done, waiting = ray.wait(waiting)
+            yield ray.get(done[0])
+    for left in waiting:
+        yield ray.get(left)
+
+
+def _add(parts: Iterator[Counts]) -> Counts:
+    counts, first = next(parts)
+    counts, first = counts.copy(), first.copy()  # what comes out of Ray's store is read-only
+    for more, earlier in parts:
+        counts += more
+        np.minimum(first, earlier, out=first)
+    return counts, first
+
+
+def count_shard(shard: Path, moment: int, positives: Sequence[int], items: int) -> Counts:
+    """What one shard's users did with each item before ``moment``."""
+    table = pq.read_table(shard, columns=["gid", "event", "timestamp"])
+    gid, event, time = (table.column(i).to_numpy() for i in range(3))
+    known = time < moment
+    gid, event, time = gid[known], event[known], time[known]
+    positive = np.isin(event, np.asarray(positives, event.dtype))
+    chosen = [positive & (time >= moment - days * DAY) for days in _POSITIVE_DAYS]
+    chosen += [positive, time >= moment - _ALL_DAYS * DAY]
+    first = np.full(items, _NEVER)
+    np.minimum.at(first, gid, time)
+    return np.stack([np.bincount(gid[rows], minlength=items) for rows in chosen]), first
+
+
+def describe(
+    counts: Int[np.ndarray, "5 items"],
+    first: Int[np.ndarray, "items"],
+    published: Int[np.ndarray, "items"],
+    moment: int,
+) -> Float[np.ndarray, "items columns"]:
+    """The table of one snapshot, float32. Nothing that happened at or after ``moment`` enters."""
+    touched = first < moment
+    mean = counts.sum(1, keepdims=True) / max(int(touched.sum()), 1)
+    columns = list(np.log1p(counts / np.maximum(mean, 1e-9)))
+    out = published <= moment
+    age, shelf_life = np.where(touched, _log_days(moment, first), 0), np.where(out, _log_days(moment, published), 0)
+    return np.stack([*columns, age, ~touched, shelf_life, out], axis=1).astype(np.float32)
+
+
+def _log_days(moment: int, since: Int[np.ndarray, "items"]) -> Float[np.ndarray, "items"]:
+    return np.log1p(np.maximum(moment - since.astype(np.float64), 0) / DAY) / _SCALE

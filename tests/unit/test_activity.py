@@ -1,0 +1,65 @@
+"""Activity of items: counted per shard, added, and never from the future."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from recsys_ray.graph.activity import COLUMNS, _add, count_shard, describe
+from recsys_ray.snapshots import DAY
+
+ITEMS, NOW = 6, 500 * DAY
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Two shards of events of kinds 0 (positive) and 1; item 5 has none before NOW."""
+    random = np.random.default_rng(0)
+    paths = []
+    for number in range(2):
+        gid = random.integers(0, ITEMS - 1, 300).astype(np.int32)
+        time = np.sort(random.integers(300 * DAY, NOW, 300))
+        gid, time = np.append(gid, [5, 0]).astype(np.int32), np.append(time, [NOW, NOW + DAY])
+        event = random.integers(0, 2, len(gid)).astype(np.int8)
+        paths.append(tmp_path / f"shard-{number:05d}.parquet")
+        pq.write_table(pa.table({"gid": gid, "event": event, "timestamp": time}), paths[-1])
+    return paths
+
+
+def test_counts_of_shards_add_up_to_those_of_all_events(shards):
+    counts, first = _add(count_shard(path, NOW, [0], ITEMS) for path in shards)
+    table = pa.concat_tables([pq.read_table(path) for path in shards])
+    gid, event, time = (table[name].to_numpy() for name in ("gid", "event", "timestamp"))
+    for item in range(ITEMS):
+        mine = (gid == item) & (time < NOW)
+        for row, days in enumerate((7, 30, 90, 10_000)):
+            assert counts[row, item] == (mine & (event == 0) & (time >= NOW - days * DAY)).sum()
+        assert counts[4, item] == (mine & (time >= NOW - 30 * DAY)).sum()
+        assert first[item] == (time[mine].min() if mine.any() else np.iinfo(np.int64).max)
+
+
+def test_what_happens_at_or_after_the_snapshot_does_not_enter(shards):
+    published = np.array([NOW - 10 * DAY, NOW + DAY, np.iinfo(np.int64).max, 0, 0, 0])
+    counts, first = _add(count_shard(path, NOW, [0], ITEMS) for path in shards)
+    table = describe(counts, first, published, NOW)
+    assert table.shape == (ITEMS, COLUMNS)
+    assert np.isfinite(table).all()
+    assert table[5, :6].tolist() == [0] * 6
+    assert table[5, 6] == 1  # nobody touched it yet
+    assert table[:, 8].tolist() == [1, 0, 0, 1, 1, 1]  # one is published tomorrow, of one the date is unknown
+    assert table[0, 7] == pytest.approx(np.log(11) / 3)
+
+
+def test_a_platform_that_grows_does_not_shift_every_item(shards):
+    counts, first = _add(count_shard(path, NOW, [0], ITEMS) for path in shards)
+    published = np.zeros(ITEMS, np.int64)
+    assert np.allclose(describe(counts, first, published, NOW), describe(7 * counts, first, published, NOW))
+
+
+def test_no_event_at_all_makes_zeros(tmp_path):
+    empty = {"gid": pa.array([], pa.int32()), "event": pa.array([], pa.int8()), "timestamp": pa.array([], pa.int64())}
+    pq.write_table(pa.table(empty), tmp_path / "shard.parquet")
+    counts, first = count_shard(tmp_path / "shard.parquet", NOW, [0], ITEMS)
+    table = describe(counts, first, np.zeros(ITEMS, np.int64), NOW)
+    assert not table[:, :6].any()
+    assert table[:, 6].all()
