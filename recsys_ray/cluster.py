@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from recsys_ray.config import RayConfig
 from recsys_ray.errors import UserError
@@ -26,8 +29,20 @@ LOGICAL_CPUS_TO_SPARE = 2  # actors that hold every CPU leave none for Ray Data'
 
 
 def granted_cpus() -> int:
-    """CPUs that this process may use, not those that the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """CPUs that this process may use, not those that the machine has: its affinity, and a container's limit (``docker
+    --cpus``, a Kubernetes limit), which affinity does not show."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(allowed, _container_limit(Path("/sys/fs/cgroup"))))
+
+
+def _container_limit(cgroup: Path) -> int:
+    """Whole CPUs that the control group grants in a period, version 2 or 1; a very large number without a limit."""
+    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
+        with suppress(OSError, ValueError):
+            quota, period = " ".join((cgroup / name).read_text() for name in names).split()
+            if quota not in ("max", "-1"):
+                return math.ceil(int(quota) / int(period))
+    return sys.maxsize
 
 
 @contextmanager

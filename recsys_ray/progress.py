@@ -27,10 +27,11 @@ class Task:
 
     def update(self, done: int, total: int | None = None, detail: str = "") -> None:
         """``done`` so far, of ``total`` if that changed; ``detail`` is shown beside (a loss, a count)."""
-        self._done, self._total = done, total if total is not None else self._total
         now = time.monotonic()
-        if self._first is None or done < self._first:  # start-up, and what an earlier attempt did, have no rate
+        # Start-up and what an earlier attempt did have no rate; work that begins anew begins anew here too.
+        if self._first is None or done < self._done:
             self._first, self._started = done, now
+        self._done, self._total = done, total if total is not None else self._total
         rate = (done - self._first) / max(now - self._started, 1e-9)
         text = f"{rate:,.0f} {self._unit}/s" if rate >= 10 else f"{rate:.2g} {self._unit}/s"
         if self._report.bars and self._bar is not None:

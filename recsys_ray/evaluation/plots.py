@@ -88,24 +88,17 @@ def tiers(rows: Sequence[Row], names: Sequence[str], models: Sequence[str], titl
 
 
 def scatter(rows: Sequence[Row], models: Sequence[str], title: str) -> str:
-    """Accuracy against coverage: a point for each model, named beside it."""
+    """Accuracy against coverage: a point for each model."""
     with mpl.rc_context(_STYLE):
         figure, axes = _figure(9.0, 3.8)
         for row in rows:
-            color = color_of(models)[row["model"]]
-            axes.scatter(row["coverage_at_100"], row["hr_at_10"], s=60, color=color)
-            axes.annotate(
-                row["model"],
-                (row["coverage_at_100"], row["hr_at_10"]),
-                xytext=(7, 5),
-                textcoords="offset points",
-                color=_INK,
-            )
+            axes.scatter(row["coverage_at_100"], row["hr_at_10"], s=60, color=color_of(models)[row["model"]])
         axes.margins(x=0.15, y=0.15)
         axes.set_xlabel("coverage@100: share of the catalogue that anyone is shown")
         axes.set_ylabel("HR@10")
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         _finish(axes, "both")
+        _legend(axes, color_of(models))
         return _svg(figure, title)
 
 
