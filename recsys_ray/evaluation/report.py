@@ -91,7 +91,7 @@ def _small_table(
     table.add_column(over.replace("_", " "), no_wrap=True)
     for model in models:
         table.add_column(_short(model), justify="right", no_wrap=True)
-    value = {(row["model"], row[over]): f"{row['hr_at_10']:.4f}" for row in rows}
+    value = {(row["model"], row[over]): f"{row['hr_at_10']:.4f}".removeprefix("0") for row in rows}  # fits 80 columns
     for name in names:
         table.add_row(_plain(name), *(value.get((model, name), "-") for model in models))
     console.print(table)
