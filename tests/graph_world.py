@@ -35,7 +35,8 @@ def write_world(
         part = table.slice(edges[shard], edges[shard + 1] - edges[shard])
         pq.write_table(part, ingest / "interactions" / f"shard-{shard:05d}.parquet")
     ntype = np.repeat(np.arange(len(sizes)), sizes).astype(np.int16)
-    pq.write_table(pa.table({"ntype": ntype}), ingest / "items.parquet")
+    published = pa.nulls(len(ntype), pa.int64())
+    pq.write_table(pa.table({"ntype": ntype, "published_at": published}), ingest / "items.parquet")
     days = np.bincount(timestamp[event == 0] // DAY, minlength=DAYS)
     counts = {
         "item_types": [f"type{i}" for i in range(len(sizes))],
