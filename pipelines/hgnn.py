@@ -1,10 +1,14 @@
-"""Stage 4: train the HGNN on the first snapshot, embed every item on every snapshot."""
+"""Stage 4: train the HGNN, or take trained weights, and embed every item on every snapshot."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from pipelines.stage import Context, Stage
+from recsys_ray.artifacts import sha256
+from recsys_ray.config import Config
+from recsys_ray.errors import ArtifactError
 from recsys_ray.hgnn.job import train_hgnn
 
 
@@ -15,11 +19,22 @@ def _run(context: Context) -> dict[str, Any]:
     )
 
 
+def _settings(config: Config) -> dict[str, Any]:
+    """Given weights count by what they are, not by where they lie: the stage publishes them again in its own folder."""
+    weights = config.hgnn.weights
+    if weights and not Path(weights).is_file():
+        raise ArtifactError(
+            f"hgnn.weights: there is no file at {weights}; name the model.safetensors of an hgnn folder"
+        )
+    given = sha256(Path(weights)) if weights else None
+    return {"hgnn": config.hgnn.model_dump() | {"weights": given}, "seed": config.seed}
+
+
 STAGE = Stage(
     name="hgnn",
     folder="hgnn",
     summary="train the HGNN on the partitions, embed every item",
     inputs=("ingest", "featurize", "graph"),
-    settings=lambda config: {"hgnn": config.hgnn.model_dump(), "seed": config.seed},
+    settings=_settings,
     run=_run,
 )

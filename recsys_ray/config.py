@@ -117,6 +117,9 @@ class HgnnConfig(Section):
     patience: Positive = Field(2, description="epochs without a better validation loss before stopping")
     valid_share: Share = Field(0.1, description="edges held out for early stopping")
     learning_rate: float = Field(1e-3, gt=0)
+    weights: str | None = Field(
+        None, description="model.safetensors of an earlier hgnn folder: embed with these weights, train nothing"
+    )
     workers: int | None = Field(None, gt=0, description="Ray Train workers; default: one per host")
 
 

@@ -9,12 +9,14 @@ from typing import Any
 
 import polars as pl
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from recsys_ray.artifacts import SCRATCH, Artifact, save_arrays, write_json
 from recsys_ray.checkpoint import load_checkpoint, save_checkpoint
 from recsys_ray.config import Config, HgnnConfig
+from recsys_ray.errors import ArtifactError
 from recsys_ray.graph.store import PartitionStore
 from recsys_ray.hgnn.embedding import LocalStore, embed_items
 from recsys_ray.hgnn.model import HGNN, ItemTypes
@@ -33,10 +35,16 @@ def train_hgnn(
     config: Config, ingest: Artifact, featurize: Artifact, graph: Artifact, out: Path, progress: Progress, cpus: int,
     hosts: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train on the last training cut, embed all items on all snapshots, into ``out`` (docs/architecture.md).
+    """Train on the last training cut (or take ``hgnn.weights``), embed all items on all snapshots, into ``out``
+    (docs/architecture.md).
 
     A run that was killed goes on at its last epoch.
+
+    Raises:
+        ArtifactError: the given weights are of another shape.
     """
+    if config.hgnn.weights:
+        _take_weights(config.hgnn, featurize.counts["text_dim"], len(ingest.counts["item_types"]), out)
     snapshots = snapshots_of(graph.counts)
     workers = config.hgnn.workers or hosts
     per_worker = max(1, cpus // workers)
@@ -50,12 +58,28 @@ def train_hgnn(
         "items": str((ingest.path / "items.parquet").resolve()),
         "text_dim": featurize.counts["text_dim"],
         "snapshots": [(s.name, s.index) for s in snapshots],
+        "trained": bool(config.hgnn.weights),
         "train_on": max(s.index for s in snapshots if s.name.startswith("cut")),
     }
     with progress.task("training and embedding", unit="steps") as task:
         run_ranks(_train_rank, parameters, workers, per_worker, out / SCRATCH, task)
     history = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     return {"epochs": len(history), "workers": workers, "out_dim": config.hgnn.out_dim, "last": history[-1:]}
+
+
+def _take_weights(config: HgnnConfig, text_dim: int, types: int, out: Path) -> None:
+    """Copy given weights into ``out``, with no history of epochs."""
+    assert config.weights
+    model = HGNN(text_dim, config, ItemTypes(torch.zeros(types + 1, dtype=torch.int64)))
+    try:
+        model.load_state_dict(load_file(config.weights))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ArtifactError(
+            f"hgnn.weights: {config.weights} does not fit: {str(error).splitlines()[-1].strip()}; text encoder, number "
+            "of item types, hidden_dim, out_dim and signature_dim must be those that it was trained with"
+        ) from error
+    save_file(model.state_dict(), out / "model.safetensors")
+    write_json(out / "metrics.json", [])
 
 
 def _train_rank(parameters: dict[str, Any]) -> None:
@@ -69,7 +93,10 @@ def _train_rank(parameters: dict[str, Any]) -> None:
         packed = torch.from_numpy(item_signatures(ids, config.signature_dim).copy())
         source = SignedSource(client, packed, config.signature_dim)
         rank_run = _RankRun(parameters, config, types, model, client, source, rank, world, place, sharing)
-        rank_run.train()
+        if parameters["trained"]:
+            model.load_state_dict(load_file(Path(parameters["out"]) / "model.safetensors"))
+        else:
+            rank_run.train()
         for name, index in parameters["snapshots"]:
             rank_run.embed(name, index)
 

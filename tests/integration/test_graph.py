@@ -19,6 +19,7 @@ from graph_world import small_config, true_edges, write_world
 from recsys_ray.artifacts import load_arrays, save_arrays
 from recsys_ray.config import Config
 from recsys_ray.errors import ArtifactError, UserError
+from recsys_ray.graph.activity import ACTIVITY
 from recsys_ray.graph.build import build_graph
 from recsys_ray.graph.client import GraphClient
 from recsys_ray.graph.partition import write_partitions
@@ -72,6 +73,20 @@ def test_edges_are_those_of_each_window(world: dict[str, Any]) -> None:
         assert true_edges(world["graph"], snapshot["name"]) == expected
         assert sum(world["counts"]["edges"][snapshot["name"]].values()) == len(expected)
     assert count_partitions(world["graph"]) == world["counts"]["partitions"] == 1
+
+
+def test_activity_is_that_of_all_shards_together(world: dict[str, Any]) -> None:
+    events = pq.read_table(sorted((world["ingest"] / "interactions").glob("*.parquet")))
+    gid, event, time = (events[name].to_numpy() for name in ("gid", "event", "timestamp"))
+    tables = load_arrays(world["graph"] / ACTIVITY)
+    assert set(tables) == {s["name"] for s in world["counts"]["snapshots"]}
+    for snapshot in world["counts"]["snapshots"]:
+        known = time < snapshot["time"]
+        chosen = np.bincount(gid[known & (event == 0)], minlength=68)
+        touched = np.bincount(gid[known], minlength=68) > 0
+        wanted = np.log1p(chosen / (chosen.sum() / touched.sum()))
+        assert np.allclose(tables[snapshot["name"]][:, 3], wanted, atol=2e-3)  # stored as float16
+        assert np.array_equal(tables[snapshot["name"]][:, 6], ~touched)
 
 
 def test_nodes_file_maps_every_item_once(world: dict[str, Any]) -> None:

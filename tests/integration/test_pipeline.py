@@ -183,6 +183,23 @@ def test_a_killed_run_ends_as_an_undisturbed_one(undisturbed, root, data):
     assert not [path for path in killed.iterdir() if path.name.startswith(".")]
 
 
+def test_given_weights_embed_without_training(undisturbed, root, data, capsys):
+    run, _, _ = undisturbed
+    given = run / "hgnn" / "model.safetensors"
+    config, daily = configure(root, data, "daily", hgnn={"weights": str(given)}), root / "daily"
+    for stage in ("ingest", "featurize", "graph"):
+        shutil.copytree(run / stage, daily / stage)
+    assert "no file at nowhere" in complaint(capsys, "hgnn", "--config", config, "--set", "hgnn.weights=nowhere")
+    assert "does not fit" in complaint(capsys, "hgnn", "--config", config, "--set", "hgnn.hidden_dim=8")
+    done = call("hgnn", "--config", config)
+    assert done.returncode == 0, done.stderr[-6000:]
+    for path in (run / "hgnn" / "embeddings").rglob("*.safetensors"):
+        assert (daily / path.relative_to(run)).read_bytes() == path.read_bytes()
+    assert (
+        "up to date" in call("hgnn", "--config", config, "--set", f"hgnn.weights={daily / 'hgnn' / given.name}").stderr
+    )
+
+
 def test_an_unknown_field_is_one_sentence_and_exit_code_2(root, data):
     done = call("run", "--config", configure(root, data, "unknown", hgnn={"hiden_dim": 3}))
     assert done.returncode == 2
