@@ -151,6 +151,7 @@ def rank_setup(parameters: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
     context = ray.train.get_context()
     threads = int(parameters["threads"])
     torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # several threads add up gradients in any order
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.manual_seed(seed_from(parameters["seed"], "weights"))
     try:

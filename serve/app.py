@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, TypeVar
 
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
@@ -14,6 +17,7 @@ from recsys_ray.retrieval.filters import MAX_K, RequestError, UnknownItem
 from recsys_ray.retrieval.recommender import Recommender
 from serve import schemas
 
+Answer = TypeVar("Answer")
 _PAGE = Path(__file__).with_name("page.html")
 _REFUSALS: dict[int | str, dict[str, Any]] = {422: {"model": schemas.Problems, "description": "names the field"}}
 
@@ -32,8 +36,8 @@ class Live(Protocol):
 
 
 def create_app(live: Live) -> FastAPI:
-    """All routes. Handlers are coroutines that compute in place: an answer takes about a millisecond, less than
-    handing it to a thread and back under load."""
+    """All routes. Answers are computed one after the other on a thread of their own, while the event loop goes on
+    accepting requests: only so are those that wait counted, by which Serve adds replicas and refuses with 429."""
     app = FastAPI(
         title="recsys-ray",
         version="1",
@@ -41,16 +45,19 @@ def create_app(live: Live) -> FastAPI:
         separate_input_output_schemas=False,
     )
     _add_errors(app)
-    _add_answers(app, live)
+    _add_answers(app, live, ThreadPoolExecutor(1, "answers"))
     _add_facts(app, live)
     return app
 
 
-def _add_answers(app: FastAPI, live: Live) -> None:
+def _add_answers(app: FastAPI, live: Live, thread: Executor) -> None:
+    async def compute(function: Callable[..., Answer], *args: Any, **named: Any) -> Answer:
+        return await asyncio.get_running_loop().run_in_executor(thread, partial(function, *args, **named))
+
     @app.post("/v1/recommendations", response_model=schemas.RecommendationResponse, responses=_REFUSALS)
     async def recommendations(request: schemas.RecommendationRequest) -> JSONResponse:
         """What a user should get next: by id, by an inline history, or by both."""
-        answer = live.recommender.answer(**request.arguments())
+        answer = await compute(live.recommender.answer, **request.arguments())
         items = [vars(item) for item in answer.items]
         return JSONResponse({"version": answer.version, "known": answer.known, "items": items})
 
@@ -68,7 +75,7 @@ def _add_answers(app: FastAPI, live: Live) -> None:
     ) -> JSONResponse:
         """Items like this one. Percent-encode the id; slashes may stay."""
         recommender = live.recommender
-        items = [vars(item) for item in recommender.similar(item_id, k, item_type)]
+        items = [vars(item) for item in await compute(recommender.similar, item_id, k, item_type)]
         return JSONResponse({"version": recommender.version, "items": items})
 
 

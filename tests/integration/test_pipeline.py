@@ -29,7 +29,7 @@ TABLES = ("items", "interactions", "users", "oracle")
 SMALL = {
     "data": {"now": "2026-01-02", "shards": 2},
     "graph": {"window_days": 120, "cuts": 2, "first_cut": 0.4, "max_neighbors": 10},
-    "hgnn": {"hidden_dim": 16, "out_dim": 16, "signature_dim": 32, "epochs": 3, "batch_size": 256, "min_edges": 1000},
+    "hgnn": {"hidden_dim": 64, "out_dim": 64, "signature_dim": 32, "epochs": 3, "batch_size": 1024, "min_edges": 4000},
     "two_tower": {"layers": [32, 16], "epochs": 1, "batch_size": 256, "history": 20},
     "evaluate": {"bootstrap": 50},
     "ray": {"num_cpus": 2, "object_store_mb": 128},
