@@ -69,7 +69,7 @@ class TowerTrainer:
         self, model: TwoTower, network: nn.Module, task: TowerTask, config: TwoTowerConfig, seed: int, rank: int = 0
     ) -> None:
         self.model, self.network, self.task, self.config = model, network, task, config
-        self.averaged = copy.deepcopy(model).requires_grad_(False)
+        self.averaged = copy.deepcopy(model).requires_grad_(False).eval()
         self.seed, self.rank = seed, rank
         self.steps = largest_over_ranks(batches_in(task.examples["snapshot"], config.batch_size))
         self.share = {index: self._share(index) for index in sorted(task.snapshot_names)}
@@ -100,7 +100,8 @@ class TowerTrainer:
     def average(self, steps: int) -> None:
         """Take the weights after ``steps`` steps in all into the average; the first ones count for less."""
         rate = 1 - min(self.config.averaging, (1 + steps) / (10 + steps))
-        torch._foreach_lerp_(list(self.averaged.parameters()), list(self.model.parameters()), rate)
+        for averaged, trained in zip(self.averaged.parameters(), self.model.parameters(), strict=True):
+            averaged.lerp_(trained, rate)
 
     def batch(self, rows: np.ndarray) -> Batch:
         task = self.task
@@ -186,7 +187,6 @@ def train_epochs(
             total += loss.item()
             on_step(epoch, step, total / (step + 1))
         sums = sum_over_ranks(torch.tensor([total / max(trainer.steps, 1), 1.0], dtype=torch.float64))
-        trainer.averaged.eval()
         hit_rate, loss_mean = trainer.validate(), float(sums[0] / sums[1])
         watched = hit_rate if hit_rate == hit_rate else -loss_mean  # no validation queries: the training loss
         better = state["best"] is None or watched > state["best"]

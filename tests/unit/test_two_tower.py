@@ -52,15 +52,17 @@ def test_a_resumed_training_equals_an_undisturbed_one_bit_for_bit(tmp_path):
     for epochs in (2, 4):  # killed after two epochs, started again
         trainer, optimizer = board_trainer(task, config.model_copy(update={"epochs": epochs}))
         if path.exists():
-            torch.nn.init.zeros_(trainer.model.user.event_weight)
+            for weight in [*trainer.model.parameters(), *trainer.averaged.parameters()]:  # all must come back
+                torch.nn.init.zeros_(weight)
         state = load_checkpoint(path, trainer.weights, optimizer) if path.exists() else {}
         state = train_epochs(
             trainer, optimizer, state,
             on_epoch=lambda state, better: save_checkpoint(path, trainer.weights, optimizer, state),  # noqa: B023
         )  # fmt: skip
     assert state == undisturbed
-    for name, weight in whole.model.state_dict().items():
-        assert torch.equal(weight, trainer.model.state_dict()[name]), name
+    for towers, resumed in ((whole.model, trainer.model), (whole.averaged, trainer.averaged)):
+        for name, weight in towers.state_dict().items():
+            assert torch.equal(weight, resumed.state_dict()[name]), name
 
 
 def test_it_stops_when_validation_does_not_improve():
