@@ -112,7 +112,13 @@ class HgnnConfig(Section):
     hidden_dim: Positive = 128
     out_dim: Positive = 128
     signature_dim: int = Field(128, ge=0, description="random signs that an item sends beside its text; 0: text alone")
-    aggregator: Literal["max", "mean"] = Field("mean", description="mean, or the max-pool of the papers")
+    aggregator: Literal["max", "mean"] = Field("mean", description="weighted mean, or the max-pool of the papers")
+    damping: float = Field(0.5, ge=0, description="mean: a neighbour counts by its popularity to minus this power")
+    weights_by: Literal["kinship", "relation"] = Field(
+        "kinship",
+        description="kinship: weights for relations inside a type and for those between types; later types share them; "
+        "relation: the papers' way, weights for every pair of types",
+    )
     fanouts: tuple[Positive, Positive] = Field((8, 5), description="neighbours per relation: of the seeds, one hop on")
     loss: Literal["softmax", "max_margin"] = Field("softmax", description="in-batch softmax, or the papers' max-margin")
     temperature: float = Field(0.1, gt=0, description="softmax only")
@@ -145,10 +151,17 @@ class TwoTowerConfig(Section):
     log_q: float = Field(1.0, ge=0, le=1, description="strength of the log-Q correction: 1 full, 0 none")
     dropout: Share = Field(0.1, description="before every layer, while training")
     history: Positive = Field(50, description="latest events of a user that make the user's features")
+    last_item: bool = Field(True, description="the user's last item, beside the mean of all")
+    id_dim: int = Field(32, ge=0, description="learned vector of each item, beside text and HGNN embedding; 0: none")
+    id_items: Positive = Field(200_000, description="items with a learned vector: those with the most examples")
+    id_dropout: Share = Field(0.5, description="share of learned vectors that a training step does without")
     batch_size: Positive = 1024
     epochs: Positive = 20
     patience: Positive = Field(3, description="epochs without a better validation HR@10 before stopping")
     learning_rate: float = Field(5e-4, gt=0)
+    refit: bool = Field(
+        True, description="then one epoch over the newest examples, those of the validation period among them"
+    )
     averaging: Share = Field(0.99, description="share of the averaged weights that a step leaves; 0: no averaging")
     ablation: bool = Field(True, description="also train the two-tower without HGNN, as a baseline")
     workers: int | None = Field(None, gt=0, description="Ray Train workers; default: one per host")

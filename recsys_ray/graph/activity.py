@@ -31,9 +31,11 @@ from recsys_ray.snapshots import DAY, Fold, Snapshot
 
 ACTIVITY = "activity.safetensors"
 COLUMNS = 9
+EVER = 3  # column of the positives of all days
 _POSITIVE_DAYS = (7, 30, 90)
 _ALL_DAYS = 30
 _NEVER = np.iinfo(np.int64).max
+_UNTOUCHED = 0.1  # of the mean count: what an item without any counts as in its rarity
 _SCALE = 3.0  # natural log of days, brought to about one
 
 Counts = tuple[Int[np.ndarray, "5 items"], Int[np.ndarray, "items"]]  # the five counts; first event or _NEVER
@@ -135,3 +137,11 @@ def describe(
 
 def _log_days(moment: int, since: Int[np.ndarray, "items"]) -> Float[np.ndarray, "items"]:
     return np.log1p(np.maximum(moment - since.astype(np.float64), 0) / DAY) / _SCALE
+
+
+def rarity(table: Float[np.ndarray, "items columns"], power: float) -> Float[np.ndarray, "items"]:
+    """How much an item says about its neighbours: its positives so far, relative to the mean, to minus ``power``.
+
+    What everybody has says little about who else belongs together; it is the norm in the cosine of co-occurrence.
+    """
+    return ((np.expm1(table[:, EVER].astype(np.float32)) + _UNTOUCHED) ** -power).astype(np.float32)

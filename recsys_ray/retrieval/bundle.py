@@ -4,7 +4,8 @@ Layout of ``bundles/<version>/``:
 
 - ``items.arrow`` (item_id, title, ntype, available; row = gid), ``item_ids.arrow`` (id ascending, gid)
 - ``vectors.safetensors``: ``vector`` float32 [items, d], what the item tower made of every item
-- ``text.safetensors``, ``hgnn.safetensors``: the user tower's item tables
+- ``text.safetensors``, ``hgnn.safetensors``, ``ids.safetensors`` (the items' own learned vectors; not where the towers
+  have none): the user tower's item tables
 - ``index/t{i}.faiss``: the available items of type number i, in order of gid
 - ``user_tower/``: ``model.safetensors``, ``spec.json``
 - ``user_ids.arrow`` (id ascending, uid), ``users.safetensors`` (age, country, taste.<name>; row = uid)
@@ -58,6 +59,7 @@ from recsys_ray.retrieval.histories import (
 )
 from recsys_ray.retrieval.index import METRIC, TypeIndex, check_metric, check_unit_norm, recall_at
 from recsys_ray.retrieval.tower import LoadTower, TowerRunner, load_user_tower
+from recsys_ray.two_tower.towers import load_item_ids
 
 CURRENT = "current"
 VARIANT = "hgnn"  # of the two-tower stage's models, the one that is served
@@ -215,6 +217,9 @@ def _write_items(work: Path, sources: _Sources) -> None:
     shutil.copyfile(text, work / "text.safetensors")
     shutil.copyfile(vectors, work / "vectors.safetensors")
     save_arrays(work / "hgnn.safetensors", {"embedding": _hgnn_table(sources.hgnn.path, size)})
+    ids = load_item_ids(sources.two_tower.path / VARIANT)
+    if ids is not None:
+        save_arrays(work / "ids.safetensors", {"vector": ids})
     (work / "user_tower").mkdir(exist_ok=True)
     for name in ("model.safetensors", "spec.json"):
         shutil.copyfile(sources.two_tower.path / VARIANT / name, work / "user_tower" / name)

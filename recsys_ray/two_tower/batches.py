@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from recsys_ray.two_tower.examples import ABSENT
-from recsys_ray.two_tower.inputs import ItemTables, UserInputs
-from recsys_ray.two_tower.towers import ItemRows, TowerSpec
+from recsys_ray.two_tower.inputs import ItemRows, ItemTables, UserInputs
+from recsys_ray.two_tower.towers import TowerSpec
 
 Examples = Mapping[str, np.ndarray]
 
@@ -41,7 +41,7 @@ class Catalogue:
         within = torch.arange(int(counts.sum())) - torch.repeat_interleave(offsets, counts)
         flat = self.categories[torch.repeat_interleave(self.category_offsets[gids], counts) + within]
         alive = self.activity[snapshot][gids].float()
-        return ItemRows(text, hgnn, alive, self.ntype[gids], self.language[gids], flat, offsets)
+        return ItemRows(gids, text, hgnn, alive, self.ntype[gids], self.language[gids], flat, offsets)
 
 
 class ArrayFeatures:
@@ -72,7 +72,7 @@ def tables_for(
 ) -> ItemTables:
     """Text vectors and HGNN embeddings (as of ``snapshot``) of these items."""
     hgnn = source.features(f"hgnn_{snapshot}", gids) if spec.hgnn_dim else None
-    return ItemTables(text=source.features("text", gids), hgnn=hgnn, ntype=catalogue.ntype[gids])
+    return ItemTables(text=source.features("text", gids), hgnn=hgnn, ntype=catalogue.ntype[gids], gids=gids)
 
 
 def user_inputs(examples: Examples, rows: np.ndarray, spec: TowerSpec) -> UserInputs:

@@ -29,6 +29,11 @@ class UserEvents:
     event: Int[np.ndarray, "n"]
     timestamp: Int[np.ndarray, "n"]
 
+    def before(self, moment: int) -> UserEvents:
+        """The events with ``timestamp < moment``."""
+        known = self.timestamp < moment
+        return UserEvents(self.uid[known], self.gid[known], self.event[known], self.timestamp[known])
+
     @staticmethod
     def read(shard: str | Path) -> UserEvents:
         table = pq.read_table(shard, columns=["uid", "gid", "event", "timestamp"])

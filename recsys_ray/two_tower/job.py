@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from recsys_ray.snapshots import Snapshot, snapshots_of
 from recsys_ray.two_tower.batches import Catalogue, Examples, country_index
 from recsys_ray.two_tower.examples import HistoryRules, UserEvents, build_examples, build_queries, user_columns
 from recsys_ray.two_tower.towers import TowerSpec, TwoTower
-from recsys_ray.two_tower.training import TowerTask, TowerTrainer, item_vectors, start_near, train_epochs
+from recsys_ray.two_tower.training import TowerTask, TowerTrainer, item_vectors, run_epoch, start, train_epochs
 
 VARIANTS = {"hgnn": True, "text_only": False}  # folder -> with HGNN embeddings
 _CHECKPOINT = "checkpoint.safetensors"
@@ -90,6 +91,11 @@ def _spec(config: Config, ingest: Artifact, featurize: Artifact, hgnn: Artifact)
         num_categories=len(facts["categories"]),
         tastes=dict(facts["taste"]),
         layers=list(config.two_tower.layers),
+        id_dim=config.two_tower.id_dim,
+        id_rows=min(sum(facts["items_per_type"]), config.two_tower.id_items),
+        num_items=sum(facts["items_per_type"]),
+        id_dropout=config.two_tower.id_dropout,
+        last_item=config.two_tower.last_item,
         item_types=list(facts["item_types"]),
         countries=list(facts["countries"]),
         dropout=config.two_tower.dropout,
@@ -101,7 +107,8 @@ def _spec(config: Config, ingest: Artifact, featurize: Artifact, hgnn: Artifact)
 def _datasets(
     config: Config, ingest: Artifact, snapshots: list[Snapshot], spec: TowerSpec
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """Ray Data sets of training examples and validation queries, one task an interactions shard."""
+    """Ray Data sets of training examples, validation queries and the newest examples (of the cuts that reach up to the
+    validation period, and of that), one task an interactions shard."""
     import ray.data
 
     names = list(ingest.counts["events"])
@@ -111,17 +118,17 @@ def _datasets(
     shards = [{"shard": str(p.resolve())} for p in sorted((ingest.path / "interactions").glob("*.parquet"))]
     valid, test = ingest.counts["valid_from"], ingest.counts["test_from"]
     cuts = [s for s in snapshots if s.name.startswith("cut")]
+    newest = [s for s in snapshots if s.examples is not None and s.examples[1] >= valid]
 
-    def make(batch: Any, training: bool = False) -> dict[str, np.ndarray]:
+    def make(batch: Any, kind: str) -> dict[str, np.ndarray]:
         parts = []
         for shard in batch["shard"]:
             events = UserEvents.read(str(shard))
-            if training:
-                known = events.timestamp < valid
-                before = UserEvents(*(column[known] for column in vars(events).values()))
-                part = build_examples(before, positives, cuts, rules)
-            else:
+            if kind == "valid":
                 part = build_queries(events, positives, valid, test, rules)
+            else:
+                until, chosen = (valid, cuts) if kind == "train" else (test, newest)
+                part = build_examples(events.before(until), positives, chosen, rules)
             columns = user_columns(users, part["uid"], spec.tastes)
             part["country_index"] = country_index(spec.countries, columns.pop("country"))
             parts.append({**part, **columns})
@@ -130,10 +137,10 @@ def _datasets(
     # The same rows go to the same rank after a restart.
     ray.data.DataContext.get_current().execution_options.preserve_order = True
     datasets = {}
-    for name, training in (("train", True), ("valid", False)):
+    for name in ("train", "valid", "newest") if config.two_tower.refit else ("train", "valid"):
         source = ray.data.from_items(shards, override_num_blocks=len(shards))
         datasets[name] = source.map_batches(
-            make, batch_size=1, fn_kwargs={"training": training}, batch_format="numpy"
+            make, batch_size=1, fn_kwargs={"kind": name}, batch_format="numpy"
         ).materialize()
     return datasets, {"examples": datasets["train"].count(), "queries": datasets["valid"].count()}
 
@@ -176,6 +183,8 @@ def _train_rank(parameters: dict[str, Any]) -> None:
     with rank_setup(parameters) as (rank, world):
         examples = _collect("train", ("uid", "timestamp", "target"))
         queries = _collect("valid", ("uid", "target"))
+        config = TwoTowerConfig.model_validate(parameters["config"])
+        newest = _collect("newest", ("uid", "timestamp", "target")) if config.refit else {}
         queries = _sample(queries, _MAX_QUERIES // world, seed_from(parameters["seed"], "queries", rank))
         catalogue = load_catalogue(parameters["items"], parameters["activity"], **parameters["vocabularies"])
         with partition_client(Path(parameters["graph"]), rank, world, features) as client:
@@ -183,9 +192,9 @@ def _train_rank(parameters: dict[str, Any]) -> None:
                 if (Path(parameters["out"]) / variant / "metrics.json").exists():  # whole, from an earlier attempt
                     continue
                 spec = TowerSpec.load(Path(parameters["out"]) / variant / "spec.json")
-                task = TowerTask(spec, client, catalogue, examples, queries, names)
+                task = TowerTask(spec, client, catalogue, examples, queries, newest, names)
                 torch.manual_seed(seed_from(parameters["seed"], variant))
-                _train(parameters, variant, task, rank, world, client)
+                _train(parameters, config, variant, task, rank, world, client)
 
 
 def _sample(examples: Examples, count: int, seed: int) -> Examples:
@@ -195,13 +204,17 @@ def _sample(examples: Examples, count: int, seed: int) -> Examples:
     return {name: column[rows] for name, column in examples.items()}
 
 
-def _train(parameters: dict[str, Any], variant: str, task: TowerTask, rank: int, world: int, client: Any) -> None:
+def _train(
+    parameters: dict[str, Any], config: TwoTowerConfig, variant: str, task: TowerTask, rank: int, world: int,
+    client: Any,
+) -> None:  # fmt: skip
     import ray.train.torch
 
-    config = TwoTowerConfig.model_validate(parameters["config"])
     model = TwoTower(task.spec)
-    start_near(model, task, parameters["seed"])
-    network: nn.Module = model if world == 1 else ray.train.torch.prepare_model(model)
+    start(model, task, parameters["seed"])
+    network: nn.Module = model
+    if world > 1:  # the only buffer never changes
+        network = ray.train.torch.prepare_model(model, parallel_strategy_kwargs={"broadcast_buffers": False})
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
     out = Path(parameters["out"]) / variant
     scratch = Path(parameters["out"]) / SCRATCH / variant
@@ -224,8 +237,10 @@ def _train(parameters: dict[str, Any], variant: str, task: TowerTask, rank: int,
 
     state = train_epochs(trainer, optimizer, state, on_step, on_epoch)
     client.barrier()  # rank 0 has written the best weights
+    load_checkpoint(scratch / _BEST, model, optimizer)
+    if config.refit:
+        model = _refit(trainer, optimizer, len(state["history"]), on_step)
     if rank == 0:
-        load_checkpoint(scratch / _BEST, model)
         model.eval()
         for snapshot in ("test", "serve"):
             vectors = item_vectors(model, client, task.catalogue, snapshot)
@@ -233,3 +248,20 @@ def _train(parameters: dict[str, Any], variant: str, task: TowerTask, rank: int,
         save_file(model.state_dict(), out / "model.safetensors")
         write_json(out / "metrics.json", state["history"])  # last: says that the variant is whole
     client.barrier()  # no rank looks for the next variant's files before this one's are there
+
+
+def _refit(
+    trainer: TowerTrainer, optimizer: torch.optim.Optimizer, epoch: int, on_step: Callable[[int, int, float], None]
+) -> TwoTower:
+    """One more epoch, from the best weights, over the newest examples; the averaged weights. The validation period has
+    chosen the number of epochs; what happened in it is the freshest there is, and new items have come with it."""
+    again = TowerTrainer(
+        trainer.model,
+        trainer.network,
+        replace(trainer.task, examples=trainer.task.newest),
+        trainer.config,
+        trainer.seed,
+        trainer.rank,
+    )
+    run_epoch(again, optimizer, epoch, epoch * trainer.steps, on_step)
+    return again.averaged
