@@ -162,6 +162,25 @@ def serve(
     serve_forever(bundle, host, port, scaling, address, progress=Progress())
 
 
+@app.command("embed-items", rich_help_panel="Embeddings")
+def embed_items(
+    items: Annotated[Path, typer.Argument(exists=True, help="New items: a table as for ingest, Parquet or CSV.")],
+    bundle: BundlePath,
+    interactions: Annotated[
+        Path | None, typer.Option("--interactions", "-i", exists=True, help="What users did with them so far.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of bundles; default: the bundle's.")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Embed items anew that the bundle has.")] = False,
+    current: Annotated[
+        bool, typer.Option("--current/--no-current", help="Point `current` at the new bundle, or leave it.")
+    ] = True,
+) -> None:
+    """Add new items to a bundle, without any training: they can be recommended at once."""
+    from pipelines.embed_items import embed_items as run_it
+
+    run_it(items, bundle, interactions, out, replace, current, Progress())
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. A user's mistake is one sentence and exit code 2; anything else is ours and keeps its traceback."""
     try:

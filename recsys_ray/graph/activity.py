@@ -29,10 +29,10 @@ ACTIVITY = "activity.safetensors"
 COLUMNS = 9
 _POSITIVE_DAYS = (7, 30, 90)
 _ALL_DAYS = 30
-_NEVER = np.iinfo(np.int64).max
+NEVER = np.iinfo(np.int64).max
 _SCALE = 3.0  # natural log of days, brought to about one
 
-Counts = tuple[Int[np.ndarray, "5 items"], Int[np.ndarray, "items"]]  # the five counts; first event or _NEVER
+Counts = tuple[Int[np.ndarray, "5 items"], Int[np.ndarray, "items"]]  # the five counts; first event or NEVER
 
 
 def write_activity(
@@ -42,14 +42,14 @@ def write_activity(
     if (out / ACTIVITY).exists():
         return
     items = pq.read_table(ingest_dir / "items.parquet", columns=["published_at"]).column("published_at")
-    published = items.cast(pa.int64()).fill_null(_NEVER).to_numpy()
+    published = items.cast(pa.int64()).fill_null(NEVER).to_numpy()
     names = list(open_artifact(ingest_dir).counts["events"])
     codes = [names.index(name) for name in config.events.positives if name in names]
     shards = sorted((ingest_dir / "interactions").glob("shard-*.parquet"))
     tables = {}
     with progress.task("counting activity", len(snapshots), "snapshots") as shown:
         for snapshot in snapshots:
-            counts, first = _add(_count_all(shards, snapshot.time, codes, len(published)))
+            counts, first = add_counts(_count_all(shards, snapshot.time, codes, len(published)))
             tables[snapshot.name] = describe(counts, first, published, snapshot.time).astype(np.float16)
             shown.advance(1)
     save_arrays(out / ACTIVITY, tables)
@@ -71,7 +71,8 @@ def _count_all(shards: Sequence[Path], moment: int, codes: list[int], items: int
         yield ray.get(left)
 
 
-def _add(parts: Iterator[Counts]) -> Counts:
+def add_counts(parts: Iterator[Counts]) -> Counts:
+    """The sum of counts over several sets of events."""
     counts, first = next(parts)
     counts, first = counts.copy(), first.copy()  # what comes out of Ray's store is read-only
     for more, earlier in parts:
@@ -84,12 +85,24 @@ def count_shard(shard: Path, moment: int, positives: Sequence[int], items: int) 
     """What one shard's users did with each item before ``moment``."""
     table = pq.read_table(shard, columns=["gid", "event", "timestamp"])
     gid, event, time = (table.column(i).to_numpy() for i in range(3))
+    return count_events(gid, event, time, moment, positives, items)
+
+
+def count_events(
+    gid: Int[np.ndarray, "n"],
+    event: Int[np.ndarray, "n"],
+    time: Int[np.ndarray, "n"],
+    moment: int,
+    positives: Sequence[int],
+    items: int,
+) -> Counts:
+    """What these events say of each item before ``moment``; ``positives`` are codes of events."""
     known = time < moment
     gid, event, time = gid[known], event[known], time[known]
     positive = np.isin(event, np.asarray(positives, event.dtype))
     chosen = [positive & (time >= moment - days * DAY) for days in _POSITIVE_DAYS]
     chosen += [positive, time >= moment - _ALL_DAYS * DAY]
-    first = np.full(items, _NEVER)
+    first = np.full(items, NEVER)
     np.minimum.at(first, gid, time)
     return np.stack([np.bincount(gid[rows], minlength=items) for rows in chosen]), first
 
