@@ -181,6 +181,39 @@ def embed_items(
     run_it(items, bundle, interactions, out, replace, current, Progress())
 
 
+@app.command("export-embeddings", rich_help_panel="Embeddings")
+def export_embeddings(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The Parquet file to write.")],
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    run_dir: Annotated[
+        Path | None, typer.Option("--run", help="A run's folder, instead of the one that the configuration names.")
+    ] = None,
+    bundle: Annotated[
+        str | None, typer.Option("--bundle", "-b", help="A bundle instead of a run: with the items that came later.")
+    ] = None,
+    snapshot: Annotated[str, typer.Option(help="As of which moment: serve, test, valid, cut0, ...")] = "serve",
+    vectors: Annotated[
+        str, typer.Option(help="Some of text, hgnn and tower, separated by commas.")
+    ] = "text,hgnn,tower",
+) -> None:
+    """Write ids, types, titles and vectors of all items into one Parquet file."""
+    from pipelines.export_embeddings import export_embeddings as run_it
+
+    if bundle is not None and snapshot != "serve":
+        raise UserError("a bundle has the embeddings of the snapshot 'serve' alone; name a run for another one")
+    folder = run_dir or Path(_config(config, overrides).run_dir)
+    run_it(folder, bundle, out, snapshot, [name.strip() for name in vectors.split(",")], Progress())
+
+
+@app.command(rich_help_panel="Embeddings")
+def probe(config: ConfigPath = None, overrides: Overrides = None, force: Force = False) -> None:
+    """Show what the embeddings know of categories and languages, and of items that users share later, beside text."""
+    from pipelines.probe import run_probe
+
+    run_probe(_config(config, overrides), Progress(), force)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. A user's mistake is one sentence and exit code 2; anything else is ours and keeps its traceback."""
     try:
