@@ -139,7 +139,7 @@ def _accuracy(tables: np.ndarray) -> np.ndarray:
 
 
 def _macro_f1(tables: np.ndarray) -> np.ndarray:
-    """Mean F1 of the classes that occur or are guessed, as scikit-learn's; of confusion tables [n, classes, classes]."""
+    """Mean F1 of the classes that occur or are guessed, as scikit-learn's; of tables [n, classes, classes]."""
     right = np.diagonal(tables, axis1=1, axis2=2)
     total = tables.sum(1) + tables.sum(2)
     f1 = np.divide(2.0 * right, total, out=np.zeros(total.shape), where=total > 0)
