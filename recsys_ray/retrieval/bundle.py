@@ -50,6 +50,7 @@ from recsys_ray.artifacts import (
     write_json,
 )
 from recsys_ray.config import Config, IndexConfig
+from recsys_ray.data.split import calendar_end, is_leave_one_out
 from recsys_ray.errors import ArtifactError
 from recsys_ray.graph.activity import NEVER, Counts, add_counts, count_events
 from recsys_ray.progress import Progress
@@ -103,7 +104,7 @@ class _Sources:
     def start(self, config: Config) -> int:
         """First moment of the window before the data's end, unix seconds."""
         days = self.spec.get("window_days", config.graph.window_days)
-        return 0 if days is None else int(self.ingest.counts["end"]) - days * _DAY
+        return 0 if days is None else calendar_end(self.ingest.counts) - days * _DAY
 
 
 def bundle_fingerprint(config: Config, prints: Mapping[str, str]) -> str:
@@ -134,7 +135,7 @@ def build_bundle(
     sources = _Sources.open(ingest_dir, featurize_dir, hgnn_dir, two_tower_dir)
     check_metric(sources.spec.get("metric"), two_tower_dir / VARIANT)
     expected = bundle_fingerprint(config, sources.prints)
-    target = out_root / version_name(sources.ingest.counts["end"], expected)
+    target = out_root / version_name(calendar_end(sources.ingest.counts), expected)
     bundle = find_current(target, expected)
     if bundle is None:
         work = work_folder(target, expected)
@@ -194,7 +195,8 @@ def _counts(config: Config, sources: _Sources, version: str) -> dict[str, Any]:
         "default_event": default,
         "countries": list(counts.get("countries", [])),
         "taste": dict(counts.get("taste", {})),
-        "end": counts["end"],
+        "end": calendar_end(counts),
+        "protocol": counts.get("protocol", "time"),
         "history": sources.history,
         "window_days": spec.get("window_days", config.graph.window_days),
         "cold_start": bool(spec.get("cold_start", False)),
@@ -293,14 +295,16 @@ def _write_events(work: Path, config: Config, sources: _Sources, progress: Progr
     names = list(counts["events"])
     positive = [names.index(name) for name in config.events.positives if name in names]
     country = mapped_arrays(work / "users.safetensors")["country"].numpy().astype(np.int64)
-    popular, activity = PopularityCounter(items, country), _no_activity(items)
+    popular, activity, end = PopularityCounter(items, country), _no_activity(items), calendar_end(counts)
     folder = sources.ingest.path / "interactions"
     rows = sum(pq.ParquetFile(path).metadata.num_rows for path in folder.glob("shard-*.parquet"))
     with progress.task("histories", rows, "events") as task:
         for events in whole_users(folder):
             writer.add(events)
             popular.add(events.where((events.timestamp >= start) & np.isin(events.event, positive)))
-            new = count_events(events.gid, events.event, events.timestamp, int(counts["end"]), positive, items)
+            # Leave-one-out has no calendar: as in the graph stage, all that happened has just happened.
+            when = np.full(len(events), end - 1) if is_leave_one_out(counts) else events.timestamp
+            new = count_events(events.gid, events.event, when, end, positive, items)
             activity = add_counts(iter([activity, new]))
             task.advance(len(events))
     writer.close(work / "histories.safetensors")

@@ -32,6 +32,7 @@ from recsys_ray.artifacts import (
     work_folder,
 )
 from recsys_ray.config import Config, HgnnConfig, TextConfig
+from recsys_ray.data.split import is_leave_one_out
 from recsys_ray.data.validate import Catalogue, EventRules
 from recsys_ray.graph.activity import NEVER, count_events, describe
 from recsys_ray.graph.pairs import Counted, PairCounter, Window, keep_best, merge
@@ -255,7 +256,8 @@ class _Extension:
     def _write_activity(self, new: Arrivals, trickle: Trickle, end: int) -> Array:
         """Add what the trickle says of the arriving items; their tables, float16 [n, columns].
 
-        A publication after the bundle's end moves the moment on: the item is out, and that is known.
+        A publication after the bundle's end moves the moment on: the item is out, and that is known. A model of
+        leave-one-out knows no calendar: all that happened has just happened, no date is known.
         """
         stored = self._mapped("activity.safetensors")
         published = new.table["published_at"].cast(pa.int64()).fill_null(NEVER).to_numpy()
@@ -264,14 +266,17 @@ class _Extension:
         size = len(stored["first"]) + new.added
         events = trickle.events.where(np.isin(trickle.events.gid, new.gid))
         positive = self._codes(self.config.events.positives)
-        counts, first = count_events(events.gid, events.event, events.timestamp, moment, positive, size)
+        timeless = is_leave_one_out(self.source.counts)
+        when = np.full(len(events), moment - 1) if timeless else events.timestamp
+        counts, first = count_events(events.gid, events.event, when, moment, positive, size)
         counts[:, : len(stored["first"])] += stored["counts"]
         first[: len(stored["first"])] = np.minimum(first[: len(stored["first"])], stored["first"])
         dates = np.full(size, NEVER)
         dates[: len(stored["published"])] = stored["published"]
         dates[new.gid] = published
         save_arrays(self.work / "activity.safetensors", {"counts": counts, "first": first, "published": dates})
-        return describe(counts, first, dates, moment)[new.gid].astype(np.float16)
+        known_dates = np.full(size, NEVER) if timeless else dates
+        return describe(counts, first, known_dates, moment)[new.gid].astype(np.float16)
 
     def _grow(self, file: str, new: Arrivals, **arrays: Array) -> None:
         """The bundle's arrays with the rows of the arriving items put in their places."""
