@@ -193,7 +193,7 @@ class _Extension:
         mine = trickle.events.where(np.isin(trickle.events.uid, involved))
         both = Events(*(np.concatenate(pair) for pair in zip(vars(old).values(), vars(mine).values(), strict=True)))
         both = both.where(np.isin(both.event, self._codes(self.config.events.edges)))
-        both = both.where(np.lexsort((both.gid, both.timestamp, both.uid)))
+        both = both.where(np.lexsort((both.timestamp, both.uid)))  # stable: of equal times the stored ones first
         counter, parts = PairCounter(size, window, config.max_history), list[Counted]()
         for counted in (*counter.add(both.uid, both.gid, both.timestamp), counter.flush()):
             parts.append(counted.take(np.isin(counted.dst, new.gid)))

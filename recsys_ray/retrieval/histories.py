@@ -238,7 +238,7 @@ class Histories:
             seen = np.concatenate([uids[row], mine.uid]), np.concatenate([self._seen[1][index], mine.gid])
             old = self.events(uids)
             both = Events(*(np.concatenate(pair) for pair in zip(vars(old).values(), vars(mine).values(), strict=True)))
-            writer.add_apart(*seen, both.where(np.lexsort((both.event, both.gid, both.timestamp, both.uid))))
+            writer.add_apart(*seen, both.where(np.lexsort((both.timestamp, both.uid))))  # stable: equal times, old first
         writer.close(path)
 
     def active(self) -> npt.NDArray[np.int64]:
