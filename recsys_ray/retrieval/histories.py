@@ -229,8 +229,8 @@ class Histories:
 
     def extend(self, new: Events, writer: HistoryWriter, path: Path) -> None:
         """Write these histories and the events ``new`` (of known users) to ``path``, some users at a time."""
-        order = np.lexsort((new.event, new.gid, new.timestamp, new.uid))
-        new, users = new.where(order), len(self._recent_offsets) - 1
+        new = new.where(np.lexsort((new.event, new.gid, new.timestamp, new.uid)))
+        users = len(self._recent_offsets) - 1
         for begin in range(0, users, _USERS):
             uids = np.arange(begin, min(begin + _USERS, users))
             mine = new.where(slice(*np.searchsorted(new.uid, [begin, begin + _USERS])))
@@ -238,7 +238,8 @@ class Histories:
             seen = np.concatenate([uids[row], mine.uid]), np.concatenate([self._seen[1][index], mine.gid])
             old = self.events(uids)
             both = Events(*(np.concatenate(pair) for pair in zip(vars(old).values(), vars(mine).values(), strict=True)))
-            writer.add_apart(*seen, both.where(np.lexsort((both.timestamp, both.uid))))  # stable: equal times, old first
+            order = np.lexsort((both.timestamp, both.uid))  # stable: of equal times the old ones first
+            writer.add_apart(*seen, both.where(order))
         writer.close(path)
 
     def active(self) -> npt.NDArray[np.int64]:
