@@ -185,7 +185,7 @@ class _Extension:
     def _edges(self, known: Known, new: Arrivals, trickle: Trickle, window: Window) -> Counted:
         """What sends to the arriving items, by the rules of the graph stage. Of the bundle's users the stored latest
         events count, whatever their kind: where these are cut, so are the edges."""
-        config, size = self.config.graph, len(known) + len(new.gid)
+        config, size = self.config.graph, len(known) + new.added
         histories = Histories(self.source.path / "histories.safetensors")
         touched = trickle.events.uid[np.isin(trickle.events.gid, new.gid)]
         involved = np.union1d(touched, histories.who_touched(new.gid[new.replaced]))
