@@ -162,6 +162,58 @@ def serve(
     serve_forever(bundle, host, port, scaling, address, progress=Progress())
 
 
+@app.command("embed-items", rich_help_panel="Embeddings")
+def embed_items(
+    items: Annotated[Path, typer.Argument(exists=True, help="New items: a table as for ingest, Parquet or CSV.")],
+    bundle: BundlePath,
+    interactions: Annotated[
+        Path | None, typer.Option("--interactions", "-i", exists=True, help="What users did with them so far.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of bundles; default: the bundle's.")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Embed items anew that the bundle has.")] = False,
+    current: Annotated[
+        bool, typer.Option("--current/--no-current", help="Point `current` at the new bundle, or leave it.")
+    ] = True,
+) -> None:
+    """Add new items to a bundle, without any training: they can be recommended at once."""
+    from pipelines.embed_items import embed_items as run_it
+
+    run_it(items, bundle, interactions, out, replace, current, Progress())
+
+
+@app.command("export-embeddings", rich_help_panel="Embeddings")
+def export_embeddings(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The Parquet file to write.")],
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    run_dir: Annotated[
+        Path | None, typer.Option("--run", help="A run's folder, instead of the one that the configuration names.")
+    ] = None,
+    bundle: Annotated[
+        str | None, typer.Option("--bundle", "-b", help="A bundle instead of a run: with the items that came later.")
+    ] = None,
+    snapshot: Annotated[str, typer.Option(help="As of which moment: serve, test, valid, cut0, ...")] = "serve",
+    vectors: Annotated[
+        str, typer.Option(help="Some of text, hgnn and tower, separated by commas.")
+    ] = "text,hgnn,tower",
+) -> None:
+    """Write ids, types, titles and vectors of all items into one Parquet file."""
+    from pipelines.export_embeddings import export_embeddings as run_it
+
+    if bundle is not None and snapshot != "serve":
+        raise UserError("a bundle has the embeddings of the snapshot 'serve' alone; name a run for another one")
+    folder = run_dir or Path(_config(config, overrides).run_dir)
+    run_it(folder, bundle, out, snapshot, [name.strip() for name in vectors.split(",")], Progress())
+
+
+@app.command(rich_help_panel="Embeddings")
+def probe(config: ConfigPath = None, overrides: Overrides = None, force: Force = False) -> None:
+    """Show what the embeddings know of categories and languages, and of items that users share later, beside text."""
+    from pipelines.probe import run_probe
+
+    run_probe(_config(config, overrides), Progress(), force)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. A user's mistake is one sentence and exit code 2; anything else is ours and keeps its traceback."""
     try:

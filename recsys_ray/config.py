@@ -184,6 +184,14 @@ class EvaluateConfig(Section):
     ials: bool = Field(False, description="also tuned iALS (needs the 'baselines' extra)")
 
 
+class ProbeConfig(Section):
+    """What the embeddings are worth for other tasks (recsys-ray probe)."""
+
+    folds: int = Field(5, ge=2, description="parts of the items, each predicted by a model fitted on the others")
+    items: Positive = Field(10_000, description="at most so many items are classified, a seeded sample")
+    pairs: Positive = Field(20_000, description="at most so many pairs of items are looked up, a seeded sample")
+
+
 class RayConfig(Section):
     address: str = Field("local", description="'local' starts one here; 'auto' or an address joins a cluster")
     num_cpus: int | None = Field(None, gt=0, description="CPUs of a local Ray; default: those of this process")
@@ -205,6 +213,7 @@ class Config(Section):
     two_tower: TwoTowerConfig = TwoTowerConfig()
     index: IndexConfig = IndexConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    probe: ProbeConfig = ProbeConfig()
     ray: RayConfig = RayConfig()
 
     @model_validator(mode="after")

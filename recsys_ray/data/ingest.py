@@ -24,7 +24,7 @@ from recsys_ray.data.reading import Source, find_source, replace_aside, run_task
 from recsys_ray.data.schema import nearest
 from recsys_ray.data.shuffle import Job, Tally, merge_kinds
 from recsys_ray.data.split import END, TEST_FROM, VALID_FROM, is_leave_one_out, plan_split
-from recsys_ray.data.validate import EventRules, as_records, quarantine_table, utc
+from recsys_ray.data.validate import EventRules, judge_rows, split_duplicates, utc
 from recsys_ray.errors import DataError
 from recsys_ray.progress import Progress
 
@@ -225,20 +225,9 @@ class _Run:
         rows |= {"quarantined": _total(kinds), "ignored": sum(result["ignored"] for result in results)}
         by_reason = {kind: count for kind, (count, _) in sorted(kinds.items())}
         self.tallies[table] = {"rows": rows, "quarantined": by_reason}
-        frequent = sorted(kinds.items(), key=lambda entry: (-entry[1][0], entry[0]))
-        said = ", ".join(f"{kind} {count:,}" for kind, (count, _) in frequent)
-        share, limit = rows["quarantined"] / max(rows["read"], 1), self.config.data.max_bad_share
-        if share > limit or not rows["kept"]:
-            examples = "; ".join(f"{kind}: {count:,}, as in: {text}" for kind, (count, text) in frequent)
-            what = f"{rows['quarantined']:,} of {rows['read']:,} rows of the {table} table are bad"
-            limit_text = f"more than data.max_bad_share ({limit:.0%})" if share > limit else "and none is left"
-            by = "by events.ignore or data.item_types"
-            ignored = f"; {rows['ignored']:,} were left out {by}" if rows["ignored"] else ""
-            raise DataError(f"{what}, {limit_text}. {examples}{ignored}. The rows are in {self.out / 'quarantine'}")
+        said = judge_rows(table, rows, kinds, self.config.data.max_bad_share, self.out / "quarantine")
         if not quiet:
-            left = f", {rows['ignored']:,} ignored" if rows["ignored"] else ""
-            bad = f", {rows['quarantined']:,} to quarantine ({said})" if said else ""
-            self.progress.say(f"  {table}: {rows['read']:,} rows read, {rows['kept']:,} kept{left}{bad}")
+            self.progress.say(said)
 
 
 def _total(kinds: Mapping[str, Sequence[Any]]) -> int:
@@ -247,21 +236,12 @@ def _total(kinds: Mapping[str, Sequence[Any]]) -> int:
 
 def _first_of_each(job: Job, table: pa.Table) -> tuple[pa.Table, dict[str, Any]]:
     """The first row of each item_id in order of (file, row); the others go to quarantine."""
-    codes = table["item_id"].combine_chunks().dictionary_encode().indices.to_numpy()
-    _, first, of = np.unique(codes, return_index=True, return_inverse=True)
-    again = np.flatnonzero(first[of] != np.arange(len(table)))
-    tally, names = Tally(kept=-len(again)), job.file_names()
-    if len(again):
-        files, rows = table["file"].to_numpy(), table["row"].to_numpy()
-        sentences = [
-            f"item_id is that of row {rows[i]} of {names[int(files[i])]}, which was kept" for i in first[of[again]]
-        ]
-        records = as_records(table.drop_columns(["file", "row"]).take(pa.array(again)))
-        paths = [names[i] for i in files[again].tolist()]
-        bad = quarantine_table(paths, rows[again].tolist(), "items", sentences, records)
+    kept, bad = split_duplicates(table, job.file_names())
+    tally = Tally(kept=-len(bad))
+    if len(bad):
         shuffle.write_quarantine(job, "items-duplicates", [bad])
-        tally.kinds = {"duplicate item_id": [len(again), sentences[0]]}
-    return table.take(pa.array(np.sort(first))), vars(tally)
+        tally.kinds = {"duplicate item_id": [len(bad), bad["reason"][0].as_py()]}
+    return kept, vars(tally)
 
 
 def _number(table: pa.Table) -> tuple[pa.Table, dict[str, Any]]:

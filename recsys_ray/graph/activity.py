@@ -34,11 +34,11 @@ COLUMNS = 9
 EVER = 3  # column of the positives of all days
 _POSITIVE_DAYS = (7, 30, 90)
 _ALL_DAYS = 30
-_NEVER = np.iinfo(np.int64).max
+NEVER = np.iinfo(np.int64).max
 _UNTOUCHED = 0.1  # of the mean count: what an item without any counts as in its rarity
 _SCALE = 3.0  # natural log of days, brought to about one
 
-Counts = tuple[Int[np.ndarray, "5 items"], Int[np.ndarray, "items"]]  # the five counts; first event or _NEVER
+Counts = tuple[Int[np.ndarray, "5 items"], Int[np.ndarray, "items"]]  # the five counts; first event or NEVER
 
 
 def write_activity(
@@ -55,17 +55,17 @@ def write_activity(
     tables = {}
     with progress.task("counting activity", len(snapshots), "snapshots") as shown:
         for snapshot in snapshots:
-            counts, first = _add(_count_all(shards, snapshot, codes, len(published)))
+            counts, first = add_counts(_count_all(shards, snapshot, codes, len(published)))
             tables[snapshot.name] = describe(counts, first, published, snapshot.time).astype(np.float16)
             shown.advance(1)
     save_arrays(out / ACTIVITY, tables)
 
 
 def read_published(ingest_dir: Path, facts: Mapping[str, Any]) -> Int[np.ndarray, "items"]:
-    """Unix seconds of each item's publication, _NEVER where it is unknown or times are not the calendar's."""
+    """Unix seconds of each item's publication, NEVER where it is unknown or times are not the calendar's."""
     column = pq.read_table(ingest_dir / "items.parquet", columns=["published_at"]).column("published_at")
-    published = column.cast(pa.int64()).fill_null(_NEVER).to_numpy()
-    return np.full_like(published, _NEVER) if is_leave_one_out(facts) else published
+    published = column.cast(pa.int64()).fill_null(NEVER).to_numpy()
+    return np.full_like(published, NEVER) if is_leave_one_out(facts) else published
 
 
 def _count_all(shards: Sequence[Path], snapshot: Snapshot, codes: list[int], items: int) -> Iterator[Counts]:
@@ -84,7 +84,8 @@ def _count_all(shards: Sequence[Path], snapshot: Snapshot, codes: list[int], ite
         yield ray.get(left)
 
 
-def _add(parts: Iterator[Counts]) -> Counts:
+def add_counts(parts: Iterator[Counts]) -> Counts:
+    """The sum of counts over several sets of events."""
     counts, first = next(parts)
     counts, first = counts.copy(), first.copy()  # what comes out of Ray's store is read-only
     for more, earlier in parts:
@@ -115,7 +116,7 @@ def count_events(
     positive = np.isin(event, np.asarray(positives, event.dtype))
     chosen = [positive & (time >= moment - days * DAY) for days in _POSITIVE_DAYS]
     chosen += [positive, time >= moment - _ALL_DAYS * DAY]
-    first = np.full(items, _NEVER)
+    first = np.full(items, NEVER)
     np.minimum.at(first, gid, time)
     return np.stack([np.bincount(gid[rows], minlength=items) for rows in chosen]), first
 

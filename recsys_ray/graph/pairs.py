@@ -202,7 +202,7 @@ def keep_best(edges: Counted, ntype: np.ndarray, min_support: int, max_neighbors
 def _best_first(edges: Counted, group: np.ndarray, seed: int) -> np.ndarray:
     """Order of edges (sorted by dst, src) by group, then from the best to the worst."""
     support, recency = edges.support.max() - edges.support, edges.recency.max() - edges.recency
-    tie = (_hash(edges.src, edges.dst, seed) >> np.uint64(48)).astype(np.int64)  # 16 bits; then by src
+    tie = (edge_hash(edges.src, edges.dst, seed) >> np.uint64(48)).astype(np.int64)  # 16 bits; then by src
     bits = [int(column.max()).bit_length() for column in (group, support, recency)]
     if sum(bits) + 16 > 63:
         return np.lexsort((tie, recency, support, group))
@@ -210,6 +210,6 @@ def _best_first(edges: Counted, group: np.ndarray, seed: int) -> np.ndarray:
     return np.argsort((((key << bits[2]) | recency) << 16) | tie, kind="stable")
 
 
-def _hash(src: np.ndarray, dst: np.ndarray, seed: int) -> np.ndarray:
+def edge_hash(src: np.ndarray, dst: np.ndarray, seed: int) -> np.ndarray:
     """A well-mixed uint64 of each edge."""
     return splitmix64((src.astype(np.uint64) << np.uint64(32)) ^ dst.astype(np.uint64), seed)

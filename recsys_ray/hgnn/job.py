@@ -177,7 +177,10 @@ class _RankRun:
                 self._report(done, 2 * len(own), f"embedding snapshot {name}")
 
         embedding = embed_items(self.model, self.source, index, own, self.store, on_chunk)
-        save_arrays(target, {"gid": own.numpy(), "embedding": embedding.numpy()})
+        arrays = {"gid": own.numpy(), "embedding": embedding.numpy()}
+        if name == "serve":  # what the bundle's items send to items that are new (hgnn/inductive.py)
+            arrays["hidden"] = self.store.read(own).half().numpy()
+        save_arrays(target, arrays)
 
     def _report(self, done: int, total: int, detail: str) -> None:
         self.parameters["board"].put.remote(done, total, detail)

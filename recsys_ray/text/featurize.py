@@ -54,14 +54,15 @@ def featurize(
         cpus: encoder actors unless ``text.workers`` says otherwise, one CPU each.
 
     Returns:
-        counts: text_dim, texts_distinct, encoded, reused.
+        counts: text_dim, texts_distinct, encoded, reused, precision, encoder (fingerprint of what made the vectors).
 
     Raises:
         ConfigError: the model cannot be had.
     """
     source, precision = find_model(config.text.model), choose_precision(config.text.precision)
     plan = _EncoderPlan(source, config.text.max_tokens, config.text.batch_size, precision)
-    cache = cache_dir / encoder_fingerprint(source, plan.max_tokens, precision)
+    encoder = encoder_fingerprint(source, plan.max_tokens, precision)
+    cache = cache_dir / encoder
     scratch = out / SCRATCH
     scratch.mkdir(parents=True, exist_ok=True)
 
@@ -84,7 +85,42 @@ def featurize(
         "encoded": len(missing),
         "reused": reused,
         "precision": precision,
+        "encoder": encoder,
     }
+
+
+def encode_alike(
+    texts: pa.Array, config: TextConfig, precision: Precision, encoder: str, cache: Path, progress: Progress, cpus: int
+) -> np.ndarray:
+    """float16 [texts, text_dim], unit norm: vectors as an earlier run of :func:`featurize` made them, in this process
+    and without Ray. What is in ``cache`` is not encoded again, so that an interrupted call goes on there.
+
+    Args:
+        precision, encoder: of that run's counts.
+
+    Raises:
+        ConfigError: the model cannot be had here, or is another one than that run's.
+    """
+    source = find_model(config.model)
+    if encoder_fingerprint(source, config.max_tokens, precision) != encoder:
+        raise ConfigError(
+            f"text.model: {config.model!r} is another model here than the one that made the text vectors of this "
+            "bundle; put that one in its place"
+        )
+    hashes = pa.array(map(hash_text, texts.to_pylist()), pa.binary(_HASH))
+    coded = hashes.dictionary_encode()
+    known, _ = _cached_hashes(cache, progress)
+    missing = np.flatnonzero(pc.index_in(coded.dictionary, value_set=known).is_null().to_numpy(zero_copy_only=False))
+    if len(missing):
+        _, first = np.unique(coded.indices.to_numpy(), return_index=True)
+        blocks = _write_blocks(texts, hashes, first[missing], cache)
+        model = Encoder(source, config.max_tokens, config.batch_size, precision, threads=cpus)
+        with progress.task("encode", len(missing), "texts") as task, pa.memory_map(str(blocks)) as file:
+            reader = pa.ipc.open_file(file)
+            for block in map(reader.get_batch, range(reader.num_record_batches)):
+                write_cache(cache, block["hash"], model.encode(block["text"].to_pylist()))
+                task.advance(len(block))
+    return _collect(cache, hashes, progress)
 
 
 # -- texts -----------------------------------------------------------------------------------------------------------

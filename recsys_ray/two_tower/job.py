@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -159,8 +159,18 @@ def _collect(name: str, order: tuple[str, ...]) -> Examples:
 
 
 def load_catalogue(items: str | Path, activity: str | Path, languages: list[str], categories: list[str]) -> Catalogue:
-    """Narrow features of all items, by gid; a language or category outside the vocabulary counts as unknown."""
+    """Narrow features of all items, by gid."""
     frame = pl.read_parquet(items, columns=["ntype", "language", "categories"])
+    return catalogue_of(frame, load_arrays(Path(activity)), languages, categories)
+
+
+def catalogue_of(
+    frame: pl.DataFrame, activity: Mapping[str, np.ndarray], languages: list[str], categories: list[str]
+) -> Catalogue:
+    """Narrow features of the rows of ``frame`` (ntype, language, categories); ``activity``: snapshot -> table.
+
+    A language or category outside the vocabulary counts as unknown.
+    """
     codes = {name: number + 1 for number, name in enumerate(languages)}
     language = frame["language"].replace_strict(codes, default=0, return_dtype=pl.Int64).fill_null(0)
     lists = frame["categories"].fill_null([])
@@ -172,7 +182,7 @@ def load_catalogue(items: str | Path, activity: str | Path, languages: list[str]
         torch.from_numpy(language.to_numpy().copy()),
         torch.from_numpy(flat.to_numpy().astype(np.int64)),
         torch.from_numpy(offsets),
-        {snapshot: torch.from_numpy(table) for snapshot, table in load_arrays(Path(activity)).items()},
+        {snapshot: torch.from_numpy(table) for snapshot, table in activity.items()},
     )
 
 

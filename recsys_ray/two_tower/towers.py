@@ -229,7 +229,7 @@ class TwoTower(nn.Module):
     def __init__(self, spec: TowerSpec) -> None:
         super().__init__()
         self.user, self.item = UserTower(spec), ItemTower(spec)
-        self.ids = ItemIds(spec) if spec.id_dim else None
+        self.ids: nn.Module | None = ItemIds(spec) if spec.id_dim else None
 
     def forward(
         self, inputs: UserInputs, tables: ItemTables, rows: ItemRows

@@ -27,7 +27,7 @@ from recsys_ray.two_tower.batches import (
 )
 from recsys_ray.two_tower.inputs import UserInputs
 from recsys_ray.two_tower.loss import inclusion_log_q, paper_loss, sampled_softmax
-from recsys_ray.two_tower.towers import TowerSpec, TwoTower
+from recsys_ray.two_tower.towers import ItemIds, TowerSpec, TwoTower
 
 _ITEM_CHUNK = 8192
 _QUERY_CHUNK = 512
@@ -51,7 +51,7 @@ class TowerTask:
 def start(model: TwoTower, task: TowerTask, seed: int) -> None:
     """Let a fresh model start as nearest neighbours (:meth:`TwoTower.start_near`), and give the items that occur in
     examples vectors of their own; the same on every rank."""
-    if model.ids is not None:
+    if isinstance(model.ids, ItemIds):
         items = len(task.catalogue.ntype)
         seen = np.bincount(task.examples["target"], minlength=items)
         seen += np.bincount(task.examples["history"].ravel() + 1, minlength=items + 1)[1:]  # -1: no item
