@@ -23,7 +23,7 @@ from recsys_ray.artifacts import fingerprint, load_arrays, save_arrays, write_js
 from recsys_ray.config import Config
 from recsys_ray.evaluation.baselines import Baseline, chosen_baselines
 from recsys_ray.evaluation.baselines.towers import ORACLE, Tower, TowerScorer, read_oracle
-from recsys_ray.evaluation.fitting import Job, fit_for_test
+from recsys_ray.evaluation.fitting import Job, fit_for_test, prepare_validation
 from recsys_ray.evaluation.recommenders import Recommender, rank_queries
 from recsys_ray.evaluation.segments import ItemFacts, Queries, segment_queries, segment_truths
 from recsys_ray.evaluation.shards import (
@@ -37,7 +37,7 @@ from recsys_ray.evaluation.shards import (
 )
 from recsys_ray.evaluation.summary import summarise
 from recsys_ray.evaluation.tasks import alone, cpus_of_one_host, in_parallel
-from recsys_ray.evaluation.tuning import Tuned, tune
+from recsys_ray.evaluation.tuning import Tuned, tune, untuned
 from recsys_ray.progress import Progress
 
 
@@ -83,12 +83,14 @@ def evaluate(
     job = Job(config, setting, shards, Path(featurize_dir).resolve(), Path(hgnn_dir).resolve() if hgnn_dir else None)
     threads = cpus_of_one_host(cpus)
     tuned, places = dict[str, Tuned](), dict[str, Path]()
+    asked = alone(prepare_validation, job, cpus=1)
     for baseline in baselines:
         folder = _baseline_folder(job, baseline, run_dir)
-        tuned[baseline.name] = tune(job, baseline, folder, progress, threads)
-        places[baseline.name] = folder / f"test-{fingerprint('test', tuned[baseline.name].params, {})[:16]}"
-        if tuned[baseline.name].capped:
-            progress.say(f"    {baseline.name}: {tuned[baseline.name].note}")
+        found = tune(job, baseline, folder, progress, threads) if asked else untuned(job, baseline)
+        tuned[baseline.name] = found
+        places[baseline.name] = folder / f"test-{fingerprint('test', found.params, {})[:16]}"
+        if found.capped:
+            progress.say(f"    {baseline.name}: {found.note}")
     setting = replace(setting, places=places)
     shared = ray.put(setting)
     models = _models(job, baselines, tuned, towers, threads)
@@ -171,6 +173,8 @@ def _models(
     """How to build each recommender, in the order of the table. None is built before its turn."""
     models: dict[str, Callable[[], Recommender]] = {}
     for baseline in baselines:
+        if tuned[baseline.name].failed:
+            continue
         arguments = (fit_for_test, job, baseline.name, tuned[baseline.name].params, threads)
         models[baseline.name] = partial(alone, *arguments, cpus=threads)
     for name, tower in towers.items():

@@ -23,12 +23,12 @@ from recsys_ray.evaluation.baselines.interface import (
     Whole,
     default_point,
 )
-from recsys_ray.evaluation.fitting import Job, prepare_validation, try_point
+from recsys_ray.evaluation.fitting import Job, try_point
 from recsys_ray.evaluation.tasks import alone
 from recsys_ray.progress import Progress
 
 _RANDOM_TRIALS = 5  # before the sampler begins to learn; the same for any number of trials
-_GRACE = 2.0  # a trial that does not stop by itself is ended after this many times its time
+_GRACE_S = 30.0  # a trial that has not stopped by itself at twice its time and this is ended
 
 Trial = dict[str, Any]  # params, hr_at_10 (None: ended without one), seconds, capped; also epochs and curve
 
@@ -46,6 +46,11 @@ class Tuned:
         return sum(trial["capped"] for trial in self.trials)
 
     @property
+    def failed(self) -> bool:
+        """Every trial was ended before it had a result: a fit to more data would take longer still."""
+        return bool(self.trials) and self.best is None
+
+    @property
     def best(self) -> Trial | None:
         """The earliest of the best trials."""
         finished = [trial for trial in self.trials if trial["hr_at_10"] is not None]
@@ -61,23 +66,22 @@ class Tuned:
         """For people: what should be known beside the model's figures."""
         if not self.trials:
             return "not tuned: the validation period has no query"
+        if self.failed:
+            return f"left out: no trial ended within evaluate.trial_seconds ({len(self.trials)} tried)"
         capped = f", {self.capped} of them stopped at evaluate.trial_seconds" if self.capped else ""
         return f"{len(self.trials)} trial{'s' if len(self.trials) > 1 else ''}{capped}"
 
 
 def tune(job: Job, baseline: Baseline, folder: Path, progress: Progress, threads: int) -> Tuned:
-    """Try ``evaluate.trials`` points; ``folder`` holds a file for each that is finished."""
+    """Try ``evaluate.trials`` points on what ``prepare_validation`` wrote; ``folder`` holds a file for each that is
+    finished."""
     space = baseline.space(job.config)
-    first = default_point(space)
-    epochs = {"epochs": baseline.max_epochs} if baseline.max_epochs else {}
-    if not prepared(job):
-        return Tuned({**first, **epochs})
     folder.mkdir(parents=True, exist_ok=True)
     limit = job.config.evaluate.trial_seconds
+    patience = 2 * limit + _GRACE_S if limit else None
 
     def attempt(params: Params) -> Trial:
         try:
-            patience = _GRACE * limit if limit else None
             result = alone(try_point, job, baseline.name, params, threads, cpus=threads, seconds=patience)
         except TimeoutError:
             result = {"hr_at_10": None, "seconds": patience, "capped": True}
@@ -91,16 +95,15 @@ def tune(job: Job, baseline: Baseline, folder: Path, progress: Progress, threads
             task.update(len(trials), detail=f"best HR@10 {best['hr_at_10']:.4f}" if best else "")
 
         trials = search(space, number, job.setting.seed, folder, attempt, show)
-    tuned = Tuned(first, trials)
-    if tuned.best is not None:
-        epochs = {"epochs": tuned.best["epochs"]} if "epochs" in tuned.best else {}
-        tuned = Tuned({**tuned.best["params"], **epochs}, trials)
-    return tuned
+    best = Tuned({}, trials).best or {"params": default_point(space)}
+    epochs = {"epochs": best["epochs"]} if "epochs" in best else {}
+    return Tuned({**best["params"], **epochs}, trials)
 
 
-def prepared(job: Job) -> bool:
-    """Has the validation period anything to choose by?"""
-    return alone(prepare_validation, job, cpus=1) > 0
+def untuned(job: Job, baseline: Baseline) -> Tuned:
+    """The default point, where the validation period has nothing to choose by."""
+    epochs = {"epochs": baseline.max_epochs} if baseline.max_epochs else {}
+    return Tuned({**default_point(baseline.space(job.config)), **epochs})
 
 
 def search(

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from colour_world import CATALOGUE, ITEMS, PER_TYPE, USERS, colour_events, fit, known_data, write_features
 
 from recsys_ray.evaluation import recommenders
 from recsys_ray.evaluation.baselines import BASELINES
@@ -17,7 +18,6 @@ from recsys_ray.evaluation.baselines.towers import ReadyLists, Tower
 from recsys_ray.evaluation.baselines.vectors import MeanVectors
 from recsys_ray.evaluation.recommenders import Recommender, UserBatch, batch_of, rank, rank_queries, top_k
 from recsys_ray.evaluation.segments import SEGMENTS, Catalogue, Events, find_queries
-from colour_world import CATALOGUE, ITEMS, PER_TYPE, USERS, colour_events, fit, known_data, write_features
 
 HISTORY = colour_events()
 POPULARITY = np.bincount(HISTORY.gid, minlength=ITEMS)
