@@ -15,7 +15,7 @@ os.environ.setdefault("DGLBACKEND", "pytorch")
 import typer
 from rich.console import Console
 
-from recsys_ray.config import Config, load_config
+from recsys_ray.config import BASELINES, Config, load_config
 from recsys_ray.errors import UserError
 from recsys_ray.progress import Progress
 
@@ -36,11 +36,22 @@ Overrides = Annotated[
     typer.Option("--set", "-s", metavar="NAME=VALUE", help="Override a field, e.g. `--set hgnn.epochs=3`. Repeatable."),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Run even where the output is up to date.")]
+Baselines = Annotated[
+    str | None,
+    typer.Option(
+        "--baselines",
+        metavar="NAMES",
+        help="What to compare with: `all`, `default`, or names with commas between them, e.g. `item_knn,ease,ials`: "
+        + ", ".join(BASELINES)
+        + ". Each is tuned on the validation period (`evaluate.trials`); `all` takes hours on large data.",
+    ),
+]
 BundlePath = Annotated[str, typer.Option("--bundle", "-b", help="A bundle folder, or a run's `bundles/current`.")]
 
 
-def _config(path: Path | None, overrides: list[str] | None) -> Config:
-    return load_config(path, overrides or [])
+def _config(path: Path | None, overrides: list[str] | None, baselines: str | None = None) -> Config:
+    chosen = [f"evaluate.baselines={baselines}"] if baselines is not None else []
+    return load_config(path, [*(overrides or []), *chosen])
 
 
 @app.command("demo-data", rich_help_panel="Start here")
@@ -73,14 +84,16 @@ def _plain(spec: Any) -> Any:
 
 
 @app.command(rich_help_panel="Start here")
-def run(config: ConfigPath = None, overrides: Overrides = None, force: Force = False) -> None:
+def run(
+    config: ConfigPath = None, overrides: Overrides = None, baselines: Baselines = None, force: Force = False
+) -> None:
     """Run all stages, skipping those that are up to date, and show what came out.
 
     Killed at any moment, it goes on at the last finished stage or epoch when it is started again.
     """
     from pipelines.run import run_all
 
-    run_all(_config(config, overrides), Progress(), force)
+    run_all(_config(config, overrides, baselines), Progress(), force)
 
 
 def _add_stage(name: str, summary: str) -> None:
@@ -98,9 +111,22 @@ for _name, _summary in {
     "hgnn": "Train the HGNN on the partitions and embed every item, also those without edges.",
     "two-tower": "Train the user tower and the item tower.",
     "index": "Index the item vectors and publish the bundle that serving needs.",
-    "evaluate": "Rank the test period with every recommender; writes metrics.json and report.html.",
 }.items():
     _add_stage(_name, _summary)
+
+
+@app.command(rich_help_panel="One stage at a time")
+def evaluate(
+    config: ConfigPath = None, overrides: Overrides = None, baselines: Baselines = None, force: Force = False
+) -> None:
+    """Rank the test period with every recommender; writes metrics.json, tuning.json and report.html.
+
+    Baselines are tuned first, each with the same number of trials. Their trials and rankings are kept below
+    `run_dir/cache/evaluation`, so that after a change to the method only the method is ranked again.
+    """
+    from pipelines.run import run_one
+
+    run_one("evaluate", _config(config, overrides, baselines), Progress(), force)
 
 
 @app.command(rich_help_panel="Ask and serve")

@@ -21,6 +21,7 @@ def _settings(config: Config) -> dict[str, Any]:
         "evaluate": config.evaluate.model_dump(),
         "events": config.events.model_dump(),
         "window_days": config.graph.window_days,
+        "max_history": config.graph.max_history,
         "history": config.two_tower.history,
         "seed": config.seed,
     }

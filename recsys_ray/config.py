@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from recsys_ray.errors import ConfigError
 
@@ -29,6 +29,30 @@ def _as_utc(value: datetime | None) -> datetime | None:
 
 
 Moment = Annotated[datetime | None, AfterValidator(_as_utc)]
+
+
+BASELINES = (
+    "popularity", "item_knn", "ease", "ials", "lightgcn", "sasrec", "llm_knn", "hgnn", "hgnn_w_users",
+)  # fmt: skip
+DEFAULT_BASELINES = ("popularity", "item_knn", "llm_knn", "hgnn")  # seconds each, and need no extra
+
+
+def _baseline_names(value: Any) -> Any:
+    """``all``, ``default``, ``a,b`` or a list of names to a tuple of names."""
+    if isinstance(value, str):
+        value = {"all": BASELINES, "default": DEFAULT_BASELINES}.get(value) or [
+            n for n in value.split(",") if n.strip()
+        ]
+    if not isinstance(value, list | tuple):
+        return value
+    names = [str(name).strip() for name in value]
+    unknown = [name for name in names if name not in BASELINES]
+    if unknown:
+        raise ValueError(f"there is no baseline {unknown[0]!r}; known are {', '.join(BASELINES)}, all and default")
+    return tuple(name for name in BASELINES if name in names)
+
+
+Baselines = Annotated[tuple[str, ...], BeforeValidator(_baseline_names)]
 
 
 class Section(BaseModel):
@@ -181,7 +205,15 @@ class EvaluateConfig(Section):
     max_users: int | None = Field(None, gt=0, description="evaluate a seeded sample of this many users; default: all")
     bootstrap: Positive = Field(1000, description="resamples for the 95 % intervals")
     batch_size: Positive = 512
-    ials: bool = Field(False, description="also tuned iALS (needs the 'baselines' extra)")
+    baselines: Baselines = Field(
+        DEFAULT_BASELINES,
+        validate_default=True,
+        description="what to compare with: a list or 'a,b' of names, 'default', or 'all' (needs the extra)",
+    )
+    trials: Positive = Field(12, description="points of its search space that each baseline tries on the validation")
+    trial_seconds: float | None = Field(None, gt=0, description="stop a longer trial of a baseline; default: none")
+    fit_users: Positive = Field(1_000_000, description="baselines are fitted to a seeded sample of this many users")
+    ease_items: Positive = Field(20_000, description="EASE^R knows this many items at once: 6 bytes x items^2")
 
 
 class ProbeConfig(Section):
@@ -310,7 +342,8 @@ def _explain(error: ValidationError, source: str) -> str:
             hint = f"; did you mean {near[0]!r}?" if near else ""
             lines.append(f"  {name!r} is not a field{hint}")
         elif problem["loc"]:
-            lines.append(f"  {name!r}: {problem['msg'].lower()}, but it is {problem['input']!r}")
+            message = problem["msg"].lower().removeprefix("value error, ")
+            lines.append(f"  {name!r}: {message}, but it is {problem['input']!r}")
         else:
             lines.append(f"  {problem['msg'].removeprefix('Value error, ')}")
     return "\n".join(lines)

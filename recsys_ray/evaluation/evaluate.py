@@ -1,46 +1,33 @@
 """The evaluate stage: every recommender ranks the whole catalogue of a type for every test query, shard by shard.
 
-One Ray task surveys a shard (its queries, its item counts), then, model by model, one task a shard ranks. A task holds
-one shard of interactions and ``batch_size`` rows of scores; the model lies in the object store once. What a task finds
-is a file below ``_scratch``, so that a killed evaluation goes on where it was. Only counts, queries and hits reach the
-driver.
+One Ray task surveys a shard (its queries, its item counts). Baselines are tuned on the validation period, trial by
+trial. Then, model by model, one task a shard ranks. A task holds one shard of interactions and ``batch_size`` rows of
+scores; the model lies in the object store once. What a task finds is a file, so that a killed evaluation goes on where
+it was. Only counts, queries and hits reach the driver.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.dataset as ds
-import pyarrow.parquet as pq
 import ray
-import scipy.sparse as sp
 import torch
 
-from recsys_ray.artifacts import load_arrays, save_arrays, write_json
+from recsys_ray.artifacts import fingerprint, load_arrays, save_arrays, write_json
 from recsys_ray.config import Config
-from recsys_ray.errors import ArtifactError, DataError, UserError
-from recsys_ray.evaluation import baselines
-from recsys_ray.evaluation.baselines import TowerScorer
-from recsys_ray.evaluation.metrics import score_queries
-from recsys_ray.evaluation.recommenders import Recommender, batch_of, rank_queries
-from recsys_ray.evaluation.segments import (
-    SEGMENTS,
-    Events,
-    ItemFacts,
-    Queries,
-    find_queries,
-    segment_queries,
-    segment_truths,
-)
+from recsys_ray.evaluation.baselines import Baseline, chosen_baselines
+from recsys_ray.evaluation.baselines.towers import ORACLE, Tower, TowerScorer, read_oracle
+from recsys_ray.evaluation.fitting import Job, fit_for_test, prepare_validation
+from recsys_ray.evaluation.recommenders import Recommender, rank_queries
+from recsys_ray.evaluation.segments import ItemFacts, Queries, segment_queries, segment_truths
 from recsys_ray.evaluation.shards import (
     Setting,
-    Survey,
     merge_survey,
     part_of,
     prepare,
@@ -48,12 +35,10 @@ from recsys_ray.evaluation.shards import (
     read_users,
     survey_shard,
 )
-from recsys_ray.evaluation.summary import ORACLE, summarise
+from recsys_ray.evaluation.summary import summarise
+from recsys_ray.evaluation.tasks import alone, cpus_of_one_host, in_parallel
+from recsys_ray.evaluation.tuning import Tuned, tune, untuned
 from recsys_ray.progress import Progress
-
-_NEIGHBOURS = 200  # item-kNN: kept per item and type of the neighbour
-_ROWS_PER_BLOCK = 50_000  # item-kNN: items whose pairs are merged by one task
-_TUNING_USERS = 5_000  # iALS: users of the validation period that choose its setting
 
 
 def evaluate(
@@ -67,13 +52,14 @@ def evaluate(
     cpus: int,
     run_dir: Path | None = None,
 ) -> dict[str, Any]:
-    """Compare all recommenders on the test period; write ``metrics.json`` and ``report.html`` into ``out``.
+    """Compare all recommenders on the test period; write ``metrics.json``, ``tuning.json`` and ``report.html``.
 
     Args:
         towers: two-tower models by the name that they get in the table, in the table's order.
         out: a work folder on storage that every node sees. Finished parts in its ``_scratch`` are used again.
-        cpus: tasks at once; one thread each.
-        run_dir: where the report finds the other stages' facts; default: beside ``ingest_dir``.
+        cpus: tasks at once, one thread each; and threads of a baseline's fit.
+        run_dir: where the report finds the other stages' facts, and where what baselines need long for is kept
+            (``cache/evaluation``); default: beside ``ingest_dir``.
 
     Returns:
         Counts for the manifest.
@@ -81,18 +67,33 @@ def evaluate(
     Raises:
         ArtifactError: an input is missing or damaged.
         DataError: the oracle names items that are not in the catalogue.
-        UserError: iALS is asked for and not installed.
+        UserError: a baseline is asked for whose package is not installed.
     """
     from recsys_ray.evaluation.report import write_report  # tasks import this module and draw nothing
 
+    baselines = [baseline for baseline in chosen_baselines(config) if hgnn_dir or "hgnn" not in baseline.inputs]
     setting = prepare(config, Path(ingest_dir).resolve(), Path(out).resolve())
+    run_dir = Path(run_dir or setting.ingest.parent).resolve()
     shards = sorted((setting.ingest / "interactions").glob("shard-*.parquet"))
     shared = ray.put(setting)
     with progress.task("survey", total=len(shards), unit="shards") as task:
-        for _ in _in_parallel([(survey_shard, shared, shard) for shard in shards], cpus):
+        for _ in in_parallel([(survey_shard, shared, shard) for shard in shards], cpus):
             task.advance()
     survey = merge_survey(setting, shards, config.evaluate.max_users)
-    models = _models(config, setting, shards, survey, Path(featurize_dir), hgnn_dir, towers, cpus)
+    job = Job(config, setting, shards, Path(featurize_dir).resolve(), Path(hgnn_dir).resolve() if hgnn_dir else None)
+    threads = cpus_of_one_host(cpus)
+    tuned, places = dict[str, Tuned](), dict[str, Path]()
+    asked = alone(prepare_validation, job, cpus=1)
+    for baseline in baselines:
+        folder = _baseline_folder(job, baseline, run_dir)
+        found = tune(job, baseline, folder, progress, threads) if asked else untuned(job, baseline)
+        tuned[baseline.name] = found
+        places[baseline.name] = folder / f"test-{fingerprint('test', found.params, {})[:16]}"
+        if found.capped:
+            progress.say(f"    {baseline.name}: {found.note}")
+    setting = replace(setting, places=places)
+    shared = ray.put(setting)
+    models = _models(job, baselines, tuned, towers, threads)
     with progress.task("ranking", total=len(models) * len(shards), unit="shards") as task:
         for name, build in models.items():
             waiting = [shard for shard in shards if not part_of(setting, name, shard).exists()]
@@ -101,12 +102,15 @@ def evaluate(
                 continue
             model, facts = ray.put(build()), ray.put(survey.facts)
             jobs = [(_rank_shard, shared, facts, model, name, shard, survey.users[shard]) for shard in waiting]
-            for _ in _in_parallel(jobs, cpus):
+            for _ in in_parallel(jobs, cpus):
                 task.advance(detail=name)
-    oracle = _read_oracle(Path(config.data.oracle), setting) if config.data.oracle else None
+    oracle = (
+        read_oracle(Path(config.data.oracle), setting.ingest, setting.catalogue.types) if config.data.oracle else None
+    )
     rows = summarise(setting, shards, survey, list(models), config.evaluate.bootstrap, oracle)
     write_json(Path(out) / "metrics.json", rows)
-    write_report(Path(out) / "report.html", rows, config, run_dir or setting.ingest.parent)
+    write_json(Path(out) / "tuning.json", {name: found.as_record() for name, found in tuned.items()})
+    write_report(Path(out) / "report.html", rows, config, run_dir, {name: t.note for name, t in tuned.items()})
     if not rows:
         progress.say(
             "    nothing to evaluate: no user has a positive event on an item that was new to the user in the test "
@@ -117,31 +121,68 @@ def evaluate(
         "queries": len(survey.queries),
         "users": len(np.unique(survey.queries.uid)),
         "hr_at_10": {r["model"]: r["hr_at_10"] for r in rows if (r["item_type"], r["segment"]) == ("all", "warm")},
+        "tuning": {name: _tuning_counts(found) for name, found in tuned.items()},
     }
 
 
-# --- tasks ------------------------------------------------------------------------------------------------------------
+def _tuning_counts(tuned: Tuned) -> dict[str, Any]:
+    return {
+        "trials": len(tuned.trials),
+        "capped": tuned.capped,
+        "seconds": round(sum(trial["seconds"] for trial in tuned.trials), 1),
+        "valid_hr_at_10": tuned.best["hr_at_10"] if tuned.best else None,
+        "params": tuned.params,
+    }
 
 
-def _in_parallel(jobs: list[tuple[Any, ...]], cpus: int) -> Iterator[Any]:
-    """Run ``(function, *arguments)`` as Ray tasks, ``cpus`` at a time; yields results as they come."""
-    waiting, running = list(reversed(jobs)), list[Any]()
-    while waiting or running:
-        while waiting and len(running) < max(cpus, 1):
-            function, *arguments = waiting.pop()
-            running.append(ray.remote(num_cpus=1)(function).remote(*arguments))
-        done, running = ray.wait(running)
-        yield _result(done[0])
+def _baseline_folder(job: Job, baseline: Baseline, run_dir: Path) -> Path:
+    """Where trials and rankings of a baseline are kept. They do not depend on the method's own models, so another
+    evaluation of the run uses them again; the name has a hash of all that they do depend on."""
+    inputs = {"ingest": job.setting.ingest, "featurize": job.featurize, "hgnn": job.hgnn}
+    prints = {}
+    for name in ("ingest", *baseline.inputs):
+        try:
+            manifest = json.loads((Path(inputs[name] or "") / "manifest.json").read_text(encoding="utf-8"))
+            prints[name] = manifest["fingerprint"]
+        except (OSError, KeyError, json.JSONDecodeError):  # not the output of a run: good for this evaluation only
+            return job.setting.scratch / baseline.name
+    config = job.config
+    decisive = {
+        "space": str(baseline.space(config)),
+        "epochs": baseline.max_epochs,
+        "evaluate": config.evaluate.model_dump(include={"max_users", "trial_seconds", "fit_users", "ease_items"}),
+        "events": config.events.model_dump(),
+        "window_days": config.graph.window_days,
+        "max_history": config.graph.max_history,
+        "seed": config.seed,
+    }
+    key = fingerprint(baseline.name, decisive, prints)[:16]
+    return run_dir / "cache" / "evaluation" / f"{baseline.name}-{key}"
 
 
-def _result(ref: Any) -> Any:
-    """What a task returned. An error that the user can act on is raised as it was, without Ray's traceback text."""
-    try:
-        return ray.get(ref)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, UserError):
-            raise error.cause from None
-        raise
+# --- models and tasks -------------------------------------------------------------------------------------------------
+
+
+def _models(
+    job: Job,
+    baselines: list[Baseline],
+    tuned: Mapping[str, Tuned],
+    towers: Mapping[str, TowerScorer],
+    threads: int,
+) -> dict[str, Callable[[], Recommender]]:
+    """How to build each recommender, in the order of the table. None is built before its turn."""
+    models: dict[str, Callable[[], Recommender]] = {}
+    for baseline in baselines:
+        if tuned[baseline.name].failed:
+            continue
+        arguments = (fit_for_test, job, baseline.name, tuned[baseline.name].params, threads)
+        models[baseline.name] = partial(alone, *arguments, cpus=threads)
+    for name, tower in towers.items():
+        models[name] = partial(Tower, name, tower)
+    if job.config.data.oracle:
+        types = job.setting.catalogue.types
+        models[ORACLE] = partial(read_oracle, Path(job.config.data.oracle), job.setting.ingest, types)
+    return models
 
 
 def _rank_shard(
@@ -162,153 +203,3 @@ def _rank_shard(
         "covered": np.packbits(found.covered, axis=1),
     }
     save_arrays(part_of(setting, name, shard), arrays)
-
-
-def _shard_pairs(setting: Setting, shard: Path, blocks: int) -> Any:
-    events = read_events(shard)
-    history = events.select(events.timestamp < setting.test_from)
-    batch = batch_of(np.unique(history.uid), history)
-    pairs = baselines.count_pairs(baselines.history_matrix(batch, setting.catalogue.items, setting.limit), blocks)
-    return tuple(pairs) if blocks > 1 else pairs[0]
-
-
-def _merge_pairs(setting: Setting, first_row: int, liked: np.ndarray, *parts: sp.csr_matrix) -> sp.csr_matrix:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    item_type = setting.catalogue.type_of(np.arange(setting.catalogue.items))
-    return baselines.nearest_items(total, first_row, liked, item_type, _NEIGHBOURS)
-
-
-# --- models -----------------------------------------------------------------------------------------------------------
-
-
-def _models(
-    config: Config,
-    setting: Setting,
-    shards: list[Path],
-    survey: Survey,
-    featurize: Path,
-    hgnn: Path | None,
-    towers: Mapping[str, TowerScorer],
-    cpus: int,
-) -> dict[str, Callable[[], Recommender]]:
-    """How to build each recommender, in the order of the table. None is built before its turn."""
-    history = config.two_tower.history  # the mean-vector baselines see as much of a user as the towers
-
-    def text() -> Recommender:
-        vectors = load_arrays(featurize / "text.safetensors")["vector"]
-        return baselines.MeanVectors("llm_knn", vectors, survey.recent, history)
-
-    def graph() -> Recommender:
-        return baselines.MeanVectors("hgnn", _embeddings(Path(hgnn or ""), setting), survey.recent, history)
-
-    models: dict[str, Callable[[], Recommender]] = {
-        "popularity": lambda: baselines.Popularity(survey.recent),
-        "item_knn": lambda: _build_item_knn(setting, shards, survey, cpus),
-        "llm_knn": text,
-    }
-    if config.evaluate.ials:
-        models["ials"] = lambda: next(_in_parallel([(_build_ials, setting, shards, survey.recent)], 1))
-    if hgnn is not None:
-        models["hgnn"] = graph
-    for name, tower in towers.items():
-        models[name] = partial(baselines.Tower, name, tower)
-    if config.data.oracle:
-        models[ORACLE] = lambda: _read_oracle(Path(config.data.oracle or ""), setting)
-    return models
-
-
-def _embeddings(hgnn: Path, setting: Setting) -> np.ndarray:
-    """float32 [items, d]: the embeddings of the test snapshot, from every partition's file."""
-    parts = [load_arrays(path) for path in sorted((hgnn / "embeddings" / "test").glob("part-*.safetensors"))]
-    found = sum(len(part["gid"]) for part in parts)
-    if found != setting.catalogue.items:
-        raise ArtifactError(f"{hgnn} has embeddings of {found} items of {setting.catalogue.items}; run hgnn again")
-    vectors = np.empty((found, parts[0]["embedding"].shape[1]), dtype=np.float32)
-    for part in parts:
-        vectors[part["gid"]] = part["embedding"]
-    return vectors
-
-
-def _build_item_knn(setting: Setting, shards: list[Path], survey: Survey, cpus: int) -> Recommender:
-    """Count pairs shard by shard, merge them range by range of items."""
-    items = setting.catalogue.items
-    blocks = -(-items // _ROWS_PER_BLOCK)
-    count = ray.remote(num_cpus=1, num_returns=blocks)(_shard_pairs)
-    shared, counted = ray.put(setting), list[Any]()
-    for shard in shards:
-        if len(counted) >= cpus:  # no more at once than there are CPUs
-            ray.wait([counted[-cpus][0]])
-        refs = count.remote(shared, shard, blocks)
-        counted.append(refs if blocks > 1 else [refs])
-    edges = baselines.block_edges(items, blocks)
-    liked = ray.put(survey.liked)
-    merge = ray.remote(num_cpus=1)(_merge_pairs)
-    merged = [merge.remote(shared, int(edges[k]), liked, *(refs[k] for refs in counted)) for k in range(blocks)]
-    similar = sp.vstack([_result(ref) for ref in merged], format="csr")
-    similar.sort_indices()
-    return baselines.ItemKnn(similar.indptr, similar.indices, similar.data, survey.recent, setting.limit)
-
-
-def _read_oracle(path: Path, setting: Setting) -> baselines.ReadyLists:
-    """The demo world's best rankings (columns user_id, item_type, item_ids) in uids and gids."""
-    try:
-        table = ds.dataset(path).to_table(columns=["user_id", "item_type", "item_ids"])
-    except (OSError, KeyError, ValueError) as error:
-        raise DataError(f"data.oracle: {path} cannot be read as user_id, item_type, item_ids: {error}") from error
-    users = pq.read_table(setting.ingest / "users.parquet", columns=["user_id"])["user_id"]
-    items = pq.read_table(setting.ingest / "items.parquet", columns=["item_id"])["item_id"]
-    uid = pc.fill_null(pc.index_in(table["user_id"], value_set=users), -1).to_numpy()
-    types = pc.fill_null(pc.index_in(table["item_type"], value_set=pa.array(setting.catalogue.types)), -1).to_numpy()
-    known = (uid >= 0) & (types >= 0)  # of others, ingest kept no event: there is no query to answer
-    key = np.where(known, uid.astype(np.int64) * len(setting.catalogue.types) + types, -1)
-    order = np.argsort(key, kind="stable")[np.count_nonzero(~known) :]
-    lists = table["item_ids"].combine_chunks().take(order)
-    gid = pc.fill_null(pc.index_in(lists.flatten(), value_set=items), -1).to_numpy().astype(np.int64)
-    if (gid < 0).any():
-        raise DataError(f"data.oracle: {path} names items that are not in the catalogue; generate the data again")
-    length = pc.fill_null(pc.list_value_length(lists), 0).to_numpy()
-    offsets = np.concatenate([[0], np.cumsum(length)]).astype(np.int64)
-    return baselines.ReadyLists(ORACLE, key[order], offsets, gid, len(setting.catalogue.types))
-
-
-def _build_ials(setting: Setting, shards: list[Path], popularity: np.ndarray) -> Recommender:
-    """Choose factors, regularisation and alpha by HR@10 on the validation period, then fit on all before the test."""
-    torch.set_num_threads(1)
-    parts = [read_events(shard) for shard in shards]
-    events = Events(*(np.concatenate([getattr(p, name) for p in parts]) for name in Events.__dataclass_fields__))
-    items = setting.catalogue.items
-    queries = find_queries(events, setting.catalogue, setting.positive, setting.valid_from, setting.test_from)
-    asked = np.unique(queries.uid[queries.warm])
-    chosen = np.random.default_rng(setting.seed).permutation(asked)[:_TUNING_USERS]
-    queries = queries.keep_users(chosen)
-    member = np.zeros((len(queries), len(SEGMENTS)), dtype=bool)
-    truths = np.bincount(queries.truth_query, minlength=len(queries))
-
-    def matrix(until: int) -> tuple[Events, sp.csr_matrix]:
-        history = events.select(events.timestamp < until)
-        batch = batch_of(np.unique(history.uid), history)
-        return history, baselines.history_matrix(batch, items, setting.limit)
-
-    known, train = matrix(setting.valid_from)
-    tried: dict[tuple[int, float, float], float] = {}
-
-    def trial(factors: int, regularization: float, alpha: float) -> float:
-        setup = (factors, regularization, alpha)
-        if setup not in tried:
-            fitted = baselines.fit_ials(train, *setup, seed=setting.seed)
-            model = baselines.Ials(fitted, regularization, alpha, popularity, setting.limit)
-            found = rank_queries(model, queries, member, known, None, setting.catalogue, setting.batch_size)
-            hits = score_queries(truths, found.hit_query, found.hit_rank).hit
-            tried[setup] = float(hits.mean()) if len(hits) else 0.0
-        return tried[setup]
-
-    # Regularisation and alpha at few factors, then the number of factors: a fraction of the full grid's fits.
-    _, regularization, alpha = max(
-        ((64, r, a) for r in (0.01, 1.0, 10.0) for a in (1.0, 5.0, 20.0)), key=lambda s: trial(*s)
-    )
-    factors = max((64, 128, 256), key=lambda f: trial(f, regularization, alpha))
-    _, everything = matrix(setting.test_from)
-    fitted = baselines.fit_ials(everything, factors, regularization, alpha, seed=setting.seed)
-    return baselines.Ials(fitted, regularization, alpha, popularity, setting.limit)

@@ -19,6 +19,7 @@ from recsys_ray.artifacts import software
 from recsys_ray.config import Config
 from recsys_ray.data.split import is_leave_one_out
 from recsys_ray.evaluation import plots
+from recsys_ray.evaluation.baselines import BASELINES
 from recsys_ray.evaluation.segments import TIERS
 
 Row = Mapping[str, Any]
@@ -37,17 +38,17 @@ SHORT_NAMES = {
     "popularity": "pop.",
     "item_knn": "item-kNN",
     "llm_knn": "LLM-kNN",
+    "ease": "EASE",
     "ials": "iALS",
+    "lightgcn": "LightGCN",
+    "sasrec": "SASRec",
     "hgnn": "HGNN",
+    "hgnn_w_users": "HGNN-wu",
     "two_tower_text_only": "2T",
     "2t_hgnn": "2T-HGNN",
 }
 MODEL_NOTES = {
-    "popularity": "Most positive events in the window before the test period.",
-    "item_knn": "Cosine similarity of co-occurrence, summed over the user's items.",
-    "llm_knn": "Nearest items to the mean text vector of the user's items.",
-    "ials": "Implicit ALS, tuned on the validation period.",
-    "hgnn": "Nearest items to the mean HGNN embedding of the user's items.",
+    **{baseline.name: baseline.note for baseline in BASELINES.values()},
     "two_tower_text_only": "The two-tower without the HGNN's embeddings.",
     "2t_hgnn": "HGNN and two-tower together: the model that is served.",
     "oracle": "The demo world's own ranking by true taste: no recommender can expect more.",
@@ -103,8 +104,11 @@ def _short(model: str) -> str:
     return SHORT_NAMES.get(model, _plain(model))
 
 
-def write_report(path: Path, metrics: Sequence[Row], config: Config, run_dir: Path) -> None:
-    """Write the page. What the other stages left below ``run_dir`` is shown as far as it is there."""
+def write_report(
+    path: Path, metrics: Sequence[Row], config: Config, run_dir: Path, remarks: Mapping[str, str] | None = None
+) -> None:
+    """Write the page. What the other stages left below ``run_dir`` is shown as far as it is there; ``remarks`` on
+    models follow their notes."""
     environment = Environment(
         loader=PackageLoader("recsys_ray.evaluation", "."),
         autoescape=True,
@@ -116,7 +120,7 @@ def write_report(path: Path, metrics: Sequence[Row], config: Config, run_dir: Pa
     models = _ordered(metrics, "model")
     segment = _main_segment(metrics)
     page = environment.get_template("report.html").render(
-        models=[(model, MODEL_NOTES.get(model, "")) for model in models],
+        models=[(model, _note(model, remarks or {})) for model in models],
         main=_select(metrics, item_type="all", segment=segment),
         segment=SEGMENT_NAMES[segment],
         figures=_figures(metrics, models, segment),
@@ -134,6 +138,11 @@ def write_report(path: Path, metrics: Sequence[Row], config: Config, run_dir: Pa
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
+
+
+def _note(model: str, remarks: Mapping[str, str]) -> str:
+    note = MODEL_NOTES.get(model, "")
+    return f"{note} ({remarks[model]})" if model in remarks else note
 
 
 def interval(row: Row) -> str:

@@ -7,7 +7,8 @@ the driver adds the files up.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
@@ -19,9 +20,7 @@ import pyarrow.parquet as pq
 from recsys_ray.artifacts import SCRATCH, load_arrays, save_arrays
 from recsys_ray.config import Config
 from recsys_ray.errors import ArtifactError
-from recsys_ray.evaluation.recommenders import batch_of
 from recsys_ray.evaluation.segments import Catalogue, Events, ItemFacts, Queries, find_queries, popularity_tiers
-from recsys_ray.snapshots import DAY
 
 
 @dataclass(frozen=True)
@@ -32,13 +31,12 @@ class Setting:
     scratch: Path
     catalogue: Catalogue
     positive: np.ndarray  # bool [event names]
-    popular_from: int
     valid_from: int
     test_from: int
     end: int
     batch_size: int
-    limit: int  # latest items of a user that the baselines look at
     seed: int
+    places: Mapping[str, Path] = field(default_factory=dict)  # folders of models whose results outlast this evaluation
 
 
 def prepare(config: Config, ingest: Path, out: Path) -> Setting:
@@ -56,18 +54,15 @@ def prepare(config: Config, ingest: Path, out: Path) -> Setting:
     scratch.mkdir(parents=True, exist_ok=True)
     types = tuple(counts["item_types"])
     bounds = np.searchsorted(items["ntype"].to_numpy(), np.arange(len(types) + 1))
-    window = config.graph.window_days
     return Setting(
         ingest=ingest,
         scratch=scratch,
         catalogue=Catalogue(types, bounds.astype(np.int64), pc.fill_null(items["available"], True).to_numpy()),
         positive=np.isin(counts["events"], config.events.positives),
-        popular_from=counts["test_from"] - window * DAY if window else np.iinfo(np.int64).min,
         valid_from=counts["valid_from"],
         test_from=counts["test_from"],
         end=counts["end"],
         batch_size=config.evaluate.batch_size,
-        limit=config.graph.max_history,
         seed=config.seed,
     )
 
@@ -81,7 +76,7 @@ def read_events(shard: Path) -> Events:
 
 def part_of(setting: Setting, name: str, shard: Path) -> Path:
     """Where the result of a model (or the survey) for a shard lies."""
-    return setting.scratch / f"{quote(name, safe='')}-{shard.stem}.safetensors"
+    return setting.places.get(name, setting.scratch) / f"{quote(name, safe='')}-{shard.stem}.safetensors"
 
 
 def survey_shard(setting: Setting, shard: Path) -> None:
@@ -94,14 +89,9 @@ def survey_shard(setting: Setting, shard: Path) -> None:
     items = setting.catalogue.items
     before = events.timestamp < setting.test_from
     positive = before & setting.positive[events.event]
-    recent = positive & (events.timestamp >= setting.popular_from)
-    history = events.select(before)
-    _, liked = batch_of(np.unique(history.uid), history).latest_items(setting.limit)
     arrays = {
         "positives": np.bincount(events.gid[positive], minlength=items),
-        "recent": np.bincount(events.gid[recent], minlength=items),
         "trained": np.bincount(events.gid[events.timestamp < setting.valid_from], minlength=items),
-        "liked": np.bincount(liked, minlength=items),
     }
     save_arrays(target, {**arrays, **queries.as_arrays()})
 
@@ -125,13 +115,11 @@ class Survey:
     query_offset: dict[Path, int]
     truth_offset: dict[Path, int]
     facts: ItemFacts
-    recent: np.ndarray  # int64 [items]: positive events in the popularity window
-    liked: np.ndarray  # int64 [items]: users with the item among their latest
 
 
 def merge_survey(setting: Setting, shards: list[Path], max_users: int | None) -> Survey:
     """Add the surveys up; keep a seeded sample of ``max_users`` users that have queries."""
-    totals = {name: np.zeros(setting.catalogue.items, np.int64) for name in ("positives", "recent", "trained", "liked")}
+    totals = {name: np.zeros(setting.catalogue.items, np.int64) for name in ("positives", "trained")}
     found: dict[Path, Queries] = {}
     for shard in shards:
         arrays = load_arrays(part_of(setting, "survey", shard))
@@ -152,4 +140,4 @@ def merge_survey(setting: Setting, shards: list[Path], max_users: int | None) ->
         queries, truths = queries + len(kept), truths + len(kept.truth_item)
     merged = Queries.from_arrays({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
     facts = ItemFacts(totals["trained"] == 0, popularity_tiers(totals["positives"], setting.catalogue))
-    return Survey(merged, users, query_offset, truth_offset, facts, totals["recent"], totals["liked"])
+    return Survey(merged, users, query_offset, truth_offset, facts)

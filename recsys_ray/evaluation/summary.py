@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 
 from recsys_ray.artifacts import load_arrays
-from recsys_ray.evaluation.baselines import ReadyLists
+from recsys_ray.evaluation.baselines.towers import ORACLE, ReadyLists
 from recsys_ray.evaluation.metrics import QueryScores, bootstrap_interval, score_queries
 from recsys_ray.evaluation.recommenders import Ranked
 from recsys_ray.evaluation.segments import SEGMENTS, Catalogue, Queries, segment_truths
 from recsys_ray.evaluation.shards import Setting, Survey, part_of
 
-ORACLE = "oracle"
 EVERY_TYPE = "all"  # rows over the queries of all item types
 
 Row = dict[str, Any]

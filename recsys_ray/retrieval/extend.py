@@ -254,7 +254,7 @@ class _Extension:
     def _item_vectors(
         self, new: Arrivals, text: Array, embedding: torch.Tensor, activity: Array, ids: torch.Tensor | None
     ) -> Array:
-        """What the item tower makes of the items, float32 [n, d]. ``ids``: their own learned vectors, zeros where an item
+        """What the item tower makes of the items, float32 [n, d]. ``ids``: their learned vectors, zeros where an item
         has none."""
         frame = pl.from_arrow(new.table.select(["language", "categories"]))
         assert isinstance(frame, pl.DataFrame)

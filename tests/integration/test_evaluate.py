@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,11 @@ import torch
 
 from recsys_ray.artifacts import save_arrays, write_json
 from recsys_ray.config import Config, load_config
+from recsys_ray.errors import UserError
 from recsys_ray.evaluation import evaluate as stage
+from recsys_ray.evaluation import fitting
+from recsys_ray.evaluation import tuning as tuning_module
+from recsys_ray.evaluation.baselines import BASELINES
 from recsys_ray.evaluation.recommenders import UserBatch
 from recsys_ray.progress import Progress
 
@@ -92,9 +97,9 @@ def run(tmp_path, log) -> Path:
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     save_arrays(tmp_path / "featurize" / "text.safetensors", {"vector": vectors.astype(np.float16)})
     shuffled = np.random.default_rng(2).permutation(ITEMS)
-    for k, part in enumerate(np.array_split(shuffled, 2)):
+    for snapshot, (k, part) in itertools.product(("valid", "test"), enumerate(np.array_split(shuffled, 2))):
         arrays = {"gid": part, "embedding": vectors[part].astype(np.float32)}
-        save_arrays(tmp_path / "hgnn" / "embeddings" / "test" / f"part-{k:05d}.safetensors", arrays)
+        save_arrays(tmp_path / "hgnn" / "embeddings" / snapshot / f"part-{k:05d}.safetensors", arrays)
     oracle = {  # ranks for half of the users only, and has what they will touch in front
         "user_id": [f"user-{u}" for u in range(USERS // 2) for _ in TYPES],
         "item_type": [name for _ in range(USERS // 2) for name in TYPES],
@@ -109,7 +114,8 @@ def run(tmp_path, log) -> Path:
 
 
 def configuration(run: Path, *overrides: str) -> Config:
-    return load_config(None, [f"data.oracle={run / 'oracle.parquet'}", "evaluate.bootstrap=200", *overrides])
+    oracle = f"data.oracle={run / 'oracle.parquet'}"
+    return load_config(None, [oracle, "evaluate.bootstrap=200", "evaluate.trials=1", *overrides])
 
 
 def go(run: Path, config: Config, out: str = "evaluation") -> dict:
@@ -182,8 +188,9 @@ def test_killed_evaluation_goes_on_where_it_was(ray_local, run, monkeypatch):
         go(run, configuration(run))
     monkeypatch.undo()
     scratch = run / "evaluation" / "_scratch"
-    parts = {path: path.stat().st_mtime_ns for path in scratch.iterdir()}
-    missing = [scratch / "llm_knn-shard-00001.safetensors", scratch / "survey-shard-00002.safetensors"]
+    parts = {path: path.stat().st_mtime_ns for path in scratch.rglob("*.safetensors")}
+    missing = [*scratch.rglob("llm_knn-shard-00001.safetensors"), scratch / "survey-shard-00002.safetensors"]
+    assert len(missing) == 2
     for path in missing:
         path.unlink()
     go(run, configuration(run))
@@ -200,11 +207,74 @@ def test_a_sample_of_users(ray_local, run):
     assert table(run, "one") != table(run, "three")
 
 
-def test_ials_is_tuned_and_compared(ray_local, run):
+def test_every_baseline_gets_the_same_number_of_trials(ray_local, run, monkeypatch):
+    """Killed in the middle of tuning, the evaluation goes on there, and comes to the same table."""
     pytest.importorskip("implicit")
-    counts = go(run, configuration(run, "evaluate.ials=true"))
-    assert counts["models"][3] == "ials"
-    assert table(run)["ials", "all", "warm"]["coverage_at_100"] > 0
+    config = configuration(run, "evaluate.baselines=all", "evaluate.trials=3", "data.oracle=null")
+    counts = go(run, config)
+    assert counts["models"] == [*BASELINES, "2t_hgnn"]
+    tuning = json.loads((run / "evaluation" / "tuning.json").read_text())
+    assert list(tuning) == list(counts["tuning"]) == list(BASELINES)
+    for name, found in tuning.items():
+        assert len(found["trials"]) == counts["tuning"][name]["trials"] == 3 and counts["tuning"][name]["capped"] == 0
+        assert found["hr_at_10"] == max(trial["hr_at_10"] for trial in found["trials"])
+        assert ("epochs" in found["params"]) == (name in ("lightgcn", "sasrec", "hgnn_w_users"))
+        assert table(run)[name, "all", "warm"]["coverage_at_100"] > 0
+    assert table(run)["ease", "all", "warm"]["hr_at_10"] > 2 * table(run)["popularity", "all", "warm"]["hr_at_10"]
+    assert "3 trials" in (run / "evaluation" / "report.html").read_text()
+
+    attempts = []
+
+    real, config = tuning_module.alone, configuration(run, "evaluate.baselines=ease,lightgcn", "evaluate.trials=3")
+    go(run, config, "undisturbed")
+
+    def alone(function, *arguments, **options):
+        if function is fitting.try_point:
+            attempts.append(arguments[1])
+            if len(attempts) == 5:
+                raise KeyboardInterrupt
+        return real(function, *arguments, **options)
+
+    monkeypatch.setattr(tuning_module, "alone", alone)
+    with pytest.raises(KeyboardInterrupt):
+        go(run, config, "killed")
+    assert attempts == ["ease"] * 3 + ["lightgcn"] * 2
+    go(run, config, "killed")
+    assert attempts == ["ease"] * 3 + ["lightgcn"] * 4
+    assert table(run, "killed") == table(run, "undisturbed")
+
+
+def test_another_evaluation_of_the_run_ranks_no_baseline_again(ray_local, run, monkeypatch):
+    for folder in ("ingest", "featurize", "hgnn"):
+        path = run / folder / "manifest.json"
+        manifest = json.loads(path.read_text()) if path.exists() else {}
+        write_json(path, {**manifest, "fingerprint": f"{folder} as it is"})
+    go(run, configuration(run), "first")
+    assert len(list((run / "cache" / "evaluation").iterdir())) == 4  # the default baselines
+    ranked = []
+    monkeypatch.setattr(stage, "fit_for_test", lambda *arguments: ranked.append(arguments))
+    go(run, configuration(run, "two_tower.epochs=1"), "second")
+    assert not ranked and table(run, "second") == table(run, "first")
+    monkeypatch.undo()
+    manifest = json.loads((run / "hgnn" / "manifest.json").read_text())
+    write_json(run / "hgnn" / "manifest.json", {**manifest, "fingerprint": "trained anew"})
+    go(run, configuration(run), "third")
+    assert len(list((run / "cache" / "evaluation").iterdir())) == 5  # only the one that reads its embeddings
+
+
+def test_a_trial_that_does_not_end_is_ended(ray_local, run, monkeypatch):
+    monkeypatch.setattr(tuning_module, "_GRACE_S", 0.0)
+    config = configuration(run, "evaluate.baselines=item_knn,llm_knn", "evaluate.trial_seconds=0.001")
+    counts = go(run, config)
+    assert counts["models"] == ["2t_hgnn", "oracle"]  # nothing is known of how good they are
+    assert counts["tuning"]["item_knn"]["capped"] == counts["tuning"]["item_knn"]["trials"] == 1
+
+
+def test_a_baseline_whose_package_is_missing_stops_before_any_work(run, monkeypatch):
+    monkeypatch.setitem(BASELINES, "item_knn", replace(BASELINES["item_knn"], module="no_such_package", extra="x"))
+    with pytest.raises(UserError, match="no_such_package"):
+        go(run, configuration(run))
+    assert not (run / "evaluation").exists()
 
 
 def test_nothing_to_evaluate(ray_local, run):

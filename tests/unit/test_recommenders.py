@@ -3,38 +3,25 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
 import pytest
-import scipy.sparse as sp
 import torch
+from colour_world import CATALOGUE, ITEMS, PER_TYPE, USERS, colour_events, fit, known_data, write_features
 
-from recsys_ray.evaluation import baselines, recommenders
+from recsys_ray.evaluation import recommenders
+from recsys_ray.evaluation.baselines import BASELINES
+from recsys_ray.evaluation.baselines.histories import HistoryRule
+from recsys_ray.evaluation.baselines.towers import ReadyLists, Tower
+from recsys_ray.evaluation.baselines.vectors import MeanVectors
 from recsys_ray.evaluation.recommenders import Recommender, UserBatch, batch_of, rank, rank_queries, top_k
 from recsys_ray.evaluation.segments import SEGMENTS, Catalogue, Events, find_queries
 
-USERS, PER_TYPE, DIM = 40, 60, 8
-# Two types of 60 items. Even users like even items, odd users odd ones, of both types: a checkerboard.
-CATALOGUE = Catalogue(("book", "song"), np.array([0, PER_TYPE, 2 * PER_TYPE]), np.ones(2 * PER_TYPE, dtype=bool))
-ITEMS = CATALOGUE.items
-LIMIT = 50
-
-
-def checkerboard() -> Events:
-    """Each user touches 12 random items of the own colour in each type; user 39 comes without history."""
-    rng = np.random.default_rng(0)
-    rows = []
-    for user in range(USERS - 1):
-        for first in (0, PER_TYPE):
-            own = first + user % 2 + 2 * rng.permutation(PER_TYPE // 2)[:12]
-            rows += [(user, item, time) for time, item in enumerate(own)]
-    uid, gid, time = np.array(sorted(rows, key=lambda r: (r[0], r[2]))).T
-    return Events(uid, gid, np.zeros(len(uid), dtype=np.int8), time)
-
-
-HISTORY = checkerboard()
+HISTORY = colour_events()
 POPULARITY = np.bincount(HISTORY.gid, minlength=ITEMS)
+Build = Callable[[str], Recommender]
 
 
 class ColourTower:
@@ -46,39 +33,50 @@ class ColourTower:
         return torch.eye(2)[torch.from_numpy(users.uid % 2)]
 
 
-def build(name: str) -> Recommender:
-    batch = batch_of(np.arange(USERS), HISTORY)
-    likes = baselines.history_matrix(batch, ITEMS, LIMIT)
-    if name == "popularity":
-        return baselines.Popularity(POPULARITY)
-    if name == "item_knn":
-        pairs = sp.vstack(baselines.count_pairs(likes, 3), format="csr")
-        similar = baselines.nearest_items(pairs, 0, POPULARITY, CATALOGUE.type_of(np.arange(ITEMS)), 200)
-        return baselines.ItemKnn(similar.indptr, similar.indices, similar.data, POPULARITY, LIMIT)
-    if name in ("llm_knn", "hgnn"):
-        noise = np.random.default_rng(1).normal(0, 0.1, (ITEMS, DIM))
-        vectors = noise + np.eye(DIM)[np.arange(ITEMS) % 2]
-        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-        dtype = np.float16 if name == "llm_knn" else np.float32
-        return baselines.MeanVectors(name, vectors.astype(dtype), POPULARITY, LIMIT)
-    if name == "2t_hgnn":
-        return baselines.Tower(name, ColourTower())
-    if name == "ials":
-        pytest.importorskip("implicit")
-        factors = baselines.fit_ials(likes, factors=2, regularization=0.1, alpha=5.0, seed=0)
-        return baselines.Ials(factors, 0.1, 5.0, POPULARITY, LIMIT)
+def oracle() -> ReadyLists:
     lists = [np.arange(user % 2, ITEMS, 2) for user in range(USERS)]
     per_type = [line[(line >= a) & (line < a + PER_TYPE)] for line in lists for a in (0, PER_TYPE)]
     offsets = np.concatenate([[0], np.cumsum([len(line) for line in per_type])])
-    return baselines.ReadyLists("oracle", np.arange(2 * USERS), offsets, np.concatenate(per_type), types=2)
+    return ReadyLists("oracle", np.arange(2 * USERS), offsets, np.concatenate(per_type), types=2)
 
 
-NAMES = ["popularity", "item_knn", "llm_knn", "hgnn", "2t_hgnn", "ials", "oracle"]
+@pytest.fixture(scope="module")
+def build_anew(tmp_path_factory) -> Build:
+    """Fits a model by its name."""
+    folder = tmp_path_factory.mktemp("features")
+    write_features(folder)
+
+    def made(name: str) -> Recommender:
+        if name == "2t_hgnn":
+            return Tower(name, ColourTower())
+        if name == "oracle":
+            return oracle()
+        if name == "ials":
+            pytest.importorskip("implicit")
+        return fit(name, known_data(folder))
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def build(build_anew) -> Build:
+    """The same, but each name once."""
+    ready: dict[str, Recommender] = {}
+
+    def made(name: str) -> Recommender:
+        if name not in ready:
+            ready[name] = build_anew(name)
+        return ready[name]
+
+    return made
+
+
+NAMES = [*BASELINES, "2t_hgnn", "oracle"]
 
 
 @pytest.mark.parametrize("name", NAMES)
 class TestContract:
-    def test_only_items_of_the_type_never_a_seen_one_and_none_twice(self, name):
+    def test_only_items_of_the_type_never_a_seen_one_and_none_twice(self, name, build):
         batch = batch_of(np.arange(USERS), HISTORY)
         for item_type in (0, 1):
             first, last = CATALOGUE.range_of(item_type)
@@ -89,7 +87,7 @@ class TestContract:
                 assert ((items >= first) & (items < last)).all()
                 assert not set(items) & set(HISTORY.gid[HISTORY.uid == row])
 
-    def test_right_answers(self, name):
+    def test_right_answers(self, name, build):
         """Popularity cannot know a user's colour; everything else must."""
         if name == "popularity":
             pytest.skip("popularity is the same for everyone")
@@ -97,23 +95,23 @@ class TestContract:
         ranked = rank(build(name), batch, CATALOGUE, 1, k=10)
         assert (ranked % 2 == np.arange(USERS - 1)[:, None] % 2).all()
 
-    def test_deterministic_and_the_same_alone_as_in_a_batch(self, name):
+    def test_deterministic_and_the_same_alone_as_in_a_batch(self, name, build, build_anew):
         model = build(name)
         batch = batch_of(np.arange(USERS), HISTORY)
         ranked = rank(model, batch, CATALOGUE, 0)
-        assert np.array_equal(ranked, rank(build(name), batch, CATALOGUE, 0))
+        assert np.array_equal(ranked, rank(build_anew(name), batch, CATALOGUE, 0))
         alone = rank(model, batch_of(np.array([7]), HISTORY), CATALOGUE, 0)
         assert np.array_equal(alone[0][:5], ranked[7][:5])
 
-    def test_without_history(self, name):
+    def test_without_history(self, name, build):
         nobody = batch_of(np.array([USERS - 1]), HISTORY)
         assert nobody.empty.all()
         ranked = rank(build(name), nobody, CATALOGUE, 0, k=10)
         assert (ranked >= 0).all()
-        if name in ("popularity", "item_knn", "llm_knn", "hgnn", "ials"):
+        if name in BASELINES:
             assert np.array_equal(np.sort(POPULARITY[ranked[0]]), np.sort(np.sort(POPULARITY[:PER_TYPE])[-10:]))
 
-    def test_unavailable_items_stay_out_unless_asked_for(self, name):
+    def test_unavailable_items_stay_out_unless_asked_for(self, name, build):
         available = np.ones(ITEMS, dtype=bool)
         available[:40] = False
         catalogue = Catalogue(CATALOGUE.types, CATALOGUE.bounds, available)
@@ -123,7 +121,7 @@ class TestContract:
         kept = rank(build(name), nobody, catalogue, 0, always=(np.array([0]), np.array([1])))[0]
         assert set(kept[kept >= 0]) == set(ranked[ranked >= 0]) | {1}
 
-    def test_chunks_of_the_catalogue_change_nothing(self, name, monkeypatch):
+    def test_chunks_of_the_catalogue_change_nothing(self, name, build, monkeypatch):
         batch = batch_of(np.arange(USERS), HISTORY)
         catalogue = Catalogue(("all",), np.array([0, ITEMS]), np.ones(ITEMS, dtype=bool))
         whole = rank(build(name), batch, catalogue, 0, k=20)
@@ -132,7 +130,7 @@ class TestContract:
         chunked = rank(build(name), batch, catalogue, 0, k=20)
         assert (whole == chunked).mean() > 0.99  # rounding may swap near-equals
 
-    def test_survives_the_way_to_a_task(self, name):
+    def test_survives_the_way_to_a_task(self, name, build):
         model = build(name)
         batch = batch_of(np.arange(5), HISTORY)
         before = rank(model, batch, CATALOGUE, 0)
@@ -154,7 +152,7 @@ def test_top_k_against_a_full_sort():
 
 
 def test_a_score_that_is_no_number_is_an_error():
-    broken = baselines.MeanVectors("hgnn", np.full((ITEMS, 2), np.nan, dtype=np.float32), POPULARITY, LIMIT)
+    broken = MeanVectors("hgnn", np.full((ITEMS, 2), np.nan, dtype=np.float32), POPULARITY, HistoryRule(50))
     with pytest.raises(ValueError, match="hgnn gave a score"):
         rank(broken, batch_of(np.array([0]), HISTORY), CATALOGUE, 0)
 
@@ -170,20 +168,8 @@ def test_batches_and_latest_items():
     assert gid.tolist() == [8, 7, 9, 7]
 
 
-def test_item_knn_is_the_cosine_of_co_occurrence():
-    likes = sp.csr_matrix(np.array([[1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 1, 1]], dtype=np.float32))
-    count = np.asarray(likes.sum(0)).ravel()
-    pairs = sp.vstack(baselines.count_pairs(likes, 2), format="csr")
-    similar = baselines.nearest_items(pairs, 0, count, np.zeros(4, dtype=int), 10).toarray()
-    dense = likes.toarray()
-    expected = (dense.T @ dense) / np.sqrt(np.outer(count, count))
-    np.fill_diagonal(expected, 0)
-    assert similar == pytest.approx(expected)
-    assert (baselines.nearest_items(pairs, 0, count, np.zeros(4, dtype=int), 1).toarray() > 0).sum(1).max() == 1
-
-
 @pytest.mark.parametrize(("name", "expected"), [("2t_hgnn", 1.0), ("popularity", None)])
-def test_queries_of_the_checkerboard(name, expected):
+def test_queries_of_the_colours(name, expected, build):
     """Test events are the rest of the own colour: the first ten of a perfect model hold nothing else."""
     rows = [
         (user, item, 100)
