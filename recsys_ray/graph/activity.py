@@ -30,7 +30,18 @@ from recsys_ray.progress import Progress
 from recsys_ray.snapshots import DAY, Fold, Snapshot
 
 ACTIVITY = "activity.safetensors"
-COLUMNS = 9
+COLUMN_NAMES = (
+    "positives of 7 days",
+    "positives of 30 days",
+    "positives of 90 days",
+    "positives of all days",
+    "events of 30 days",
+    "days since the first event",
+    "no event yet",
+    "days since publication",
+    "published",
+)
+COLUMNS = len(COLUMN_NAMES)
 _POSITIVE_DAYS = (7, 30, 90)
 _ALL_DAYS = 30
 _NEVER = np.iinfo(np.int64).max
@@ -53,7 +64,7 @@ def write_activity(
     tables = {}
     with progress.task("counting activity", len(snapshots), "snapshots") as shown:
         for snapshot in snapshots:
-            counts, first = _add(_count_all(shards, snapshot, codes, len(published)))
+            counts, first = add_counts(_count_all(shards, snapshot, codes, len(published)))
             tables[snapshot.name] = describe(counts, first, published, snapshot.time).astype(np.float16)
             shown.advance(1)
     save_arrays(out / ACTIVITY, tables)
@@ -82,7 +93,8 @@ def _count_all(shards: Sequence[Path], snapshot: Snapshot, codes: list[int], ite
         yield ray.get(left)
 
 
-def _add(parts: Iterator[Counts]) -> Counts:
+def add_counts(parts: Iterator[Counts]) -> Counts:
+    """The counts of all shards together. There must be one."""
     counts, first = next(parts)
     counts, first = counts.copy(), first.copy()  # what comes out of Ray's store is read-only
     for more, earlier in parts:

@@ -115,6 +115,15 @@ def build_examples(
     }
 
 
+def training_examples(
+    events: UserEvents, positives: Sequence[int], snapshots: Sequence[Snapshot], valid_from: int, rules: HistoryRules
+) -> dict[str, np.ndarray]:
+    """:func:`build_examples` for the training cuts out of the events before ``valid_from``."""
+    known = events.timestamp < valid_from
+    before = UserEvents(*(column[known] for column in vars(events).values()))
+    return build_examples(before, positives, [s for s in snapshots if s.name.startswith("cut")], rules)
+
+
 def build_queries(
     events: UserEvents, positives: Sequence[int], start: int, end: int, rules: HistoryRules
 ) -> dict[str, np.ndarray]:

@@ -22,7 +22,7 @@ from recsys_ray.progress import Progress
 from recsys_ray.ranks import partition_client, rank_setup, run_ranks, seed_from
 from recsys_ray.snapshots import Snapshot, snapshots_of
 from recsys_ray.two_tower.batches import Catalogue, Examples, country_index
-from recsys_ray.two_tower.examples import HistoryRules, UserEvents, build_examples, build_queries, user_columns
+from recsys_ray.two_tower.examples import HistoryRules, UserEvents, build_queries, training_examples, user_columns
 from recsys_ray.two_tower.towers import TowerSpec, TwoTower
 from recsys_ray.two_tower.training import TowerTask, TowerTrainer, item_vectors, start_near, train_epochs
 
@@ -110,16 +110,13 @@ def _datasets(
     users = str((ingest.path / "users.parquet").resolve())
     shards = [{"shard": str(p.resolve())} for p in sorted((ingest.path / "interactions").glob("*.parquet"))]
     valid, test = ingest.counts["valid_from"], ingest.counts["test_from"]
-    cuts = [s for s in snapshots if s.name.startswith("cut")]
 
     def make(batch: Any, training: bool = False) -> dict[str, np.ndarray]:
         parts = []
         for shard in batch["shard"]:
             events = UserEvents.read(str(shard))
             if training:
-                known = events.timestamp < valid
-                before = UserEvents(*(column[known] for column in vars(events).values()))
-                part = build_examples(before, positives, cuts, rules)
+                part = training_examples(events, positives, snapshots, valid, rules)
             else:
                 part = build_queries(events, positives, valid, test, rules)
             columns = user_columns(users, part["uid"], spec.tastes)

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from recsys_ray.graph.activity import COLUMNS, _add, count_shard, describe
+from recsys_ray.graph.activity import COLUMNS, add_counts, count_shard, describe
 from recsys_ray.snapshots import DAY, Fold
 
 ITEMS, NOW = 6, 500 * DAY
@@ -27,7 +27,7 @@ def shards(tmp_path):
 
 
 def test_counts_of_shards_add_up_to_those_of_all_events(shards):
-    counts, first = _add(count_shard(path, NOW, [0], ITEMS) for path in shards)
+    counts, first = add_counts(count_shard(path, NOW, [0], ITEMS) for path in shards)
     table = pa.concat_tables([pq.read_table(path) for path in shards])
     gid, event, time = (table[name].to_numpy() for name in ("gid", "event", "timestamp"))
     for item in range(ITEMS):
@@ -40,7 +40,7 @@ def test_counts_of_shards_add_up_to_those_of_all_events(shards):
 
 def test_what_happens_at_or_after_the_snapshot_does_not_enter(shards):
     published = np.array([NOW - 10 * DAY, NOW + DAY, np.iinfo(np.int64).max, 0, 0, 0])
-    counts, first = _add(count_shard(path, NOW, [0], ITEMS) for path in shards)
+    counts, first = add_counts(count_shard(path, NOW, [0], ITEMS) for path in shards)
     table = describe(counts, first, published, NOW)
     assert table.shape == (ITEMS, COLUMNS)
     assert np.isfinite(table).all()
@@ -51,7 +51,7 @@ def test_what_happens_at_or_after_the_snapshot_does_not_enter(shards):
 
 
 def test_a_platform_that_grows_does_not_shift_every_item(shards):
-    counts, first = _add(count_shard(path, NOW, [0], ITEMS) for path in shards)
+    counts, first = add_counts(count_shard(path, NOW, [0], ITEMS) for path in shards)
     published = np.zeros(ITEMS, np.int64)
     assert np.allclose(describe(counts, first, published, NOW), describe(7 * counts, first, published, NOW))
 
