@@ -129,6 +129,18 @@ def evaluate(
     run_one("evaluate", _config(config, overrides, baselines), Progress(), force)
 
 
+@app.command("check-leaks", rich_help_panel="One stage at a time")
+def check_leaks(
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    sample: Annotated[int, typer.Option(min=1, help="Examples, queries and items of each kind to look at.")] = 2000,
+) -> None:
+    """Check that no feature of a finished run looks past its time; exit code 2 and a sentence where one does."""
+    from pipelines.leaks import check
+
+    check(_config(config, overrides), Progress(), sample)
+
+
 @app.command(rich_help_panel="Ask and serve")
 def recommend(
     bundle: BundlePath,

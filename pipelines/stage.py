@@ -84,7 +84,7 @@ class Runner:
         stage, config = self.stages[name], self.config
         inputs = {other: self._input(name, other) for other in stage.inputs}
         hashes = {other: artifact.fingerprint for other, artifact in inputs.items()}
-        _check_kinship(inputs)
+        check_kinship(inputs)
         hashes |= {table: _hash_source(table, path) for table, path in stage.sources(config).items() if path}
         expected = fingerprint(stage.name, stage.settings(config), hashes)
         target = Path(config.run_dir) / stage.folder
@@ -129,7 +129,7 @@ class Runner:
         return self._cpus, max(hosts, 1)
 
 
-def _check_kinship(inputs: Mapping[str, Artifact]) -> None:
+def check_kinship(inputs: Mapping[str, Artifact]) -> None:
     """Inputs that were made from one another must be of the same make: dense ids differ between two ingests."""
     for name, artifact in inputs.items():
         for other in artifact.manifest["inputs"].keys() & inputs.keys():

@@ -191,8 +191,7 @@ def _rank_shard(
     """Rank for the queries of ``uids`` and write where the truths stand."""
     torch.set_num_threads(1)
     queries = Queries.from_arrays(load_arrays(part_of(setting, "survey", shard))).keep_users(uids)
-    events = read_events(shard)
-    history = events.select((events.timestamp < setting.test_from) & np.isin(events.uid, uids))
+    history = known_before(read_events(shard), setting.test_from, uids)
     member = segment_queries(queries, segment_truths(queries, facts))
     users = read_users(setting.ingest / "users.parquet", np.unique(queries.uid))
     found = rank_queries(model, queries, member, history, users, setting.catalogue, setting.batch_size)

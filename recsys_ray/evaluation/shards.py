@@ -74,6 +74,11 @@ def read_events(shard: Path) -> Events:
     return Events(uid.astype(np.int64), gid.astype(np.int64), event, timestamp.astype(np.int64))
 
 
+def known_before(events: Events, moment: int, uids: np.ndarray) -> Events:
+    """What recommenders may know of these users: their events before ``moment``."""
+    return events.select((events.timestamp < moment) & np.isin(events.uid, uids))
+
+
 def part_of(setting: Setting, name: str, shard: Path) -> Path:
     """Where the result of a model (or the survey) for a shard lies."""
     return setting.places.get(name, setting.scratch) / f"{quote(name, safe='')}-{shard.stem}.safetensors"

@@ -30,7 +30,18 @@ from recsys_ray.progress import Progress
 from recsys_ray.snapshots import DAY, Fold, Snapshot
 
 ACTIVITY = "activity.safetensors"
-COLUMNS = 9
+COLUMN_NAMES = (
+    "positives of 7 days",
+    "positives of 30 days",
+    "positives of 90 days",
+    "positives of all days",
+    "events of 30 days",
+    "days since the first event",
+    "no event yet",
+    "days since publication",
+    "published",
+)
+COLUMNS = len(COLUMN_NAMES)
 EVER = 3  # column of the positives of all days
 _POSITIVE_DAYS = (7, 30, 90)
 _ALL_DAYS = 30
@@ -85,7 +96,7 @@ def _count_all(shards: Sequence[Path], snapshot: Snapshot, codes: list[int], ite
 
 
 def add_counts(parts: Iterator[Counts]) -> Counts:
-    """The sum of counts over several sets of events."""
+    """The counts of all shards together. There must be one."""
     counts, first = next(parts)
     counts, first = counts.copy(), first.copy()  # what comes out of Ray's store is read-only
     for more, earlier in parts:

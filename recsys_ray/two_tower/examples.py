@@ -120,6 +120,23 @@ def build_examples(
     }
 
 
+def training_examples(
+    events: UserEvents, positives: Sequence[int], snapshots: Sequence[Snapshot], valid_from: int, rules: HistoryRules
+) -> dict[str, np.ndarray]:
+    """:func:`build_examples` for the training cuts out of the events before ``valid_from``."""
+    cuts = [s for s in snapshots if s.name.startswith("cut")]
+    return build_examples(events.before(valid_from), positives, cuts, rules)
+
+
+def newest_examples(
+    events: UserEvents, positives: Sequence[int], snapshots: Sequence[Snapshot], valid_from: int, test_from: int,
+    rules: HistoryRules,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """:func:`build_examples` for validation, and for the cuts that reach up to it, out of the events before the test."""
+    latest = [s for s in snapshots if s.examples is not None and s.examples[1] >= valid_from]
+    return build_examples(events.before(test_from), positives, latest, rules)
+
+
 def build_queries(
     events: UserEvents, positives: Sequence[int], start: int, end: int, rules: HistoryRules
 ) -> dict[str, np.ndarray]:

@@ -23,7 +23,14 @@ from recsys_ray.progress import Progress
 from recsys_ray.ranks import partition_client, rank_setup, run_ranks, seed_from
 from recsys_ray.snapshots import Snapshot, snapshots_of
 from recsys_ray.two_tower.batches import Catalogue, Examples, country_index
-from recsys_ray.two_tower.examples import HistoryRules, UserEvents, build_examples, build_queries, user_columns
+from recsys_ray.two_tower.examples import (
+    HistoryRules,
+    UserEvents,
+    build_queries,
+    newest_examples,
+    training_examples,
+    user_columns,
+)
 from recsys_ray.two_tower.towers import TowerSpec, TwoTower
 from recsys_ray.two_tower.training import TowerTask, TowerTrainer, item_vectors, run_epoch, start, train_epochs
 
@@ -117,18 +124,17 @@ def _datasets(
     users = str((ingest.path / "users.parquet").resolve())
     shards = [{"shard": str(p.resolve())} for p in sorted((ingest.path / "interactions").glob("*.parquet"))]
     valid, test = ingest.counts["valid_from"], ingest.counts["test_from"]
-    cuts = [s for s in snapshots if s.name.startswith("cut")]
-    newest = [s for s in snapshots if s.examples is not None and s.examples[1] >= valid]
 
     def make(batch: Any, kind: str) -> dict[str, np.ndarray]:
         parts = []
         for shard in batch["shard"]:
             events = UserEvents.read(str(shard))
-            if kind == "valid":
-                part = build_queries(events, positives, valid, test, rules)
+            if kind == "train":
+                part = training_examples(events, positives, snapshots, valid, rules)
+            elif kind == "newest":
+                part = newest_examples(events, positives, snapshots, valid, test, rules)
             else:
-                until, chosen = (valid, cuts) if kind == "train" else (test, newest)
-                part = build_examples(events.before(until), positives, chosen, rules)
+                part = build_queries(events, positives, valid, test, rules)
             columns = user_columns(users, part["uid"], spec.tastes)
             part["country_index"] = country_index(spec.countries, columns.pop("country"))
             parts.append({**part, **columns})

@@ -377,3 +377,20 @@ def test_embeddings_are_exported_and_probed(undisturbed, tmp_path):
         assert promised in done.stdout
     again = call("probe", "--config", config)
     assert "up to date" in again.stderr and again.stdout == done.stdout
+
+
+def test_no_feature_of_a_run_looks_past_its_time_and_one_that_does_is_found(undisturbed, root, capsys):
+    run, config, _ = undisturbed
+    done = call("check-leaks", "--config", config, "--sample", 300)
+    assert done.returncode == 0, done.stderr[-6000:]
+    for what in ("training examples", "validation queries", "users of the test", "edges into", "the activity of",
+                 "the embeddings of", "(hgnn, text_only)", "no feature looks past its time"):  # fmt: skip
+        assert what in done.stdout
+    for name, said in (("hgnn/embeddings/test/part-00000", "the embedding on snapshot test of item"),
+                       ("two_tower/hgnn/items/test", "the test's vector by the two-tower hgnn of item")):  # fmt: skip
+        forged = root / "forged"
+        shutil.copytree(run, forged, ignore=shutil.ignore_patterns("bundles", "cache"))
+        target = forged / f"{name}.safetensors"  # what it is after the last event, not before the test
+        shutil.copyfile(str(target).replace("/test", "/serve"), target)
+        assert said in complaint(capsys, "check-leaks", "--config", config, "--set", f"run_dir={forged}")
+        shutil.rmtree(forged)
