@@ -181,7 +181,7 @@ def check_examples(
     until: int,
     words: Words,
 ) -> None:
-    """Examples ``rows`` of the events before ``until``: :func:`~recsys_ray.two_tower.examples.build_examples` says what is in them."""
+    """Examples ``rows`` of the events before ``until``; for what is in them see ``build_examples``."""
     numbered = {snapshot.index: snapshot for snapshot in snapshots}
     for row in rows.tolist():
         uid, target, time = (int(examples[name][row]) for name in ("uid", "target", "timestamp"))

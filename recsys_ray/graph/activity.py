@@ -42,11 +42,11 @@ COLUMN_NAMES = (
     "published",
 )
 COLUMNS = len(COLUMN_NAMES)
-EVER = 3  # column of the positives of all days
+EVER, UNTOUCHED = 3, 6  # columns: positives of all days, no event yet
 _POSITIVE_DAYS = (7, 30, 90)
 _ALL_DAYS = 30
 NEVER = np.iinfo(np.int64).max
-_UNTOUCHED = 0.1  # of the mean count: what an item without any counts as in its rarity
+_NONE = 0.1  # of the mean count: what an item without any counts as in its rarity
 _SCALE = 3.0  # natural log of days, brought to about one
 
 Counts = tuple[Int[np.ndarray, "5 items"], Int[np.ndarray, "items"]]  # the five counts; first event or NEVER
@@ -156,4 +156,4 @@ def rarity(table: Float[np.ndarray, "items columns"], power: float) -> Float[np.
 
     What everybody has says little about who else belongs together; it is the norm in the cosine of co-occurrence.
     """
-    return ((np.expm1(table[:, EVER].astype(np.float32)) + _UNTOUCHED) ** -power).astype(np.float32)
+    return ((np.expm1(table[:, EVER].astype(np.float32)) + _NONE) ** -power).astype(np.float32)

@@ -19,7 +19,6 @@ import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 import torch
-from torch import nn
 
 from recsys_ray.artifacts import (
     SCRATCH,
@@ -64,7 +63,7 @@ from recsys_ray.snapshots import DAY
 from recsys_ray.text.featurize import encode_alike, text_of
 from recsys_ray.two_tower.batches import ArrayFeatures
 from recsys_ray.two_tower.job import catalogue_of
-from recsys_ray.two_tower.towers import load_towers
+from recsys_ray.two_tower.towers import GivenIds, load_towers
 from recsys_ray.two_tower.training import item_vectors
 
 Array = npt.NDArray[Any]
@@ -264,7 +263,7 @@ class _Extension:
         features = ArrayFeatures(text=text, hgnn_serve=embedding)
         towers = load_towers(self.source.path / "user_tower")
         if ids is not None:
-            towers.ids = nn.Embedding.from_pretrained(ids)
+            towers.ids = GivenIds(ids)
         return item_vectors(towers, features, catalogue, "serve").numpy()
 
     def _write_activity(self, new: Arrivals, trickle: Trickle, end: int) -> Array:

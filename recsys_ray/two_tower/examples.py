@@ -132,7 +132,7 @@ def newest_examples(
     events: UserEvents, positives: Sequence[int], snapshots: Sequence[Snapshot], valid_from: int, test_from: int,
     rules: HistoryRules,
 ) -> dict[str, np.ndarray]:  # fmt: skip
-    """:func:`build_examples` for validation, and for the cuts that reach up to it, out of the events before the test."""
+    """:func:`build_examples` for validation and the cuts that reach up to it, out of the events before the test."""
     latest = [s for s in snapshots if s.examples is not None and s.examples[1] >= valid_from]
     return build_examples(events.before(test_from), positives, latest, rules)
 

@@ -30,14 +30,14 @@ class ItemTables:
     hgnn: Tensor | None  # Float32[items, h]
     ntype: Tensor  # Long[items]: number of the item's type
     ids: Tensor | None = None  # Float32[items, d]: the items' own learned vectors
-    gids: Tensor | None = None  # Long[items]: which items these are, where ``ids`` is still to be looked up
+    owners: Tensor | None = None  # Long[items]: gids whose vectors are still to be looked up for ``ids``, -1: nobody's
 
 
 @dataclass(frozen=True)
 class ItemRows:
     """What the item tower sees of N items."""
 
-    gids: Tensor  # Long[N]
+    owners: Tensor  # Long[N], as above
     text: Tensor  # Float[N, t]
     hgnn: Tensor | None  # Float[N, h]
     activity: Tensor  # Float[N, a]: recsys_ray/graph/activity.py

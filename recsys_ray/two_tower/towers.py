@@ -190,8 +190,8 @@ class ItemTower(nn.Module):
 
 class ItemIds(nn.Module):
     """A learned vector for each item with training examples, shared by both towers (ours; the item embedding of
-    matrix factorisation). Zeros stand for all other items, and in training, now and then, for any: what the towers know
-    of new items must not lean on it."""
+    matrix factorisation). Zeros stand for all other items and, now and then in training, for any: the towers must not
+    lean on it alone."""
 
     def __init__(self, spec: TowerSpec) -> None:
         super().__init__()
@@ -214,13 +214,25 @@ class ItemIds(nn.Module):
         self.row.zero_()
         self.row[chosen] = torch.arange(1, len(chosen) + 1)
 
-    def forward(self, gids: Int64[Tensor, "N"]) -> Float[Tensor, "N d"]:
-        """Vectors with entries of about one."""
-        vectors = self.vector(self.row[gids]) * _ID_SCALE
+    def forward(self, owners: Int64[Tensor, "N"]) -> Float[Tensor, "N d"]:
+        """Vectors of these gids, with entries of about one; zeros for -1."""
+        rows = torch.where(owners >= 0, self.row[owners], 0)
+        vectors = self.vector(rows) * _ID_SCALE
         if not self.training or not self.dropout:
             return vectors
-        kept = torch.rand(len(gids), 1) >= self.dropout
+        kept = torch.rand(len(owners), 1) >= self.dropout
         return vectors * kept / (1 - self.dropout)
+
+
+class GivenIds(nn.Module):
+    """Vectors that are there already, row = gid, in the place of :class:`ItemIds`."""
+
+    def __init__(self, ids: Float[Tensor, "items d"]) -> None:
+        super().__init__()
+        self.vectors = ids
+
+    def forward(self, owners: Int64[Tensor, "N"]) -> Float[Tensor, "N d"]:
+        return self.vectors[owners] * (owners >= 0)[:, None]
 
 
 class TwoTower(nn.Module):
@@ -237,15 +249,15 @@ class TwoTower(nn.Module):
         return self.users(inputs, tables), self.items(rows)
 
     def users(self, inputs: UserInputs, tables: ItemTables) -> Float[Tensor, "B D"]:
-        """Unit vectors of users; ``inputs.gids`` are rows of ``tables``, whose ``gids`` say which items these are."""
+        """Unit vectors of users; ``inputs.gids`` are rows of ``tables``."""
         if self.ids is not None:
-            assert tables.gids is not None
-            tables = replace(tables, ids=self.ids(tables.gids))
+            assert tables.owners is not None
+            tables = replace(tables, ids=self.ids(tables.owners))
         return self.user(inputs, tables)
 
     def items(self, rows: ItemRows) -> Float[Tensor, "N D"]:
         """Unit vectors of items."""
-        return self.item(rows if self.ids is None else replace(rows, ids=self.ids(rows.gids)))
+        return self.item(rows if self.ids is None else replace(rows, ids=self.ids(rows.owners)))
 
     def start_near(self, text_NT: Float[Tensor, "N T"], hgnn_NH: Float[Tensor, "N H"] | None) -> None:
         """Start as nearest neighbours, given the vectors of a sample of items: half of the output's width to either."""

@@ -35,7 +35,7 @@ _START_SAMPLE = 20_000  # items whose directions of variance the towers start wi
 _TOP = 10
 
 
-@dataclass(frozen=True)
+@dataclass
 class TowerTask:
     """One variant's training on one rank. ``newest`` are the examples of the last epoch, the refit's."""
 
