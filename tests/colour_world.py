@@ -26,7 +26,7 @@ TRAINED: dict[str, Params] = {
     "lightgcn": {"epochs": 5, "learning_rate": 0.05},
     "sasrec": {"epochs": 25, "learning_rate": 0.01, "width": 32, "blocks": 1, "dropout": 0.0},
     "hgnn_w_users": {"epochs": 5, "learning_rate": 0.01, "width": 64},
-    "ials": {"factors": 16, "regularization": 0.1},
+    "ials": {"factors": 2, "regularization": 0.1},
 }
 
 

@@ -60,7 +60,7 @@ class Ease:
         def score(first: int, last: int) -> Tensor:
             scores = np.tile(small[first:last], (len(users), 1))
             for block in self.blocks:
-                begin, end = np.searchsorted(block.gid, (first, last))
+                begin, end = (int(k) for k in np.searchsorted(block.gid, (first, last)))
                 if begin < end:
                     scores[:, block.gid[begin:end] - first] += _times(histories, block, begin, end)
             return torch.from_numpy(scores)

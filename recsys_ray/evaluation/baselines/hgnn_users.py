@@ -197,8 +197,8 @@ def _losses(
     user = np.repeat(np.arange(links.shape[0]), np.diff(links.indptr))
     for k in range(_FOLDS):
         hidden = fold == k
-        shown = sp.csr_matrix((links.data * ~hidden, links.indices, links.indptr), shape=links.shape)
-        shown.eliminate_zeros()
+        kept = (links.data[~hidden], (user[~hidden], links.indices[~hidden]))
+        shown = sp.csr_matrix(kept, shape=links.shape)
         asked = hidden & ~empty_rows(shown)[user]  # who keeps no link has nothing to be told by
         if not asked.any():
             continue

@@ -51,6 +51,7 @@ def _as_torch(matrix: sp.csr_matrix) -> Tensor:
             torch.from_numpy(matrix.indices.astype(np.int64)),
             torch.from_numpy(matrix.data.astype(np.float32)),
             size=matrix.shape,
+            check_invariants=False,
         )
 
 
