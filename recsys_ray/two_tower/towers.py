@@ -48,17 +48,17 @@ class TowerSpec:
     num_categories: int
     tastes: dict[str, int]
     layers: list[int]
-    id_dim: int = 0  # 0: items have no vectors of their own
-    id_rows: int = 0  # how many have one
-    num_items: int = 0
-    id_dropout: float = 0.0
-    last_item: bool = False
     item_types: list[str] = field(default_factory=list)
     countries: list[str] = field(default_factory=list)
     dropout: float = 0.0
     history: int = 50
     window_days: int | None = None
     metric: str = METRIC
+    id_dim: int = 0  # 0: items have no vectors of their own
+    id_rows: int = 0  # how many have one
+    num_items: int = 0
+    id_dropout: float = 0.0
+    last_item: bool = False
     cold_start: bool = True  # trained on empty histories too: every user's first event is an example
 
     def save(self, path: Path) -> None:

@@ -312,14 +312,14 @@ def test_weights_are_averaged_over_steps():
 
 
 def test_with_vectors_of_their_own_items_are_told_apart_where_nothing_else_does():
-    alike, own = (board_task("nowhere", id_dim=dim) for dim in (0, 8))
-    reached = []
-    for task in (alike, own):
+    loss = []
+    for id_dim in (0, 8):
+        task = board_task("nowhere", id_dim=id_dim)
         trainer, optimizer = board_trainer(task)
-        if task.spec.id_dim:
+        if id_dim:
             trainer.model.ids.assign(torch.ones(ITEMS))
-        reached.append(train_epochs(trainer, optimizer, {})["best"])
-    assert reached[1] > 2 * reached[0]
+        loss.append(train_epochs(trainer, optimizer, {})["history"][-1]["loss"])
+    assert loss[1] < loss[0] - 0.5
 
 
 def test_only_items_of_examples_have_vectors_and_the_most_frequent_come_first():
