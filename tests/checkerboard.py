@@ -16,7 +16,7 @@ from recsys_ray.graph.activity import COLUMNS
 from recsys_ray.ranks import seed_from
 from recsys_ray.snapshots import DAY, Snapshot
 from recsys_ray.two_tower.batches import ArrayFeatures, Catalogue
-from recsys_ray.two_tower.examples import HistoryRules, UserEvents, build_examples, build_queries, newest_examples
+from recsys_ray.two_tower.examples import HistoryRules, UserEvents, build_examples, build_queries, validation_examples
 from recsys_ray.two_tower.towers import TowerSpec, TwoTower
 from recsys_ray.two_tower.training import TowerTask, TowerTrainer
 
@@ -79,8 +79,8 @@ def board_task(telling: str = "hgnn", with_hgnn: bool = True, rows: slice = slic
     before = UserEvents(*(column[known] for column in vars(events).values()))
     examples = build_examples(before, [0], SNAPSHOTS[:2], RULES)
     queries = build_queries(events, [0], VALID, TEST, RULES)
-    newest = newest_examples(events, [0], SNAPSHOTS, VALID, TEST, RULES)
-    for table in (examples, queries, newest):
+    later = validation_examples(events, [0], SNAPSHOTS, TEST, RULES)
+    for table in (examples, queries, later):
         count = len(table["target"])
         unknown = {"age": np.full(count, np.nan, np.float32), "country_index": np.full(count, -1)}
         table.update(unknown, taste_music=np.full((count, 3), np.nan, np.float32))
@@ -92,7 +92,7 @@ def board_task(telling: str = "hgnn", with_hgnn: bool = True, rows: slice = slic
     )  # fmt: skip
     names = {s.index: s.name for s in SNAPSHOTS}
     spec = spec if with_hgnn else replace(spec, hgnn_dim=0)
-    return TowerTask(spec, board_features(telling), board_catalogue(), examples, queries, newest, names)
+    return TowerTask(spec, board_features(telling), board_catalogue(), examples, queries, later, names)
 
 
 def board_trainer(task: TowerTask, config: TwoTowerConfig = CONFIG) -> tuple[TowerTrainer, torch.optim.Optimizer]:

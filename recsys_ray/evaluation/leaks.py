@@ -33,8 +33,8 @@ from recsys_ray.two_tower.examples import (
     HistoryRules,
     UserEvents,
     build_queries,
-    newest_examples,
     training_examples,
+    validation_examples,
 )
 
 
@@ -145,9 +145,9 @@ def _check_users(run: FinishedRun, sample: int, words: Words, progress: Progress
             examples = training_examples(events, run.positives, run.snapshots, valid, run.rules)
             rows = some("training examples", len(examples["target"]))
             check_examples(events, examples, rows, run.snapshots, valid, words)
-            newest = newest_examples(events, run.positives, run.snapshots, valid, test, run.rules)
-            rows = some("newest examples", len(newest["target"]))
-            check_examples(events, newest, rows, run.snapshots, test, words)
+            later = validation_examples(events, run.positives, run.snapshots, test, run.rules)
+            rows = some("examples of the refit", len(later["target"]))
+            check_examples(events, later, rows, run.snapshots, test, words)
             queries = build_queries(events, run.positives, valid, test, run.rules)
             rows = some("validation queries", len(queries["target"]))
             check_validation(events, queries, rows, valid, words)
@@ -159,7 +159,7 @@ def _check_users(run: FinishedRun, sample: int, words: Words, progress: Progress
             task.advance()
     holds = {
         "training examples": "every event of the history before it, not the target, and a snapshot from before it",
-        "newest examples": "the same, of the refit",
+        "examples of the refit": "the same, of the validation period",
         "validation queries": f"every event of the history before {words.time(valid)}, not the target",
         "users of the test": f"every event of the history before {words.time(test)}, no truth in it",
     }

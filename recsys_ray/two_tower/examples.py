@@ -128,13 +128,11 @@ def training_examples(
     return build_examples(events.before(valid_from), positives, cuts, rules)
 
 
-def newest_examples(
-    events: UserEvents, positives: Sequence[int], snapshots: Sequence[Snapshot], valid_from: int, test_from: int,
-    rules: HistoryRules,
-) -> dict[str, np.ndarray]:  # fmt: skip
-    """:func:`build_examples` for validation and the cuts that reach up to it, out of the events before the test."""
-    latest = [s for s in snapshots if s.examples is not None and s.examples[1] >= valid_from]
-    return build_examples(events.before(test_from), positives, latest, rules)
+def validation_examples(
+    events: UserEvents, positives: Sequence[int], snapshots: Sequence[Snapshot], test_from: int, rules: HistoryRules
+) -> dict[str, np.ndarray]:
+    """:func:`build_examples` for the validation period, out of the events before ``test_from``: for the refit."""
+    return build_examples(events.before(test_from), positives, [s for s in snapshots if s.name == "valid"], rules)
 
 
 def build_queries(

@@ -27,9 +27,9 @@ from recsys_ray.two_tower.examples import (
     HistoryRules,
     UserEvents,
     build_queries,
-    newest_examples,
     training_examples,
     user_columns,
+    validation_examples,
 )
 from recsys_ray.two_tower.towers import TowerSpec, TwoTower
 from recsys_ray.two_tower.training import TowerTask, TowerTrainer, item_vectors, run_epoch, start, train_epochs
@@ -114,8 +114,8 @@ def _spec(config: Config, ingest: Artifact, featurize: Artifact, hgnn: Artifact)
 def _datasets(
     config: Config, ingest: Artifact, snapshots: list[Snapshot], spec: TowerSpec
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """Ray Data sets of training examples, validation queries and the newest examples (of the cuts that reach up to the
-    validation period, and of that), one task an interactions shard."""
+    """Ray Data sets of training examples, validation queries and the validation period's examples (for the refit), one
+    task an interactions shard."""
     import ray.data
 
     names = list(ingest.counts["events"])
@@ -131,8 +131,8 @@ def _datasets(
             events = UserEvents.read(str(shard))
             if kind == "train":
                 part = training_examples(events, positives, snapshots, valid, rules)
-            elif kind == "newest":
-                part = newest_examples(events, positives, snapshots, valid, test, rules)
+            elif kind == "refit":
+                part = validation_examples(events, positives, snapshots, test, rules)
             else:
                 part = build_queries(events, positives, valid, test, rules)
             columns = user_columns(users, part["uid"], spec.tastes)
@@ -143,7 +143,7 @@ def _datasets(
     # The same rows go to the same rank after a restart.
     ray.data.DataContext.get_current().execution_options.preserve_order = True
     datasets = {}
-    for name in ("train", "valid", "newest") if config.two_tower.refit else ("train", "valid"):
+    for name in ("train", "valid", "refit") if config.two_tower.refit else ("train", "valid"):
         source = ray.data.from_items(shards, override_num_blocks=len(shards))
         datasets[name] = source.map_batches(
             make, batch_size=1, fn_kwargs={"kind": name}, batch_format="numpy"
@@ -200,7 +200,7 @@ def _train_rank(parameters: dict[str, Any]) -> None:
         examples = _collect("train", ("uid", "timestamp", "target"))
         queries = _collect("valid", ("uid", "target"))
         config = TwoTowerConfig.model_validate(parameters["config"])
-        newest = _collect("newest", ("uid", "timestamp", "target")) if config.refit else {}
+        later = _collect("refit", ("uid", "timestamp", "target")) if config.refit else {}
         queries = _sample(queries, _MAX_QUERIES // world, seed_from(parameters["seed"], "queries", rank))
         catalogue = load_catalogue(parameters["items"], parameters["activity"], **parameters["vocabularies"])
         with partition_client(Path(parameters["graph"]), rank, world, features) as client:
@@ -208,7 +208,7 @@ def _train_rank(parameters: dict[str, Any]) -> None:
                 if (Path(parameters["out"]) / variant / "metrics.json").exists():  # whole, from an earlier attempt
                     continue
                 spec = TowerSpec.load(Path(parameters["out"]) / variant / "spec.json")
-                task = TowerTask(spec, client, catalogue, examples, queries, newest, names)
+                task = TowerTask(spec, client, catalogue, examples, queries, later, names)
                 torch.manual_seed(seed_from(parameters["seed"], variant))
                 _train(parameters, config, variant, task, rank, world, client)
 
@@ -269,12 +269,15 @@ def _train(
 def _refit(
     trainer: TowerTrainer, optimizer: torch.optim.Optimizer, epoch: int, on_step: Callable[[int, int, float], None]
 ) -> TwoTower:
-    """One more epoch, from the best weights, over the newest examples; the averaged weights. The validation period has
-    chosen the number of epochs; what happened in it is the freshest there is, and new items have come with it."""
+    """One more epoch from the best weights, with the validation period's examples among the others; the averaged
+    weights. Validation has chosen the number of epochs; what happened in it is the freshest there is, and new items
+    have come with it. The baselines, too, are fitted to all that is before the test."""
+    first, later = trainer.task.examples, trainer.task.later
+    everything = {name: np.concatenate([first[name], later[name]]) for name in later} or first
     again = TowerTrainer(
         trainer.model,
         trainer.network,
-        replace(trainer.task, examples=trainer.task.newest),
+        replace(trainer.task, examples=everything),
         trainer.config,
         trainer.seed,
         trainer.rank,

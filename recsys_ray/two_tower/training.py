@@ -37,14 +37,14 @@ _TOP = 10
 
 @dataclass
 class TowerTask:
-    """One variant's training on one rank. ``newest`` are the examples of the last epoch, the refit's."""
+    """One variant's training on one rank. ``later``: examples of the validation period, for the refit."""
 
     spec: TowerSpec
     source: FeatureSource
     catalogue: Catalogue
     examples: Examples
     queries: Examples
-    newest: Examples
+    later: Examples
     snapshot_names: dict[int, str]
 
 
