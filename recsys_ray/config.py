@@ -152,9 +152,9 @@ class HgnnConfig(Section):
     min_edges: Positive = Field(
         20_000, description="balanced: no relation is undersampled below this many edges an epoch"
     )
-    max_steps: int | None = Field(None, gt=0, description="cap of an epoch's steps; default: none")
+    max_steps: int | None = Field(100, gt=0, description="cap of an epoch's steps; null: none")
     batch_size: Positive = Field(2048, description="supervision edges a step and worker")
-    epochs: Positive = 6
+    epochs: Positive = 4
     patience: Positive = Field(2, description="epochs without a better validation loss before stopping")
     valid_share: Share = Field(0.1, description="edges held out for early stopping")
     learning_rate: float = Field(1e-3, gt=0)
