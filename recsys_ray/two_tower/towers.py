@@ -143,13 +143,14 @@ class UserTower(nn.Module):
             vectors.append(tables.ids)
         # Text, then the HGNN embedding: TwoTower.start_near relies on it.
         parts = [_mean(*_sums(table, inputs.gids, weight_n, row_n, users)) for table in vectors]
+        known_n = kind_n < kinds  # a type that came later counts in the means over all types only
+        bag_n, order = torch.sort((row_n * kinds + kind_n)[known_n], stable=True)
         if self.spec.hgnn_dim:
-            bag_n, order = torch.sort(row_n * kinds + kind_n, stable=True)
-            of_type = _sums(vectors[1], inputs.gids[order], weight_n[order], bag_n, users * kinds)
-            parts.append(_mean(*of_type).view(users, -1))
+            gids, weights = inputs.gids[known_n][order], weight_n[known_n][order]
+            parts.append(_mean(*_sums(vectors[1], gids, weights, bag_n, users * kinds)).view(users, -1))
         if self.spec.last_item:
             parts += [_last(table, inputs.gids, inputs.offsets) for table in vectors]
-        counts = torch.bincount(row_n * kinds + kind_n, minlength=users * kinds).view(users, kinds).float()
+        counts = torch.bincount(bag_n, minlength=users * kinds).view(users, kinds).float()
         parts += [torch.log1p(counts), (counts > 0).float()]
         known = ~torch.isnan(inputs.age)
         parts.append(torch.stack([torch.nan_to_num(inputs.age) / _AGE_SCALE * known, known.float()], 1))
@@ -183,7 +184,9 @@ class ItemTower(nn.Module):
         if self.spec.id_dim:
             assert rows.ids is not None
             parts.append(rows.ids)
-        parts += [rows.activity, self.kind(rows.ntype), self.language(rows.language)]
+        known = rows.ntype < self.spec.num_types  # a type that came later is of no kind
+        kind = self.kind(rows.ntype.where(known, 0)) * known[:, None]
+        parts += [rows.activity, kind, self.language(rows.language)]
         parts.append(self.category(rows.categories, rows.category_offsets))
         return self.layers(torch.cat(parts, 1))
 

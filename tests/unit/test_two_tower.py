@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from checkerboard import CHANCE, CONFIG, ITEMS, LIKED, TEXT, USERS, board_task, board_trainer
+from checkerboard import CHANCE, CONFIG, ITEMS, LIKED, TEXT, TYPES, USERS, board_task, board_trainer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -360,3 +360,18 @@ def test_the_last_item_counts_beside_the_mean(someone):
     assert torch.allclose(model.users(same_last, tables)[0], base, atol=1e-6)  # the mean knows no order
     other_last = replace(inputs, gids=torch.tensor([3, 3, 150]), events=torch.tensor([0, 1, 1]))
     assert not torch.allclose(model.users(other_last, tables)[0], base, atol=1e-4)
+
+
+def test_a_type_that_came_later_counts_in_the_means_over_all_types(someone):
+    task, model, inputs, tables = someone
+    later = replace(tables, ntype=tables.ntype.where(tables.ntype == 0, TYPES))  # items of type 1 are of a new one
+    users, before = model.users(inputs, later), model.users(inputs, tables)
+    assert torch.isfinite(users).all()
+    assert not torch.allclose(users[0], before[0], atol=1e-4)
+    assert torch.equal(users[1:], before[1:])
+    gids = torch.arange(ITEMS)
+    rows = task.catalogue.rows(
+        gids, "cut0", task.source.features("text", gids), task.source.features("hgnn_cut0", gids)
+    )
+    vectors = model.items(replace(rows, ntype=torch.full_like(rows.ntype, TYPES)))
+    assert torch.allclose(vectors.norm(dim=1), torch.ones(ITEMS), atol=1e-5)
