@@ -66,7 +66,12 @@ class TestSearch:
 
     def test_no_point_is_fitted_twice(self, tmp_path):
         fitted: list[Params] = []
-        trials = search({"kind": SPACE["kind"]}, 9, 0, tmp_path, lambda p: fitted.append(p) or bowl({**p, "x": 1}))
+
+        def attempt(params: Params) -> dict:
+            fitted.append(params)
+            return {**bowl({**params, "x": 1.0}), "params": params}
+
+        trials = search({"kind": SPACE["kind"]}, 9, 0, tmp_path, attempt)
         assert len(trials) == 9 and len(fitted) == 2
 
     def test_a_trial_without_result_is_passed_over(self, tmp_path):
@@ -155,7 +160,7 @@ def test_choosing_sees_nothing_of_the_test_period(tmp_path):
         made = job(tmp_path / f"{seed}-{after}", log(seed, after))
         assert prepare_validation(made) > 0
         found.append(try_point(made, "item_knn", params, 1)["hr_at_10"])
-    assert found[0] == found[1] > 2 * found[2] > 0  # shuffled answers in the validation period are not found
+    assert found[0] == found[1] > found[2] + 0.2  # of shuffled answers fewer are found
 
 
 def test_a_trial_of_a_model_with_epochs_says_how_many(tmp_path):
