@@ -16,7 +16,7 @@ from toy_graph import ToyGraph
 
 from recsys_ray.artifacts import publish, save_arrays, work_folder
 from recsys_ray.config import HgnnConfig, TextConfig
-from recsys_ray.graph.activity import COLUMNS, NEVER, count_events, describe
+from recsys_ray.graph.activity import COLUMNS, NEVER, count_events, describe, rarity
 from recsys_ray.graph.pairs import PairCounter, Window, keep_best
 from recsys_ray.hgnn.embedding import LocalStore, embed_items
 from recsys_ray.hgnn.model import HGNN, ItemTypes
@@ -80,6 +80,11 @@ def make_late(root: Path) -> Late:
     titles = pa.array([f"Title of {name}. a" for name in whole.item_ids], pa.large_string())
     text = encode_alike(titles, TextConfig(), "fp32", encoder, root / "texts", QUIET, 1)
 
+    gid, event, moment = (whole.events[:, column] for column in (1, 2, 3))
+    counts, first = count_events(gid, event, moment, END, [EVENTS.index("stream")], size)
+    dates = np.array([published(name) or NEVER for name in whole.item_ids])
+    activity = describe(counts, first, dates, END).astype(np.float16)
+
     torch.manual_seed(1)
     src, dst = true_edges(whole, size)
     types = ItemTypes(torch.from_numpy(np.cumsum([0, *SIZES])))
@@ -89,24 +94,26 @@ def make_late(root: Path) -> Late:
     store = LocalStore(size, 16)
     packed = torch.from_numpy(item_signatures(whole.item_ids, 64).copy())
     graph = ToyGraph(src, dst, types.starts, torch.from_numpy(text).float())
-    embedding = embed_items(model, SignedSource(graph, packed, 64), 0, torch.arange(size), store)
-
-    spec = TowerSpec(
-        3, EVENTS, 384, 8, COLUMNS, 2, 0, 1, {"music": 4}, [16, 8], TYPES, ["DE", "SE"], history=HISTORY, window_days=90
-    )
-    towers = TwoTower(spec)
-    gid, event, moment = (whole.events[:, column] for column in (1, 2, 3))
-    counts, first = count_events(gid, event, moment, END, [EVENTS.index("stream")], size)
-    dates = np.array([published(name) or NEVER for name in whole.item_ids])
-    activity = describe(counts, first, dates, END).astype(np.float16)
-    frame = pl.DataFrame({"ntype": whole.ntype, "language": [None] * size, "categories": [["a"]] * size})
-    frame = frame.with_columns(pl.col("language").cast(pl.String))
-    catalogue = catalogue_of(frame, {"serve": activity}, [], ["a"])
-    vectors = item_vectors(towers.eval(), ArrayFeatures(text=text, hgnn_serve=embedding), catalogue, "serve").numpy()
+    weight = {0: torch.from_numpy(rarity(activity, HGNN_CONFIG.damping))}
+    embedding = embed_items(model, SignedSource(graph, packed, 64, weight), 0, torch.arange(size), store)
 
     linked = int(np.bincount(dst[whole.ntype[dst] == 2], minlength=size).argmax())  # a podcast with many edges
     gone = np.array([12, linked])
     kept = np.setdiff1d(np.arange(size), gone)
+    spec = TowerSpec(
+        num_types=3, events=EVENTS, text_dim=384, hgnn_dim=8, activity_dim=COLUMNS, num_countries=2, num_languages=0,
+        num_categories=1, tastes={"music": 4}, layers=[16, 8], id_dim=4, id_rows=size, num_items=size, item_types=TYPES,
+        countries=["DE", "SE"], history=HISTORY, window_days=90,
+    )  # fmt: skip
+    towers = TwoTower(spec).eval()
+    towers.ids.assign(torch.from_numpy(np.isin(np.arange(size), kept).astype(float)))  # new items have no own vector
+    frame = pl.DataFrame({"ntype": whole.ntype, "language": [None] * size, "categories": [["a"]] * size})
+    frame = frame.with_columns(pl.col("language").cast(pl.String))
+    catalogue = catalogue_of(frame, {"serve": activity}, [], ["a"])
+    with torch.no_grad():
+        features = ArrayFeatures(text=text, hgnn_serve=embedding)
+        vectors = item_vectors(towers, features, catalogue, "serve").numpy()
+
     place = np.full(size, -1)
     place[kept] = np.arange(len(kept))
     known = whole.events[~np.isin(whole.events[:, 1], gone)].copy()
@@ -118,7 +125,12 @@ def make_late(root: Path) -> Late:
     everything = replace(whole, root=root / "everything", vectors=vectors)
     write_stages(everything, text, embedding.numpy(), store.table.numpy(), model, towers, spec, encoder)
     everything.bundle()
-    write_stages(part, text[kept], embedding.numpy()[kept], store.table.numpy()[kept], model, towers, spec, encoder)
+    fewer = replace(spec, num_items=len(kept))
+    known_towers = TwoTower(fewer)
+    state = towers.state_dict()
+    known_towers.load_state_dict({**state, "ids.row": state["ids.row"][torch.from_numpy(kept)]})
+    hidden = store.table.numpy()
+    write_stages(part, text[kept], embedding.numpy()[kept], hidden[kept], model, known_towers, fewer, encoder)
     mine = whole.events[whole.events[:, 1] == linked]
     trickle = pa.table(
         {
