@@ -189,21 +189,10 @@ def _write_towers(target: Path, world: World, types: list[str], text: int, dim: 
     work = work_folder(target, target.name)
     (work / "hgnn" / "items").mkdir(parents=True, exist_ok=True)
     spec = TowerSpec(
-        len(types),
-        EVENTS,
-        text,
-        dim,
-        3,
-        2,
-        0,
-        1,
-        {"music": TASTE},
-        [16, dim],
-        types,
-        ["DE", "SE"],
-        history=50,
-        window_days=90,
-    )
+        num_types=len(types), events=EVENTS, text_dim=text, hgnn_dim=dim, activity_dim=3, num_countries=2,
+        num_languages=0, num_categories=1, tastes={"music": TASTE}, layers=[16, dim], item_types=types,
+        countries=["DE", "SE"], history=50, window_days=90,
+    )  # fmt: skip
     torch.manual_seed(0)
     save_file(TwoTower(spec).state_dict(), work / "hgnn" / "model.safetensors")
     spec.save(work / "hgnn" / "spec.json")

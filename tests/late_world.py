@@ -97,18 +97,23 @@ def make_late(root: Path) -> Late:
     weight = {0: torch.from_numpy(rarity(activity, HGNN_CONFIG.damping))}
     embedding = embed_items(model, SignedSource(graph, packed, 64, weight), 0, torch.arange(size), store)
 
-    spec = TowerSpec(
-        3, EVENTS, 384, 8, COLUMNS, 2, 0, 1, {"music": 4}, [16, 8], TYPES, ["DE", "SE"], history=HISTORY, window_days=90
-    )
-    towers = TwoTower(spec)
-    frame = pl.DataFrame({"ntype": whole.ntype, "language": [None] * size, "categories": [["a"]] * size})
-    frame = frame.with_columns(pl.col("language").cast(pl.String))
-    catalogue = catalogue_of(frame, {"serve": activity}, [], ["a"])
-    vectors = item_vectors(towers.eval(), ArrayFeatures(text=text, hgnn_serve=embedding), catalogue, "serve").numpy()
-
     linked = int(np.bincount(dst[whole.ntype[dst] == 2], minlength=size).argmax())  # a podcast with many edges
     gone = np.array([12, linked])
     kept = np.setdiff1d(np.arange(size), gone)
+    spec = TowerSpec(
+        num_types=3, events=EVENTS, text_dim=384, hgnn_dim=8, activity_dim=COLUMNS, num_countries=2, num_languages=0,
+        num_categories=1, tastes={"music": 4}, layers=[16, 8], id_dim=4, id_rows=size, num_items=size, item_types=TYPES,
+        countries=["DE", "SE"], history=HISTORY, window_days=90,
+    )  # fmt: skip
+    towers = TwoTower(spec).eval()
+    towers.ids.assign(torch.from_numpy(np.isin(np.arange(size), kept).astype(float)))  # new items have no own vector
+    frame = pl.DataFrame({"ntype": whole.ntype, "language": [None] * size, "categories": [["a"]] * size})
+    frame = frame.with_columns(pl.col("language").cast(pl.String))
+    catalogue = catalogue_of(frame, {"serve": activity}, [], ["a"])
+    with torch.no_grad():
+        features = ArrayFeatures(text=text, hgnn_serve=embedding)
+        vectors = item_vectors(towers, features, catalogue, "serve").numpy()
+
     place = np.full(size, -1)
     place[kept] = np.arange(len(kept))
     known = whole.events[~np.isin(whole.events[:, 1], gone)].copy()
@@ -120,7 +125,12 @@ def make_late(root: Path) -> Late:
     everything = replace(whole, root=root / "everything", vectors=vectors)
     write_stages(everything, text, embedding.numpy(), store.table.numpy(), model, towers, spec, encoder)
     everything.bundle()
-    write_stages(part, text[kept], embedding.numpy()[kept], store.table.numpy()[kept], model, towers, spec, encoder)
+    fewer = replace(spec, num_items=len(kept))
+    known_towers = TwoTower(fewer)
+    state = towers.state_dict()
+    known_towers.load_state_dict({**state, "ids.row": state["ids.row"][torch.from_numpy(kept)]})
+    hidden = store.table.numpy()
+    write_stages(part, text[kept], embedding.numpy()[kept], hidden[kept], model, known_towers, fewer, encoder)
     mine = whole.events[whole.events[:, 1] == linked]
     trickle = pa.table(
         {
