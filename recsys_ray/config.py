@@ -157,6 +157,8 @@ class EvaluateConfig(Section):
     max_users: int | None = Field(None, gt=0, description="evaluate a seeded sample of this many users; default: all")
     bootstrap: Positive = Field(1000, description="resamples for the 95 % intervals")
     batch_size: Positive = 512
+    examples: int = Field(12, ge=0, description="users whose history and lists the report shows; 0: none")
+    map_items: int = Field(2400, ge=0, description="items on the report's map of the embeddings, a sample; 0: no map")
     ials: bool = Field(False, description="also tuned iALS (needs the 'baselines' extra)")
 
 

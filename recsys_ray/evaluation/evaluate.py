@@ -27,6 +27,8 @@ from recsys_ray.config import Config
 from recsys_ray.errors import ArtifactError, DataError, UserError
 from recsys_ray.evaluation import baselines
 from recsys_ray.evaluation.baselines import TowerScorer
+from recsys_ray.evaluation.embedding_map import MAP, draw_map, sample_items
+from recsys_ray.evaluation.gallery import write_gallery
 from recsys_ray.evaluation.metrics import score_queries
 from recsys_ray.evaluation.recommenders import Recommender, batch_of, rank_queries
 from recsys_ray.evaluation.segments import (
@@ -66,14 +68,17 @@ def evaluate(
     progress: Progress,
     cpus: int,
     run_dir: Path | None = None,
+    spent: Callable[[], tuple[float, float]] | None = None,
 ) -> dict[str, Any]:
-    """Compare all recommenders on the test period; write ``metrics.json`` and ``report.html`` into ``out``.
+    """Compare all recommenders on the test period; write ``metrics.json``, ``report.html`` and what the page shows
+    beside the figures (``examples.json``, ``popularity.json``, ``map.json``) into ``out``.
 
     Args:
         towers: two-tower models by the name that they get in the table, in the table's order.
         out: a work folder on storage that every node sees. Finished parts in its ``_scratch`` are used again.
         cpus: tasks at once; one thread each.
         run_dir: where the report finds the other stages' facts; default: beside ``ingest_dir``.
+        spent: tells the seconds and the peak memory in MB of this stage so far, for the report.
 
     Returns:
         Counts for the manifest.
@@ -106,7 +111,14 @@ def evaluate(
     oracle = _read_oracle(Path(config.data.oracle), setting) if config.data.oracle else None
     rows = summarise(setting, shards, survey, list(models), config.evaluate.bootstrap, oracle)
     write_json(Path(out) / "metrics.json", rows)
-    write_report(Path(out) / "report.html", rows, config, run_dir or setting.ingest.parent)
+    write_gallery(setting, shards, survey, rows, config.evaluate.examples, Path(out))
+    gids = sample_items(setting.catalogue, config.evaluate.map_items, setting.seed)
+    with progress.task("map of the items", total=1) as task:
+        spaces = _spaces(setting, gids, Path(featurize_dir), hgnn_dir, towers)
+        for _ in _in_parallel([(draw_map, setting, survey.facts, gids, spaces, Path(out).resolve() / MAP)], 1):
+            task.advance()
+    evaluation, others = Path(out), run_dir or setting.ingest.parent
+    write_report(evaluation / "report.html", rows, config, others, evaluation, spent)
     if not rows:
         progress.say(
             "    nothing to evaluate: no user has a positive event on an item that was new to the user in the test "
@@ -160,6 +172,7 @@ def _rank_shard(
         "hit_rank": found.hit_rank.astype(np.int16),
         "hit_truth": found.hit_truth.astype(np.int32),
         "covered": np.packbits(found.covered, axis=1),
+        "heads": found.heads,
     }
     save_arrays(part_of(setting, name, shard), arrays)
 
@@ -229,6 +242,15 @@ def _embeddings(hgnn: Path, setting: Setting) -> np.ndarray:
     for part in parts:
         vectors[part["gid"]] = part["embedding"]
     return vectors
+
+
+def _spaces(
+    setting: Setting, gids: np.ndarray, featurize: Path, hgnn: Path | None, towers: Mapping[str, TowerScorer]
+) -> dict[str, np.ndarray]:
+    """float [n, d] of some items in the spaces that the report draws: the graph's, the last tower's, the text's."""
+    spaces = {"hgnn": _embeddings(hgnn, setting)[gids]} if hgnn is not None else {}
+    spaces |= {name: np.asarray(tower.item_vectors)[gids] for name, tower in list(towers.items())[-1:]}
+    return spaces | {"text": load_arrays(featurize / "text.safetensors")["vector"][gids]}
 
 
 def _build_item_knn(setting: Setting, shards: list[Path], survey: Survey, cpus: int) -> Recommender:
