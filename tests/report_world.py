@@ -56,7 +56,7 @@ def write_run(run: Path) -> Path:
     (run / "two_tower" / "hgnn").mkdir(parents=True)
     (run / "two_tower" / "hgnn" / "metrics.json").write_text("damaged")
     _write(run / "two_tower" / "text_only" / "metrics.json", [{"epoch": 0, "loss": 1.0, "valid_hr_at_10": 0.25}])
-    _write(run / "evaluation" / "tuning.json", {"item_knn": {"chosen": {"neighbours": 200}, "trials": 12}})
+    _write(run / "evaluation" / "tuning.json", {"item_knn": _search()})
     _write(run / "evaluation" / "popularity.json", _popularity())
     _write(run / "evaluation" / "map.json", _map())
     _write(run / "evaluation" / "examples.json", _examples())
@@ -80,6 +80,13 @@ def differences() -> list[dict[str, Any]]:
 def _write(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def _search() -> dict[str, Any]:
+    trials = [
+        {"params": {"neighbours": n}, "hr_at_10": n / 1000, "seconds": 30.0, "capped": n == 50} for n in (50, 200)
+    ]
+    return {"params": {"neighbours": 200}, "hr_at_10": 0.2, "trials": trials}
 
 
 def _popularity() -> dict[str, Any]:
@@ -122,7 +129,9 @@ def _examples() -> dict[str, Any]:
         }
         for number, kind in enumerate(("ours", "rival", "neither", "cold"))
     ]
-    items = {k: {"item_id": f"item-{k}", "item_type": "book", "title": EVIL if k == 3 else f"Title {k}"} for k in range(100)}
+    items = {
+        k: {"item_id": f"item-{k}", "item_type": "book", "title": EVIL if k == 3 else f"Title {k}"} for k in range(100)
+    }
     return {
         "served": "2t_hgnn",
         "rival": EVIL,

@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 from jaxtyping import Float, Int
-from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE
-from threadpoolctl import threadpool_limits
 
-from recsys_ray.artifacts import write_json
+from recsys_ray.artifacts import load_arrays, write_json
+from recsys_ray.evaluation.baselines import TowerScorer
 from recsys_ray.evaluation.segments import Catalogue, ItemFacts
 from recsys_ray.evaluation.shards import Setting
+from recsys_ray.hgnn.embeddings import load_embeddings
 
 MAP = "map.json"
 NEIGHBOURS = 6
@@ -44,6 +43,19 @@ def sample_items(catalogue: Catalogue, size: int, seed: int) -> Int[np.ndarray, 
     return np.concatenate([np.sort(rng.choice(p, n, replace=False)) for p, n in zip(pools, quota, strict=True)])
 
 
+def item_spaces(
+    gids: np.ndarray, items: int, featurize: Path, hgnn: Path | None, towers: Mapping[str, TowerScorer]
+) -> dict[str, np.ndarray]:
+    """float [n, d] of some items in the spaces that are drawn: the graph's, the last tower's, the text's.
+
+    Raises:
+        ArtifactError: text vectors or embeddings are missing.
+    """
+    spaces = {"hgnn": load_embeddings(hgnn, "test", items)[gids].numpy()} if hgnn is not None else {}
+    spaces |= {name: np.asarray(tower.item_vectors)[gids] for name, tower in list(towers.items())[-1:]}
+    return spaces | {"text": load_arrays(featurize / "text.safetensors")["vector"][gids]}
+
+
 def draw_map(
     setting: Setting, facts: ItemFacts, gids: np.ndarray, spaces: Mapping[str, np.ndarray], path: Path
 ) -> None:
@@ -55,6 +67,8 @@ def draw_map(
         gids: int64 [n], the items, ascending.
         spaces: name -> float [n, d], their vectors. Cosine counts.
     """
+    from threadpoolctl import threadpool_limits
+
     if path.exists() or len(gids) < _FEWEST or not spaces:
         return
     item_type = setting.catalogue.type_of(gids)
@@ -97,6 +111,9 @@ def lay_out(
     Args:
         start: a layout to begin from; default: the first two principal components.
     """
+    from sklearn.decomposition import PCA  # here: tasks that only rank import this module, too
+    from sklearn.manifold import TSNE
+
     components = PCA(min(_COMPONENTS, *units.shape), svd_solver="full").fit_transform(units)
     begin = components[:, :2] if start is None else start
     begin = begin / max(float(begin[:, 0].std()), 1e-12) * _START

@@ -27,7 +27,7 @@ from recsys_ray.config import Config
 from recsys_ray.errors import ArtifactError, DataError, UserError
 from recsys_ray.evaluation import baselines
 from recsys_ray.evaluation.baselines import TowerScorer
-from recsys_ray.evaluation.embedding_map import MAP, draw_map, sample_items
+from recsys_ray.evaluation.embedding_map import MAP, draw_map, item_spaces, sample_items
 from recsys_ray.evaluation.gallery import write_gallery
 from recsys_ray.evaluation.metrics import score_queries
 from recsys_ray.evaluation.recommenders import Recommender, batch_of, rank_queries
@@ -114,7 +114,7 @@ def evaluate(
     write_gallery(setting, shards, survey, rows, config.evaluate.examples, Path(out))
     gids = sample_items(setting.catalogue, config.evaluate.map_items, setting.seed)
     with progress.task("map of the items", total=1) as task:
-        spaces = _spaces(setting, gids, Path(featurize_dir), hgnn_dir, towers)
+        spaces = item_spaces(gids, setting.catalogue.items, Path(featurize_dir), hgnn_dir, towers)
         for _ in _in_parallel([(draw_map, setting, survey.facts, gids, spaces, Path(out).resolve() / MAP)], 1):
             task.advance()
     evaluation, others = Path(out), run_dir or setting.ingest.parent
@@ -242,15 +242,6 @@ def _embeddings(hgnn: Path, setting: Setting) -> np.ndarray:
     for part in parts:
         vectors[part["gid"]] = part["embedding"]
     return vectors
-
-
-def _spaces(
-    setting: Setting, gids: np.ndarray, featurize: Path, hgnn: Path | None, towers: Mapping[str, TowerScorer]
-) -> dict[str, np.ndarray]:
-    """float [n, d] of some items in the spaces that the report draws: the graph's, the last tower's, the text's."""
-    spaces = {"hgnn": _embeddings(hgnn, setting)[gids]} if hgnn is not None else {}
-    spaces |= {name: np.asarray(tower.item_vectors)[gids] for name, tower in list(towers.items())[-1:]}
-    return spaces | {"text": load_arrays(featurize / "text.safetensors")["vector"][gids]}
 
 
 def _build_item_knn(setting: Setting, shards: list[Path], survey: Survey, cpus: int) -> Recommender:

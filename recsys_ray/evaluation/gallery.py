@@ -22,7 +22,8 @@ from recsys_ray.evaluation.shards import Setting, Survey, part_of, read_users
 EXAMPLES = "examples.json"
 POPULARITY = "popularity.json"
 
-# Who is shown, in turns: where the served model finds what the best baseline misses, the other way round, both, neither.
+# Who is shown, in turns: where the served model finds what the best baseline misses, where that finds what it misses,
+# where both do, where neither does, and users of whom little is known.
 _TURNS = ("ours", "rival", "both", "neither", "ours", "rival", "new_to_type", "cold")
 _POOL = 24  # candidates of a kind whose histories are looked at
 _TELLING = 3  # earlier events from which a history says something
@@ -96,9 +97,7 @@ def _popularity(setting: Setting, survey: Survey, counts: dict[str, np.ndarray])
         "places": CUTOFF,
         "items_by_tier": sizes,
         "recommended": {name: _shares(setting, queries, count) for name, count in counts.items()},
-        "chosen": _shares(
-            setting, queries, _tier_counts(setting, survey, queries.truth_item, queries.truth_query)
-        ),
+        "chosen": _shares(setting, queries, _tier_counts(setting, survey, queries.truth_item, queries.truth_query)),
     }
 
 
@@ -232,4 +231,6 @@ def _items(setting: Setting, gids: list[int]) -> dict[int, dict[str, Any]]:
 
 def _user_ids(setting: Setting, uids: np.ndarray) -> dict[int, str]:
     known = np.unique(uids)
-    return dict(zip(known.tolist(), read_users(setting.ingest / "users.parquet", known)["user_id"].to_pylist(), strict=True))
+    return dict(
+        zip(known.tolist(), read_users(setting.ingest / "users.parquet", known)["user_id"].to_pylist(), strict=True)
+    )

@@ -40,11 +40,9 @@ MODELS: dict[str, ModelName] = {
     "ease": ModelName("EASE", "EASE^R", "baseline", "A linear item-to-item model in closed form."),
     "lightgcn": ModelName("LightGCN", "LightGCN", "baseline", "Graph convolution over users and items, without text."),
     "sasrec": ModelName("SASRec", "SASRec", "baseline", "Self-attention over the sequence of the user's items."),
-    "hgnn_users": ModelName("HGNN-u", "HGNN with users", "baseline", "The HGNN with users as nodes of the graph."),
+    "hgnn_w_users": ModelName("HGNN-wu", "HGNN with users", "baseline", "The HGNN with users as nodes of the graph."),
     "hgnn": ModelName("HGNN", "HGNN alone", "part", "Nearest items to the mean HGNN embedding of the user's items."),
-    "two_tower_text_only": ModelName(
-        "2T", "2T without HGNN", "part", "The two-tower without the HGNN's embeddings."
-    ),
+    "two_tower_text_only": ModelName("2T", "2T without HGNN", "part", "The two-tower without the HGNN's embeddings."),
     SERVED: ModelName("2T-HGNN", "2T-HGNN", "served", "HGNN and two-tower together: the model that is served."),
     "oracle": ModelName(
         "oracle", "Oracle", "oracle", "The demo world's own ranking by true taste: no recommender can expect more."

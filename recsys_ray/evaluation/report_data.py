@@ -107,7 +107,9 @@ def headline(metrics: Sequence[Row], differences: Sequence[Row]) -> Headline | N
         verdict = f"{name_of(best['model']).full} finds something in {percent(best['hr_at_10'])} of lists."
         return Headline(verdict, "", best, served, rival)
     names = name_of(served["model"]).full, name_of(rival["model"]).full
-    paired = next(iter(select(differences, model=ours or "", against=theirs or "", item_type="all", segment=segment)), None)
+    paired = next(
+        iter(select(differences, model=ours or "", against=theirs or "", item_type="all", segment=segment)), None
+    )
     if paired is not None:
         low, high = paired["low"], paired["high"]
         detail = f"Difference on the same lists: {signed(paired['difference'])} ({signed(low)} to {signed(high)})."

@@ -16,6 +16,7 @@ from recsys_ray.snapshots import DAY
 
 STAGES = ("ingest", "featurize", "graph", "hgnn", "two_tower", "index", "evaluation")
 _CURVES = {"hgnn": "HGNN", "two_tower/hgnn": "Two-tower of 2T-HGNN", "two_tower/text_only": "Two-tower without HGNN"}
+_TITLES = {"valid_hr_at_10": "validation HR@10"}
 _BINS = 180  # bars of the plot of events over time, at most
 _VOCABULARIES = ("languages", "countries", "categories")
 _MOMENTS = ("valid_from", "test_from", "end")
@@ -60,7 +61,7 @@ def has_dates(counts: Mapping[str, Any]) -> bool:
 
 
 def facts(counts: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What ingest counted, as (name, value)."""
+    """What ingest counted, as (name, value); the rows of its tables apart."""
     found: list[tuple[str, str]] = []
     for name, value in counts.items():
         if name in _MOMENTS:
@@ -71,7 +72,7 @@ def facts(counts: Mapping[str, Any]) -> list[tuple[str, str]]:
             found.append((name, f"{len(value):,}"))
         elif name == "items_per_type":
             found += [(f"items: {t}", f"{n:,}") for t, n in zip(counts.get("item_types", []), value, strict=False)]
-        elif name != "days":
+        elif name not in ("days", "rows", "item_types"):  # a plot, a table, and with the number of items
             found += _flatten(name, value)
     return found
 
@@ -121,7 +122,10 @@ def training(run_dir: Path) -> list[dict[str, Any]]:
         if losses:
             plots.append({"model": name, "title": "loss", "best": "low", "series": losses})
         others = {key: points for key, points in series.items() if key not in losses}
-        plots += [{"model": name, "title": key, "best": "high", "series": {key: p}} for key, p in others.items()]
+        plots += [
+            {"model": name, "title": _TITLES.get(key, key.replace("_", " ")), "best": "high", "series": {key: p}}
+            for key, p in others.items()
+        ]
     return plots
 
 
@@ -130,23 +134,23 @@ def _is_number(value: Any) -> bool:
 
 
 def tuning(evaluation: Path) -> list[dict[str, str]]:
-    """What the tuning of the baselines chose (``tuning.json``: model -> facts of its search), a row a model."""
+    """What the tuning of the baselines chose (``tuning.json``: model -> params, hr_at_10, trials), a row a model."""
     found = read_json(evaluation / "tuning.json")
-    if not isinstance(found, dict):
-        return []
     rows = []
-    for model, search in found.items():
-        search = search if isinstance(search, dict) else {"chosen": search}
-        chosen = next((search[key] for key in ("chosen", "parameters", "best") if key in search), None)
-        rest = [
-            f"{key.replace('_', ' ')}: {_plain(value)}"
-            for key, value in search.items()
-            if value is not chosen and isinstance(value, str | int | float)
-        ]
-        tried = search.get("trials")
-        if isinstance(tried, list):
-            rest.insert(0, f"trials: {len(tried)}")
-        rows.append({"model": name_of(model).full, "chosen": _plain(chosen), "search": ", ".join(rest)})
+    for model, search in found.items() if isinstance(found, dict) else ():
+        trials = search.get("trials") or []
+        seconds = sum(trial.get("seconds") or 0 for trial in trials)
+        capped = sum(bool(trial.get("capped")) for trial in trials)
+        hit = search.get("hr_at_10")
+        rows.append(
+            {
+                "model": name_of(model).full,
+                "chosen": _plain(search.get("params")),
+                "hr_at_10": "-" if hit is None else f"{hit:.4f}",
+                "trials": f"{len(trials)}" + (f", {capped} stopped at the time limit" if capped else ""),
+                "time": duration(seconds) if trials else "-",
+            }
+        )
     return rows
 
 

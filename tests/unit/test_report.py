@@ -73,7 +73,7 @@ def test_page_holds_every_models_numbers(page):
         assert escaped(row["model"]) in page
         assert escaped(name_of(row["model"]).full) in page
     assert "98,765" in page and "1:15 min" in page and "1,500 MB" in page
-    assert "neighbours 200" in page and "trials: 12" in page
+    assert "neighbours 200" in page and "2, 1 stopped at the time limit" in page and "1:00 min" in page
     assert "hidden_dim: 128" in page
 
 
@@ -87,7 +87,7 @@ def test_page_draws_from_the_same_numbers(page):
     assert data["map"]["title"][3] == EVIL
     curves = {(curve["model"], curve["title"]): curve["series"] for curve in data["curves"]}
     assert curves["HGNN", "loss"]["valid_loss"][1] == [2, 2.0]  # epochs count from one
-    assert ("Two-tower without HGNN", "valid_hr_at_10") in curves and len(curves) == 3
+    assert ("Two-tower without HGNN", "validation HR@10") in curves and len(curves) == 3
 
 
 def test_page_is_well_formed(page):
@@ -156,7 +156,9 @@ def test_headline_says_no_more_than_the_intervals():
     assert "leads" in told(0.30, 0.20) and "do not overlap" in told(0.30, 0.20)
     assert "behind" in told(0.20, 0.30)
     assert "not clearly apart" in told(0.305, 0.30) and "Their intervals overlap" in told(0.305, 0.30)
-    assert "leads" in told(0.305, 0.30, (0.001, 0.009)) and "+0.0050 (+0.0010 to +0.0090)" in told(0.305, 0.3, (0.001, 0.009))
+    assert "leads" in told(0.305, 0.30, (0.001, 0.009)) and "+0.0050 (+0.0010 to +0.0090)" in told(
+        0.305, 0.3, (0.001, 0.009)
+    )
     assert "not clearly apart" in told(0.30, 0.20, (-0.1, 0.3))
 
 

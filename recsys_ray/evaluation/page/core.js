@@ -57,7 +57,7 @@ function ticks(low, high, wanted) {
   const power = 10 ** Math.floor(Math.log10(span / wanted));
   const step = power * ([1, 2, 2.5, 5, 10].find((m) => span / (m * power) <= wanted) ?? 10);
   const found = [];
-  for (let k = Math.ceil(low / step - 1e-9); k * step <= high + step * 1e-9; k++) found.push(k * step);
+  for (let k = Math.ceil(low / step - 1e-9); k * step <= high + step * 1e-9; k++) found.push(k * step + 0); // + 0: no -0
   const digits = Math.max(0, -Math.floor(Math.log10(step) + 1e-9) + (Math.abs(step / power - 2.5) < 1e-9 ? 1 : 0));
   return { found, label: (value) => value.toFixed(digits).replace(/^-/, "\u2212") };
 }

@@ -1,12 +1,22 @@
-// Users and their lists: which kind is shown, and whose lists stand side by side.
+// Users and their lists: who is shown, and whose lists stand side by side.
 
 function startExamples() {
   const data = DATA.examples;
-  if (!data || !byId("pick-kind")) return;
+  if (!data || !byId("pick-left")) return;
   const articles = [...document.querySelectorAll(".user")];
-  byId("pick-kind").addEventListener("change", (event) => {
-    for (const article of articles) article.hidden = event.target.value !== "" && article.dataset.kind !== event.target.value;
-  });
+  const buttons = [...document.querySelectorAll("[data-shows]")];
+  const every = byId("every-user");
+  const show = (wanted) => {
+    for (const article of articles) article.hidden = wanted !== null && article.dataset.user !== wanted;
+    for (const button of buttons) button.setAttribute("aria-pressed", String(button.dataset.shows === wanted));
+    every.setAttribute("aria-pressed", String(wanted === null));
+  };
+  let before = "0";
+  for (const button of buttons) button.addEventListener("click", () => show((before = button.dataset.shows)));
+  every.addEventListener("click", () => show(every.getAttribute("aria-pressed") === "true" ? before : null));
+  addEventListener("beforeprint", () => show(null));
+  addEventListener("afterprint", () => show(before));
+  show(before);
   const models = Object.keys(data.users[0]?.recommended ?? {});
   [["pick-left", data.served], ["pick-right", data.rival]].forEach(([id, first], side) => {
     const picker = byId(id);

@@ -183,7 +183,7 @@ function startMap() {
     const types = data.types.map((name, k) => {
       const on = () => !view.hidden.has(k);
       const colour = view.colour === "type" ? `--type${k % 8}` : "--soft";
-      const button = element("button", { type: "button", class: "toggle", "aria-pressed": on() }, shapeIcon(k, colour), name);
+      const button = element("button", { type: "button", class: "toggle", "aria-pressed": String(on()) }, shapeIcon(k, colour), name);
       button.addEventListener("click", () => {
         if (on()) view.hidden.add(k);
         else view.hidden.delete(k);

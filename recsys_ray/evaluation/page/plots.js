@@ -22,7 +22,13 @@ function drawScatter(node, width) {
     text(width - right, bottom + 36, "coverage@100: share of the catalogue that anyone is shown", { "text-anchor": "end", class: "strong" }),
   ];
   if (width < 460) grid.at(-1).textContent = "coverage@100";
-  const points = rows.map((row) => ({ row, x: x(row.coverage_at_100), y: y(row.hr_at_10) }));
+  const points = rows.map((row) => ({
+    row,
+    x: x(row.coverage_at_100),
+    y: y(row.hr_at_10),
+    top: y(row.hr_at_10_high),
+    bottom: y(row.hr_at_10_low),
+  }));
   const marks = points.map((p) =>
     svg(
       "g",
@@ -40,7 +46,10 @@ function drawScatter(node, width) {
 
 // Where names stand beside their points: the first of several places that meets no point, interval or other name.
 function placeLabels(points, bounds) {
-  const taken = points.flatMap((p) => [{ x: p.x - 8, y: p.y - 8, w: 16, h: 16 }]);
+  const taken = points.flatMap((p) => [
+    { x: p.x - 8, y: p.y - 8, w: 16, h: 16 },
+    { x: p.x - 2, y: p.top, w: 4, h: p.bottom - p.top },
+  ]);
   const meets = (a, b) => a.x < b.x + b.w && b.x < a.x + a.w && a.y < b.y + b.h && b.y < a.y + a.h;
   const first = { served: 0, rival: 1, part: 2, oracle: 3, baseline: 4, control: 5 };
   const order = [...points].sort((a, b) => first[roleOf(a.row.model)] - first[roleOf(b.row.model)]);
@@ -157,7 +166,7 @@ function drawShares(node, width) {
   const room = width - label;
   const keys = TIERS.map((_, k) => {
     const name = k === 0 ? "1 head" : k === 4 ? "5 tail" : `${k + 1}`;
-    const at = label + k * Math.min(64, room / 5);
+    const at = (room > 300 ? label : 0) + k * Math.min(64, width / 5);
     return svg("g", {}, svg("rect", { x: at, y: 2, width: 12, height: 12, style: `fill: var(--tier${k + 1})` }), text(at + 16, 12, name));
   });
   const bars = rows.map((row) => {
@@ -193,10 +202,10 @@ function drawCurve(node, width, curve) {
   const last = Math.max(...points.map((p) => p[0]));
   const x = scale(Math.min(...points.map((p) => p[0])), last, left + 6, right - 6);
   const y = scale(low - pad, high + pad, bottom, top);
-  const across = ticks(1, last, Math.max(2, Math.min(last, Math.floor(width / 55)))).found.filter(Number.isInteger);
+  const across = last > 1 ? ticks(1, last, Math.max(2, Math.min(last, Math.floor(width / 55)))).found : [1];
   const grid = [
     ...up.found.flatMap((v) => [line(left, y(v), right, y(v), "gridline"), text(left - 6, y(v) + 4, up.label(v), { "text-anchor": "end" })]),
-    ...across.map((v) => text(x(v), bottom + 17, `${v}`, { "text-anchor": "middle" })),
+    ...across.filter(Number.isInteger).map((v) => text(x(v), bottom + 17, `${v}`, { "text-anchor": "middle" })),
   ];
   const drawn = names.map((name) => {
     const series = curve.series[name];
@@ -256,7 +265,7 @@ function drawTimeline(node, width) {
   const months = monthTicks(time.from, end, Math.max(2, Math.floor(width / 90)));
   const grid = [
     ...up.found.flatMap((v) => [line(left, y(v), right, y(v), "gridline"), text(left - 6, y(v) + 4, count(Math.round(v)), { "text-anchor": "end" })]),
-    ...months.flatMap((m) => [line(x(m.at), bottom, x(m.at), bottom + 4, "axis"), text(x(m.at), bottom + 17, m.name, { "text-anchor": "middle" })]),
+    ...months.flatMap((m) => [line(x(m.at), bottom, x(m.at), bottom + 4, "axis"), text(x(m.at), bottom + 17, m.name, { "text-anchor": x(m.at) > right - 24 ? "end" : "middle" })]),
   ];
   drawing(node, width, height, ...shades, ...grid, ...bars, ...heads);
 }

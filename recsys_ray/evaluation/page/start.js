@@ -4,7 +4,7 @@
 function choice(node, options, current, set) {
   if (!node) return;
   const buttons = options.map(([value, name]) => {
-    const button = element("button", { type: "button", "aria-pressed": value === current() }, name);
+    const button = element("button", { type: "button", "aria-pressed": String(value === current()) }, name);
     button.addEventListener("click", () => {
       set(value);
       buttons.forEach((other, k) => other.setAttribute("aria-pressed", options[k][0] === current()));
@@ -83,11 +83,13 @@ function startNavigation() {
 
 startTheme();
 startNavigation();
-if (ROWS.length) {
-  startControls();
-  makeSortable(byId("models"));
+if (byId("all")) {
   makeSortable(byId("all"));
   byId("filter").addEventListener("input", filterAll);
+}
+if (byId("models")) {
+  startControls();
+  makeSortable(byId("models"));
   updateModels();
   chart("differences", drawDifferences);
   chart("by-type", drawByType);
@@ -98,7 +100,7 @@ if (ROWS.length) {
 }
 for (const curve of DATA.curves) {
   const node = element("div", { class: "chart", "data-title": `${curve.model}: ${curve.title}` });
-  const head = element("figcaption", {}, element("strong", {}, curve.model), curve.title.replaceAll("_", " "));
+  const head = element("figcaption", {}, element("strong", {}, curve.model), curve.title);
   byId("curves").append(element("figure", {}, head, node));
   chart(node, (target, width) => drawCurve(target, width, curve));
 }

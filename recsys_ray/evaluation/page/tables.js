@@ -79,6 +79,7 @@ function axisOf(high, marks) {
 // What a cell sorts by: a number if it begins with one.
 function sortKey(cell) {
   const content = cell.textContent.trim();
+  if (cell.tagName === "TH") return content.toLowerCase(); // a name may begin with a digit
   const number = Number.parseFloat(content.replace(/[,%]/g, ""));
   return Number.isNaN(number) ? (content === "-" ? -Infinity : content.toLowerCase()) : number;
 }
