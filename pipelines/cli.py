@@ -141,6 +141,20 @@ def check_leaks(
     check(_config(config, overrides), Progress(), sample)
 
 
+@app.command(rich_help_panel="Start here")
+def report(
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The page; default: `report.html` in the run's folder.")
+    ] = None,
+) -> None:
+    """Draw the report again from what a finished run left, with the cost of every stage; nothing is computed."""
+    from pipelines.run import draw_report
+
+    Progress().say(f"report: {draw_report(_config(config, overrides), out)}")
+
+
 @app.command(rich_help_panel="Ask and serve")
 def recommend(
     bundle: BundlePath,

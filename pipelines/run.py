@@ -16,6 +16,7 @@ from rich.console import Console
 
 from pipelines import evaluate, featurize, graph, hgnn, index, ingest, two_tower
 from pipelines.stage import Runner, Stage
+from recsys_ray.artifacts import open_artifact
 from recsys_ray.config import Config
 from recsys_ray.progress import Progress
 from recsys_ray.retrieval.recommender import Recommender
@@ -59,6 +60,21 @@ def show_table(config: Config) -> None:
 
     metrics = json.loads((Path(config.run_dir) / "evaluation" / "metrics.json").read_text(encoding="utf-8"))
     print_table(metrics, Console(highlight=False))
+
+
+def draw_report(config: Config, out: Path | None = None) -> Path:
+    """Write the page from a finished evaluation; returns where it is. The stage's own page stays as it was published.
+
+    Raises:
+        ArtifactError: there is no finished evaluation.
+    """
+    from recsys_ray.evaluation.report import write_report
+
+    run_dir = Path(config.run_dir)
+    evaluation = open_artifact(run_dir / STAGES["evaluate"].folder).path
+    path = out or run_dir / "report.html"
+    write_report(path, json.loads((evaluation / "metrics.json").read_text(encoding="utf-8")), config, run_dir)
+    return path
 
 
 def show_user(recommender: Recommender, user_id: str, console: Console, k: int = 10) -> None:

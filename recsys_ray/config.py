@@ -212,6 +212,8 @@ class EvaluateConfig(Section):
     trial_seconds: float | None = Field(None, gt=0, description="stop a longer trial of a baseline; default: none")
     fit_users: Positive = Field(1_000_000, description="baselines are fitted to a seeded sample of this many users")
     ease_items: Positive = Field(20_000, description="EASE^R knows this many items at once: 6 bytes x items^2")
+    examples: int = Field(12, ge=0, description="users whose history and lists the report shows; 0: none")
+    map_items: int = Field(2400, ge=0, description="items on the report's map of the embeddings, a sample; 0: no map")
 
 
 class ProbeConfig(Section):

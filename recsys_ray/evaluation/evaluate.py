@@ -23,7 +23,9 @@ from recsys_ray.artifacts import fingerprint, load_arrays, save_arrays, write_js
 from recsys_ray.config import Config
 from recsys_ray.evaluation.baselines import Baseline, chosen_baselines
 from recsys_ray.evaluation.baselines.towers import ORACLE, Tower, TowerScorer, read_oracle
+from recsys_ray.evaluation.embedding_map import MAP, draw_map, item_spaces, sample_items
 from recsys_ray.evaluation.fitting import Job, fit_for_test, prepare_validation
+from recsys_ray.evaluation.gallery import write_gallery
 from recsys_ray.evaluation.recommenders import Recommender, rank_queries
 from recsys_ray.evaluation.segments import ItemFacts, Queries, segment_queries, segment_truths
 from recsys_ray.evaluation.shards import (
@@ -51,8 +53,10 @@ def evaluate(
     progress: Progress,
     cpus: int,
     run_dir: Path | None = None,
+    spent: Callable[[], tuple[float, float]] | None = None,
 ) -> dict[str, Any]:
-    """Compare all recommenders on the test period; write ``metrics.json``, ``tuning.json`` and ``report.html``.
+    """Compare all recommenders on the test period; write ``metrics.json``, ``tuning.json``, ``report.html`` and what
+    the page shows beside the figures (``examples.json``, ``popularity.json``, ``map.json``) into ``out``.
 
     Args:
         towers: two-tower models by the name that they get in the table, in the table's order.
@@ -60,6 +64,7 @@ def evaluate(
         cpus: tasks at once, one thread each; and threads of a baseline's fit.
         run_dir: where the report finds the other stages' facts, and where what baselines need long for is kept
             (``cache/evaluation``); default: beside ``ingest_dir``.
+        spent: tells the seconds and the peak memory in MB of this stage so far, for the report.
 
     Returns:
         Counts for the manifest.
@@ -110,7 +115,13 @@ def evaluate(
     rows = summarise(setting, shards, survey, list(models), config.evaluate.bootstrap, oracle)
     write_json(Path(out) / "metrics.json", rows)
     write_json(Path(out) / "tuning.json", {name: found.as_record() for name, found in tuned.items()})
-    write_report(Path(out) / "report.html", rows, config, run_dir, {name: t.note for name, t in tuned.items()})
+    write_gallery(setting, shards, survey, rows, config.evaluate.examples, Path(out))
+    gids = sample_items(setting.catalogue, config.evaluate.map_items, setting.seed)
+    with progress.task("map of the items", total=1) as task:
+        spaces = item_spaces(gids, setting.catalogue.items, Path(featurize_dir), hgnn_dir, towers)
+        alone(draw_map, setting, survey.facts, gids, spaces, Path(out).resolve() / MAP, cpus=1)
+        task.advance()
+    write_report(Path(out) / "report.html", rows, config, run_dir, Path(out), spent)
     if not rows:
         progress.say(
             "    nothing to evaluate: no user has a positive event on an item that was new to the user in the test "
@@ -200,5 +211,6 @@ def _rank_shard(
         "hit_rank": found.hit_rank.astype(np.int16),
         "hit_truth": found.hit_truth.astype(np.int32),
         "covered": np.packbits(found.covered, axis=1),
+        "heads": found.heads,
     }
     save_arrays(part_of(setting, name, shard), arrays)

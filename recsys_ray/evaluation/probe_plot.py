@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from recsys_ray.evaluation.plots import PALETTE
 from recsys_ray.evaluation.similar import CUTOFFS
+from recsys_ray.palette import PALETTE
 
 _KINDS = ("text", "hgnn", "tower", "text+hgnn")  # always in the same colour
 _WIDTH = 0.2  # of a bar; groups are one apart

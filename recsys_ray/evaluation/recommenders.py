@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from recsys_ray.evaluation.metrics import DEPTH, find_hits
+from recsys_ray.evaluation.metrics import CUTOFF, DEPTH, find_hits
 from recsys_ray.evaluation.segments import SEGMENTS, Catalogue, Events, Queries
 
 if TYPE_CHECKING:
@@ -199,6 +199,9 @@ class Ranked:
     hit_rank: np.ndarray  # int64 [hits], from 0
     hit_truth: np.ndarray  # int64 [hits], number of the truth
     covered: np.ndarray  # bool [segments, items]: recommended to anyone in the segment
+    heads: np.ndarray = field(  # int32 [queries, CUTOFF]: the first places of each list, -1 where it is shorter
+        default_factory=lambda: np.zeros((0, CUTOFF), dtype=np.int32), repr=False
+    )
 
 
 def rank_queries(
@@ -219,6 +222,7 @@ def rank_queries(
         batch_size: queries ranked at once.
     """
     covered = np.zeros((len(SEGMENTS), catalogue.items), dtype=bool)
+    heads = np.full((len(queries), CUTOFF), -1, dtype=np.int32)
     found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     everyone = np.unique(queries.uid)
     for item_type in range(len(catalogue.types)):
@@ -230,6 +234,7 @@ def rank_queries(
             truths = np.flatnonzero(np.isin(queries.truth_query, chosen))
             row, item = np.searchsorted(chosen, queries.truth_query[truths]), queries.truth_item[truths]
             ranked = rank(recommender, batch_of(uids, history, table), catalogue, item_type, always=(row, item))
+            heads[chosen] = ranked[:, :CUTOFF]
             for column in range(len(SEGMENTS)):
                 shown = ranked[member[chosen, column]]
                 covered[column, shown[shown >= 0]] = True
@@ -239,7 +244,7 @@ def rank_queries(
         np.concatenate([part[k] for part in found]) if found else np.zeros(0, dtype=np.int64) for k in range(3)
     )
     order = np.lexsort((hit_rank, hit_query))
-    return Ranked(hit_query[order], hit_rank[order], hit_truth[order], covered)
+    return Ranked(hit_query[order], hit_rank[order], hit_truth[order], covered, heads)
 
 
 def as_tensor(array: np.ndarray) -> Tensor:

@@ -59,7 +59,8 @@ class Tuned:
     def as_record(self) -> dict[str, Any]:
         """For tuning.json."""
         best = self.best
-        return {"params": self.params, "hr_at_10": best["hr_at_10"] if best else None, "trials": self.trials}
+        hit = best["hr_at_10"] if best else None
+        return {"params": self.params, "hr_at_10": hit, "note": self.note, "trials": self.trials}
 
     @property
     def note(self) -> str:

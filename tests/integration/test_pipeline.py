@@ -105,6 +105,16 @@ def test_the_second_run_skips_every_stage(undisturbed):
     assert before == {name: (run / s.folder / "manifest.json").stat().st_mtime_ns for name, s in STAGES.items()}
 
 
+def test_the_report_is_drawn_again_from_what_there_is(undisturbed, tmp_path):
+    run, config, _ = undisturbed
+    before = (run / "evaluation" / "report.html").stat().st_mtime_ns
+    assert main(["report", "--config", str(config), "--out", str(tmp_path / "page.html")]) is None
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    for shown in ("Map of the items", "Users and their lists", "Learning curves", "evaluation</th>"):
+        assert shown in page
+    assert (run / "evaluation" / "report.html").stat().st_mtime_ns == before
+
+
 def test_an_answer_over_http_has_nothing_that_the_user_has_seen(undisturbed, tmp_path):
     run, _, _ = undisturbed
     user, seen = seen_by_the_busiest(run)
