@@ -36,6 +36,7 @@ Overrides = Annotated[
     typer.Option("--set", "-s", metavar="NAME=VALUE", help="Override a field, e.g. `--set hgnn.epochs=3`. Repeatable."),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Run even where the output is up to date.")]
+Seeds = Annotated[int, typer.Option("--seeds", min=1, help="Training seeds: the configured one and those after it.")]
 BundlePath = Annotated[str, typer.Option("--bundle", "-b", help="A bundle folder, or a run's `bundles/current`.")]
 
 
@@ -73,14 +74,20 @@ def _plain(spec: Any) -> Any:
 
 
 @app.command(rich_help_panel="Start here")
-def run(config: ConfigPath = None, overrides: Overrides = None, force: Force = False) -> None:
+def run(config: ConfigPath = None, overrides: Overrides = None, force: Force = False, seeds: Seeds = 1) -> None:
     """Run all stages, skipping those that are up to date, and show what came out.
 
-    Killed at any moment, it goes on at the last finished stage or epoch when it is started again.
+    Killed at any moment, it goes on at the last finished stage or epoch when it is started again. With several seeds
+    the table is their mean, and its intervals cover users and seeds; the bundle is the first seed's.
     """
-    from pipelines.run import run_all
+    from pipelines.run import run_all, show_results
+    from pipelines.variants import run_seeds
 
-    run_all(_config(config, overrides), Progress(), force)
+    if seeds == 1:
+        run_all(_config(config, overrides), Progress(), force)
+    else:
+        run_seeds(_config(config, overrides), seeds, Progress(), force)
+        show_results(_config(config, overrides))
 
 
 def _add_stage(name: str, summary: str) -> None:

@@ -23,6 +23,7 @@ def _settings(config: Config) -> dict[str, Any]:
         "window_days": config.graph.window_days,
         "history": config.two_tower.history,
         "seed": config.seed,
+        "data_seed": config.data_seed,
     }
 
 

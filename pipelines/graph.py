@@ -10,7 +10,7 @@ from recsys_ray.graph.build import build_graph
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    return {"graph": config.graph.model_dump(), "edges": config.events.edges, "seed": config.seed}
+    return {"graph": config.graph.model_dump(), "edges": config.events.edges, "seed": config.data_seed}
 
 
 def _run(context: Context) -> dict[str, Any]:

@@ -27,8 +27,9 @@ from recsys_ray.config import Config
 from recsys_ray.errors import ArtifactError, DataError, UserError
 from recsys_ray.evaluation import baselines
 from recsys_ray.evaluation.baselines import TowerScorer
+from recsys_ray.evaluation.hits import DIFFERENCES, HITS, MAIN, against_all
 from recsys_ray.evaluation.metrics import score_queries
-from recsys_ray.evaluation.recommenders import Recommender, batch_of, rank_queries
+from recsys_ray.evaluation.recommenders import Recommender, Stranger, batch_of, rank_queries, stranger_name
 from recsys_ray.evaluation.segments import (
     SEGMENTS,
     Events,
@@ -104,8 +105,11 @@ def evaluate(
             for _ in _in_parallel(jobs, cpus):
                 task.advance(detail=name)
     oracle = _read_oracle(Path(config.data.oracle), setting) if config.data.oracle else None
-    rows = summarise(setting, shards, survey, list(models), config.evaluate.bootstrap, oracle)
+    rows, hits = summarise(setting, shards, survey, list(models), config.evaluate.bootstrap, oracle)
     write_json(Path(out) / "metrics.json", rows)
+    hits.save(Path(out) / HITS)
+    differences = against_all([hits], MAIN, config.evaluate.bootstrap, setting.seed)
+    write_json(Path(out) / DIFFERENCES, differences)
     write_report(Path(out) / "report.html", rows, config, run_dir or setting.ingest.parent)
     if not rows:
         progress.say(
@@ -214,9 +218,18 @@ def _models(
         models["hgnn"] = graph
     for name, tower in towers.items():
         models[name] = partial(baselines.Tower, name, tower)
+    for days, count in survey.windows.items():
+        models[f"popularity_{days}"] = partial(baselines.Popularity, count, f"popularity_{days}")
+    if config.evaluate.strangers:
+        personal = {name: build for name, build in models.items() if not name.startswith("popularity")}
+        models |= {stranger_name(name): partial(_as_stranger, build) for name, build in personal.items()}
     if config.data.oracle:
         models[ORACLE] = lambda: _read_oracle(Path(config.data.oracle or ""), setting)
     return models
+
+
+def _as_stranger(build: Callable[[], Recommender]) -> Recommender:
+    return Stranger(build())
 
 
 def _embeddings(hgnn: Path, setting: Setting) -> np.ndarray:

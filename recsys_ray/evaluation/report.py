@@ -60,7 +60,8 @@ def print_table(metrics: Sequence[Row], console: Console) -> None:
         return
     main = _select(metrics, item_type="all", segment=_main_segment(metrics))
     with_oracle = any(row.get("share_of_oracle") is not None for row in metrics)
-    title = f"{SEGMENT_NAMES[_main_segment(metrics)].capitalize()}, all item types ({main[0]['users']:,} users)"
+    of = f"{main[0]['users']:,} users{_seeds(main[0])}"
+    title = f"{SEGMENT_NAMES[_main_segment(metrics)].capitalize()}, all item types ({of})"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
     for name in ("model", "HR@10", "95 % interval", "NDCG@10", "MRR", "cov.@100"):
         table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
@@ -95,6 +96,10 @@ def _small_table(
     for name in names:
         table.add_row(_plain(name), *(value.get((model, name), "-") for model in models))
     console.print(table)
+
+
+def _seeds(row: Row) -> str:
+    return f", mean of {len(row['seeds'])} seeds" if row.get("seeds") else ""
 
 
 def _short(model: str) -> str:

@@ -39,6 +39,8 @@ class Setting:
     batch_size: int
     limit: int  # latest items of a user that the baselines look at
     seed: int
+    data_seed: int
+    windows: tuple[int, ...] = ()  # days of further popularity windows
 
 
 def prepare(config: Config, ingest: Path, out: Path) -> Setting:
@@ -69,6 +71,8 @@ def prepare(config: Config, ingest: Path, out: Path) -> Setting:
         batch_size=config.evaluate.batch_size,
         limit=config.graph.max_history,
         seed=config.seed,
+        data_seed=config.data_seed,
+        windows=tuple(config.evaluate.popularity_days),
     )
 
 
@@ -103,6 +107,9 @@ def survey_shard(setting: Setting, shard: Path) -> None:
         "trained": np.bincount(events.gid[events.timestamp < setting.valid_from], minlength=items),
         "liked": np.bincount(liked, minlength=items),
     }
+    for days in setting.windows:
+        inside = positive & (events.timestamp >= setting.test_from - days * DAY)
+        arrays[f"recent_{days}"] = np.bincount(events.gid[inside], minlength=items)
     save_arrays(target, {**arrays, **queries.as_arrays()})
 
 
@@ -127,11 +134,13 @@ class Survey:
     facts: ItemFacts
     recent: np.ndarray  # int64 [items]: positive events in the popularity window
     liked: np.ndarray  # int64 [items]: users with the item among their latest
+    windows: dict[int, np.ndarray]  # days -> int64 [items]: positive events in a further popularity window
 
 
 def merge_survey(setting: Setting, shards: list[Path], max_users: int | None) -> Survey:
     """Add the surveys up; keep a seeded sample of ``max_users`` users that have queries."""
-    totals = {name: np.zeros(setting.catalogue.items, np.int64) for name in ("positives", "recent", "trained", "liked")}
+    names = ("positives", "recent", "trained", "liked", *(f"recent_{days}" for days in setting.windows))
+    totals = {name: np.zeros(setting.catalogue.items, np.int64) for name in names}
     found: dict[Path, Queries] = {}
     for shard in shards:
         arrays = load_arrays(part_of(setting, "survey", shard))
@@ -140,7 +149,7 @@ def merge_survey(setting: Setting, shards: list[Path], max_users: int | None) ->
         found[shard] = Queries.from_arrays(arrays)
     everyone = np.concatenate([np.unique(q.uid) for q in found.values()]) if found else np.zeros(0, np.int64)
     if max_users is not None and max_users < len(everyone):
-        everyone = np.random.default_rng(setting.seed).choice(everyone, max_users, replace=False)
+        everyone = np.random.default_rng(setting.data_seed).choice(everyone, max_users, replace=False)
     users, query_offset, truth_offset, parts = {}, {}, {}, []
     queries = truths = 0
     for shard, part in found.items():
@@ -152,4 +161,5 @@ def merge_survey(setting: Setting, shards: list[Path], max_users: int | None) ->
         queries, truths = queries + len(kept), truths + len(kept.truth_item)
     merged = Queries.from_arrays({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
     facts = ItemFacts(totals["trained"] == 0, popularity_tiers(totals["positives"], setting.catalogue))
-    return Survey(merged, users, query_offset, truth_offset, facts, totals["recent"], totals["liked"])
+    windows = {days: totals[f"recent_{days}"] for days in setting.windows}
+    return Survey(merged, users, query_offset, truth_offset, facts, totals["recent"], totals["liked"], windows)

@@ -66,6 +66,6 @@ def _partition(
     shutil.rmtree((out / GRAPH_JSON).parent, ignore_errors=True)
     files = [(snapshot.index, out / "edges" / f"{snapshot.name}.parquet") for snapshot in snapshots]
     with progress.task(f"cutting the graph into {parts} partition(s)", parts, "partitions") as shown:
-        cut = partition_graph(files, ntype, featurize_dir / "text.safetensors", out, parts, config.seed)
+        cut = partition_graph(files, ntype, featurize_dir / "text.safetensors", out, parts, config.data_seed)
         shown.update(parts)
     return cut
