@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from rich.console import Console
 from recsys_ray.config import Config, load_config
 from recsys_ray.errors import UserError
 from recsys_ray.progress import Progress
+from recsys_ray.studies import NAMES
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -108,6 +110,47 @@ for _name, _summary in {
     "evaluate": "Rank the test period with every recommender; writes metrics.json and report.html.",
 }.items():
     _add_stage(_name, _summary)
+
+
+@app.command(rich_help_panel="Measure and tune")
+def study(
+    name: Annotated[str, typer.Argument(help=", ".join(f"**{name}**" for name in NAMES))],
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    seeds: Seeds = 1,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for page, plot and figures.")] = Path("docs/studies"),
+) -> None:
+    """Measure a claim of the papers on your data: variants of the configuration, compared on the same queries.
+
+    Killed at any moment, it goes on where it was when it is started again. Variants lie below `run_dir/variants`.
+    """
+    from pipelines.study import run_study
+
+    words = ["recsys-ray", "study", name, *(["--config", str(config)] if config else [])]
+    words += [word for override in overrides or [] for word in ("--set", override)]
+    words += ["--seeds", str(seeds)] if seeds > 1 else []
+    for line in run_study(name, _config(config, overrides), seeds, out, shlex.join(words), Progress()):
+        print(line)
+
+
+@app.command(rich_help_panel="Measure and tune")
+def tune(
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    trials: Annotated[int, typer.Option(min=1, help="Finished trials in all, those of earlier runs included.")] = 30,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The preset to write.")] = Path("configs/tuned.yaml"),
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="FIELD", help="Only fields that begin so, e.g. `two_tower`. Repeatable.")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the trials of earlier runs.")] = True,
+) -> None:
+    """Search for better settings with Ray Tune, by the validation period alone, and write them as a preset.
+
+    Killed at any moment, it goes on where it was when it is started again.
+    """
+    from pipelines.tune import tune as search
+
+    search(_config(config, overrides), trials, out, only or [], Progress(), fresh=not resume)
 
 
 @app.command(rich_help_panel="Ask and serve")

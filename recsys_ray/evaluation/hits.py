@@ -89,8 +89,7 @@ class Hits:
 
     def hit_in(self, model: str, segments: Sequence[str]) -> np.ndarray:
         """bool [queries]: a truth of any of these segments is among the model's first ten."""
-        hit: np.ndarray = self.hit[model][_columns(segments)].any(axis=0)
-        return hit
+        return np.asarray(self.hit[model][_columns(segments)].any(axis=0))
 
 
 def _columns(segments: Sequence[str]) -> list[int]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 CUTOFF = 10  # of HR and NDCG
 DEPTH = 100  # of MRR and coverage: length of a ranking
@@ -125,5 +125,5 @@ def pooled_interval(
         return low, high
     means = values.mean(axis=1)
     mean = float(means.mean())
-    spread = float(means.std(ddof=1)) / np.sqrt(seeds) * float(student.ppf((1 + level) / 2, seeds - 1))
+    spread = float(means.std(ddof=1)) / np.sqrt(seeds) * float(stdtrit(seeds - 1, (1 + level) / 2))
     return mean - float(np.hypot(max(mean - low, 0.0), spread)), mean + float(np.hypot(max(high - mean, 0.0), spread))
