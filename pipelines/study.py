@@ -39,6 +39,8 @@ def run_study(name: str, config: Config, seeds: int, out: Path, command: str, pr
     if name not in STUDIES:
         raise UserError(f"there is no study {name!r}; there are {', '.join(STUDIES)}")
     study = STUDIES[name]
+    if study.needs_dates and config.split.protocol != "time":
+        raise UserError(f"the study {name} needs dates, which split.protocol={config.split.protocol} does not have")
     with Runner(config, STAGES, progress) as runner:
         ingest = runner.chain(["ingest"])["ingest"]
     facts = Facts(config, ingest.counts)

@@ -46,6 +46,9 @@ class DataConfig(Section):
     now: Moment = Field(None, description="rows later than this moment are from the future; default: the clock")
     max_bad_share: Share = Field(0.05, description="stop when a larger share of a table's rows is quarantined")
     shards: Positive = Field(8, description="user shards that interactions are split into; raise it with the data")
+    item_types: list[str] | None = Field(
+        None, min_length=1, description="only items of these types and their interactions; default: all"
+    )
 
 
 class EventsConfig(Section):
@@ -60,8 +63,10 @@ class EventsConfig(Section):
 
 
 class SplitConfig(Section):
-    """One global split by time: training < valid_from <= validation < test_from <= test."""
+    """time: one global split, training < valid_from <= validation < test_from <= test. leave_one_out: each user's last
+    new positive item is the test, the one before it validation."""
 
+    protocol: Literal["time", "leave_one_out"] = "time"
     test_from: Moment = Field(None, description="first moment of the test period; default: test_days before the end")
     valid_from: Moment = Field(None, description="first moment of validation; default: valid_days before test_from")
     test_days: Positive = 14
@@ -91,8 +96,14 @@ class GraphConfig(Section):
         description="example: a training example sees only graphs and history from before it (several snapshots); "
         "window: the paper's way, one window for features and targets",
     )
-    cuts: Positive = Field(5, description="training snapshots; each serves the examples up to the next one")
-    first_cut: Share = Field(0.2, description="share of training events before the first cut: they only make graphs")
+    cuts: Positive = Field(
+        5,
+        description="training snapshots; each serves the examples up to the next one (leave_one_out: folds of users; "
+        "each snapshot leaves one out and serves its examples)",
+    )
+    first_cut: Share = Field(
+        0.2, description="share of training events before the first cut: they only make graphs (not in leave_one_out)"
+    )
     relations: Literal["all", "same_type", "cross_type"] | list[tuple[str, str]] = Field(
         "all", description="pairs of item types that make edges: all, same_type, cross_type, or a list of pairs"
     )
@@ -204,7 +215,21 @@ class Config(Section):
             raise ValueError("an event cannot be both in events.positives and in events.weak")
         if self.split.valid_from and self.split.test_from and self.split.valid_from >= self.split.test_from:
             raise ValueError("split.valid_from must be before split.test_from")
+        if self.split.protocol == "leave_one_out":
+            self._leave_one_out_fits()
         return self
+
+    def _leave_one_out_fits(self) -> None:
+        """Each user has an own order of events and there are no days: what counts in days has no meaning."""
+        protocol = "split.protocol=leave_one_out"
+        if self.graph.window_days is not None:
+            raise ValueError(f"{protocol} has no days that a window could reach back: set graph.window_days=null")
+        if self.split.valid_from or self.split.test_from:
+            raise ValueError(f"{protocol} has no dates: leave split.valid_from and split.test_from out")
+        if self.graph.features_as_of == "example" and self.graph.cuts < 2:
+            raise ValueError(f"{protocol} leaves one of graph.cuts folds of users out of each graph: set at least 2")
+        if self.data.oracle:
+            raise ValueError(f"{protocol}: data.oracle ranks for the test period of the time split; set it to null")
 
 
 def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Config:

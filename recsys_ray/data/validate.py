@@ -58,11 +58,14 @@ class Checked:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """What interactions are checked against: item_id (string), ntype (int16) by gid, and the types' names."""
+    """What interactions are checked against: item_id (string), ntype (int16) by gid, and the types' names.
+
+    ``others``: ids of items that were left out on purpose; their interactions are, too."""
 
     item_ids: pa.Array
     ntypes: np.ndarray
     type_names: Sequence[str]
+    others: pa.Array = field(default_factory=lambda: pa.array([], pa.string()))
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,9 @@ def check_interactions(batch: Batch, file: str, catalogue: Catalogue, rules: Eve
     """Interactions: the good ones come back as user_id (string), gid (int32), event (int8), timestamp (int64), row."""
     events = convert(_column(batch, "event"), "text", len(batch.table)).values
     ignored = pc.is_in(events, pa.array(rules.ignored, pa.string())).to_numpy(zero_copy_only=False)
+    if len(catalogue.others):
+        items = convert(_column(batch, "item_id"), "id", len(batch.table)).values
+        ignored = ignored | pc.is_in(items, catalogue.others).to_numpy(zero_copy_only=False)
     skipped = int(ignored.sum())
     if skipped:
         keep = pa.array(~ignored)

@@ -19,6 +19,7 @@ from recsys_ray.artifacts import load_arrays, save_arrays
 from recsys_ray.errors import ArtifactError
 from recsys_ray.evaluation.metrics import pooled_interval
 from recsys_ray.evaluation.segments import SEGMENTS, Queries
+from recsys_ray.hashing import splitmix64
 
 HITS = "hits.safetensors"
 DIFFERENCES = "differences.json"
@@ -45,7 +46,7 @@ class Hits:
     def of(cls, queries: Queries, types: tuple[str, ...], member: np.ndarray) -> Hits:
         """No model yet. ``member``: bool [segments, queries]."""
         hashes = np.zeros(len(queries), np.uint64)
-        np.add.at(hashes, queries.truth_query, _mix(queries.truth_item.astype(np.uint64)))
+        np.add.at(hashes, queries.truth_query, splitmix64(queries.truth_item, 0))
         return cls(types, queries.uid, queries.item_type, hashes, member)
 
     def save(self, path: Path) -> None:
@@ -94,15 +95,6 @@ class Hits:
 
 def _columns(segments: Sequence[str]) -> list[int]:
     return [SEGMENTS.index(name) for name in segments]
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """A well-mixed uint64 of each number (splitmix64)."""
-    with np.errstate(over="ignore"):
-        x = (x + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
 
 
 def pool(

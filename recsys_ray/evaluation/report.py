@@ -17,6 +17,7 @@ from rich.table import Table
 
 from recsys_ray.artifacts import software
 from recsys_ray.config import Config
+from recsys_ray.data.split import is_leave_one_out
 from recsys_ray.evaluation import plots
 from recsys_ray.evaluation.segments import TIERS
 
@@ -234,11 +235,11 @@ def _facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What was read, from the counts of the ingest stage."""
     counts = manifest.get("counts", {})
     facts: list[tuple[str, str]] = []
-    for name in ("valid_from", "test_from", "end"):
+    for name in ("last_event",) if is_leave_one_out(counts) else ("valid_from", "test_from", "end"):
         if name in counts:
             facts.append((name, datetime.fromtimestamp(counts[name], UTC).strftime("%Y-%m-%d %H:%M UTC")))
     for name, value in counts.items():
-        if name in ("valid_from", "test_from", "end", "days", "languages", "countries", "categories"):
+        if name in ("valid_from", "test_from", "end", "last_event", "days", "languages", "countries", "categories"):
             continue
         facts += _flatten(name, value)
     return facts

@@ -40,7 +40,7 @@ def build_graph(
     parts = config.graph.partitions or num_hosts
     if len(ntype) < parts:
         raise DataError(f"{len(ntype)} items cannot be cut into {parts} partitions; lower graph.partitions")
-    snapshots = plan_snapshots(config.graph, counts)
+    snapshots = plan_snapshots(config.graph, counts, config.data_seed)
     edges = build_edges(config, ingest_dir, snapshots, ntype, len(counts["item_types"]), out / "edges", progress)
     write_activity(config, ingest_dir, snapshots, out, progress)
     cut = _partition(config, snapshots, ntype, featurize_dir, out, parts, progress)

@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def _count(
     scratch: Path,
     progress: Progress,
 ) -> None:
-    windows = {s.name: Window(s.start, s.time) for s in snapshots}
+    windows = {s.name: Window(s.start, s.time, s.without) for s in snapshots}
     work = [
         (shard, scratch / shard.stem, windows, codes, bounds, config.graph.max_history)
         for shard in shards
@@ -244,8 +245,8 @@ def _relation_counts(path: Path, ntype: np.ndarray, num_types: int) -> dict[str,
     return {f"t{k // num_types}_t{k % num_types}": int(n) for k, n in enumerate(totals) if n}
 
 
-def _described(windows: dict[str, Window]) -> dict[str, list[int]]:
-    return {name: [window.start, window.time] for name, window in sorted(windows.items())}
+def _described(windows: dict[str, Window]) -> dict[str, dict[str, Any]]:
+    return {name: asdict(window) for name, window in sorted(windows.items())}
 
 
 def _is_done(folder: Path, windows: dict[str, Window]) -> bool:

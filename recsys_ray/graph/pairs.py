@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from recsys_ray.errors import ConfigError
+from recsys_ray.hashing import splitmix64
+from recsys_ray.snapshots import Fold
 
 PAIRS_AT_ONCE = 2_000_000  # pairs that are expanded and sorted together; 8 bytes each, a few times over
 HOLD = 12_000_000  # counted pairs that one task holds before it writes them out, over all windows; 24 bytes each
@@ -19,10 +21,16 @@ HOLD = 12_000_000  # counted pairs that one task holds before it writes them out
 
 @dataclass(frozen=True)
 class Window:
-    """Interactions with ``start <= timestamp < time`` (unix seconds)."""
+    """Interactions with ``start <= timestamp < time``, but none of the users of the fold ``without``."""
 
     start: int
     time: int
+    without: Fold | None = None
+
+    def holds(self, uid: np.ndarray, timestamp: np.ndarray) -> np.ndarray:
+        """bool [n]: which events are inside."""
+        inside = (timestamp >= self.start) & (timestamp < self.time)
+        return inside if self.without is None else inside & ~self.without.has(uid)
 
 
 @dataclass(frozen=True)
@@ -56,12 +64,12 @@ def latest_items(
     """Each user's distinct items inside a window, the ``max_history`` latest of them.
 
     Args:
-        uid, gid, timestamp: events [n], ascending by (uid, timestamp, gid).
+        uid, gid, timestamp: events [n], of each user in the order in which they happened.
 
     Returns:
-        uid, gid and the item's latest timestamp, ascending as above. Of equal times, the larger gid counts as later.
+        uid, gid and the item's latest timestamp, in the order of the events.
     """
-    inside = (timestamp >= window.start) & (timestamp < window.time)
+    inside = window.holds(uid, timestamp)
     uid, gid, timestamp = uid[inside], gid[inside], timestamp[inside]
     if len(uid) == 0:
         return uid, gid, timestamp
@@ -223,10 +231,5 @@ def _best_first(edges: Counted, group: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _hash(src: np.ndarray, dst: np.ndarray, seed: int) -> np.ndarray:
-    """A well-mixed uint64 of each edge (splitmix64)."""
-    with np.errstate(over="ignore"):
-        x = (src.astype(np.uint64) << np.uint64(32)) ^ dst.astype(np.uint64)
-        x = x + np.uint64(seed % 2**63) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
+    """A well-mixed uint64 of each edge."""
+    return splitmix64((src.astype(np.uint64) << np.uint64(32)) ^ dst.astype(np.uint64), seed)

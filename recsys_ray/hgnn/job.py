@@ -24,7 +24,7 @@ from recsys_ray.hgnn.signature import SignedSource, item_signatures
 from recsys_ray.hgnn.training import EdgeTrainer, plan_edges, train_epochs
 from recsys_ray.progress import Progress
 from recsys_ray.ranks import partition_client, place_in_partition, rank_setup, run_ranks, seed_from
-from recsys_ray.snapshots import snapshots_of
+from recsys_ray.snapshots import snapshots_of, training_snapshot
 
 _CHECKPOINT = "checkpoint.safetensors"
 _BEST = "best.safetensors"
@@ -35,7 +35,7 @@ def train_hgnn(
     config: Config, ingest: Artifact, featurize: Artifact, graph: Artifact, out: Path, progress: Progress, cpus: int,
     hosts: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train on the last training cut (or take ``hgnn.weights``), embed all items on all snapshots, into ``out``
+    """Train on the newest training graph (or take ``hgnn.weights``), embed all items on all snapshots, into ``out``
     (docs/architecture.md).
 
     A run that was killed goes on at its last epoch.
@@ -59,7 +59,7 @@ def train_hgnn(
         "text_dim": featurize.counts["text_dim"],
         "snapshots": [(s.name, s.index) for s in snapshots],
         "trained": bool(config.hgnn.weights),
-        "train_on": max(s.index for s in snapshots if s.name.startswith("cut")),
+        "train_on": training_snapshot(snapshots).index,
     }
     with progress.task("training and embedding", unit="steps") as task:
         run_ranks(_train_rank, parameters, workers, per_worker, out / SCRATCH, task)

@@ -43,6 +43,7 @@ from recsys_ray.artifacts import (
     work_folder,
 )
 from recsys_ray.config import Config
+from recsys_ray.data.split import calendar_end
 from recsys_ray.errors import ArtifactError
 from recsys_ray.progress import Progress
 from recsys_ray.retrieval.catalogue import Items, Users, sorted_ids, write_table
@@ -95,7 +96,7 @@ class _Sources:
     def start(self, config: Config) -> int:
         """First moment of the window before the data's end, unix seconds."""
         days = self.spec.get("window_days", config.graph.window_days)
-        return 0 if days is None else int(self.ingest.counts["end"]) - days * _DAY
+        return 0 if days is None else calendar_end(self.ingest.counts) - days * _DAY
 
 
 def bundle_fingerprint(config: Config, prints: Mapping[str, str]) -> str:
@@ -126,7 +127,7 @@ def build_bundle(
     sources = _Sources.open(ingest_dir, featurize_dir, hgnn_dir, two_tower_dir)
     check_metric(sources.spec.get("metric"), two_tower_dir / VARIANT)
     expected = bundle_fingerprint(config, sources.prints)
-    day = datetime.fromtimestamp(sources.ingest.counts["end"] - 1, tz=UTC)
+    day = datetime.fromtimestamp(calendar_end(sources.ingest.counts) - 1, tz=UTC)
     target = out_root / f"{day:%Y%m%d}-{expected[:12]}"
     bundle = find_current(target, expected)
     if bundle is None:
@@ -180,7 +181,7 @@ def _counts(config: Config, sources: _Sources, version: str) -> dict[str, Any]:
         "default_event": default,
         "countries": list(counts.get("countries", [])),
         "taste": dict(counts.get("taste", {})),
-        "end": counts["end"],
+        "end": calendar_end(counts),
         "history": sources.history,
         "window_days": spec.get("window_days", config.graph.window_days),
         "cold_start": bool(spec.get("cold_start", False)),

@@ -97,11 +97,14 @@ class Events:
 
 
 def whole_users(folder: Path, rows: int = 500_000) -> Iterator[Events]:
-    """Events below ``folder``/shard-*.parquet in batches of about ``rows``; no user is cut in two."""
+    """Events below ``folder``/shard-*.parquet at unix seconds, in batches of about ``rows``; no user is cut in two."""
     rest: list[Array] | None = None
     for file in sorted(folder.glob("shard-*.parquet")):
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=rows, columns=_COLUMNS):
-            new = [batch.column(name).to_numpy(zero_copy_only=False).astype(np.int64) for name in _COLUMNS]
+        parquet = pq.ParquetFile(file)
+        real = "happened_at" in parquet.schema_arrow.names  # leave-one-out: ``timestamp`` is a logical time
+        columns = [*_COLUMNS[:-1], "happened_at"] if real else _COLUMNS
+        for batch in parquet.iter_batches(batch_size=rows, columns=columns):
+            new = [batch.column(name).to_numpy(zero_copy_only=False).astype(np.int64) for name in columns]
             now = new if rest is None else [np.concatenate(pair) for pair in zip(rest, new, strict=True)]
             if not len(now[0]):
                 continue

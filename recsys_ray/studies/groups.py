@@ -101,6 +101,7 @@ INCUMBENT_TYPE = Study(
     "its rows.",
     how="A type alone: the interactions of all others are left out, items and users stay.",
     variants=_incumbent_variants,
+    needs_dates=True,
     comparisons=_incumbent_comparisons,
     note=lambda facts: "these data have one item type" if len(facts.types) == 1 else "",
 )
@@ -159,5 +160,6 @@ FOUNDATION_TYPE = Study(
     "is trained again. Where earlier interactions are missing, what a user touched then is not known: such queries "
     "differ from those of full retraining and are not compared.",
     variants=_type_variants,
+    needs_dates=True,
     comparisons=_type_comparisons,
 )

@@ -172,6 +172,7 @@ CADENCE = Study(
     reported="Paper A, section 3.4, suggests it and does not test it.",
     how="The split moves on day by day. The weekly variant embeds the day's graph with the weights of day 0.",
     variants=_cadence_variants,
+    needs_dates=True,
     comparisons=_cadence_comparisons,
 )
 
@@ -193,6 +194,7 @@ WINDOW = Study(
     reported="Paper A uses 90 days for graph, user features and targets, and compares no other window.",
     how="The window counts for the graph, for the users' histories and for the popularity baseline. The queries are "
     "the same.",
+    needs_dates=True,
     variants=lambda facts: [
         Variant(f"window-{_window_name(d)}", "all days" if d is None else f"{d} days",
                 (f"graph.window_days={'null' if d is None else d}",))

@@ -78,6 +78,7 @@ PERMUTATION = Study(
     "the best of popularity over 7, 14, 30, 90 days and the configured window, and with itself asked with another "
     "user's history. A model fails where it is above both. Intervals are wider by Bonferroni's rule.",
     variants=_permutation_variants,
+    needs_dates=True,
     comparisons=_permutation_comparisons,
     judge=_judge,
     every_model=True,

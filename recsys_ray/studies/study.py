@@ -96,6 +96,7 @@ class Study:
     variants: Callable[[Facts], list[Variant]]
     comparisons: Callable[[Facts, Sequence[str]], list[Comparison]]  # facts, the models that were evaluated
     judge: Callable[[Sequence[Outcome], Mapping[str, Result]], list[str]] | None = None  # lines; default: by outcome
+    needs_dates: bool = False  # cannot be made of leave-one-out, whose times are places in a user's order
     every_model: bool = False  # rank with all configured baselines, not with those alone that need no tuning
     how: str = ""  # what a reader must know to read the figures
     note: Callable[[Facts], str] = field(default=lambda facts: "")  # what these data cannot answer

@@ -84,7 +84,7 @@ def _ranges(events: UserEvents, users: np.ndarray, moments: np.ndarray, window: 
 def build_examples(
     events: UserEvents, positives: Sequence[int], snapshots: Sequence[Snapshot], rules: HistoryRules
 ) -> dict[str, np.ndarray]:
-    """Examples of all snapshots that have an interval of them.
+    """Examples of all snapshots that have an interval of them, each with the one snapshot that it may see.
 
     Returns:
         uid int64 [m], target int32 [m], timestamp int64 [m], snapshot int16 [m], history int32 [m, length] (gids,
@@ -95,6 +95,8 @@ def build_examples(
     for each in snapshots:
         if each.examples is not None:
             inside = (events.timestamp[chosen] >= each.examples[0]) & (events.timestamp[chosen] < each.examples[1])
+            if each.without is not None:
+                inside &= each.without.has(events.uid[chosen])
             snapshot[inside] = each.index
     chosen, snapshot = chosen[snapshot != ABSENT], snapshot[snapshot != ABSENT]
     moments = events.timestamp[chosen]

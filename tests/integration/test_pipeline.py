@@ -255,3 +255,32 @@ def test_one_item_type_alone_works(undisturbed, root, data, tmp_path):
     rows = metrics_of(root / "podcasts")
     assert {row["item_type"] for row in rows} <= {"all", "podcast"}
     assert NAMES["hgnn"] in {row["model"] for row in rows}
+
+
+def test_leave_one_out_from_tables_to_answers(undisturbed, root, data):
+    run, _, _ = undisturbed
+    changes = {"split": {"protocol": "leave_one_out"}, "two_tower": {**SMALL["two_tower"], "ablation": False}}
+    changes |= {"data": {**SMALL["data"], "oracle": None, "item_types": ["music", "podcast"]}}
+    config = configure(root, data, "left-out", **changes, graph={"window_days": None}, hgnn={"epochs": 1})
+    shutil.copytree(run / "cache", root / "left-out" / "cache")
+    done = call("run", "--config", config)
+    assert done.returncode == 0, done.stderr[-6000:]
+    out = root / "left-out"
+    events = pl.read_parquet(out / "ingest" / "interactions" / "*.parquet")
+    held_out = events.filter(pl.col("timestamp") == 1)["uid"].n_unique()
+    assert f"leave-one-out: {held_out} of" in done.stderr
+    rows = {(row["model"], row["item_type"], row["segment"]): row for row in metrics_of(out)}
+    for model in ("popularity", "item_knn", "llm_knn", "hgnn", NAMES["hgnn"]):
+        row = rows[model, "all", "all"]
+        assert row["users"] == row["queries"] == held_out == rows[model, "all", "warm"]["users"]
+    assert {item_type for _, item_type, _ in rows} == {"all", "music", "podcast"}
+    snapshots = {s["name"]: s for s in json.loads((out / "graph" / "manifest.json").read_text())["counts"]["snapshots"]}
+    assert list(snapshots) == ["cut0", "cut1", "valid", "test", "serve"]
+    edges = {name: pl.read_parquet(out / "graph" / "edges" / f"{name}.parquet") for name in snapshots}
+    assert 0 < len(edges["cut0"]) < len(edges["valid"]) < len(edges["test"]) < len(edges["serve"])
+    bundle = json.loads((out / "bundles" / "current" / "manifest.json").read_text())["counts"]
+    assert bundle["version"].startswith("2025123")  # the calendar's, not the logical time
+    user, seen = seen_by_the_busiest(out)
+    answer = call("recommend", "--bundle", out / "bundles" / "current", "--user", user, "--json")
+    assert answer.returncode == 0, answer.stderr[-6000:]
+    assert not {item["item_id"] for item in json.loads(answer.stdout)["items"]} & seen

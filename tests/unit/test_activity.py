@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from recsys_ray.graph.activity import COLUMNS, _add, count_shard, describe
-from recsys_ray.snapshots import DAY
+from recsys_ray.snapshots import DAY, Fold
 
 ITEMS, NOW = 6, 500 * DAY
 
@@ -63,3 +63,25 @@ def test_no_event_at_all_makes_zeros(tmp_path):
     table = describe(counts, first, np.zeros(ITEMS, np.int64), NOW)
     assert not table[:, :6].any()
     assert table[:, 6].all()
+
+
+def test_users_of_the_fold_do_not_count(tmp_path):
+    random = np.random.default_rng(3)
+    table = pa.table(
+        {
+            "uid": np.sort(random.integers(0, 40, 300)),
+            "gid": random.integers(0, ITEMS, 300).astype(np.int32),
+            "event": random.integers(0, 2, 300).astype(np.int8),
+            "timestamp": random.integers(-50, 1, 300),
+        }
+    )
+    fold = Fold(1, 3, 0)
+    others = table.filter(pa.array(~fold.has(table["uid"].to_numpy())))
+    assert 0 < len(others) < 300
+    for name, part in (("all", table), ("others", others)):
+        pq.write_table(part, tmp_path / f"{name}.parquet")
+    found = count_shard(tmp_path / "all.parquet", 0, [0], ITEMS, fold)
+    wanted = count_shard(tmp_path / "others.parquet", 0, [0], ITEMS)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert np.array_equal(ours, theirs)
+    assert (found[0][0] == found[0][3]).all()  # logical times: every window holds everything

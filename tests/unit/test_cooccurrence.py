@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from recsys_ray.config import GraphConfig
 from recsys_ray.errors import ConfigError
 from recsys_ray.graph import pairs
-from recsys_ray.graph.cooccurrence import count_shard, reduce_range
+from recsys_ray.graph.cooccurrence import _is_done, count_shard, reduce_range
 from recsys_ray.graph.pairs import Counted, Window, keep_best
+from recsys_ray.snapshots import Fold
 
 WIDE = Window(0, 10_000)
 Event = tuple[int, int, int]  # uid, gid, timestamp
@@ -99,6 +100,36 @@ def test_window_is_half_open(tmp_path: Path) -> None:
     events = [(0, 0, 10), (0, 1, 20), (1, 0, 9), (1, 1, 15), (2, 2, 19), (2, 3, 10)]
     found = sharded(tmp_path, events, 4, {"w": Window(10, 20)})
     assert found["w"] == {(2, 3): 1, (3, 2): 1}
+
+
+@settings(max_examples=40, deadline=None)
+@given(events_of_a_few, st.integers(0, 3))
+def test_a_fold_makes_no_edge_of_the_graph_without_it(
+    tmp_path_factory: pytest.TempPathFactory, events: list[Event], seed: int
+) -> None:
+    folds = {f"cut{k}": Fold(k, 3, seed) for k in range(3)}
+    windows = {name: Window(0, 41, fold) for name, fold in folds.items()}
+    found = sharded(tmp_path_factory.mktemp("folds"), events, 9, windows)
+    for name, fold in folds.items():
+        others = [row for row in events if not fold.has(np.array([row[0]]))[0]]
+        assert found[name] == {edge: support for edge, (support, _) in brute_force(others, WIDE, 100).items()}
+
+
+def test_an_interrupted_count_is_kept_for_the_same_fold_only(tmp_path: Path) -> None:
+    write_shard(tmp_path / "shard-00000.parquet", [(uid, gid, 1) for uid in range(9) for gid in range(3)])
+    windows = [{"w": Window(0, 2, Fold(k, 2, 0))} for k in range(2)]
+    count_shard(tmp_path / "shard-00000.parquet", tmp_path / "s", windows[0], [0], [3], 10)
+    assert [_is_done(tmp_path / "s", each) for each in windows] == [True, False]
+
+
+def test_pairs_of_a_window_without_beginning_are_equally_recent() -> None:
+    """Logical times of leave-one-out: only support and chance may choose among the edges of different users."""
+    uid, gid = np.repeat([0, 1], [2, 1000]), np.r_[0, 1, np.arange(1000)].astype(np.int32)
+    times = np.r_[-1, 1, np.arange(-998, 2)]
+    for items in (1000, 2**22):
+        keys = np.concatenate(list(pairs.pair_keys(uid, gid, times, Window(-(1 << 40), 2), items)))
+        _, _, recency = pairs.count_keys(keys, items)
+        assert len(set(recency.tolist())) == 1
 
 
 def test_only_the_latest_items_of_a_user_make_pairs(tmp_path: Path) -> None:
