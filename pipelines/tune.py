@@ -8,7 +8,6 @@ that was under way is asked for again: its stages go on at their own checkpoints
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import time
@@ -167,7 +166,7 @@ def _search(config: Config, space: list[Dimension], record: Record, count: int, 
                 time_attr="training_iteration",
                 grace_period=_GRACE,
                 min_samples_required=_GRACE,
-                min_time_slice=math.inf,  # never pause a trial for another
+                min_time_slice=10**9,  # never pause a trial for another
             ),
             num_samples=count - len(record.trials),
             max_concurrent_trials=at_once,
@@ -202,8 +201,9 @@ def _optuna(config: Config, space: list[Dimension], record: Record) -> Any:
     )
     search = OptunaSearch(distributions, metric="score", mode="max", points_to_evaluate=first, sampler=sampler)
     for trial in record.trials:
+        failed = trial.score is None
         search.add_evaluated_point(
-            dict(trial.params), trial.score, error=trial.score is None, intermediate_values=list(trial.curve)
+            dict(trial.params), trial.score or 0.0, error=failed, intermediate_values=list(trial.curve)
         )
     return search
 
