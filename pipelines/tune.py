@@ -120,9 +120,8 @@ class Record:
         with (self.folder / _DONE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(vars(trial)) + "\n")
         write_json(self.folder / _RUNNING, [params for params, _ in self.running.values()])
-        if not self.running:
-            for output in _BULKY:
-                _remove(folder_of(self.config, name_of(params)) / output)
+        if not self.running:  # what another trial may be using stays
+            self._make_room()
         best, left = best_of(self.trials), self.count - len(self.trials)
         score = f"failed ({error})" if trial.score is None else f"HR@10 {trial.score:.4f}"
         self.progress.say(
@@ -130,6 +129,14 @@ class Record:
             f"{seconds / 60:.1f} min; best {best.score if best else 0:.4f}; about "
             f"{left * sum(self._spent) / len(self._spent) / 60:,.0f} min left"
         )
+
+    def _make_room(self) -> None:
+        """Remove what finished trials have trained."""
+        for trial in self.trials:
+            folder = folder_of(self.config, name_of(trial.params))
+            for output in _BULKY:
+                for left in [folder / output, *folder.glob(f".{output}.*")]:
+                    _remove(left)
 
 
 def _remove(folder: Path) -> None:

@@ -21,6 +21,7 @@ from recsys_ray.artifacts import Artifact, write_json
 from recsys_ray.errors import DataError
 
 WEEK = 7 * 86_400
+FEW = 200  # rows of one type; a group of fewer is joined with the next week's
 _DONE = "made.json"
 
 
@@ -43,22 +44,38 @@ class TableChange(Protocol):
 
 @dataclass(frozen=True)
 class ShuffledLabels:
-    """Which item a row is about is shuffled among the rows of one item type and one week.
+    """Which item a row is about is shuffled among the rows of one item type and one week; of several weeks where there
+    are few rows, which would hardly change places. No row moves over the beginning of the test period.
 
     Popularity over time, the users' activity, the types and the kinds of events stay; which user likes what goes.
     """
 
     def apply(self, log: Log, seed: int) -> tuple[np.ndarray, np.ndarray]:
         rng = np.random.default_rng(seed)
-        week = (log.timestamp - log.test_from) // WEEK  # no row moves over the beginning of the test period
-        week -= week.min(initial=0)
-        group = log.ntype.astype(np.int64) * (int(week.max(initial=0)) + 1) + week
+        group = self._groups(log)
         by_group = np.argsort(group, kind="stable")
         # The same rows again, in random order inside each group.
         shuffled = np.lexsort((rng.random(len(group)), group))
         gid = log.gid.copy()
         gid[by_group] = log.gid[shuffled]
         return np.ones(len(gid), dtype=bool), gid
+
+    def _groups(self, log: Log) -> np.ndarray:
+        """int64 [events]: the group that each row is shuffled in."""
+        week = (log.timestamp - log.test_from) // WEEK
+        periods, period = np.unique(
+            np.stack([log.ntype.astype(np.int64), (week >= 0).astype(np.int64), week]), axis=1, return_inverse=True
+        )
+        rows = np.bincount(period.reshape(-1), minlength=periods.shape[1])
+        group_of = np.zeros(periods.shape[1], np.int64)
+        group, size = 0, 0
+        for k in range(1, periods.shape[1]):
+            size += rows[k - 1]
+            new_part = (periods[:2, k] != periods[:2, k - 1]).any()
+            if new_part or size >= FEW:
+                group, size = group + 1, 0
+            group_of[k] = group
+        return group_of[period.reshape(-1)]
 
 
 @dataclass(frozen=True)

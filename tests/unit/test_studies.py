@@ -21,7 +21,7 @@ from recsys_ray.studies.catalogue import STUDIES
 from recsys_ray.studies.judge import compare, conclusions, judge
 from recsys_ray.studies.page import write_page
 from recsys_ray.studies.study import Comparison, Facts, Result, Side, Study, Variant
-from recsys_ray.studies.tables import WEEK, NewType, OnlyType, ShuffledLabels, write_changed
+from recsys_ray.studies.tables import WEEK, Log, NewType, OnlyType, ShuffledLabels, write_changed
 
 DAY = 86_400
 TEST = 10 * WEEK
@@ -60,6 +60,7 @@ def events_of(folder: Path) -> pl.DataFrame:
         colour=pl.col("item_id").str.extract(r"(\d+)$").cast(pl.Int64) % 2,
         type=pl.col("item_id").str.extract(r"^(\w+)-"),
         week=(pl.col("timestamp") - TEST) // WEEK,
+        test=pl.col("timestamp") >= TEST,
     )
 
 
@@ -77,7 +78,7 @@ def test_shuffled_labels_keep_popularity_activity_and_types_and_lose_taste(inges
     before = same(ingest, tmp_path / "same")
     folder = write_changed(ShuffledLabels(), ingest, tmp_path / "shuffled", 0)
     after = events_of(folder)
-    for kept in (["week", "item_id"], ["user_id", "type", "week"], ["user_id", "timestamp", "event"]):
+    for kept in (["test", "item_id"], ["user_id", "type", "week"], ["user_id", "timestamp", "event"]):
         pl.testing.assert_frame_equal(before.group_by(kept).len().sort(kept), after.group_by(kept).len().sort(kept))
 
     def loyalty(events: pl.DataFrame) -> float:
@@ -93,6 +94,31 @@ def test_shuffled_labels_keep_popularity_activity_and_types_and_lose_taste(inges
     assert stamps == [path.stat().st_mtime_ns for path in sorted(folder.iterdir())]
     write_changed(ShuffledLabels(), ingest, folder, 1)
     assert not events_of(folder)["item_id"].equals(after["item_id"])
+
+
+def test_labels_stay_in_their_week_their_type_and_their_side_of_the_test():
+    rng = np.random.default_rng(0)
+    sizes = {
+        (0, 7): 900,
+        (0, 8): 900,
+        (1, 7): 30,
+        (1, 8): 900,
+        (1, 9): 5,
+        (0, 10): 4,
+        (1, 10): 3,
+    }  # (type, week) -> rows
+    time = np.concatenate([w * WEEK + rng.integers(0, WEEK, n) for (_, w), n in sizes.items()])
+    ntype = np.concatenate([np.full(n, t, np.int16) for (t, _), n in sizes.items()])
+    order = rng.permutation(len(time))
+    log = Log(np.arange(len(time), dtype=np.int32), time[order], ntype[order], TYPES, TEST)
+    kept, gid = ShuffledLabels().apply(log, 0)
+    assert kept.all() and np.array_equal(np.sort(gid), log.gid) and (gid != log.gid).mean() > 0.9
+    week, came_from = log.timestamp // WEEK, log.timestamp[gid] // WEEK
+    assert np.array_equal(log.ntype[gid], log.ntype)
+    assert np.array_equal(came_from >= 10, week >= 10)
+    many = log.ntype == 0
+    assert np.array_equal(came_from[many], week[many])
+    assert (came_from != week)[~many].any()  # thirty rows of week 7 move with those of week 8
 
 
 def test_one_type_alone_and_a_new_type(ingest, tmp_path):
