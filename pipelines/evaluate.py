@@ -27,6 +27,7 @@ def _settings(config: Config) -> dict[str, Any]:
         "max_history": config.graph.max_history,
         "history": config.two_tower.history,
         "seed": config.seed,
+        "data_seed": config.data_seed,
     }
 
 
@@ -57,6 +58,7 @@ def _evaluate(context: Context, spent: Callable[[], tuple[float, float]]) -> dic
         context.progress,
         context.cpus,
         context.run_dir,
+        context.cache,
         spent,
     )
 

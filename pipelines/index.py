@@ -39,4 +39,5 @@ STAGE = Stage(
     settings=_settings,
     run=_run,
     is_whole=_is_whole,
+    shared=False,
 )

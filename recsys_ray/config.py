@@ -8,6 +8,7 @@ and offers the nearest one.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -99,7 +100,10 @@ class SplitConfig(Section):
 class TextConfig(Section):
     """Title, description and categories through a transformers encoder, mean-pooled and L2-normalised."""
 
-    model: str = Field("packaged", description="'packaged' (MiniLM-L6, no download), a folder, or a hub id")
+    model: str = Field(
+        "packaged",
+        description="'packaged' (MiniLM-L6, no download), a folder, a hub id, or 'random': vectors without meaning",
+    )
     fields: list[Literal["title", "description", "categories"]] = ["title", "description", "categories"]
     max_tokens: Positive = 128
     batch_size: Positive = Field(128, description="texts an encoder step, after sorting by length")
@@ -123,6 +127,9 @@ class GraphConfig(Section):
     )
     first_cut: Share = Field(
         0.2, description="share of training events before the first cut: they only make graphs (not in leave_one_out)"
+    )
+    relations: Literal["all", "same_type", "cross_type"] | list[tuple[str, str]] = Field(
+        "all", description="pairs of item types that make edges: all, same_type, cross_type, or a list of pairs"
     )
     min_support: Positive = Field(1, description="users that must share a pair of items to make an edge")
     max_history: Positive = Field(100, description="latest items of one user that make pairs")
@@ -212,6 +219,8 @@ class EvaluateConfig(Section):
     trial_seconds: float | None = Field(None, gt=0, description="stop a longer trial of a baseline; default: none")
     fit_users: Positive = Field(1_000_000, description="baselines are fitted to a seeded sample of this many users")
     ease_items: Positive = Field(20_000, description="EASE^R knows this many items at once: 6 bytes x items^2")
+    popularity_days: list[Positive] = Field([], description="also popularity over windows of so many days")
+    strangers: bool = Field(False, description="also ask every model with another user's history: what is not personal")
     examples: int = Field(12, ge=0, description="users whose history and lists the report shows; 0: none")
     map_items: int = Field(2400, ge=0, description="items on the report's map of the embeddings, a sample; 0: no map")
 
@@ -235,7 +244,10 @@ class Config(Section):
     """The whole tree. ``run_dir`` receives one folder per stage."""
 
     run_dir: str = "runs/default"
-    seed: int = 0
+    seed: int = Field(0, description="of what is trained, and of the baselines that are")
+    data_seed: int = Field(
+        0, description="of the graph's ties and partitions, of samples of users: the same for all training seeds"
+    )
     data: DataConfig = DataConfig()
     events: EventsConfig = EventsConfig()
     split: SplitConfig = SplitConfig()
@@ -297,6 +309,21 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str
         return Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(_explain(error, str(path) if path else "the configuration")) from error
+
+
+def changed(config: Config, overrides: Sequence[str]) -> Config:
+    """The same configuration with dotted overrides, validated.
+
+    Raises:
+        ConfigError: as :func:`load_config`.
+    """
+    tree = config.model_dump()
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, "the changed configuration")) from error
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

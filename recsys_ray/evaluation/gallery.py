@@ -155,7 +155,7 @@ def _examples(
 
 def _pool(setting: Setting, number: int, mask: np.ndarray) -> np.ndarray:
     """int64 [<= _POOL]: some queries of the mask, in random order."""
-    return np.random.default_rng([setting.seed, number]).permutation(np.flatnonzero(mask))[:_POOL]
+    return np.random.default_rng([setting.data_seed, number]).permutation(np.flatnonzero(mask))[:_POOL]
 
 
 def _histories(setting: Setting, survey: Survey, uids: np.ndarray) -> dict[int, pa.Table]:

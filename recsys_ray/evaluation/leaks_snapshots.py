@@ -60,11 +60,14 @@ def check_snapshots(run: FinishedRun, sample: int, words: Words, progress: Progr
     codes, seed = run.codes(run.graph.manifest["config"]["edges"]), run.graph.manifest["config"]["seed"]
     published = read_published(run.ingest.path, run.ingest.counts)
     activity = load_arrays(run.graph.path / ACTIVITY)
+    allowed = pairs.allowed_relations(run.graph_config.relations, run.ingest.counts["item_types"])
     edges = 0
     with progress.task("snapshots", len(run.snapshots), "snapshots") as task:
         for snapshot in run.snapshots:
             stored = run.graph.path / "edges" / f"{snapshot.name}.parquet"
-            edges += check_edges(run.shards, snapshot, stored, some, ntype, codes, run.graph_config, seed, words)
+            edges += check_edges(
+                run.shards, snapshot, stored, some, ntype, codes, run.graph_config, allowed, seed, words
+            )
             check_activity(run.shards, snapshot, activity[snapshot.name], published, run.positives, words)
             task.advance(detail=snapshot.name)
     on = f"on {len(run.snapshots)} snapshots"
@@ -98,6 +101,7 @@ def check_edges(
     ntype: np.ndarray,
     codes: Sequence[int],
     config: GraphConfig,
+    allowed: np.ndarray,
     seed: int,
     words: Words,
 ) -> int:
@@ -107,6 +111,7 @@ def check_edges(
         some: int64 [n], ascending gids.
         ntype: int16 [items].
         codes: events that make edges.
+        allowed: bool [types, types], the pairs of item types that make edges.
     """
     items, parts = len(ntype), [Counted(*(np.zeros(0, np.int32) for _ in range(4)))]
     for shard in shards:
@@ -115,7 +120,9 @@ def check_edges(
         counter = PairCounter(items, Window(snapshot.start, snapshot.time), config.max_history)
         for counted in (*counter.add(uid[wanted], gid[wanted], time[wanted]), counter.flush()):
             parts.append(counted.take(np.isin(counted.dst, some)))
-    made = pairs.keep_best(pairs.merge(parts, items), ntype, config.min_support, config.max_neighbors, seed)
+    made = pairs.merge(parts, items)
+    made = made.take(allowed[ntype[made.src], ntype[made.dst]])
+    made = pairs.keep_best(made, ntype, config.min_support, config.max_neighbors, seed)
     table = pq.read_table(stored, columns=["src", "dst", "support"])
     src, dst, support = (column.to_numpy() for column in table.columns)
     mine = np.isin(dst, some)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from recsys_ray.evaluation.baselines import BASELINES
+from recsys_ray.evaluation.hits import MAIN
 from recsys_ray.evaluation.segments import TIERS
 
 Row = Mapping[str, Any]
 Role = Literal["served", "part", "baseline", "control", "oracle"]
 
-SERVED = "2t_hgnn"
 _STRANGER = "_for_a_stranger"
 
 
@@ -44,7 +44,7 @@ MODELS: dict[str, ModelName] = {
         for name, (short, full) in _BASELINES.items()
     },
     "two_tower_text_only": ModelName("2T", "2T without HGNN", "part", "The two-tower without the HGNN's embeddings."),
-    SERVED: ModelName("2T-HGNN", "2T-HGNN", "served", "HGNN and two-tower together: the model that is served."),
+    MAIN: ModelName("2T-HGNN", "2T-HGNN", "served", "HGNN and two-tower together: the model that is served."),
     "oracle": ModelName(
         "oracle", "Oracle", "oracle", "The demo world's own ranking by true taste: no recommender can expect more."
     ),

@@ -51,6 +51,14 @@ class UserBatch:
         """bool [users]: no history."""
         return np.diff(self.offsets) == 0
 
+    def take(self, rows: np.ndarray) -> UserBatch:
+        """The batch of these users, in this order."""
+        length = np.diff(self.offsets)[rows]
+        offsets = np.concatenate([[0], np.cumsum(length)]).astype(np.int64)
+        chosen = np.repeat(self.offsets[rows] - offsets[:-1], length) + np.arange(offsets[-1])
+        users = self.users.take(rows) if self.users is not None else None
+        return UserBatch(self.uid[rows], offsets, self.gid[chosen], self.event[chosen], self.timestamp[chosen], users)
+
     def latest_items(self, limit: int) -> tuple[np.ndarray, np.ndarray]:
         """(row, gid) of the ``limit`` items that each user touched last, each item once."""
         rows = self.rows
@@ -78,6 +86,11 @@ def batch_of(uids: np.ndarray, history: Events, users: pa.Table | None = None) -
     return UserBatch(np.asarray(uids), offsets, events.gid, events.event, events.timestamp, users)
 
 
+def stranger_name(model: str) -> str:
+    """What the table calls a model that is asked with another user's history."""
+    return f"{model}_for_a_stranger"
+
+
 Scorer = Callable[[int, int], "Float[Tensor, 'users items']"]
 
 
@@ -99,6 +112,24 @@ class Recommender(Protocol):
         Higher is better. -inf keeps an item out of the list. A user without history gets a sensible answer.
         """
         ...
+
+
+@dataclass(frozen=True)
+class Stranger:
+    """A model that is asked with the history and the traits of another user of the batch: the next one's.
+
+    What the user has touched is left out of the list as always. Whatever the model's hits are worth more than the
+    stranger's is personal: popularity, trends and activity do as well for anybody.
+    """
+
+    model: Recommender
+
+    @property
+    def name(self) -> str:
+        return stranger_name(self.model.name)
+
+    def scorer(self, users: UserBatch) -> Scorer:
+        return self.model.scorer(users.take(np.roll(np.arange(len(users)), -1)))
 
 
 def top_k(scores: Float[Tensor, "users items"], k: int) -> tuple[Float[Tensor, "users k"], Tensor]:

@@ -39,7 +39,8 @@ def print_table(metrics: Sequence[Row], console: Console) -> None:
     segment = main_segment(metrics)
     main = select(metrics, item_type="all", segment=segment)
     with_oracle = any(row.get("share_of_oracle") is not None for row in metrics)
-    title = f"{SEGMENT_NAMES[segment].capitalize()}, all item types ({main[0]['users']:,} users)"
+    of = f"{main[0]['users']:,} users{_mean_of(main[0])}"
+    title = f"{SEGMENT_NAMES[segment].capitalize()}, all item types ({of})"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
     for name in ("model", "HR@10", "95 % interval", "NDCG@10", "MRR", "cov.@100"):
         table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
@@ -74,6 +75,10 @@ def _small_table(
     for name in names:
         table.add_row(_plain(name), *(value.get((model, name), "-") for model in models))
     console.print(table)
+
+
+def _mean_of(row: Row) -> str:
+    return f", mean of {len(row['seeds'])} seeds" if row.get("seeds") else ""
 
 
 def _short(model: str) -> str:

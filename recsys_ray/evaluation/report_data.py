@@ -10,6 +10,7 @@ from typing import Any
 
 from recsys_ray.evaluation.embedding_map import MAP
 from recsys_ray.evaluation.gallery import EXAMPLES, POPULARITY
+from recsys_ray.evaluation.hits import DIFFERENCES
 from recsys_ray.evaluation.names import (
     SEGMENT_NAMES,
     SEGMENT_NOTES,
@@ -22,7 +23,6 @@ from recsys_ray.evaluation.names import (
 )
 from recsys_ray.evaluation.run_facts import read_json
 
-DIFFERENCES = "differences.json"
 _COLUMNS = (
     "model", "item_type", "segment", "users", "queries", "hr_at_10", "hr_at_10_low", "hr_at_10_high", "ndcg_at_10",
     "mrr_at_100", "mrr_at_100_hits", "coverage_at_100", "share_of_oracle", "per_seed",

@@ -95,7 +95,7 @@ def tune(job: Job, baseline: Baseline, folder: Path, progress: Progress, threads
             best = Tuned({}, trials).best
             task.update(len(trials), detail=f"best HR@10 {best['hr_at_10']:.4f}" if best else "")
 
-        trials = search(space, number, job.setting.seed, folder, attempt, show)
+        trials = search(space, number, job.setting.data_seed, folder, attempt, show)
     best = Tuned({}, trials).best or {"params": default_point(space)}
     epochs = {"epochs": best["epochs"]} if "epochs" in best else {}
     return Tuned({**best["params"], **epochs}, trials)

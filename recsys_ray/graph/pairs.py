@@ -6,11 +6,12 @@ the number of users that share it and the latest time at which it was shared.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from recsys_ray.errors import ConfigError
 from recsys_ray.hashing import splitmix64
 from recsys_ray.snapshots import Fold
 
@@ -175,6 +176,25 @@ def merge(parts: list[Counted], items: int) -> Counted:
     whole = Counted.concatenate(parts)
     key, support, recency = _sum_by_key(whole.dst.astype(np.int64) * items + whole.src, whole.support, whole.recency)
     return Counted((key % items).astype(np.int32), (key // items).astype(np.int32), support, recency)
+
+
+def allowed_relations(relations: str | Sequence[tuple[str, str]], item_types: Sequence[str]) -> np.ndarray:
+    """bool [types, types], symmetric: which pairs of item types make edges (``graph.relations``).
+
+    Raises:
+        ConfigError: a pair names an item type that there is not.
+    """
+    same = np.eye(len(item_types), dtype=bool)
+    if isinstance(relations, str):
+        return {"all": np.ones_like(same), "same_type": same, "cross_type": ~same}[relations]
+    unknown = sorted({name for pair in relations for name in pair} - set(item_types))
+    if unknown:
+        raise ConfigError(f"graph.relations names {unknown[0]!r}; the item types are {', '.join(item_types)}")
+    allowed = np.zeros_like(same)
+    for a, b in relations:
+        i, j = item_types.index(a), item_types.index(b)
+        allowed[i, j] = allowed[j, i] = True
+    return allowed
 
 
 def keep_best(edges: Counted, ntype: np.ndarray, min_support: int, max_neighbors: int, seed: int) -> Counted:

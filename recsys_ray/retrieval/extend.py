@@ -36,7 +36,7 @@ from recsys_ray.config import Config, HgnnConfig, TextConfig
 from recsys_ray.data.split import is_leave_one_out
 from recsys_ray.data.validate import Catalogue, EventRules
 from recsys_ray.graph.activity import NEVER, count_events, describe, rarity
-from recsys_ray.graph.pairs import Counted, PairCounter, Window, keep_best, merge
+from recsys_ray.graph.pairs import Counted, PairCounter, Window, allowed_relations, keep_best, merge
 from recsys_ray.hgnn.inductive import Surroundings, embed_inductively
 from recsys_ray.progress import Progress
 from recsys_ray.retrieval.arrivals import (
@@ -201,7 +201,10 @@ class _Extension:
         ntype = np.zeros(size, np.int16)
         ntype[: len(known)] = known.ntype
         ntype[new.gid] = new.ntype
-        return keep_best(merge(parts, size), ntype, config.min_support, config.max_neighbors, self.config.seed)
+        allowed = allowed_relations(config.relations, self.source.counts["item_types"])
+        edges = merge(parts, size)
+        edges = edges.take(allowed[ntype[edges.src], ntype[edges.dst]])
+        return keep_best(edges, ntype, config.min_support, config.max_neighbors, self.config.data_seed)
 
     # -- vectors -------------------------------------------------------------------------------------------------------
 

@@ -29,6 +29,8 @@ from recsys_ray.text.encoder import Encoder, ModelSource, Precision, choose_prec
 # Small enough that the last blocks keep all actors busy. The size is fixed, so that the blocks that a killed run
 # left are cut, and thereby encoded, exactly as they would have been.
 BLOCK = 256
+RANDOM = "random"  # text.model: no encoder
+_RANDOM_DIM = 384  # as wide as the packaged encoder's
 _HASH = 16  # bytes
 _STALE_S = 86_400
 _FEW = 200  # below this many texts, a second actor takes longer to load its model than it saves
@@ -59,6 +61,11 @@ def featurize(
     Raises:
         ConfigError: the model cannot be had.
     """
+    if config.text.model == RANDOM:
+        ids = pq.read_table(ingest_dir / "items.parquet", columns=["item_id"])["item_id"].to_pylist()
+        save_arrays(out / "text.safetensors", {"vector": random_vectors(ids)})
+        return {"text_dim": _RANDOM_DIM, "texts_distinct": 0, "encoded": 0, "reused": 0, "precision": "fp32",
+                "encoder": RANDOM}  # fmt: skip
     source, precision = find_model(config.text.model), choose_precision(config.text.precision)
     plan = _EncoderPlan(source, config.text.max_tokens, config.text.batch_size, precision)
     encoder = encoder_fingerprint(source, plan.max_tokens, precision)
@@ -101,6 +108,8 @@ def encode_alike(
     Raises:
         ConfigError: the model cannot be had here, or is another one than that run's.
     """
+    if config.model == RANDOM:
+        raise ConfigError("text.model=random knows no texts: items cannot be added to a bundle that was made with it")
     source = find_model(config.model)
     if encoder_fingerprint(source, config.max_tokens, precision) != encoder:
         raise ConfigError(
@@ -121,6 +130,16 @@ def encode_alike(
                 write_cache(cache, block["hash"], model.encode(block["text"].to_pylist()))
                 task.advance(len(block))
     return _collect(cache, hashes, progress)
+
+
+def random_vectors(item_ids: Sequence[str]) -> np.ndarray:
+    """float16 [items, 384]: unit vectors that depend on the item's id alone. They tell items apart and nothing else:
+    what a model does with them is what it does without text."""
+    vectors = np.empty((len(item_ids), _RANDOM_DIM), dtype=np.float16)
+    for row, item_id in enumerate(item_ids):
+        drawn = np.random.default_rng(list(hash_text(item_id))).standard_normal(_RANDOM_DIM)
+        vectors[row] = drawn / np.linalg.norm(drawn)
+    return vectors
 
 
 # -- texts -----------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
 from recsys_ray.artifacts import SCRATCH, Artifact, load_arrays, save_arrays, write_json
-from recsys_ray.checkpoint import load_checkpoint, save_checkpoint
+from recsys_ray.checkpoint import load_checkpoint, read_state, save_checkpoint
 from recsys_ray.config import Config, TwoTowerConfig
 from recsys_ray.errors import DataError
 from recsys_ray.graph.activity import ACTIVITY, COLUMNS
@@ -190,6 +192,18 @@ def catalogue_of(
         torch.from_numpy(offsets),
         {snapshot: torch.from_numpy(table) for snapshot, table in activity.items()},
     )
+
+
+def epochs_so_far(folder: Path, variant: str) -> list[dict[str, Any]]:
+    """The epochs of a training, finished or under way, by the folder that it publishes or will publish."""
+    for finished in [folder, *folder.parent.glob(f".{folder.name}.*")]:
+        if (finished / variant / "metrics.json").exists():
+            history: list[dict[str, Any]] = json.loads((finished / variant / "metrics.json").read_text("utf-8"))
+            return history
+    for checkpoint in folder.parent.glob(f".{folder.name}.*/{SCRATCH}/{variant}/{_CHECKPOINT}"):
+        with suppress(OSError, SafetensorError):  # renamed or removed at this moment: the next look will tell
+            return list(read_state(checkpoint)["history"])
+    return []
 
 
 def _train_rank(parameters: dict[str, Any]) -> None:

@@ -174,6 +174,12 @@ def test_table(ray_local, run, log):
     assert 0 < found["popularity", "all", "warm"]["share_of_oracle"] < 1
     # Two colours, all users: everything of the type is within somebody's first hundred.
     assert found["llm_knn", "all", "all"]["coverage_at_100"] == 1
+    apart = json.loads((run / "evaluation" / "differences.json").read_text())
+    apart = {(row["against"], row["item_type"], row["segment"]): row for row in apart}
+    ours, popular = found["2t_hgnn", "all", "warm"]["hr_at_10"], found["popularity", "all", "warm"]["hr_at_10"]
+    assert apart["popularity", "all", "warm"]["difference"] == pytest.approx(ours - popular)
+    assert apart["popularity", "all", "warm"]["low"] > 0
+    assert apart["oracle", "all", "all"]["users"] == USERS // 2  # only those whom both were asked for
     page = (run / "evaluation" / "report.html").read_text()
     assert f"{found['2t_hgnn', 'all', 'warm']['hr_at_10']:.4f}" in page
 
@@ -267,7 +273,7 @@ def test_a_sample_of_users(ray_local, run):
     assert go(run, configuration(run, *overrides), "one")["users"] == 10
     go(run, configuration(run, *overrides), "two")
     assert table(run, "one") == table(run, "two")
-    go(run, configuration(run, *overrides, "seed=1"), "three")
+    go(run, configuration(run, *overrides, "data_seed=1"), "three")
     assert table(run, "one") != table(run, "three")
 
 
@@ -348,3 +354,18 @@ def test_nothing_to_evaluate(ray_local, run):
     assert counts["queries"] == 0
     assert json.loads((run / "evaluation" / "metrics.json").read_text()) == []
     assert "nothing to compare" in (run / "evaluation" / "report.html").read_text()
+
+
+def test_further_popularity_windows_and_strangers(ray_local, run):
+    """Colours are personal: with another user's history the right answer is a coin's. Popularity is not."""
+    counts = go(run, configuration(run, "evaluate.popularity_days=[1,30]", "evaluate.strangers=true"))
+    found = {model: row for (model, *place), row in table(run).items() if place == ["all", "warm"]}
+    assert {"popularity_1", "popularity_30", "2t_hgnn_for_a_stranger", "llm_knn_for_a_stranger"} <= set(
+        counts["models"]
+    )
+    assert "popularity_for_a_stranger" not in counts["models"]
+    ours, strangers = found["2t_hgnn"]["mrr_at_100"], found["2t_hgnn_for_a_stranger"]["mrr_at_100"]
+    assert strangers < 0.8 * ours
+    assert TEST < 30 * 86_400  # all that lies before the test is in the window
+    assert found["popularity_30"]["hr_at_10"] == found["popularity"]["hr_at_10"]
+    assert found["popularity_1"]["ndcg_at_10"] != found["popularity"]["ndcg_at_10"]

@@ -13,6 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recsys_ray.config import GraphConfig
+from recsys_ray.errors import ConfigError
 from recsys_ray.graph import pairs
 from recsys_ray.graph.cooccurrence import _is_done, count_shard, reduce_range
 from recsys_ray.graph.pairs import Counted, Window, keep_best
@@ -57,6 +59,7 @@ def sharded(
     ntype: np.ndarray | None = None,
     min_support: int = 1,
     max_neighbors: int = 1000,
+    allowed: np.ndarray | None = None,
 ) -> dict[str, dict[tuple[int, int], int]]:
     """The tasks of build_edges, without Ray: snapshot -> (src, dst) -> support."""
     bounds = [items * r // ranges for r in range(1, ranges + 1)]
@@ -70,7 +73,7 @@ def sharded(
         found[name] = {}
         for r in range(ranges):
             out = folder / "out" / f"{name}-{r}.parquet"
-            reduce_range(folder / "scratch", name, r, ntype, min_support, max_neighbors, 0, out)
+            reduce_range(folder / "scratch", name, r, ntype, min_support, max_neighbors, 0, out, allowed)
             src, dst, support = (column.to_pylist() for column in pq.read_table(out).columns)
             assert list(zip(dst, src, strict=True)) == sorted(zip(dst, src, strict=True))
             found[name].update(zip(zip(src, dst, strict=True), support, strict=True))
@@ -203,3 +206,26 @@ def test_keys_hold_every_pair(items: int) -> None:
     assert [divmod(p, items) for p in pair.tolist()] == [(0, items - 2), (0, items - 1), (items - 2, items - 1)]
     assert support.tolist() == [1, 1, 1]
     assert recency[1] == recency[2] >= recency[0] >= 0
+
+
+@pytest.mark.parametrize(
+    ("relations", "kept"),
+    [
+        ("all", {(0, 1), (0, 2), (1, 2), (2, 3), (0, 3), (1, 3)}),
+        ("same_type", {(0, 1), (2, 3)}),
+        ("cross_type", {(0, 2), (1, 2), (0, 3), (1, 3)}),
+        ([("song", "book"), ("song", "song")], {(0, 2), (1, 2), (0, 3), (1, 3), (2, 3)}),
+    ],
+)
+def test_only_the_wanted_relations_make_edges(tmp_path: Path, relations: object, kept: set[tuple[int, int]]) -> None:
+    """One user, books 0 and 1, songs 2 and 3. The other relations are what they would be anyway."""
+    config = GraphConfig.model_validate({"relations": relations})
+    allowed = pairs.allowed_relations(config.relations, ["book", "song"])
+    events, ntype = [(0, gid, gid) for gid in range(4)], np.array([0, 0, 1, 1], np.int16)
+    found = sharded(tmp_path, events, 4, {"w": WIDE}, ntype=ntype, allowed=allowed)["w"]
+    assert set(found) == kept | {(b, a) for a, b in kept}
+
+
+def test_an_unknown_type_among_the_relations_is_named() -> None:
+    with pytest.raises(ConfigError, match="'film'; the item types are book, song"):
+        pairs.allowed_relations([("book", "film")], ["book", "song"])

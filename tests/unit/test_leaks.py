@@ -211,7 +211,7 @@ def test_edges_of_other_events(world, name):
     some, ntype = np.arange(0, ITEMS, 2), np.zeros(ITEMS, np.int16)
 
     def look(path: Path) -> int:
-        return check_edges(shards, snapshot, path, some, ntype, [0], GRAPH, 0, words)
+        return check_edges(shards, snapshot, path, some, ntype, [0], GRAPH, np.ones((2, 2), bool), 0, words)
 
     assert look(write_edges(folder / "right", shards, snapshot)) > 50
     for number, wrong in enumerate(wrong_ways(snapshot, counts)):

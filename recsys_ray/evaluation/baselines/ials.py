@@ -123,6 +123,7 @@ IALS = Baseline(
     note="Implicit ALS, tuned.",
     space=_space,
     fit=_fit,
+    seeded=True,
     module="implicit",
     extra="baselines",
 )
