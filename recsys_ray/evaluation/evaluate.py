@@ -28,6 +28,7 @@ from recsys_ray.evaluation.recommenders import Recommender, rank_queries
 from recsys_ray.evaluation.segments import ItemFacts, Queries, segment_queries, segment_truths
 from recsys_ray.evaluation.shards import (
     Setting,
+    known_before,
     merge_survey,
     part_of,
     prepare,
