@@ -144,7 +144,7 @@ class HgnnConfig(Section):
     out_dim: Positive = 128
     signature_dim: int = Field(128, ge=0, description="random signs that an item sends beside its text; 0: text alone")
     aggregator: Literal["max", "mean"] = Field("mean", description="weighted mean, or the max-pool of the papers")
-    damping: float = Field(0.5, ge=0, description="mean: a neighbour counts by its popularity to minus this power")
+    damping: float = Field(0.0, ge=0, description="mean: a neighbour counts by its popularity to minus this power")
     weights_by: Literal["kinship", "relation"] = Field(
         "kinship",
         description="kinship: weights for relations inside a type and for those between types; later types share them; "
@@ -190,7 +190,7 @@ class TwoTowerConfig(Section):
     epochs: Positive = 20
     patience: Positive = Field(3, description="epochs without a better validation HR@10 before stopping")
     learning_rate: float = Field(5e-4, gt=0)
-    refit: bool = Field(True, description="then one more epoch, with the validation period's examples among the others")
+    refit: bool = Field(False, description="then one more epoch, with the validation period's examples among the others")
     averaging: Share = Field(0.99, description="share of the averaged weights that a step leaves; 0: no averaging")
     ablation: bool = Field(True, description="also train the two-tower without HGNN, as a baseline")
     workers: int | None = Field(None, gt=0, description="Ray Train workers; default: one per host")
