@@ -190,7 +190,7 @@ class TwoTowerConfig(Section):
     epochs: Positive = 20
     patience: Positive = Field(3, description="epochs without a better validation HR@10 before stopping")
     learning_rate: float = Field(5e-4, gt=0)
-    refit: bool = Field(False, description="then one more epoch, on the validation period's examples, too")
+    refit: bool = Field(False, description="one more epoch then, with the validation period's examples among them")
     averaging: Share = Field(0.99, description="share of the averaged weights that a step leaves; 0: no averaging")
     ablation: bool = Field(True, description="also train the two-tower without HGNN, as a baseline")
     workers: int | None = Field(None, gt=0, description="Ray Train workers; default: one per host")
