@@ -28,6 +28,7 @@ from recsys_ray.evaluation.recommenders import Recommender, rank_queries
 from recsys_ray.evaluation.segments import ItemFacts, Queries, segment_queries, segment_truths
 from recsys_ray.evaluation.shards import (
     Setting,
+    Survey,
     merge_survey,
     part_of,
     prepare,
@@ -75,38 +76,18 @@ def evaluate(
     setting = prepare(config, Path(ingest_dir).resolve(), Path(out).resolve())
     run_dir = Path(run_dir or setting.ingest.parent).resolve()
     shards = sorted((setting.ingest / "interactions").glob("shard-*.parquet"))
-    shared = ray.put(setting)
-    with progress.task("survey", total=len(shards), unit="shards") as task:
-        for _ in in_parallel([(survey_shard, shared, shard) for shard in shards], cpus):
-            task.advance()
-    survey = merge_survey(setting, shards, config.evaluate.max_users)
+    survey = _survey(setting, shards, config.evaluate.max_users, progress, cpus)
     job = Job(config, setting, shards, Path(featurize_dir).resolve(), Path(hgnn_dir).resolve() if hgnn_dir else None)
     threads = cpus_of_one_host(cpus)
-    tuned, places = dict[str, Tuned](), dict[str, Path]()
-    asked = alone(prepare_validation, job, cpus=1)
-    for baseline in baselines:
-        folder = _baseline_folder(job, baseline, run_dir)
-        found = tune(job, baseline, folder, progress, threads) if asked else untuned(job, baseline)
-        tuned[baseline.name] = found
-        places[baseline.name] = folder / f"test-{fingerprint('test', found.params, {})[:16]}"
-        if found.capped:
-            progress.say(f"    {baseline.name}: {found.note}")
+    folders = {baseline.name: _baseline_folder(job, baseline, run_dir) for baseline in baselines}
+    tuned = _tune_all(job, baselines, folders, progress, threads)
+    places = {
+        name: folders[name] / f"test-{fingerprint('test', found.params, {})[:16]}" for name, found in tuned.items()
+    }
     setting = replace(setting, places=places)
-    shared = ray.put(setting)
     models = _models(job, baselines, tuned, towers, threads)
-    with progress.task("ranking", total=len(models) * len(shards), unit="shards") as task:
-        for name, build in models.items():
-            waiting = [shard for shard in shards if not part_of(setting, name, shard).exists()]
-            task.advance(len(shards) - len(waiting), detail=name)
-            if not waiting:
-                continue
-            model, facts = ray.put(build()), ray.put(survey.facts)
-            jobs = [(_rank_shard, shared, facts, model, name, shard, survey.users[shard]) for shard in waiting]
-            for _ in in_parallel(jobs, cpus):
-                task.advance(detail=name)
-    oracle = (
-        read_oracle(Path(config.data.oracle), setting.ingest, setting.catalogue.types) if config.data.oracle else None
-    )
+    _rank_all(setting, shards, survey, models, progress, cpus)
+    oracle = models[ORACLE]() if ORACLE in models else None
     rows = summarise(setting, shards, survey, list(models), config.evaluate.bootstrap, oracle)
     write_json(Path(out) / "metrics.json", rows)
     write_json(Path(out) / "tuning.json", {name: found.as_record() for name, found in tuned.items()})
@@ -123,6 +104,51 @@ def evaluate(
         "hr_at_10": {r["model"]: r["hr_at_10"] for r in rows if (r["item_type"], r["segment"]) == ("all", "warm")},
         "tuning": {name: _tuning_counts(found) for name, found in tuned.items()},
     }
+
+
+def _survey(setting: Setting, shards: list[Path], max_users: int | None, progress: Progress, cpus: int) -> Survey:
+    shared = ray.put(setting)
+    with progress.task("survey", total=len(shards), unit="shards") as task:
+        for _ in in_parallel([(survey_shard, shared, shard) for shard in shards], cpus):
+            task.advance()
+    return merge_survey(setting, shards, max_users)
+
+
+def _tune_all(
+    job: Job, baselines: list[Baseline], folders: Mapping[str, Path], progress: Progress, threads: int
+) -> dict[str, Tuned]:
+    """Choose every baseline's parameters, one baseline after the other."""
+    tuned = {}
+    asked = alone(prepare_validation, job, cpus=1)
+    for baseline in baselines:
+        folder = folders[baseline.name]
+        found = tune(job, baseline, folder, progress, threads) if asked else untuned(job, baseline)
+        if found.capped:
+            progress.say(f"    {baseline.name}: {found.note}")
+        tuned[baseline.name] = found
+    return tuned
+
+
+def _rank_all(
+    setting: Setting,
+    shards: list[Path],
+    survey: Survey,
+    models: Mapping[str, Callable[[], Recommender]],
+    progress: Progress,
+    cpus: int,
+) -> None:
+    """Leave a file for every model and shard; a model of which nothing is missing is not built."""
+    shared = ray.put(setting)
+    with progress.task("ranking", total=len(models) * len(shards), unit="shards") as task:
+        for name, build in models.items():
+            waiting = [shard for shard in shards if not part_of(setting, name, shard).exists()]
+            task.advance(len(shards) - len(waiting), detail=name)
+            if not waiting:
+                continue
+            model, facts = ray.put(build()), ray.put(survey.facts)
+            jobs = [(_rank_shard, shared, facts, model, name, shard, survey.users[shard]) for shard in waiting]
+            for _ in in_parallel(jobs, cpus):
+                task.advance(detail=name)
 
 
 def _tuning_counts(tuned: Tuned) -> dict[str, Any]:
