@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from rich.console import Console
 from recsys_ray.config import BASELINES, Config, load_config
 from recsys_ray.errors import UserError
 from recsys_ray.progress import Progress
+from recsys_ray.studies import NAMES
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -46,6 +48,7 @@ Baselines = Annotated[
         + ". Each is tuned on the validation period (`evaluate.trials`); `all` takes hours on large data.",
     ),
 ]
+Seeds = Annotated[int, typer.Option("--seeds", min=1, help="Training seeds: the configured one and those after it.")]
 BundlePath = Annotated[str, typer.Option("--bundle", "-b", help="A bundle folder, or a run's `bundles/current`.")]
 
 
@@ -85,15 +88,26 @@ def _plain(spec: Any) -> Any:
 
 @app.command(rich_help_panel="Start here")
 def run(
-    config: ConfigPath = None, overrides: Overrides = None, baselines: Baselines = None, force: Force = False
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    baselines: Baselines = None,
+    force: Force = False,
+    seeds: Seeds = 1,
 ) -> None:
     """Run all stages, skipping those that are up to date, and show what came out.
 
-    Killed at any moment, it goes on at the last finished stage or epoch when it is started again.
+    Killed at any moment, it goes on at the last finished stage or epoch when it is started again. With several seeds
+    the table is their mean, and its intervals cover users and seeds; the bundle is the first seed's.
     """
-    from pipelines.run import run_all
+    from pipelines.run import run_all, show_results
+    from pipelines.variants import run_seeds
 
-    run_all(_config(config, overrides, baselines), Progress(), force)
+    chosen = _config(config, overrides, baselines)
+    if seeds == 1:
+        run_all(chosen, Progress(), force)
+    else:
+        run_seeds(chosen, seeds, Progress(), force)
+        show_results(chosen)
 
 
 def _add_stage(name: str, summary: str) -> None:
@@ -127,6 +141,73 @@ def evaluate(
     from pipelines.run import run_one
 
     run_one("evaluate", _config(config, overrides, baselines), Progress(), force)
+
+
+@app.command("check-leaks", rich_help_panel="One stage at a time")
+def check_leaks(
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    sample: Annotated[int, typer.Option(min=1, help="Examples, queries and items of each kind to look at.")] = 2000,
+) -> None:
+    """Check that no feature of a finished run looks past its time; exit code 2 and a sentence where one does."""
+    from pipelines.leaks import check
+
+    check(_config(config, overrides), Progress(), sample)
+
+
+@app.command(rich_help_panel="Start here")
+def report(
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The page; default: `report.html` in the run's folder.")
+    ] = None,
+) -> None:
+    """Draw the report again from what a finished run left, with the cost of every stage; nothing is computed."""
+    from pipelines.run import draw_report
+
+    Progress().say(f"report: {draw_report(_config(config, overrides), out)}")
+
+
+@app.command(rich_help_panel="Measure and tune")
+def study(
+    name: Annotated[str, typer.Argument(help=", ".join(f"**{name}**" for name in NAMES))],
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    seeds: Seeds = 1,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for page, plot and figures.")] = Path("docs/studies"),
+) -> None:
+    """Measure a claim of the papers on your data: variants of the configuration, compared on the same queries.
+
+    Killed at any moment, it goes on where it was when it is started again. Variants lie below `run_dir/variants`.
+    """
+    from pipelines.study import run_study
+
+    words = ["recsys-ray", "study", name, *(["--config", str(config)] if config else [])]
+    words += [word for override in overrides or [] for word in ("--set", override)]
+    words += ["--seeds", str(seeds)] if seeds > 1 else []
+    for line in run_study(name, _config(config, overrides), seeds, out, shlex.join(words), Progress()):
+        print(line)
+
+
+@app.command(rich_help_panel="Measure and tune")
+def tune(
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    trials: Annotated[int, typer.Option(min=1, help="Finished trials in all, those of earlier runs included.")] = 30,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The preset to write.")] = Path("configs/tuned.yaml"),
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="FIELD", help="Only fields that begin so, e.g. `two_tower`. Repeatable.")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the trials of earlier runs.")] = True,
+) -> None:
+    """Search for better settings with Ray Tune, by the validation period alone, and write them as a preset.
+
+    Killed at any moment, it goes on where it was when it is started again.
+    """
+    from pipelines.tune import tune as search
+
+    search(_config(config, overrides), trials, out, only or [], Progress(), fresh=not resume)
 
 
 @app.command(rich_help_panel="Ask and serve")
@@ -186,6 +267,58 @@ def serve(
 
     scaling = Scaling(replicas=replicas, max_replicas=max_replicas)
     serve_forever(bundle, host, port, scaling, address, progress=Progress())
+
+
+@app.command("embed-items", rich_help_panel="Embeddings")
+def embed_items(
+    items: Annotated[Path, typer.Argument(exists=True, help="New items: a table as for ingest, Parquet or CSV.")],
+    bundle: BundlePath,
+    interactions: Annotated[
+        Path | None, typer.Option("--interactions", "-i", exists=True, help="What users did with them so far.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of bundles; default: the bundle's.")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Embed items anew that the bundle has.")] = False,
+    current: Annotated[
+        bool, typer.Option("--current/--no-current", help="Point `current` at the new bundle, or leave it.")
+    ] = True,
+) -> None:
+    """Add new items to a bundle, without any training: they can be recommended at once."""
+    from pipelines.embed_items import embed_items as run_it
+
+    run_it(items, bundle, interactions, out, replace, current, Progress())
+
+
+@app.command("export-embeddings", rich_help_panel="Embeddings")
+def export_embeddings(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The Parquet file to write.")],
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    run_dir: Annotated[
+        Path | None, typer.Option("--run", help="A run's folder, instead of the one that the configuration names.")
+    ] = None,
+    bundle: Annotated[
+        str | None, typer.Option("--bundle", "-b", help="A bundle instead of a run: with the items that came later.")
+    ] = None,
+    snapshot: Annotated[str, typer.Option(help="As of which moment: serve, test, valid, cut0, ...")] = "serve",
+    vectors: Annotated[
+        str, typer.Option(help="Some of text, hgnn and tower, separated by commas.")
+    ] = "text,hgnn,tower",
+) -> None:
+    """Write ids, types, titles and vectors of all items into one Parquet file."""
+    from pipelines.export_embeddings import export_embeddings as run_it
+
+    if bundle is not None and snapshot != "serve":
+        raise UserError("a bundle has the embeddings of the snapshot 'serve' alone; name a run for another one")
+    folder = run_dir or Path(_config(config, overrides).run_dir)
+    run_it(folder, bundle, out, snapshot, [name.strip() for name in vectors.split(",")], Progress())
+
+
+@app.command(rich_help_panel="Embeddings")
+def probe(config: ConfigPath = None, overrides: Overrides = None, force: Force = False) -> None:
+    """Show what the embeddings know of categories and languages, and of items that users share later, beside text."""
+    from pipelines.probe import run_probe
+
+    run_probe(_config(config, overrides), Progress(), force)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

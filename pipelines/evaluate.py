@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 import polars as pl
 
+from pipelines.memory import PeakMemory
 from pipelines.stage import Context, Stage
 from recsys_ray.artifacts import load_arrays
 from recsys_ray.config import Config
@@ -24,10 +27,17 @@ def _settings(config: Config) -> dict[str, Any]:
         "max_history": config.graph.max_history,
         "history": config.two_tower.history,
         "seed": config.seed,
+        "data_seed": config.data_seed,
     }
 
 
 def _run(context: Context) -> dict[str, Any]:
+    started = time.monotonic()
+    with PeakMemory() as memory:  # the page is a part of what is measured: it shows the peak until it is written
+        return _evaluate(context, lambda: (time.monotonic() - started, memory.peak_mb))
+
+
+def _evaluate(context: Context, spent: Callable[[], tuple[float, float]]) -> dict[str, Any]:
     inputs = {name: artifact.path for name, artifact in context.inputs.items()}
     text = load_arrays(inputs["featurize"] / "text.safetensors")["vector"]
     hgnn = load_embeddings(inputs["hgnn"], "test", len(text)).numpy()
@@ -48,6 +58,8 @@ def _run(context: Context) -> dict[str, Any]:
         context.progress,
         context.cpus,
         context.run_dir,
+        context.cache,
+        spent,
     )
 
 

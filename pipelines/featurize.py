@@ -9,8 +9,8 @@ from recsys_ray.text.featurize import featurize
 
 
 def _run(context: Context) -> dict[str, Any]:
-    cache = context.run_dir / "cache" / "text"
-    return featurize(context.config, context.inputs["ingest"].path, context.out, cache, context.progress, context.cpus)
+    ingest, cache = context.inputs["ingest"].path, context.cache / "text"
+    return featurize(context.config, ingest, context.out, cache, context.progress, context.cpus)
 
 
 STAGE = Stage(

@@ -10,7 +10,11 @@ from recsys_ray.graph.build import build_graph
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    return {"graph": config.graph.model_dump(), "edges": config.events.edges, "seed": config.seed}
+    """A field that came later is left out at its default: what was made before it is what it would make."""
+    graph = config.graph.model_dump()
+    if config.graph.relations == "all":
+        del graph["relations"]
+    return {"graph": graph, "edges": config.events.edges, "seed": config.data_seed}
 
 
 def _run(context: Context) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipelines.stage import Context, Stage
-from recsys_ray.artifacts import Artifact
+from recsys_ray.artifacts import Artifact, open_artifact
 from recsys_ray.config import Config
 from recsys_ray.errors import UserError
 from recsys_ray.retrieval.bundle import build_bundle, find_bundle
@@ -23,11 +23,12 @@ def _run(context: Context) -> dict[str, Any]:
 
 
 def _is_whole(config: Config, artifact: Artifact) -> bool:
-    """The bundle lies outside the stage's folder: it must still be there, and live."""
+    """The bundle lies outside the stage's folder: it must still be there, and live, or one that extends it must be."""
     try:
-        return find_bundle(f"{config.run_dir}/bundles/current").name == artifact.counts["bundle"]
+        live = open_artifact(find_bundle(f"{config.run_dir}/bundles/current"))
     except UserError:
         return False
+    return live.counts["base"] == artifact.counts["bundle"]
 
 
 STAGE = Stage(
@@ -38,4 +39,5 @@ STAGE = Stage(
     settings=_settings,
     run=_run,
     is_whole=_is_whole,
+    shared=False,
 )

@@ -10,8 +10,14 @@ from recsys_ray.data.ingest import ingest
 
 
 def _settings(config: Config) -> dict[str, Any]:
+    """Fields that came later are left out at their defaults: what was made before them is what they would make."""
     data = config.data.model_dump(mode="json", exclude={"oracle"})
-    return {"data": data, "events": config.events.model_dump(), "split": config.split.model_dump(mode="json")}
+    split = config.split.model_dump(mode="json")
+    if config.data.item_types is None:
+        del data["item_types"]
+    if config.split.protocol == "time":
+        del split["protocol"]
+    return {"data": data, "events": config.events.model_dump(), "split": split}
 
 
 def _run(context: Context) -> dict[str, Any]:

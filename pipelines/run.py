@@ -9,14 +9,20 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.table import Table
 
 from pipelines import evaluate, featurize, graph, hgnn, index, ingest, two_tower
 from pipelines.stage import Runner, Stage
+from recsys_ray.artifacts import open_artifact
 from recsys_ray.config import Config
+from recsys_ray.evaluation.hits import DIFFERENCES
+from recsys_ray.evaluation.names import name_of
 from recsys_ray.progress import Progress
 from recsys_ray.retrieval.recommender import Recommender
 
@@ -57,8 +63,42 @@ def show_results(config: Config) -> None:
 def show_table(config: Config) -> None:
     from recsys_ray.evaluation.report import print_table
 
-    metrics = json.loads((Path(config.run_dir) / "evaluation" / "metrics.json").read_text(encoding="utf-8"))
-    print_table(metrics, Console(highlight=False))
+    console, folder = Console(highlight=False), Path(config.run_dir) / "evaluation"
+    print_table(json.loads((folder / "metrics.json").read_text(encoding="utf-8")), console)
+    show_differences(json.loads((folder / DIFFERENCES).read_text(encoding="utf-8")), console)
+
+
+def show_differences(differences: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """What 2T-HGNN is ahead of each other model, for warm users over all types, on the same queries."""
+    shown = [row for row in differences if (row["item_type"], row["segment"]) == ("all", "warm")]
+    if not shown:
+        return
+    table = Table(
+        title="2T-HGNN minus each other model, HR@10 on the same queries", title_justify="left", box=SIMPLE_HEAD
+    )
+    for name in ("model", "difference", "95 % interval", "relative"):
+        table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
+    for row in shown:
+        relative = "-" if row["relative"] is None else f"{row['relative']:+.1%}"
+        interval = f"{row['low']:+.4f} to {row['high']:+.4f}"
+        name = name_of(row["against"]).short
+        table.add_row(name, f"{row['difference']:+.4f}", interval, relative)
+    console.print(table)
+
+
+def draw_report(config: Config, out: Path | None = None) -> Path:
+    """Write the page from a finished evaluation; returns where it is. The stage's own page stays as it was published.
+
+    Raises:
+        ArtifactError: there is no finished evaluation.
+    """
+    from recsys_ray.evaluation.report import write_report
+
+    run_dir = Path(config.run_dir)
+    evaluation = open_artifact(run_dir / STAGES["evaluate"].folder).path
+    path = out or run_dir / "report.html"
+    write_report(path, json.loads((evaluation / "metrics.json").read_text(encoding="utf-8")), config, run_dir)
+    return path
 
 
 def show_user(recommender: Recommender, user_id: str, console: Console, k: int = 10) -> None:

@@ -17,6 +17,7 @@ from recsys_ray.artifacts import (
     fingerprint,
     open_artifact,
     publish,
+    share,
     source_fingerprint,
     work_folder,
 )
@@ -36,6 +37,7 @@ class Context:
     progress: Progress
     cpus: int
     hosts: int
+    cache: Path  # what later runs reuse; may be removed
 
     @property
     def run_dir(self) -> Path:
@@ -54,13 +56,27 @@ class Stage:
     run: Callable[[Context], dict[str, Any]]  # returns the counts for the manifest
     sources: Callable[[Config], dict[str, str | None]] = lambda config: {}  # tables from outside
     is_whole: Callable[[Config, Artifact], bool] = lambda config, artifact: True  # is what it made elsewhere there?
+    shared: bool = True  # the folder is all that it makes: another run may link to it
+
+
+VARIANTS = "variants"  # below the folder of a run: the same run with some settings changed, a folder each
 
 
 class Runner:
-    """Runs stages of one configuration; Ray is started when the first of them has work to do."""
+    """Runs stages of one configuration; Ray is started when the first of them has work to do.
 
-    def __init__(self, config: Config, stages: Mapping[str, Stage], progress: Progress) -> None:
+    What this run and its variants have in common is made once: an output that a sibling has with the same fingerprint
+    is linked, not made again. All of them share one cache.
+
+    Args:
+        home: the folder of the run that this one is a variant of; default: it is the run itself.
+    """
+
+    def __init__(
+        self, config: Config, stages: Mapping[str, Stage], progress: Progress, home: Path | None = None
+    ) -> None:
         self.config, self.stages, self.progress = config, stages, progress
+        self.home = home or Path(config.run_dir)
         self._exit = ExitStack()
         self._cpus: int | None = None
 
@@ -84,7 +100,7 @@ class Runner:
         stage, config = self.stages[name], self.config
         inputs = {other: self._input(name, other) for other in stage.inputs}
         hashes = {other: artifact.fingerprint for other, artifact in inputs.items()}
-        _check_kinship(inputs)
+        check_kinship(inputs)
         hashes |= {table: _hash_source(table, path) for table, path in stage.sources(config).items() if path}
         expected = fingerprint(stage.name, stage.settings(config), hashes)
         target = Path(config.run_dir) / stage.folder
@@ -92,12 +108,15 @@ class Runner:
         if current is not None and stage.is_whole(config, current):
             self.progress.say(f"{place}  {name}: up to date")
             return current
+        if not force and stage.shared and (made := self._made_elsewhere(stage.folder, expected)):
+            self.progress.say(f"{place}  {name}: the same as in {made}")
+            return share(made, target)
         self.progress.say(f"{place}  {name}: {stage.summary}")
         cpus, hosts = self._ray()
         started = time.monotonic()
         work = work_folder(target, expected)
         with PeakMemory() as memory:
-            counts = stage.run(Context(config, inputs, work, self.progress, cpus, hosts))
+            counts = stage.run(Context(config, inputs, work, self.progress, cpus, hosts, self.home / "cache"))
         seconds = time.monotonic() - started
         artifact = publish(
             work,
@@ -112,6 +131,14 @@ class Runner:
         )
         self.progress.say(f"    done in {seconds:,.0f} s, peak memory {memory.peak_mb:,.0f} MB -> {target}")
         return artifact
+
+    def _made_elsewhere(self, folder: str, expected: str) -> Path | None:
+        """A sibling's finished output with this fingerprint."""
+        own = Path(self.config.run_dir).resolve()
+        for run in (self.home, *sorted((self.home / VARIANTS).glob("*"))):
+            if run.resolve() != own and find_current(run / folder, expected):
+                return run / folder
+        return None
 
     def _input(self, name: str, other: str) -> Artifact:
         path = Path(self.config.run_dir) / self.stages[other].folder
@@ -129,7 +156,7 @@ class Runner:
         return self._cpus, max(hosts, 1)
 
 
-def _check_kinship(inputs: Mapping[str, Artifact]) -> None:
+def check_kinship(inputs: Mapping[str, Artifact]) -> None:
     """Inputs that were made from one another must be of the same make: dense ids differ between two ingests."""
     for name, artifact in inputs.items():
         for other in artifact.manifest["inputs"].keys() & inputs.keys():

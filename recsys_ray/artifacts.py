@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ from safetensors.numpy import load_file, save_file
 from recsys_ray.errors import ArtifactError
 
 MANIFEST = "manifest.json"
-FORMAT = 2  # raise it when the layout of any stage's output changes: older outputs are then made again
+FORMAT = 3  # raise it when the layout of any stage's output changes: older outputs are then made again
 SCRATCH = "_scratch"  # inside a work folder: resume state that is not part of the output
 _SOFTWARE = ("ray", "torch", "dgl", "transformers", "pyarrow", "faiss-cpu", "numpy")
 
@@ -121,6 +122,8 @@ def publish(work: Path, target: str | Path, stage: str, expected: str, **facts: 
     manifest["software"] = software()
     manifest["files"] = files
     write_json(work / MANIFEST, manifest)
+    if target.is_symlink():  # shared with another run: let go of it, and never write through it
+        target.unlink()
     if target.exists():  # a rename cannot replace a folder that holds something
         old = target.parent / f".{target.name}.old"
         shutil.rmtree(old, ignore_errors=True)
@@ -129,6 +132,19 @@ def publish(work: Path, target: str | Path, stage: str, expected: str, **facts: 
         shutil.rmtree(old, ignore_errors=True)
     else:
         work.replace(target)
+    return open_artifact(target)
+
+
+def share(source: Path, target: str | Path) -> Artifact:
+    """Let ``target`` be a relative link to the published folder ``source``, in place of what was there."""
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.parent / f".{target.name}.link"
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(os.path.relpath(source.resolve(), target.parent.resolve()), target_is_directory=True)
+    if target.is_dir() and not target.is_symlink():  # a rename cannot replace a folder
+        shutil.rmtree(target)
+    aside.replace(target)
     return open_artifact(target)
 
 

@@ -38,3 +38,10 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
                 slots.setdefault(int(number), {})[slot] = tensor
         optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
     return state
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """A checkpoint's ``state`` alone."""
+    with safe_open(path, framework="pt") as file:
+        state: dict[str, Any] = json.loads(file.metadata()["state"])
+    return state

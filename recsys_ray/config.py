@@ -8,6 +8,7 @@ and offers the nearest one.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -69,6 +70,9 @@ class DataConfig(Section):
     now: Moment = Field(None, description="rows later than this moment are from the future; default: the clock")
     max_bad_share: Share = Field(0.05, description="stop when a larger share of a table's rows is quarantined")
     shards: Positive = Field(8, description="user shards that interactions are split into; raise it with the data")
+    item_types: list[str] | None = Field(
+        None, min_length=1, description="only items of these types and their interactions; default: all"
+    )
 
 
 class EventsConfig(Section):
@@ -83,8 +87,10 @@ class EventsConfig(Section):
 
 
 class SplitConfig(Section):
-    """One global split by time: training < valid_from <= validation < test_from <= test."""
+    """time: one global split, training < valid_from <= validation < test_from <= test. leave_one_out: each user's last
+    new positive item is the test, the one before it validation."""
 
+    protocol: Literal["time", "leave_one_out"] = "time"
     test_from: Moment = Field(None, description="first moment of the test period; default: test_days before the end")
     valid_from: Moment = Field(None, description="first moment of validation; default: valid_days before test_from")
     test_days: Positive = 14
@@ -94,7 +100,10 @@ class SplitConfig(Section):
 class TextConfig(Section):
     """Title, description and categories through a transformers encoder, mean-pooled and L2-normalised."""
 
-    model: str = Field("packaged", description="'packaged' (MiniLM-L6, no download), a folder, or a hub id")
+    model: str = Field(
+        "packaged",
+        description="'packaged' (MiniLM-L6, no download), a folder, a hub id, or 'random': vectors without meaning",
+    )
     fields: list[Literal["title", "description", "categories"]] = ["title", "description", "categories"]
     max_tokens: Positive = 128
     batch_size: Positive = Field(128, description="texts an encoder step, after sorting by length")
@@ -111,8 +120,17 @@ class GraphConfig(Section):
         description="example: a training example sees only graphs and history from before it (several snapshots); "
         "window: the paper's way, one window for features and targets",
     )
-    cuts: Positive = Field(5, description="training snapshots; each serves the examples up to the next one")
-    first_cut: Share = Field(0.2, description="share of training events before the first cut: they only make graphs")
+    cuts: Positive = Field(
+        5,
+        description="training snapshots; each serves the examples up to the next one (leave_one_out: folds of users; "
+        "each snapshot leaves one out and serves its examples)",
+    )
+    first_cut: Share = Field(
+        0.2, description="share of training events before the first cut: they only make graphs (not in leave_one_out)"
+    )
+    relations: Literal["all", "same_type", "cross_type"] | list[tuple[str, str]] = Field(
+        "all", description="pairs of item types that make edges: all, same_type, cross_type, or a list of pairs"
+    )
     min_support: Positive = Field(1, description="users that must share a pair of items to make an edge")
     max_history: Positive = Field(100, description="latest items of one user that make pairs")
     max_neighbors: Positive = Field(30, description="neighbours kept per item and relation, the best supported first")
@@ -125,7 +143,13 @@ class HgnnConfig(Section):
     hidden_dim: Positive = 128
     out_dim: Positive = 128
     signature_dim: int = Field(128, ge=0, description="random signs that an item sends beside its text; 0: text alone")
-    aggregator: Literal["max", "mean"] = Field("mean", description="mean, or the max-pool of the papers")
+    aggregator: Literal["max", "mean"] = Field("mean", description="weighted mean, or the max-pool of the papers")
+    damping: float = Field(0.0, ge=0, description="mean: a neighbour counts by its popularity to minus this power")
+    weights_by: Literal["kinship", "relation"] = Field(
+        "kinship",
+        description="kinship: weights for relations inside a type and for those between types; later types share them; "
+        "relation: the papers' way, weights for every pair of types",
+    )
     fanouts: tuple[Positive, Positive] = Field((8, 5), description="neighbours per relation: of the seeds, one hop on")
     loss: Literal["softmax", "max_margin"] = Field("softmax", description="in-batch softmax, or the papers' max-margin")
     temperature: float = Field(0.1, gt=0, description="softmax only")
@@ -135,9 +159,9 @@ class HgnnConfig(Section):
     min_edges: Positive = Field(
         20_000, description="balanced: no relation is undersampled below this many edges an epoch"
     )
-    max_steps: int | None = Field(None, gt=0, description="cap of an epoch's steps; default: none")
+    max_steps: int | None = Field(100, gt=0, description="cap of an epoch's steps; null: none")
     batch_size: Positive = Field(2048, description="supervision edges a step and worker")
-    epochs: Positive = 6
+    epochs: Positive = 4
     patience: Positive = Field(2, description="epochs without a better validation loss before stopping")
     valid_share: Share = Field(0.1, description="edges held out for early stopping")
     learning_rate: float = Field(1e-3, gt=0)
@@ -158,10 +182,15 @@ class TwoTowerConfig(Section):
     log_q: float = Field(1.0, ge=0, le=1, description="strength of the log-Q correction: 1 full, 0 none")
     dropout: Share = Field(0.1, description="before every layer, while training")
     history: Positive = Field(50, description="latest events of a user that make the user's features")
+    last_item: bool = Field(True, description="the user's last item, beside the mean of all")
+    id_dim: int = Field(32, ge=0, description="learned vector of each item, beside text and HGNN embedding; 0: none")
+    id_items: Positive = Field(200_000, description="items with a learned vector: those with the most examples")
+    id_dropout: Share = Field(0.5, description="share of learned vectors that a training step does without")
     batch_size: Positive = 1024
     epochs: Positive = 20
     patience: Positive = Field(3, description="epochs without a better validation HR@10 before stopping")
     learning_rate: float = Field(5e-4, gt=0)
+    refit: bool = Field(False, description="one more epoch then, with the validation period's examples among them")
     averaging: Share = Field(0.99, description="share of the averaged weights that a step leaves; 0: no averaging")
     ablation: bool = Field(True, description="also train the two-tower without HGNN, as a baseline")
     workers: int | None = Field(None, gt=0, description="Ray Train workers; default: one per host")
@@ -190,6 +219,18 @@ class EvaluateConfig(Section):
     trial_seconds: float | None = Field(None, gt=0, description="stop a longer trial of a baseline; default: none")
     fit_users: Positive = Field(1_000_000, description="baselines are fitted to a seeded sample of this many users")
     ease_items: Positive = Field(20_000, description="EASE^R knows this many items at once: 6 bytes x items^2")
+    popularity_days: list[Positive] = Field([], description="also popularity over windows of so many days")
+    strangers: bool = Field(False, description="also ask every model with another user's history: what is not personal")
+    examples: int = Field(12, ge=0, description="users whose history and lists the report shows; 0: none")
+    map_items: int = Field(2400, ge=0, description="items on the report's map of the embeddings, a sample; 0: no map")
+
+
+class ProbeConfig(Section):
+    """What the embeddings are worth for other tasks (recsys-ray probe)."""
+
+    folds: int = Field(5, ge=2, description="parts of the items, each predicted by a model fitted on the others")
+    items: Positive = Field(10_000, description="at most so many items are classified, a seeded sample")
+    pairs: Positive = Field(20_000, description="at most so many pairs of items are looked up, a seeded sample")
 
 
 class RayConfig(Section):
@@ -203,7 +244,10 @@ class Config(Section):
     """The whole tree. ``run_dir`` receives one folder per stage."""
 
     run_dir: str = "runs/default"
-    seed: int = 0
+    seed: int = Field(0, description="of what is trained, and of the baselines that are")
+    data_seed: int = Field(
+        0, description="of the graph's ties and partitions, of samples of users: the same for all training seeds"
+    )
     data: DataConfig = DataConfig()
     events: EventsConfig = EventsConfig()
     split: SplitConfig = SplitConfig()
@@ -213,6 +257,7 @@ class Config(Section):
     two_tower: TwoTowerConfig = TwoTowerConfig()
     index: IndexConfig = IndexConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    probe: ProbeConfig = ProbeConfig()
     ray: RayConfig = RayConfig()
 
     @model_validator(mode="after")
@@ -224,7 +269,21 @@ class Config(Section):
             raise ValueError("an event cannot be both in events.positives and in events.weak")
         if self.split.valid_from and self.split.test_from and self.split.valid_from >= self.split.test_from:
             raise ValueError("split.valid_from must be before split.test_from")
+        if self.split.protocol == "leave_one_out":
+            self._leave_one_out_fits()
         return self
+
+    def _leave_one_out_fits(self) -> None:
+        """Each user has an own order of events and there are no days: what counts in days has no meaning."""
+        protocol = "split.protocol=leave_one_out"
+        if self.graph.window_days is not None:
+            raise ValueError(f"{protocol} has no days that a window could reach back: set graph.window_days=null")
+        if self.split.valid_from or self.split.test_from:
+            raise ValueError(f"{protocol} has no dates: leave split.valid_from and split.test_from out")
+        if self.graph.features_as_of == "example" and self.graph.cuts < 2:
+            raise ValueError(f"{protocol} leaves one of graph.cuts folds of users out of each graph: set at least 2")
+        if self.data.oracle:
+            raise ValueError(f"{protocol}: data.oracle ranks for the test period of the time split; set it to null")
 
 
 def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -250,6 +309,21 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str
         return Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(_explain(error, str(path) if path else "the configuration")) from error
+
+
+def changed(config: Config, overrides: Sequence[str]) -> Config:
+    """The same configuration with dotted overrides, validated.
+
+    Raises:
+        ConfigError: as :func:`load_config`.
+    """
+    tree = config.model_dump()
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, "the changed configuration")) from error
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

@@ -13,5 +13,9 @@ class DataError(UserError):
     """Tables that cannot be used; the message names file, row or column, and what to do."""
 
 
+class LeakError(UserError):
+    """A feature that looks past its time; the message names the example, the feature and the times."""
+
+
 class ArtifactError(UserError):
     """A stage's output is missing, damaged or of another version."""

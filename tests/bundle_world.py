@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +14,7 @@ import pyarrow.parquet as pq
 import torch
 
 from recsys_ray.artifacts import Artifact, publish, save_arrays, work_folder
-from recsys_ray.config import Config
+from recsys_ray.config import Config, TextConfig
 from recsys_ray.progress import Progress
 from recsys_ray.retrieval.bundle import build_bundle
 
@@ -21,6 +23,10 @@ END = 1_700_000_000
 EVENTS = ["follow", "preview", "stream"]
 TASTE = 4
 LONELY, FORGOTTEN = "user without events", "user of long ago"
+FEATURIZE: dict[str, Any] = {  # the facts of its manifest
+    "config": {"text": TextConfig().model_dump(exclude={"workers"})},
+    "counts": {"precision": "fp32", "encoder": "none"},
+}
 STRANGE_IDS = ["audio/Hörbuch: 日本語?", "audio#2 & more/similar"]  # what a URL must carry
 
 
@@ -65,16 +71,22 @@ def make_world(
     user_ids[3], user_ids[7] = LONELY, FORGOTTEN
     events = _events(random, users, len(item_ids))
     world = World(root, _config(root), item_ids, ntype, available, vectors, user_ids, events)
-    _write_ingest(world, types, per_type, random)
-    _publish(root / "featurize", {"text.safetensors": {"vector": _unit(random, len(item_ids), text).astype("float16")}})
+    write_ingest(world, types, per_type, random)
+    vectors_of_text = _unit(random, len(item_ids), text).astype("float16")
+    publish_arrays(root / "featurize", {"text.safetensors": {"vector": vectors_of_text}}, **FEATURIZE)
     order = random.permutation(len(item_ids))
     embedding = _unit(random, len(item_ids), dim)
     half = len(order) // 2
     parts = {
-        f"embeddings/serve/part-{number:05d}.safetensors": {"gid": gids, "embedding": embedding[gids]}
+        f"embeddings/serve/part-{number:05d}.safetensors": {
+            "gid": gids,
+            "embedding": embedding[gids],
+            "hidden": np.zeros((len(gids), 4), np.float16),
+        }
         for number, gids in enumerate((order[:half], order[half:]))
     }
-    _publish(root / "hgnn", parts)
+    parts["model.safetensors"] = {"nothing": np.zeros(1, np.float32)}  # serving does not open it
+    publish_arrays(root / "hgnn", parts, config={"hgnn": {}})
     _write_towers(root / "two_tower", world, types, text, dim)
     return world
 
@@ -101,7 +113,13 @@ def _events(random: np.random.Generator, users: int, items: int) -> np.ndarray:
     return table[np.lexsort((table[:, 2], table[:, 1], table[:, 3], table[:, 0]))]
 
 
-def _write_ingest(world: World, types: list[str], per_type: Sequence[int], random: np.random.Generator) -> None:
+def published(item_id: str) -> int | None:
+    """Of a third of the items, within half a year before the end."""
+    number = zlib.crc32(item_id.encode())
+    return None if number % 3 else END - number // 3 % 180 * DAY
+
+
+def write_ingest(world: World, types: list[str], per_type: Sequence[int], random: np.random.Generator) -> None:
     work = work_folder(world.root / "ingest", "ingest")
     size, users = len(world.item_ids), len(world.user_ids)
     items = {
@@ -113,7 +131,7 @@ def _write_ingest(world: World, types: list[str], per_type: Sequence[int], rando
         "description": pa.nulls(size, pa.string()),
         "language": pa.nulls(size, pa.string()),
         "categories": [["a"]] * size,
-        "published_at": pa.array([None if i % 3 else END - i * DAY for i in range(size)], pa.int64()),
+        "published_at": pa.array([published(item_id) for item_id in world.item_ids], pa.int64()),
         "available": world.available,
     }
     pq.write_table(pa.table(items), work / "items.parquet")
@@ -156,11 +174,11 @@ def _write_ingest(world: World, types: list[str], per_type: Sequence[int], rando
     publish(work, world.root / "ingest", "ingest", "ingest", counts=counts)
 
 
-def _publish(target: Path, files: dict[str, dict[str, np.ndarray]]) -> None:
+def publish_arrays(target: Path, files: dict[str, dict[str, np.ndarray]], **facts: Any) -> None:
     work = work_folder(target, target.name)
     for name, arrays in files.items():
         save_arrays(work / name, arrays)
-    publish(work, target, target.name, target.name, counts={})
+    publish(work, target, target.name, target.name, **{"counts": {}, **facts})
 
 
 def _write_towers(target: Path, world: World, types: list[str], text: int, dim: int) -> None:
@@ -171,21 +189,10 @@ def _write_towers(target: Path, world: World, types: list[str], text: int, dim: 
     work = work_folder(target, target.name)
     (work / "hgnn" / "items").mkdir(parents=True, exist_ok=True)
     spec = TowerSpec(
-        len(types),
-        EVENTS,
-        text,
-        dim,
-        3,
-        2,
-        0,
-        1,
-        {"music": TASTE},
-        [16, dim],
-        types,
-        ["DE", "SE"],
-        history=50,
-        window_days=90,
-    )
+        num_types=len(types), events=EVENTS, text_dim=text, hgnn_dim=dim, activity_dim=3, num_countries=2,
+        num_languages=0, num_categories=1, tastes={"music": TASTE}, layers=[16, dim], item_types=types,
+        countries=["DE", "SE"], history=50, window_days=90,
+    )  # fmt: skip
     torch.manual_seed(0)
     save_file(TwoTower(spec).state_dict(), work / "hgnn" / "model.safetensors")
     spec.save(work / "hgnn" / "spec.json")

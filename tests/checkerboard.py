@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 from recsys_ray.config import TwoTowerConfig
+from recsys_ray.graph.activity import COLUMNS
 from recsys_ray.ranks import seed_from
 from recsys_ray.snapshots import DAY, Snapshot
 from recsys_ray.two_tower.batches import ArrayFeatures, Catalogue
-from recsys_ray.two_tower.examples import HistoryRules, UserEvents, build_examples, build_queries
+from recsys_ray.two_tower.examples import HistoryRules, UserEvents, build_examples, build_queries, validation_examples
 from recsys_ray.two_tower.towers import TowerSpec, TwoTower
 from recsys_ray.two_tower.training import TowerTask, TowerTrainer
 
@@ -24,7 +25,7 @@ ITEMS = 2 * LIKED * TYPES
 CHANCE = 10 / (2 * LIKED - (LIKED - HELD_OUT))
 VALID, TEST = 70 * DAY, 85 * DAY
 TEXT = HGNN = 16
-ACTIVITY = 3
+ACTIVITY = COLUMNS
 SNAPSHOTS = [
     Snapshot("cut0", 0, 5 * DAY, 0, (5 * DAY, 40 * DAY)),
     Snapshot("cut1", 1, 40 * DAY, 0, (40 * DAY, VALID)),
@@ -71,14 +72,15 @@ def board_catalogue() -> Catalogue:
     return Catalogue(kinds, torch.zeros(ITEMS, dtype=torch.int64), torch.tensor([1, 2]), offsets, quiet)
 
 
-def board_task(telling: str = "hgnn", with_hgnn: bool = True, rows: slice = slice(None)) -> TowerTask:
+def board_task(telling: str = "hgnn", with_hgnn: bool = True, rows: slice = slice(None), id_dim: int = 0) -> TowerTask:
     """Training and validation as the job would make them, with nothing known of any user."""
     events, unknown = board_events(), {}
     known = events.timestamp < VALID
     before = UserEvents(*(column[known] for column in vars(events).values()))
     examples = build_examples(before, [0], SNAPSHOTS[:2], RULES)
     queries = build_queries(events, [0], VALID, TEST, RULES)
-    for table in (examples, queries):
+    later = validation_examples(events, [0], SNAPSHOTS, TEST, RULES)
+    for table in (examples, queries, later):
         count = len(table["target"])
         unknown = {"age": np.full(count, np.nan, np.float32), "country_index": np.full(count, -1)}
         table.update(unknown, taste_music=np.full((count, 3), np.nan, np.float32))
@@ -86,10 +88,11 @@ def board_task(telling: str = "hgnn", with_hgnn: bool = True, rows: slice = slic
     spec = TowerSpec(
         num_types=TYPES, events=["stream", "preview"], text_dim=TEXT, hgnn_dim=HGNN, activity_dim=ACTIVITY,
         num_countries=2, num_languages=1, num_categories=2, tastes={"music": 3}, layers=list(CONFIG.layers), history=80,
+        id_dim=id_dim, id_rows=ITEMS, num_items=ITEMS, id_dropout=0.2, last_item=True,
     )  # fmt: skip
     names = {s.index: s.name for s in SNAPSHOTS}
     spec = spec if with_hgnn else replace(spec, hgnn_dim=0)
-    return TowerTask(spec, board_features(telling), board_catalogue(), examples, queries, names)
+    return TowerTask(spec, board_features(telling), board_catalogue(), examples, queries, later, names)
 
 
 def board_trainer(task: TowerTask, config: TwoTowerConfig = CONFIG) -> tuple[TowerTrainer, torch.optim.Optimizer]:

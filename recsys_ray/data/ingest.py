@@ -21,9 +21,10 @@ from recsys_ray.artifacts import SCRATCH, write_json
 from recsys_ray.config import Config, EventsConfig
 from recsys_ray.data import shuffle
 from recsys_ray.data.reading import Source, find_source, replace_aside, run_tasks
+from recsys_ray.data.schema import nearest
 from recsys_ray.data.shuffle import Job, Tally, merge_kinds
-from recsys_ray.data.split import plan_split
-from recsys_ray.data.validate import EventRules, as_records, quarantine_table, utc
+from recsys_ray.data.split import END, TEST_FROM, VALID_FROM, is_leave_one_out, plan_split
+from recsys_ray.data.validate import EventRules, judge_rows, split_duplicates, utc
 from recsys_ray.errors import DataError
 from recsys_ray.progress import Progress
 
@@ -47,9 +48,15 @@ def ingest(config: Config, out: Path, progress: Progress) -> dict[str, Any]:
     counts["rows"] = {name: tally["rows"] for name, tally in run.tallies.items()}
     counts["quarantined"] = {name: tally["quarantined"] for name, tally in run.tallies.items()}
     counts["extra_columns"] = {name: source.extra for name, source in sources.items() if source.extra}
-    valid, test = counts["valid_from"], counts["test_from"]
-    progress.say(f"  training before {utc(valid)}, validation before {utc(test)}, test up to {utc(counts['end'] - 1)}")
+    progress.say(f"  {_describe_split(counts)}")
     return counts
+
+
+def _describe_split(counts: Mapping[str, Any]) -> str:
+    if is_leave_one_out(counts):
+        return f"leave-one-out: {counts['held_out']:,} of {counts['users']:,} users have a validation and a test item"
+    valid, test, last = (utc(moment) for moment in (counts["valid_from"], counts["test_from"], counts["last_event"]))
+    return f"training before {valid}, validation before {test}, test up to {last}"
 
 
 def event_names(config: EventsConfig) -> list[str]:
@@ -109,13 +116,26 @@ class _Run:
             for piece, f in zip(pieces, job.fragments, strict=True)
         )
         table, extra = _first_of_each(job, table)
-        self.settle("items", [*results, extra])
+        table, others = self._wanted(table)
+        self.settle("items", [*results, extra, others])
         table, counts = _number(table)
         _write(table, self.out / "items.parquet", self.scratch)
         counts["untitled"] = sum(result["untitled"] for result in results)
         if counts["untitled"]:
             self.progress.say(f"  items: {counts['untitled']:,} have no title; they are kept with an empty one")
         return counts
+
+    def _wanted(self, table: pa.Table) -> tuple[pa.Table, dict[str, Any]]:
+        """Items of ``data.item_types``; the ids of the others are noted, so that their interactions go, too."""
+        wanted = self.config.data.item_types
+        types = sorted(pc.unique(table["item_type"]).to_pylist())
+        for name in wanted or ():
+            if name not in types:
+                raise DataError(f'data.item_types: no item is of type "{name}"{nearest(name, types)}')
+        mine = pc.is_in(table["item_type"], pa.array(types if wanted is None else wanted, pa.string()))
+        others = table.filter(pc.invert(mine)).select(["item_id"])
+        _write(others, self.scratch / shuffle.OTHER_ITEMS, self.scratch)
+        return table.filter(mine), vars(Tally(kept=-len(others), ignored=len(others)))
 
     def interactions_and_users(self, rules: EventRules, counts: dict[str, Any]) -> None:
         """Divide by user, number users, write the rest of the output; adds to ``counts``."""
@@ -134,7 +154,8 @@ class _Run:
         offsets = [0, *np.cumsum(sizes).tolist()]
         self._write_users()
         positives = self.config.events.positives
-        events = functools.partial(shuffle.reduce_events, job, offsets, list(rules.names), positives)
+        protocol = self.config.split.protocol
+        events = functools.partial(shuffle.reduce_events, job, offsets, list(rules.names), positives, protocol)
         reduced = self.reduce("sort interactions", events, kept)
         self.settle("interactions", [*mapped, *({**r, "rows": 0, "kept": -_total(r["kinds"])} for r in reduced)])
         countries = sorted({country for result in people for country in result["countries"]})
@@ -182,9 +203,18 @@ class _Run:
         if not moments:
             raise DataError(f"no interaction is one of events.positives ({', '.join(positives)}); check the names")
         first_and_last = min(first for first, _ in moments), max(latest for _, latest in moments)
-        ordered = sorted(days.items())
+        ordered, protocol = sorted(days.items()), self.config.split.protocol
+        facts = {"protocol": protocol, "last_event": last, "days": [list(day) for day in ordered]}
+        if protocol == "leave_one_out":
+            held_out = sum(result["held_out"] for result in reduced)
+            if not held_out:
+                raise DataError(
+                    f"leave-one-out needs users with three items of a positive event ({', '.join(positives)}), and "
+                    "there is none; set split.protocol=time, or check events.positives"
+                )
+            return {**facts, "valid_from": VALID_FROM, "test_from": TEST_FROM, "end": END, "held_out": held_out}
         valid, test = plan_split(self.config.split, ordered, first_and_last, last, positives)
-        return {"valid_from": valid, "test_from": test, "end": last + 1, "days": [list(day) for day in ordered]}
+        return {**facts, "valid_from": valid, "test_from": test, "end": last + 1}
 
     def settle(self, table: str, results: Sequence[Mapping[str, Any]], quiet: bool = False) -> None:
         """Add up a table's rows, say what went to quarantine, stop where too much did."""
@@ -195,19 +225,9 @@ class _Run:
         rows |= {"quarantined": _total(kinds), "ignored": sum(result["ignored"] for result in results)}
         by_reason = {kind: count for kind, (count, _) in sorted(kinds.items())}
         self.tallies[table] = {"rows": rows, "quarantined": by_reason}
-        frequent = sorted(kinds.items(), key=lambda entry: (-entry[1][0], entry[0]))
-        said = ", ".join(f"{kind} {count:,}" for kind, (count, _) in frequent)
-        share, limit = rows["quarantined"] / max(rows["read"], 1), self.config.data.max_bad_share
-        if share > limit or not rows["kept"]:
-            examples = "; ".join(f"{kind}: {count:,}, as in: {text}" for kind, (count, text) in frequent)
-            what = f"{rows['quarantined']:,} of {rows['read']:,} rows of the {table} table are bad"
-            limit_text = f"more than data.max_bad_share ({limit:.0%})" if share > limit else "and none is left"
-            ignored = f"; {rows['ignored']:,} were left out by events.ignore" if rows["ignored"] else ""
-            raise DataError(f"{what}, {limit_text}. {examples}{ignored}. The rows are in {self.out / 'quarantine'}")
+        said = judge_rows(table, rows, kinds, self.config.data.max_bad_share, self.out / "quarantine")
         if not quiet:
-            left = f", {rows['ignored']:,} ignored" if rows["ignored"] else ""
-            bad = f", {rows['quarantined']:,} to quarantine ({said})" if said else ""
-            self.progress.say(f"  {table}: {rows['read']:,} rows read, {rows['kept']:,} kept{left}{bad}")
+            self.progress.say(said)
 
 
 def _total(kinds: Mapping[str, Sequence[Any]]) -> int:
@@ -216,21 +236,12 @@ def _total(kinds: Mapping[str, Sequence[Any]]) -> int:
 
 def _first_of_each(job: Job, table: pa.Table) -> tuple[pa.Table, dict[str, Any]]:
     """The first row of each item_id in order of (file, row); the others go to quarantine."""
-    codes = table["item_id"].combine_chunks().dictionary_encode().indices.to_numpy()
-    _, first, of = np.unique(codes, return_index=True, return_inverse=True)
-    again = np.flatnonzero(first[of] != np.arange(len(table)))
-    tally, names = Tally(kept=-len(again)), job.file_names()
-    if len(again):
-        files, rows = table["file"].to_numpy(), table["row"].to_numpy()
-        sentences = [
-            f"item_id is that of row {rows[i]} of {names[int(files[i])]}, which was kept" for i in first[of[again]]
-        ]
-        records = as_records(table.drop_columns(["file", "row"]).take(pa.array(again)))
-        paths = [names[i] for i in files[again].tolist()]
-        bad = quarantine_table(paths, rows[again].tolist(), "items", sentences, records)
+    kept, bad = split_duplicates(table, job.file_names())
+    tally = Tally(kept=-len(bad))
+    if len(bad):
         shuffle.write_quarantine(job, "items-duplicates", [bad])
-        tally.kinds = {"duplicate item_id": [len(again), sentences[0]]}
-    return table.take(pa.array(np.sort(first))), vars(tally)
+        tally.kinds = {"duplicate item_id": [len(bad), bad["reason"][0].as_py()]}
+    return kept, vars(tally)
 
 
 def _number(table: pa.Table) -> tuple[pa.Table, dict[str, Any]]:

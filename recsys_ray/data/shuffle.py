@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from recsys_ray.data.reading import Batch, Fragment, read_batches, replace_aside
+from recsys_ray.data.split import TEST_FROM, logical_times
 from recsys_ray.data.validate import (
     Catalogue,
     Checked,
@@ -32,6 +33,7 @@ from recsys_ray.data.validate import (
 
 DAY = 86_400
 EVENTS = pa.schema([("uid", pa.int64()), ("gid", pa.int32()), ("event", pa.int8()), ("timestamp", pa.int64())])
+OTHER_ITEMS = "other_items.parquet"  # in the scratch folder: ids that data.item_types leaves out
 _ROW_GROUP = 1 << 20
 
 
@@ -106,16 +108,17 @@ def map_users(job: Job, taste: Sequence[str], i: int) -> dict[str, Any]:
 
 
 def map_interactions(job: Job, rules: EventRules, type_names: Sequence[str], i: int) -> dict[str, Any]:
-    tally, catalogue = Tally(), _catalogue(job.out / "items.parquet", type_names)
+    tally, catalogue = Tally(), _catalogue(job, type_names)
     check = lambda batch, file: check_interactions(batch, file, catalogue, rules)  # noqa: E731
     for number, good in enumerate(_check(job, i, check, tally)):
         tally.parts += _write_shards(job, "interactions", good, f"{i:05d}-{number:05d}.arrow")
     return vars(tally)
 
 
-def _catalogue(items: Path, type_names: Sequence[str]) -> Catalogue:
-    table = pq.read_table(items, columns=["item_id", "ntype"], use_threads=False)
-    return Catalogue(table["item_id"].combine_chunks(), table["ntype"].to_numpy(), type_names)
+def _catalogue(job: Job, type_names: Sequence[str]) -> Catalogue:
+    table = pq.read_table(job.out / "items.parquet", columns=["item_id", "ntype"], use_threads=False)
+    others = pq.read_table(job.scratch / OTHER_ITEMS, use_threads=False)["item_id"].combine_chunks()
+    return Catalogue(table["item_id"].combine_chunks(), table["ntype"].to_numpy(), type_names, others)
 
 
 def _check(job: Job, i: int, check: Callable[[Batch, str], Checked], tally: Tally) -> Iterator[pa.Table]:
@@ -248,14 +251,18 @@ def _part(
 
 
 def reduce_events(
-    job: Job, offsets: Sequence[int], names: Sequence[str], positives: Sequence[str], shard: int
+    job: Job, offsets: Sequence[int], names: Sequence[str], positives: Sequence[str], protocol: str, shard: int
 ) -> dict[str, Any]:
-    """A shard's events with dense ids, sorted, each once, to ``interactions/shard-<shard>.parquet``."""
+    """A shard's events with dense ids, sorted, each once, to ``interactions/shard-<shard>.parquet``.
+
+    Sorted by (uid, timestamp, gid, event); with ``protocol`` leave_one_out by uid and the user's own order: the
+    timestamps', and that of the rows of the source where these are equal.
+    """
     target = job.out / "interactions" / f"shard-{shard:05d}.parquet"
     tally, table = Tally(), _read_shard(job, "interactions", shard)
     if table is None or not len(table):
         _write_parquet(EVENTS.empty_table(), target, job.scratch)
-        return {**vars(tally), "days": [], "last": None, "positive": None}
+        return {**vars(tally), "days": [], "last": None, "positive": None, "held_out": 0}
     users = pq.read_table(job.scratch / "people" / f"{shard:05d}.parquet", columns=["user_id"], use_threads=False)
     local = pc.index_in(table["user_id"], value_set=users["user_id"].combine_chunks())
     table = table.append_column("uid", pc.add(local.cast(pa.int64()), offsets[shard]))
@@ -270,8 +277,25 @@ def reduce_events(
         bad = _duplicates(job, table, same, names, tally)
         write_quarantine(job, f"interactions-shard-{shard:05d}", [bad])
         table = table.filter(pa.array(~same))
-    _write_parquet(table.select(EVENTS.names).cast(EVENTS), target, job.scratch)
-    return {**vars(tally), "rows": len(table), **_history(table, [names.index(name) for name in positives])}
+    codes = [names.index(name) for name in positives]
+    found = {**vars(tally), "rows": len(table), **_history(table, codes), "held_out": 0}
+    table, schema = table.select([*EVENTS.names, "file", "row"]), EVENTS
+    if protocol == "leave_one_out":
+        table = _in_own_order(table, codes)
+        found["held_out"] = len(pc.unique(table["uid"].filter(pc.equal(table["timestamp"], TEST_FROM))))
+        schema = EVENTS.append(pa.field("happened_at", pa.int64()))
+    _write_parquet(table.select(schema.names).cast(schema), target, job.scratch)
+    return found
+
+
+def _in_own_order(table: pa.Table, positives: Sequence[int]) -> pa.Table:
+    """Events with a logical time as ``timestamp`` and the real one as ``happened_at``, in each user's own order."""
+    keys = [table[key].to_numpy() for key in ("row", "file", "timestamp", "uid")]
+    table = table.take(pa.array(np.lexsort(keys)))
+    positive = np.isin(table["event"].to_numpy(), positives)
+    times = logical_times(table["uid"].to_numpy(), table["gid"].to_numpy(), positive)
+    table = table.append_column("happened_at", table["timestamp"])
+    return table.set_column(table.schema.get_field_index("timestamp"), "timestamp", pa.array(times))
 
 
 def _duplicates(job: Job, table: pa.Table, same: np.ndarray, names: Sequence[str], tally: Tally) -> pa.Table:

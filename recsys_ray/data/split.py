@@ -1,14 +1,63 @@
-"""One global split by time: training < valid_from <= validation < test_from <= test."""
+"""What is training, what validation and what test: training < valid_from <= validation < test_from <= test.
+
+The split is by time, one for all users, or it leaves each user's last items out. The latter gives every event a
+*logical time*, so that all other stages need to know of one kind of split only: validation is at 0, the test at 1, and
+a user's training events are at ..., -3, -2, -1. Only times of one user compare.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
 
 from recsys_ray.config import SplitConfig
 from recsys_ray.data.validate import utc
 from recsys_ray.errors import DataError
 
 DAY = 86_400
+VALID_FROM, TEST_FROM, END = 0, 1, 2  # logical times
+_HELD_OUT = 3  # a user with fewer new items has none to spare
+
+
+def is_leave_one_out(counts: Mapping[str, Any]) -> bool:
+    """Whether the times of an ingest manifest and of its interactions are logical ones."""
+    return counts.get("protocol", "time") == "leave_one_out"
+
+
+def calendar_end(counts: Mapping[str, Any]) -> int:
+    """Unix seconds, 1 s after the last event, under either protocol."""
+    return int(counts.get("last_event", counts["end"] - 1)) + 1
+
+
+def logical_times(uid: np.ndarray, gid: np.ndarray, positive: np.ndarray) -> np.ndarray:
+    """Leave-one-out: int64 [n], ascending for each user.
+
+    A user discovers an item with the first event of any kind on it; what counts are discoveries of items that the user
+    has a positive event with. The last one begins the test, the one before it validation. So what is asked for is
+    always an item that the user had not touched, one a user. Users with fewer than three only train.
+
+    Args:
+        uid, gid, positive: int64, int32 and bool [n], ascending by uid, of each user in the order in which they
+            happened.
+    """
+    if not len(uid):
+        return np.zeros(0, np.int64)
+    pair = uid * (np.int64(gid.max()) + 1) + gid
+    _, first, item = np.unique(pair, return_index=True, return_inverse=True)
+    liked = np.bincount(item, weights=positive) > 0
+    discovery = np.zeros(len(uid), np.int64)
+    discovery[first[liked]] = 1
+    begin = np.flatnonzero(np.r_[True, uid[1:] != uid[:-1]])
+    size = np.diff(np.r_[begin, len(uid)])
+    passed = np.cumsum(discovery)
+    before, found = passed[begin] - discovery[begin], np.add.reduceat(discovery, begin)
+    left = np.repeat(before + found, size) - passed  # discoveries that are still to come
+    held_out = np.repeat(found >= _HELD_OUT, size)
+    training = ~held_out | (left >= 2)
+    place = np.arange(len(uid)) - np.repeat(begin + np.add.reduceat(training.astype(np.int64), begin), size)
+    return np.where(training, place, np.where(left == 1, VALID_FROM, TEST_FROM))
 
 
 def plan_split(

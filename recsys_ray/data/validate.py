@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import pyarrow.compute as pc
 
 from recsys_ray.data.reading import Batch
 from recsys_ray.data.schema import TABLES, Column, Converted, convert, nearest, plain
+from recsys_ray.errors import DataError
 
 QUARANTINE = pa.schema(
     [
@@ -58,11 +60,14 @@ class Checked:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """What interactions are checked against: item_id (string), ntype (int16) by gid, and the types' names."""
+    """What interactions are checked against: item_id (string), ntype (int16) by gid, and the types' names.
+
+    ``others``: ids of items that were left out on purpose; their interactions are, too."""
 
     item_ids: pa.Array
     ntypes: np.ndarray
     type_names: Sequence[str]
+    others: pa.Array = field(default_factory=lambda: pa.array([], pa.string()))
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,9 @@ def check_interactions(batch: Batch, file: str, catalogue: Catalogue, rules: Eve
     """Interactions: the good ones come back as user_id (string), gid (int32), event (int8), timestamp (int64), row."""
     events = convert(_column(batch, "event"), "text", len(batch.table)).values
     ignored = pc.is_in(events, pa.array(rules.ignored, pa.string())).to_numpy(zero_copy_only=False)
+    if len(catalogue.others):
+        items = convert(_column(batch, "item_id"), "id", len(batch.table)).values
+        ignored = ignored | pc.is_in(items, catalogue.others).to_numpy(zero_copy_only=False)
     skipped = int(ignored.sum())
     if skipped:
         keep = pa.array(~ignored)
@@ -240,6 +248,54 @@ def count_kinds(reasons: Sequence[tuple[str, str]]) -> dict[str, list[Any]]:
     for kind, sentence in reasons:
         kinds.setdefault(kind, [0, sentence])[0] += 1
     return kinds
+
+
+def split_duplicates(items: pa.Table, files: Mapping[int, str]) -> tuple[pa.Table, pa.Table]:
+    """The first row of each item_id in order of (file, row), and the others as QUARANTINE.
+
+    Args:
+        items: rows that passed, in that order, with ``row`` and ``file`` (a key of ``files``).
+    """
+    codes = items["item_id"].combine_chunks().dictionary_encode().indices.to_numpy()
+    _, first, of = np.unique(codes, return_index=True, return_inverse=True)
+    again = np.flatnonzero(first[of] != np.arange(len(items)))
+    numbers, rows = items["file"].to_numpy(), items["row"].to_numpy()
+    sentences = [
+        f"item_id is that of row {rows[i]} of {files[int(numbers[i])]}, which was kept" for i in first[of[again]]
+    ]
+    records = as_records(items.drop_columns(["file", "row"]).take(pa.array(again)))
+    bad = quarantine_table(
+        [files[n] for n in numbers[again].tolist()], rows[again].tolist(), "items", sentences, records
+    )
+    return items.take(pa.array(np.sort(first))), bad
+
+
+def judge_rows(
+    table: str, rows: Mapping[str, int], kinds: Mapping[str, Sequence[Any]], limit: float, quarantine: Path
+) -> str:
+    """A line on what became of a table's rows.
+
+    Args:
+        rows: counts by ``read``, ``kept``, ``quarantined``, ``ignored``.
+        kinds: kind -> [count, an example sentence].
+        limit: the largest share that may be bad (``data.max_bad_share``).
+
+    Raises:
+        DataError: more is bad, or nothing is left.
+    """
+    frequent = sorted(kinds.items(), key=lambda entry: (-entry[1][0], entry[0]))
+    share = rows["quarantined"] / max(rows["read"], 1)
+    if share > limit or not rows["kept"]:
+        examples = "; ".join(f"{kind}: {count:,}, as in: {text}" for kind, (count, text) in frequent)
+        what = f"{rows['quarantined']:,} of {rows['read']:,} rows of the {table} table are bad"
+        limit_text = f"more than data.max_bad_share ({limit:.0%})" if share > limit else "and none is left"
+        by = "by events.ignore or data.item_types"
+        ignored = f"; {rows['ignored']:,} were left out {by}" if rows["ignored"] else ""
+        raise DataError(f"{what}, {limit_text}. {examples}{ignored}. The rows are in {quarantine}")
+    said = ", ".join(f"{kind} {count:,}" for kind, (count, _) in frequent)
+    left = f", {rows['ignored']:,} ignored" if rows["ignored"] else ""
+    bad = f", {rows['quarantined']:,} to quarantine ({said})" if said else ""
+    return f"  {table}: {rows['read']:,} rows read, {rows['kept']:,} kept{left}{bad}"
 
 
 def quarantine_table(

@@ -50,7 +50,7 @@ def read_known(job: Job, moment: int, snapshot: str) -> KnownData:
     users = pq.ParquetFile(setting.ingest / "users.parquet").metadata.num_rows
     sample = None
     if users > limit:
-        sample = np.sort(np.random.default_rng(setting.seed).choice(users, limit, replace=False))
+        sample = np.sort(np.random.default_rng(setting.data_seed).choice(users, limit, replace=False))
     parts = []
     for shard in job.shards:
         events = read_events(shard)
@@ -80,7 +80,7 @@ def prepare_validation(job: Job) -> int:
             found = find_queries(events, setting.catalogue, setting.positive, setting.valid_from, setting.test_from)
             asked.append(found.keep_users(found.uid[found.warm]))
         users = np.unique(np.concatenate([queries.uid for queries in asked]))
-        chosen = np.random.default_rng(setting.seed).permutation(users)[:_TUNING_USERS]
+        chosen = np.random.default_rng(setting.data_seed).permutation(users)[:_TUNING_USERS]
         histories, arrays, offset = [], [], 0
         for shard, queries in zip(job.shards, asked, strict=True):
             events = read_events(shard)

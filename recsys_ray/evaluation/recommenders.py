@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from recsys_ray.evaluation.metrics import DEPTH, find_hits
+from recsys_ray.evaluation.metrics import CUTOFF, DEPTH, find_hits
 from recsys_ray.evaluation.segments import SEGMENTS, Catalogue, Events, Queries
 
 if TYPE_CHECKING:
@@ -51,6 +51,14 @@ class UserBatch:
         """bool [users]: no history."""
         return np.diff(self.offsets) == 0
 
+    def take(self, rows: np.ndarray) -> UserBatch:
+        """The batch of these users, in this order."""
+        length = np.diff(self.offsets)[rows]
+        offsets = np.concatenate([[0], np.cumsum(length)]).astype(np.int64)
+        chosen = np.repeat(self.offsets[rows] - offsets[:-1], length) + np.arange(offsets[-1])
+        users = self.users.take(rows) if self.users is not None else None
+        return UserBatch(self.uid[rows], offsets, self.gid[chosen], self.event[chosen], self.timestamp[chosen], users)
+
     def latest_items(self, limit: int) -> tuple[np.ndarray, np.ndarray]:
         """(row, gid) of the ``limit`` items that each user touched last, each item once."""
         rows = self.rows
@@ -78,6 +86,11 @@ def batch_of(uids: np.ndarray, history: Events, users: pa.Table | None = None) -
     return UserBatch(np.asarray(uids), offsets, events.gid, events.event, events.timestamp, users)
 
 
+def stranger_name(model: str) -> str:
+    """What the table calls a model that is asked with another user's history."""
+    return f"{model}_for_a_stranger"
+
+
 Scorer = Callable[[int, int], "Float[Tensor, 'users items']"]
 
 
@@ -99,6 +112,24 @@ class Recommender(Protocol):
         Higher is better. -inf keeps an item out of the list. A user without history gets a sensible answer.
         """
         ...
+
+
+@dataclass(frozen=True)
+class Stranger:
+    """A model that is asked with the history and the traits of another user of the batch: the next one's.
+
+    What the user has touched is left out of the list as always. Whatever the model's hits are worth more than the
+    stranger's is personal: popularity, trends and activity do as well for anybody.
+    """
+
+    model: Recommender
+
+    @property
+    def name(self) -> str:
+        return stranger_name(self.model.name)
+
+    def scorer(self, users: UserBatch) -> Scorer:
+        return self.model.scorer(users.take(np.roll(np.arange(len(users)), -1)))
 
 
 def top_k(scores: Float[Tensor, "users items"], k: int) -> tuple[Float[Tensor, "users k"], Tensor]:
@@ -199,6 +230,9 @@ class Ranked:
     hit_rank: np.ndarray  # int64 [hits], from 0
     hit_truth: np.ndarray  # int64 [hits], number of the truth
     covered: np.ndarray  # bool [segments, items]: recommended to anyone in the segment
+    heads: np.ndarray = field(  # int32 [queries, CUTOFF]: the first places of each list, -1 where it is shorter
+        default_factory=lambda: np.zeros((0, CUTOFF), dtype=np.int32), repr=False
+    )
 
 
 def rank_queries(
@@ -219,6 +253,7 @@ def rank_queries(
         batch_size: queries ranked at once.
     """
     covered = np.zeros((len(SEGMENTS), catalogue.items), dtype=bool)
+    heads = np.full((len(queries), CUTOFF), -1, dtype=np.int32)
     found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     everyone = np.unique(queries.uid)
     for item_type in range(len(catalogue.types)):
@@ -230,6 +265,7 @@ def rank_queries(
             truths = np.flatnonzero(np.isin(queries.truth_query, chosen))
             row, item = np.searchsorted(chosen, queries.truth_query[truths]), queries.truth_item[truths]
             ranked = rank(recommender, batch_of(uids, history, table), catalogue, item_type, always=(row, item))
+            heads[chosen] = ranked[:, :CUTOFF]
             for column in range(len(SEGMENTS)):
                 shown = ranked[member[chosen, column]]
                 covered[column, shown[shown >= 0]] = True
@@ -239,7 +275,7 @@ def rank_queries(
         np.concatenate([part[k] for part in found]) if found else np.zeros(0, dtype=np.int64) for k in range(3)
     )
     order = np.lexsort((hit_rank, hit_query))
-    return Ranked(hit_query[order], hit_rank[order], hit_truth[order], covered)
+    return Ranked(hit_query[order], hit_rank[order], hit_truth[order], covered, heads)
 
 
 def as_tensor(array: np.ndarray) -> Tensor:

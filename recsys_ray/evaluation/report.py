@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,41 +15,20 @@ from rich.table import Table
 
 from recsys_ray.artifacts import software
 from recsys_ray.config import Config
-from recsys_ray.evaluation import plots
-from recsys_ray.evaluation.baselines import BASELINES
-from recsys_ray.evaluation.segments import TIERS
+from recsys_ray.evaluation import run_facts
+from recsys_ray.evaluation.names import (
+    SEGMENT_NAMES,
+    SEGMENT_NOTES,
+    Row,
+    contest,
+    main_segment,
+    name_of,
+    ordered,
+    select,
+)
+from recsys_ray.evaluation.report_data import headline, interval, page_data, percent, read_extras, safe_json
 
-Row = Mapping[str, Any]
-
-STAGES = ("ingest", "featurize", "graph", "hgnn", "two_tower", "index")
-SEGMENT_NAMES = {
-    "all": "all users",
-    "warm": "warm users",
-    "new_to_type": "new to the type",
-    "cold": "cold users",
-    "cold_items": "items unseen in training",
-    **{f"tier{k + 1}": f"popularity tier {k + 1}" for k in range(TIERS)},
-}
-_TIER_NAMES = [f"tier{k + 1}" for k in range(TIERS)]
-SHORT_NAMES = {
-    "popularity": "pop.",
-    "item_knn": "item-kNN",
-    "llm_knn": "LLM-kNN",
-    "ease": "EASE",
-    "ials": "iALS",
-    "lightgcn": "LightGCN",
-    "sasrec": "SASRec",
-    "hgnn": "HGNN",
-    "hgnn_w_users": "HGNN-wu",
-    "two_tower_text_only": "2T",
-    "2t_hgnn": "2T-HGNN",
-}
-MODEL_NOTES = {
-    **{baseline.name: baseline.note for baseline in BASELINES.values()},
-    "two_tower_text_only": "The two-tower without the HGNN's embeddings.",
-    "2t_hgnn": "HGNN and two-tower together: the model that is served.",
-    "oracle": "The demo world's own ranking by true taste: no recommender can expect more.",
-}
+_SCRIPTS = ("core.js", "tables.js", "forest.js", "plots.js", "map.js", "examples.js", "start.js")
 
 
 def print_table(metrics: Sequence[Row], console: Console) -> None:
@@ -59,9 +36,11 @@ def print_table(metrics: Sequence[Row], console: Console) -> None:
     if not metrics:
         console.print("No user of the test period can be evaluated: there are no figures.")
         return
-    main = _select(metrics, item_type="all", segment=_main_segment(metrics))
+    segment = main_segment(metrics)
+    main = select(metrics, item_type="all", segment=segment)
     with_oracle = any(row.get("share_of_oracle") is not None for row in metrics)
-    title = f"{SEGMENT_NAMES[_main_segment(metrics)].capitalize()}, all item types ({main[0]['users']:,} users)"
+    of = f"{main[0]['users']:,} users{_mean_of(main[0])}"
+    title = f"{SEGMENT_NAMES[segment].capitalize()}, all item types ({of})"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
     for name in ("model", "HR@10", "95 % interval", "NDCG@10", "MRR", "cov.@100"):
         table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
@@ -75,19 +54,19 @@ def print_table(metrics: Sequence[Row], console: Console) -> None:
             cells.append(percent(row.get("share_of_oracle")))
         table.add_row(*cells, style="bold" if row["hr_at_10"] == best and row["model"] != "oracle" else None)
     console.print(table)
-    types = [name for name in _ordered(metrics, "item_type") if name != "all"]
-    _small_table(metrics, console, "HR@10 by item type", "item_type", types, segment=_main_segment(metrics))
+    types = [name for name in ordered(metrics, "item_type") if name != "all"]
+    _small_table(metrics, console, "HR@10 by item type", "item_type", types, segment=segment)
     _small_table(metrics, console, "HR@10 by segment", "segment", list(SEGMENT_NAMES), item_type="all")
 
 
 def _small_table(
     metrics: Sequence[Row], console: Console, title: str, over: str, names: Sequence[str], **fixed: str
 ) -> None:
-    rows = _select(metrics, **fixed)
+    rows = select(metrics, **fixed)
     names = [name for name in names if any(row[over] == name for row in rows)]
     if not names:
         return
-    models = _ordered(rows, "model")
+    models = ordered(rows, "model")
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
     table.add_column(over.replace("_", " "), no_wrap=True)
     for model in models:
@@ -98,72 +77,13 @@ def _small_table(
     console.print(table)
 
 
+def _mean_of(row: Row) -> str:
+    return f", mean of {len(row['seeds'])} seeds" if row.get("seeds") else ""
+
+
 def _short(model: str) -> str:
     """A model's name where there is little room."""
-    return SHORT_NAMES.get(model, _plain(model))
-
-
-def write_report(
-    path: Path, metrics: Sequence[Row], config: Config, run_dir: Path, remarks: Mapping[str, str] | None = None
-) -> None:
-    """Write the page. What the other stages left below ``run_dir`` is shown as far as it is there; ``remarks`` on
-    models follow their notes."""
-    environment = Environment(
-        loader=PackageLoader("recsys_ray.evaluation", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    manifests = {stage: found for stage in STAGES if (found := _read(run_dir / stage / "manifest.json"))}
-    models = _ordered(metrics, "model")
-    segment = _main_segment(metrics)
-    page = environment.get_template("report.html").render(
-        models=[(model, _note(model, remarks or {})) for model in models],
-        main=_select(metrics, item_type="all", segment=segment),
-        segment=SEGMENT_NAMES[segment],
-        figures=_figures(metrics, models, segment),
-        curves=_training_curves(run_dir),
-        rows=metrics,
-        segment_names=SEGMENT_NAMES,
-        facts=_facts(manifests.get("ingest", {})),
-        stages=_stages(manifests),
-        config=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
-        software=software(),
-        seed=config.seed,
-        with_oracle=any(row.get("share_of_oracle") is not None for row in metrics),
-        interval=interval,
-        percent=percent,
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
-
-
-def _note(model: str, remarks: Mapping[str, str]) -> str:
-    note = MODEL_NOTES.get(model, "")
-    return f"{note} ({remarks[model]})" if model in remarks else note
-
-
-def interval(row: Row) -> str:
-    """The 95 % interval of HR@10."""
-    return f"{row['hr_at_10_low']:.4f} to {row['hr_at_10_high']:.4f}"
-
-
-def percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.1%}"
-
-
-def _select(metrics: Sequence[Row], **fixed: str) -> list[Row]:
-    return [row for row in metrics if all(row[name] == value for name, value in fixed.items())]
-
-
-def _ordered(metrics: Sequence[Row], name: str) -> list[str]:
-    return list(dict.fromkeys(row[name] for row in metrics))
-
-
-def _main_segment(metrics: Sequence[Row]) -> str:
-    """Warm users, or everyone where nobody is warm."""
-    return "warm" if any(row["segment"] == "warm" for row in metrics) or not metrics else "all"
+    return _plain(name_of(model).short)
 
 
 def _plain(text: str) -> str:
@@ -171,104 +91,86 @@ def _plain(text: str) -> str:
     return text.replace("[", r"\[")
 
 
-def _figures(metrics: Sequence[Row], models: list[str], segment: str) -> list[tuple[str, str, Markup]]:
-    """(heading, explanation, plot)"""
-    if not metrics:
-        return []
-    types = [name for name in _ordered(metrics, "item_type") if name != "all"]
-    named = [{**row, "segment_name": SEGMENT_NAMES[row["segment"]]} for row in _select(metrics, item_type="all")]
-    shown = [SEGMENT_NAMES[name] for name in SEGMENT_NAMES if name not in _TIER_NAMES]
-    of_segment = _select(metrics, segment=segment)
-    drawn = [
-        (
-            "By item type",
-            f"HR@10 for {SEGMENT_NAMES[segment]}, with 95 % intervals.",
-            plots.bars(of_segment, "item_type", ["all", *types], models, "HR@10 by item type"),
-        ),
-        (
-            "By segment",
-            "HR@10 over all item types. New to the type: users known from other types only. Cold users have no "
-            "earlier event at all. Items unseen in training: only such items count as relevant, for warm users.",
-            plots.bars(named, "segment_name", shown, models, "HR@10 by segment"),
-        ),
-        (
-            "Popularity tiers",
-            "Each type's items, ranked by popularity and cut so that every tier holds a fifth of the earlier events. "
-            "Only items of the tier count as relevant, for warm users.",
-            plots.tiers(_select(metrics, item_type="all"), _TIER_NAMES, models, "HR@10 by popularity tier"),
-        ),
-        (
-            "Accuracy against coverage",
-            "Up: more users find something among ten. Right: more of the catalogue is shown to someone among a "
-            "hundred. A recommender of popular items is far left.",
-            plots.scatter(_select(of_segment, item_type="all"), models, "HR@10 against coverage@100"),
-        ),
-    ]
-    return [(heading, text, Markup(svg)) for heading, text, svg in drawn]
+def write_report(
+    path: Path,
+    metrics: Sequence[Row],
+    config: Config,
+    run_dir: Path,
+    evaluation: Path | None = None,
+    spent: Callable[[], tuple[float, float]] | None = None,
+) -> None:
+    """Write the page. What the stages left below ``run_dir`` is shown as far as it is there.
+
+    Args:
+        metrics: rows of metrics.json, of one seed or pooled over several (``seeds``, ``per_seed``).
+        evaluation: where examples, map and so on lie; default: the run's own evaluation.
+        spent: seconds and peak MB of an evaluation that is still at work.
+    """
+    evaluation = evaluation or run_dir / "evaluation"
+    found = run_facts.manifests(run_dir)
+    counts = found.get("ingest", {}).get("counts", {})
+    segment = main_segment(metrics)
+    extras = read_extras(evaluation)
+    data = page_data(metrics, run_facts.training(run_dir), run_facts.timeline(counts), extras)
+    data["dated"] = run_facts.has_dates(counts)
+    served, rival = contest(metrics)
+    versions = software()
+    page = (
+        _environment()
+        .get_template("report.html")
+        .render(
+            data=Markup(safe_json(data)),
+            headline=headline(metrics, extras.get("differences") or []),
+            main=sorted(select(metrics, item_type="all", segment=segment), key=lambda row: -row["hr_at_10"]),
+            rows=metrics,
+            segment=segment,
+            served=served,
+            rival=rival,
+            models=ordered(metrics, "model"),
+            types=ordered(metrics, "item_type"),
+            name_of=name_of,
+            segment_names=SEGMENT_NAMES,
+            segment_notes=SEGMENT_NOTES,
+            seeds=_seeds(metrics, config),
+            extras=extras,
+            curves=data["curves"],
+            facts=run_facts.facts(counts),
+            counts=counts,
+            moment=run_facts.moment,
+            dated=run_facts.has_dates(counts),
+            costs=run_facts.costs(found, spent() if spent else None),
+            duration=run_facts.duration,
+            tuning=run_facts.tuning(evaluation),
+            config=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+            software=versions,
+            other_software=run_facts.other_software(found, versions),
+            run_name=Path(config.run_dir).name,
+            with_oracle=any(row.get("share_of_oracle") is not None for row in metrics),
+            interval=interval,
+            percent=percent,
+        )
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
 
 
-def _training_curves(run_dir: Path) -> list[tuple[str, Markup]]:
-    """(heading, plot) for what training recorded: loss, and each validation figure, over epochs."""
-    places = {"HGNN": "hgnn", "two-tower (2T-HGNN)": "two_tower/hgnn", "two-tower (text only)": "two_tower/text_only"}
-    found: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
-    for name, place in places.items():
-        epochs = _read(run_dir / place / "metrics.json")
-        if isinstance(epochs, dict):
-            epochs = epochs.get("epochs", [])
-        for number, epoch in enumerate(e for e in epochs or [] if isinstance(e, dict)):
-            for key, value in epoch.items():
-                if (
-                    key in ("epoch", "seconds", "steps")
-                    or isinstance(value, bool)
-                    or not isinstance(value, int | float)
-                ):
-                    continue
-                at, values = found.setdefault(key, {}).setdefault(name, ([], []))
-                at.append(epoch.get("epoch", number))
-                values.append(value)
-    # Losses of different models are on different scales: a plot for each model and figure.
-    return [
-        (f"{name}: {key}", Markup(plots.curve(*line, key, f"{name}: {key}")))
-        for key in sorted(found, key=lambda key: ("loss" not in key, key))
-        for name, line in found[key].items()
-    ]
+def _environment() -> Environment:
+    loader = PackageLoader("recsys_ray.evaluation", "page")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+
+    def source(name: str) -> Markup:
+        return Markup(loader.get_source(environment, name)[0])
+
+    environment.globals["style"] = lambda: source("style.css")
+    environment.globals["script"] = lambda: Markup("\n").join(source(name) for name in _SCRIPTS)
+    return environment
 
 
-def _facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What was read, from the counts of the ingest stage."""
-    counts = manifest.get("counts", {})
-    facts: list[tuple[str, str]] = []
-    for name in ("valid_from", "test_from", "end"):
-        if name in counts:
-            facts.append((name, datetime.fromtimestamp(counts[name], UTC).strftime("%Y-%m-%d %H:%M UTC")))
-    for name, value in counts.items():
-        if name in ("valid_from", "test_from", "end", "days", "languages", "countries", "categories"):
-            continue
-        facts += _flatten(name, value)
-    return facts
-
-
-def _flatten(name: str, value: Any) -> list[tuple[str, str]]:
-    if isinstance(value, Mapping):
-        return [fact for key, inner in value.items() for fact in _flatten(f"{name}: {key}", inner)]
-    if isinstance(value, list):
-        return [(name, ", ".join(str(part) for part in value[:20]) + (", ..." if len(value) > 20 else ""))]
-    return [(name, f"{value:,}" if isinstance(value, int) else str(value))]
-
-
-def _stages(manifests: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, str]]:
-    """(stage, time, peak memory) as far as the manifests tell."""
-    rows = []
-    for stage, manifest in manifests.items():
-        seconds, peak = manifest.get("seconds"), manifest.get("peak_memory_mb")
-        time = "-" if seconds is None else f"{int(seconds) // 60}:{int(seconds) % 60:02d} min"
-        rows.append((stage, time, "-" if peak is None else f"{peak:,.0f} MB"))
-    return rows
-
-
-def _read(path: Path) -> Any:
-    """JSON, or nothing where there is none: the report shows what there is."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return None
+def _seeds(metrics: Sequence[Row], config: Config) -> list[Any]:
+    """The training seeds behind the figures."""
+    seeds = metrics[0].get("seeds") if metrics else None
+    if seeds is None:
+        return [config.seed]
+    return list(seeds) if isinstance(seeds, list) else [f"{seeds} seeds"]

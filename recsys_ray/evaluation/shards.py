@@ -21,6 +21,7 @@ from recsys_ray.artifacts import SCRATCH, load_arrays, save_arrays
 from recsys_ray.config import Config
 from recsys_ray.errors import ArtifactError
 from recsys_ray.evaluation.segments import Catalogue, Events, ItemFacts, Queries, find_queries, popularity_tiers
+from recsys_ray.snapshots import DAY
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Setting:
     end: int
     batch_size: int
     seed: int
+    data_seed: int
+    windows: tuple[int, ...] = ()  # days of further popularity windows
     places: Mapping[str, Path] = field(default_factory=dict)  # folders of models whose results outlast this evaluation
 
 
@@ -64,6 +67,8 @@ def prepare(config: Config, ingest: Path, out: Path) -> Setting:
         end=counts["end"],
         batch_size=config.evaluate.batch_size,
         seed=config.seed,
+        data_seed=config.data_seed,
+        windows=tuple(config.evaluate.popularity_days),
     )
 
 
@@ -72,6 +77,14 @@ def read_events(shard: Path) -> Events:
     table = pq.read_table(shard, columns=["uid", "gid", "event", "timestamp"])
     uid, gid, event, timestamp = (table[name].to_numpy() for name in table.column_names)
     return Events(uid.astype(np.int64), gid.astype(np.int64), event, timestamp.astype(np.int64))
+
+
+def known_before(events: Events, moment: int, uids: np.ndarray) -> Events:
+    """What recommenders may know of these users: their events before ``moment``."""
+    return events.select((events.timestamp < moment) & np.isin(events.uid, uids))
+
+
+LAYOUT = 1  # of a model's part; raised when what is in it changes, so that kept ones are not read as new ones
 
 
 def part_of(setting: Setting, name: str, shard: Path) -> Path:
@@ -93,6 +106,9 @@ def survey_shard(setting: Setting, shard: Path) -> None:
         "positives": np.bincount(events.gid[positive], minlength=items),
         "trained": np.bincount(events.gid[events.timestamp < setting.valid_from], minlength=items),
     }
+    for days in setting.windows:
+        inside = positive & (events.timestamp >= setting.test_from - days * DAY)
+        arrays[f"recent_{days}"] = np.bincount(events.gid[inside], minlength=items)
     save_arrays(target, {**arrays, **queries.as_arrays()})
 
 
@@ -115,11 +131,13 @@ class Survey:
     query_offset: dict[Path, int]
     truth_offset: dict[Path, int]
     facts: ItemFacts
+    windows: dict[int, np.ndarray]  # days -> int64 [items]: positive events in a further popularity window
 
 
 def merge_survey(setting: Setting, shards: list[Path], max_users: int | None) -> Survey:
     """Add the surveys up; keep a seeded sample of ``max_users`` users that have queries."""
-    totals = {name: np.zeros(setting.catalogue.items, np.int64) for name in ("positives", "trained")}
+    names = ("positives", "trained", *(f"recent_{days}" for days in setting.windows))
+    totals = {name: np.zeros(setting.catalogue.items, np.int64) for name in names}
     found: dict[Path, Queries] = {}
     for shard in shards:
         arrays = load_arrays(part_of(setting, "survey", shard))
@@ -128,7 +146,7 @@ def merge_survey(setting: Setting, shards: list[Path], max_users: int | None) ->
         found[shard] = Queries.from_arrays(arrays)
     everyone = np.concatenate([np.unique(q.uid) for q in found.values()]) if found else np.zeros(0, np.int64)
     if max_users is not None and max_users < len(everyone):
-        everyone = np.random.default_rng(setting.seed).choice(everyone, max_users, replace=False)
+        everyone = np.random.default_rng(setting.data_seed).choice(everyone, max_users, replace=False)
     users, query_offset, truth_offset, parts = {}, {}, {}, []
     queries = truths = 0
     for shard, part in found.items():
@@ -140,4 +158,5 @@ def merge_survey(setting: Setting, shards: list[Path], max_users: int | None) ->
         queries, truths = queries + len(kept), truths + len(kept.truth_item)
     merged = Queries.from_arrays({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
     facts = ItemFacts(totals["trained"] == 0, popularity_tiers(totals["positives"], setting.catalogue))
-    return Survey(merged, users, query_offset, truth_offset, facts)
+    windows = {days: totals[f"recent_{days}"] for days in setting.windows}
+    return Survey(merged, users, query_offset, truth_offset, facts, windows)

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from recsys_ray.artifacts import load_arrays
 from recsys_ray.evaluation.baselines.towers import ORACLE, ReadyLists
+from recsys_ray.evaluation.hits import EVERY_TYPE, Hits, Row
 from recsys_ray.evaluation.metrics import QueryScores, bootstrap_interval, score_queries
 from recsys_ray.evaluation.recommenders import Ranked
 from recsys_ray.evaluation.segments import SEGMENTS, Catalogue, Queries, segment_truths
 from recsys_ray.evaluation.shards import Setting, Survey, part_of
 
-EVERY_TYPE = "all"  # rows over the queries of all item types
-
-Row = dict[str, Any]
-
 
 def summarise(
     setting: Setting, shards: list[Path], survey: Survey, models: list[str], resamples: int, oracle: ReadyLists | None
-) -> list[Row]:
-    """Rows of the table, one a model, item type and segment that has queries.
+) -> tuple[list[Row], Hits]:
+    """Rows of the table, one a model, item type and segment that has queries; and who hit which query.
 
     The oracle may rank for some users only. Its own rows are over these, and a model's ``share_of_oracle`` compares
     both on the same queries.
@@ -32,11 +28,16 @@ def summarise(
     truths = {name: np.bincount(queries.truth_query[mask], minlength=len(queries)) for name, mask in masks.items()}
     listed = oracle.lists(queries.uid, queries.item_type) if oracle is not None else None
     best = _read(setting, shards, survey, ORACLE) if oracle is not None else None
+    hits = Hits.of(queries, setting.catalogue.types, np.stack([truths[name] > 0 for name in SEGMENTS]))
+    if listed is not None:
+        hits.asked[ORACLE] = listed
     rows: list[Row] = []
     for name in models:  # one model's coverage in memory at a time
         found = _read(setting, shards, survey, name)
+        hits.hit[name] = np.zeros((len(SEGMENTS), len(queries)), dtype=bool)
         for column, segment in enumerate(SEGMENTS):
             scores = _score(truths[segment], masks[segment], found)
+            hits.hit[name][column] = scores.hit
             asked = truths[segment] > 0
             if name == ORACLE and listed is not None:
                 asked &= listed
@@ -51,7 +52,7 @@ def summarise(
                 if oracle_hit is not None and listed is not None:
                     row["share_of_oracle"] = _share(scores.hit, oracle_hit, chosen & listed)
                 rows.append(row)
-    return rows
+    return rows, hits
 
 
 def _read(setting: Setting, shards: list[Path], survey: Survey, name: str) -> Ranked:

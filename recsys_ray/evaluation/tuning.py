@@ -59,7 +59,8 @@ class Tuned:
     def as_record(self) -> dict[str, Any]:
         """For tuning.json."""
         best = self.best
-        return {"params": self.params, "hr_at_10": best["hr_at_10"] if best else None, "trials": self.trials}
+        hit = best["hr_at_10"] if best else None
+        return {"params": self.params, "hr_at_10": hit, "note": self.note, "trials": self.trials}
 
     @property
     def note(self) -> str:
@@ -94,7 +95,7 @@ def tune(job: Job, baseline: Baseline, folder: Path, progress: Progress, threads
             best = Tuned({}, trials).best
             task.update(len(trials), detail=f"best HR@10 {best['hr_at_10']:.4f}" if best else "")
 
-        trials = search(space, number, job.setting.seed, folder, attempt, show)
+        trials = search(space, number, job.setting.data_seed, folder, attempt, show)
     best = Tuned({}, trials).best or {"params": default_point(space)}
     epochs = {"epochs": best["epochs"]} if "epochs" in best else {}
     return Tuned({**best["params"], **epochs}, trials)

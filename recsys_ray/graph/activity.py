@@ -7,11 +7,14 @@ Columns of the table (all at most a few units large, so that towers can read the
 * the same of all events, weak signals included, of the last 30 days;
 * ``log(1 + days)`` since the item's first event, and a flag for items that had none;
 * ``log(1 + days)`` since publication, and a flag for items whose date is known (and not after the snapshot).
+
+In leave-one-out times are logical (recsys_ray/data/split.py): all that came before lies a fraction of a day back. Every
+window then holds everything, ages are about zero, and no date of publication is known.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +25,31 @@ from jaxtyping import Float, Int
 
 from recsys_ray.artifacts import open_artifact, save_arrays
 from recsys_ray.config import Config
+from recsys_ray.data.split import is_leave_one_out
 from recsys_ray.progress import Progress
-from recsys_ray.snapshots import DAY, Snapshot
+from recsys_ray.snapshots import DAY, Fold, Snapshot
 
 ACTIVITY = "activity.safetensors"
-COLUMNS = 9
+COLUMN_NAMES = (
+    "positives of 7 days",
+    "positives of 30 days",
+    "positives of 90 days",
+    "positives of all days",
+    "events of 30 days",
+    "days since the first event",
+    "no event yet",
+    "days since publication",
+    "published",
+)
+COLUMNS = len(COLUMN_NAMES)
+EVER, UNTOUCHED = 3, 6  # columns: positives of all days, no event yet
 _POSITIVE_DAYS = (7, 30, 90)
 _ALL_DAYS = 30
-_NEVER = np.iinfo(np.int64).max
+NEVER = np.iinfo(np.int64).max
+_NONE = 0.1  # of the mean count: what an item without any counts as in its rarity
 _SCALE = 3.0  # natural log of days, brought to about one
 
-Counts = tuple[Int[np.ndarray, "5 items"], Int[np.ndarray, "items"]]  # the five counts; first event or _NEVER
+Counts = tuple[Int[np.ndarray, "5 items"], Int[np.ndarray, "items"]]  # the five counts; first event or NEVER
 
 
 def write_activity(
@@ -41,29 +58,36 @@ def write_activity(
     """Write ``out/activity.safetensors``: snapshot name -> float16 [items, COLUMNS]. One task a shard and snapshot."""
     if (out / ACTIVITY).exists():
         return
-    items = pq.read_table(ingest_dir / "items.parquet", columns=["published_at"]).column("published_at")
-    published = items.cast(pa.int64()).fill_null(_NEVER).to_numpy()
-    names = list(open_artifact(ingest_dir).counts["events"])
+    facts = open_artifact(ingest_dir).counts
+    published = read_published(ingest_dir, facts)
+    names = list(facts["events"])
     codes = [names.index(name) for name in config.events.positives if name in names]
     shards = sorted((ingest_dir / "interactions").glob("shard-*.parquet"))
     tables = {}
     with progress.task("counting activity", len(snapshots), "snapshots") as shown:
         for snapshot in snapshots:
-            counts, first = _add(_count_all(shards, snapshot.time, codes, len(published)))
+            counts, first = add_counts(_count_all(shards, snapshot, codes, len(published)))
             tables[snapshot.name] = describe(counts, first, published, snapshot.time).astype(np.float16)
             shown.advance(1)
     save_arrays(out / ACTIVITY, tables)
 
 
-def _count_all(shards: Sequence[Path], moment: int, codes: list[int], items: int) -> Iterator[Counts]:
+def read_published(ingest_dir: Path, facts: Mapping[str, Any]) -> Int[np.ndarray, "items"]:
+    """Unix seconds of each item's publication, NEVER where it is unknown or times are not the calendar's."""
+    column = pq.read_table(ingest_dir / "items.parquet", columns=["published_at"]).column("published_at")
+    published = column.cast(pa.int64()).fill_null(NEVER).to_numpy()
+    return np.full_like(published, NEVER) if is_leave_one_out(facts) else published
+
+
+def _count_all(shards: Sequence[Path], snapshot: Snapshot, codes: list[int], items: int) -> Iterator[Counts]:
     """Counts of each shard, as they come; no more tasks wait than the cluster can start soon."""
     import ray
 
-    task = ray.remote(num_cpus=1)(count_shard)
+    task: Any = ray.remote(num_cpus=1)(count_shard)
     limit = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
     waiting: list[Any] = []
     for shard in shards:
-        waiting.append(task.remote(shard, moment, codes, items))
+        waiting.append(task.remote(shard, snapshot.time, codes, items, snapshot.without))
         if len(waiting) >= limit:
             done, waiting = ray.wait(waiting)
             yield ray.get(done[0])
@@ -71,7 +95,8 @@ def _count_all(shards: Sequence[Path], moment: int, codes: list[int], items: int
         yield ray.get(left)
 
 
-def _add(parts: Iterator[Counts]) -> Counts:
+def add_counts(parts: Iterator[Counts]) -> Counts:
+    """The counts of all shards together. There must be one."""
     counts, first = next(parts)
     counts, first = counts.copy(), first.copy()  # what comes out of Ray's store is read-only
     for more, earlier in parts:
@@ -80,16 +105,29 @@ def _add(parts: Iterator[Counts]) -> Counts:
     return counts, first
 
 
-def count_shard(shard: Path, moment: int, positives: Sequence[int], items: int) -> Counts:
-    """What one shard's users did with each item before ``moment``."""
-    table = pq.read_table(shard, columns=["gid", "event", "timestamp"])
+def count_shard(shard: Path, moment: int, positives: Sequence[int], items: int, without: Fold | None = None) -> Counts:
+    """What one shard's users, but not those of ``without``, did with each item before ``moment``."""
+    table = pq.read_table(shard, columns=["gid", "event", "timestamp"] + ["uid"] * (without is not None))
     gid, event, time = (table.column(i).to_numpy() for i in range(3))
     known = time < moment
-    gid, event, time = gid[known], event[known], time[known]
+    if without is not None:
+        known &= ~without.has(table["uid"].to_numpy())
+    return count_events(gid[known], event[known], time[known], moment, positives, items)
+
+
+def count_events(
+    gid: Int[np.ndarray, "n"],
+    event: Int[np.ndarray, "n"],
+    time: Int[np.ndarray, "n"],
+    moment: int,
+    positives: Sequence[int],
+    items: int,
+) -> Counts:
+    """What happened to each item, of events that all lie before ``moment``."""
     positive = np.isin(event, np.asarray(positives, event.dtype))
     chosen = [positive & (time >= moment - days * DAY) for days in _POSITIVE_DAYS]
     chosen += [positive, time >= moment - _ALL_DAYS * DAY]
-    first = np.full(items, _NEVER)
+    first = np.full(items, NEVER)
     np.minimum.at(first, gid, time)
     return np.stack([np.bincount(gid[rows], minlength=items) for rows in chosen]), first
 
@@ -111,3 +149,11 @@ def describe(
 
 def _log_days(moment: int, since: Int[np.ndarray, "items"]) -> Float[np.ndarray, "items"]:
     return np.log1p(np.maximum(moment - since.astype(np.float64), 0) / DAY) / _SCALE
+
+
+def rarity(table: Float[np.ndarray, "items columns"], power: float) -> Float[np.ndarray, "items"]:
+    """How much an item says about its neighbours: its positives so far, relative to the mean, to minus ``power``.
+
+    What everybody has says little about who else belongs together; it is the norm in the cosine of co-occurrence.
+    """
+    return ((np.expm1(table[:, EVER].astype(np.float32)) + _NONE) ** -power).astype(np.float32)

@@ -40,7 +40,7 @@ def build_graph(
     parts = config.graph.partitions or num_hosts
     if len(ntype) < parts:
         raise DataError(f"{len(ntype)} items cannot be cut into {parts} partitions; lower graph.partitions")
-    snapshots = plan_snapshots(config.graph, counts)
+    snapshots = plan_snapshots(config.graph, counts, config.data_seed)
     edges = build_edges(config, ingest_dir, snapshots, ntype, len(counts["item_types"]), out / "edges", progress)
     write_activity(config, ingest_dir, snapshots, out, progress)
     cut = _partition(config, snapshots, ntype, featurize_dir, out, parts, progress)
@@ -66,6 +66,6 @@ def _partition(
     shutil.rmtree((out / GRAPH_JSON).parent, ignore_errors=True)
     files = [(snapshot.index, out / "edges" / f"{snapshot.name}.parquet") for snapshot in snapshots]
     with progress.task(f"cutting the graph into {parts} partition(s)", parts, "partitions") as shown:
-        cut = partition_graph(files, ntype, featurize_dir / "text.safetensors", out, parts, config.seed)
+        cut = partition_graph(files, ntype, featurize_dir / "text.safetensors", out, parts, config.data_seed)
         shown.update(parts)
     return cut

@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,13 @@ def build_edges(
 
     Raises:
         ArtifactError: the ingest folder has no interactions.
+        ConfigError: ``graph.relations`` names an item type that there is not.
     """
     shards = sorted((ingest_dir / "interactions").glob("shard-*.parquet"))
     if not shards:
         raise ArtifactError(f"{ingest_dir} holds no interactions; run ingest again")
-    events = json.loads((ingest_dir / "manifest.json").read_text(encoding="utf-8"))["counts"]["events"]
-    codes = [code for code, name in enumerate(events) if name in config.events.edges]
+    counts = json.loads((ingest_dir / "manifest.json").read_text(encoding="utf-8"))["counts"]
+    codes = [code for code, name in enumerate(counts["events"]) if name in config.events.edges]
     out.mkdir(parents=True, exist_ok=True)
     todo = [snapshot for snapshot in snapshots if not (out / f"{snapshot.name}.parquet").exists()]
     if todo:
@@ -65,7 +67,8 @@ def build_edges(
         ranges = min(max(1, config.data.shards), len(ntype))
         bounds = [len(ntype) * r // ranges for r in range(1, ranges + 1)]
         _count(config, shards, todo, codes, bounds, scratch, progress)
-        _reduce(config, todo, ntype, len(bounds), scratch, out, progress)
+        allowed = pairs.allowed_relations(config.graph.relations, counts["item_types"])
+        _reduce(config, todo, ntype, len(bounds), scratch, out, progress, allowed)
         shutil.rmtree(scratch, ignore_errors=True)
     return {s.name: _relation_counts(out / f"{s.name}.parquet", ntype, num_types) for s in snapshots}
 
@@ -79,7 +82,7 @@ def _count(
     scratch: Path,
     progress: Progress,
 ) -> None:
-    windows = {s.name: Window(s.start, s.time) for s in snapshots}
+    windows = {s.name: Window(s.start, s.time, s.without) for s in snapshots}
     work = [
         (shard, scratch / shard.stem, windows, codes, bounds, config.graph.max_history)
         for shard in shards
@@ -96,6 +99,7 @@ def _reduce(
     scratch: Path,
     out: Path,
     progress: Progress,
+    allowed: np.ndarray,
 ) -> None:
     import ray
 
@@ -106,8 +110,8 @@ def _reduce(
         for r in range(ranges):
             target = scratch / snapshot.name / f"range-{r:05d}.parquet"
             if not target.exists():
-                work.append((scratch, snapshot.name, r, shared, graph.min_support, graph.max_neighbors, config.seed,
-                             target))  # fmt: skip
+                work.append((scratch, snapshot.name, r, shared, graph.min_support, graph.max_neighbors,
+                             config.data_seed, target, allowed))  # fmt: skip
     _run(reduce_range, work, progress, "merging pairs", "ranges")
     for snapshot in snapshots:
         parts = [scratch / snapshot.name / f"range-{r:05d}.parquet" for r in range(ranges)]
@@ -199,15 +203,19 @@ def _write_ranges(counted: Counted, bounds: Sequence[int], path: Path) -> None:
 
 
 def reduce_range(
-    scratch: Path, snapshot: str, r: int, ntype: np.ndarray, min_support: int, max_neighbors: int, seed: int, out: Path
-) -> None:
-    """Merge range ``r`` of every shard's counts, keep the best edges, write them to ``out``."""
+    scratch: Path, snapshot: str, r: int, ntype: np.ndarray, min_support: int, max_neighbors: int, seed: int, out: Path,
+    allowed: np.ndarray | None = None,
+) -> None:  # fmt: skip
+    """Merge range ``r`` of every shard's counts, keep the best edges of the allowed relations (bool [types, types];
+    default: all), write them to ``out``."""
     parts = [Counted(*(np.zeros(0, np.int32) for _ in range(4)))]
     for path in sorted(scratch.glob(f"shard-*/{snapshot}-*.parquet")):
         with pq.ParquetFile(path) as file:
             table = file.read_row_group(r)
         parts.append(Counted(*(table.column(name).to_numpy() for name in _COUNTED.names)))
     edges = pairs.merge(parts, len(ntype))
+    if allowed is not None:
+        edges = edges.take(allowed[ntype[edges.src], ntype[edges.dst]])
     edges = pairs.keep_best(edges, ntype, min_support, max_neighbors, seed)
     out.parent.mkdir(parents=True, exist_ok=True)
     table = pa.table([edges.src, edges.dst, edges.support.astype(np.int32)], schema=_EDGES)
@@ -237,8 +245,8 @@ def _relation_counts(path: Path, ntype: np.ndarray, num_types: int) -> dict[str,
     return {f"t{k // num_types}_t{k % num_types}": int(n) for k, n in enumerate(totals) if n}
 
 
-def _described(windows: dict[str, Window]) -> dict[str, list[int]]:
-    return {name: [window.start, window.time] for name, window in sorted(windows.items())}
+def _described(windows: dict[str, Window]) -> dict[str, dict[str, Any]]:
+    return {name: asdict(window) for name, window in sorted(windows.items())}
 
 
 def _is_done(folder: Path, windows: dict[str, Window]) -> bool:

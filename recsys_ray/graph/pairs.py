@@ -6,10 +6,14 @@ the number of users that share it and the latest time at which it was shared.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from recsys_ray.errors import ConfigError
+from recsys_ray.hashing import splitmix64
+from recsys_ray.snapshots import Fold
 
 PAIRS_AT_ONCE = 2_000_000  # pairs that are expanded and sorted together; 8 bytes each, a few times over
 HOLD = 12_000_000  # counted pairs that one task holds before it writes them out, over all windows; 24 bytes each
@@ -17,10 +21,16 @@ HOLD = 12_000_000  # counted pairs that one task holds before it writes them out
 
 @dataclass(frozen=True)
 class Window:
-    """Interactions with ``start <= timestamp < time`` (unix seconds)."""
+    """Interactions with ``start <= timestamp < time``, but none of the users of the fold ``without``."""
 
     start: int
     time: int
+    without: Fold | None = None
+
+    def holds(self, uid: np.ndarray, timestamp: np.ndarray) -> np.ndarray:
+        """bool [n]: which events are inside."""
+        inside = (timestamp >= self.start) & (timestamp < self.time)
+        return inside if self.without is None else inside & ~self.without.has(uid)
 
 
 @dataclass(frozen=True)
@@ -54,12 +64,12 @@ def latest_items(
     """Each user's distinct items inside a window, the ``max_history`` latest of them.
 
     Args:
-        uid, gid, timestamp: events [n], ascending by (uid, timestamp, gid).
+        uid, gid, timestamp: events [n], of each user in the order in which they happened.
 
     Returns:
-        uid, gid and the item's latest timestamp, ascending as above. Of equal times, the larger gid counts as later.
+        uid, gid and the item's latest timestamp, in the order of the events.
     """
-    inside = (timestamp >= window.start) & (timestamp < window.time)
+    inside = window.holds(uid, timestamp)
     uid, gid, timestamp = uid[inside], gid[inside], timestamp[inside]
     if len(uid) == 0:
         return uid, gid, timestamp
@@ -168,6 +178,25 @@ def merge(parts: list[Counted], items: int) -> Counted:
     return Counted((key % items).astype(np.int32), (key // items).astype(np.int32), support, recency)
 
 
+def allowed_relations(relations: str | Sequence[tuple[str, str]], item_types: Sequence[str]) -> np.ndarray:
+    """bool [types, types], symmetric: which pairs of item types make edges (``graph.relations``).
+
+    Raises:
+        ConfigError: a pair names an item type that there is not.
+    """
+    same = np.eye(len(item_types), dtype=bool)
+    if isinstance(relations, str):
+        return {"all": np.ones_like(same), "same_type": same, "cross_type": ~same}[relations]
+    unknown = sorted({name for pair in relations for name in pair} - set(item_types))
+    if unknown:
+        raise ConfigError(f"graph.relations names {unknown[0]!r}; the item types are {', '.join(item_types)}")
+    allowed = np.zeros_like(same)
+    for a, b in relations:
+        i, j = item_types.index(a), item_types.index(b)
+        allowed[i, j] = allowed[j, i] = True
+    return allowed
+
+
 def keep_best(edges: Counted, ntype: np.ndarray, min_support: int, max_neighbors: int, seed: int) -> Counted:
     """Drop edges below ``min_support``, then keep of each (dst, type of src) the ``max_neighbors`` best.
 
@@ -193,7 +222,7 @@ def keep_best(edges: Counted, ntype: np.ndarray, min_support: int, max_neighbors
 def _best_first(edges: Counted, group: np.ndarray, seed: int) -> np.ndarray:
     """Order of edges (sorted by dst, src) by group, then from the best to the worst."""
     support, recency = edges.support.max() - edges.support, edges.recency.max() - edges.recency
-    tie = (_hash(edges.src, edges.dst, seed) >> np.uint64(48)).astype(np.int64)  # 16 bits; then by src
+    tie = (edge_hash(edges.src, edges.dst, seed) >> np.uint64(48)).astype(np.int64)  # 16 bits; then by src
     bits = [int(column.max()).bit_length() for column in (group, support, recency)]
     if sum(bits) + 16 > 63:
         return np.lexsort((tie, recency, support, group))
@@ -201,11 +230,6 @@ def _best_first(edges: Counted, group: np.ndarray, seed: int) -> np.ndarray:
     return np.argsort((((key << bits[2]) | recency) << 16) | tie, kind="stable")
 
 
-def _hash(src: np.ndarray, dst: np.ndarray, seed: int) -> np.ndarray:
-    """A well-mixed uint64 of each edge (splitmix64)."""
-    with np.errstate(over="ignore"):
-        x = (src.astype(np.uint64) << np.uint64(32)) ^ dst.astype(np.uint64)
-        x = x + np.uint64(seed % 2**63) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
+def edge_hash(src: np.ndarray, dst: np.ndarray, seed: int) -> np.ndarray:
+    """A well-mixed uint64 of each edge."""
+    return splitmix64((src.astype(np.uint64) << np.uint64(32)) ^ dst.astype(np.uint64), seed)

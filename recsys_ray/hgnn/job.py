@@ -13,10 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from recsys_ray.artifacts import SCRATCH, Artifact, save_arrays, write_json
+from recsys_ray.artifacts import SCRATCH, Artifact, load_arrays, save_arrays, write_json
 from recsys_ray.checkpoint import load_checkpoint, save_checkpoint
 from recsys_ray.config import Config, HgnnConfig
 from recsys_ray.errors import ArtifactError
+from recsys_ray.graph.activity import ACTIVITY, rarity
 from recsys_ray.graph.store import PartitionStore
 from recsys_ray.hgnn.embedding import LocalStore, embed_items
 from recsys_ray.hgnn.model import HGNN, ItemTypes
@@ -24,7 +25,7 @@ from recsys_ray.hgnn.signature import SignedSource, item_signatures
 from recsys_ray.hgnn.training import EdgeTrainer, plan_edges, train_epochs
 from recsys_ray.progress import Progress
 from recsys_ray.ranks import partition_client, place_in_partition, rank_setup, run_ranks, seed_from
-from recsys_ray.snapshots import snapshots_of
+from recsys_ray.snapshots import snapshots_of, training_snapshot
 
 _CHECKPOINT = "checkpoint.safetensors"
 _BEST = "best.safetensors"
@@ -35,7 +36,7 @@ def train_hgnn(
     config: Config, ingest: Artifact, featurize: Artifact, graph: Artifact, out: Path, progress: Progress, cpus: int,
     hosts: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train on the last training cut (or take ``hgnn.weights``), embed all items on all snapshots, into ``out``
+    """Train on the newest training graph (or take ``hgnn.weights``), embed all items on all snapshots, into ``out``
     (docs/architecture.md).
 
     A run that was killed goes on at its last epoch.
@@ -56,10 +57,11 @@ def train_hgnn(
         "out": str(out.resolve()),
         "starts": [0, *itertools.accumulate(ingest.counts["items_per_type"])],
         "items": str((ingest.path / "items.parquet").resolve()),
+        "activity": str((graph.path / ACTIVITY).resolve()),
         "text_dim": featurize.counts["text_dim"],
         "snapshots": [(s.name, s.index) for s in snapshots],
         "trained": bool(config.hgnn.weights),
-        "train_on": max(s.index for s in snapshots if s.name.startswith("cut")),
+        "train_on": training_snapshot(snapshots).index,
     }
     with progress.task("training and embedding", unit="steps") as task:
         run_ranks(_train_rank, parameters, workers, per_worker, out / SCRATCH, task)
@@ -75,8 +77,8 @@ def _take_weights(config: HgnnConfig, text_dim: int, types: int, out: Path) -> N
         model.load_state_dict(load_file(config.weights))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ArtifactError(
-            f"hgnn.weights: {config.weights} does not fit: {str(error).splitlines()[-1].strip()}; text encoder, number "
-            "of item types, hidden_dim, out_dim and signature_dim must be those that it was trained with"
+            f"hgnn.weights: {config.weights} does not fit: {str(error).splitlines()[-1].strip()}; text encoder, "
+            "hidden_dim, out_dim, signature_dim and weights_by must be those that it was trained with"
         ) from error
     save_file(model.state_dict(), out / "model.safetensors")
     write_json(out / "metrics.json", [])
@@ -91,7 +93,9 @@ def _train_rank(parameters: dict[str, Any]) -> None:
         place, sharing = place_in_partition(client.part, rank, world)
         ids = pl.read_parquet(parameters["items"], columns=["item_id"])["item_id"].to_list()
         packed = torch.from_numpy(item_signatures(ids, config.signature_dim).copy())
-        source = SignedSource(client, packed, config.signature_dim)
+        activity = load_arrays(Path(parameters["activity"]))
+        weight = {i: torch.from_numpy(rarity(activity[name], config.damping)) for name, i in parameters["snapshots"]}
+        source = SignedSource(client, packed, config.signature_dim, weight)
         rank_run = _RankRun(parameters, config, types, model, client, source, rank, world, place, sharing)
         if parameters["trained"]:
             model.load_state_dict(load_file(Path(parameters["out"]) / "model.safetensors"))
@@ -173,7 +177,10 @@ class _RankRun:
                 self._report(done, 2 * len(own), f"embedding snapshot {name}")
 
         embedding = embed_items(self.model, self.source, index, own, self.store, on_chunk)
-        save_arrays(target, {"gid": own.numpy(), "embedding": embedding.numpy()})
+        arrays = {"gid": own.numpy(), "embedding": embedding.numpy()}
+        if name == "serve":  # what the bundle's items send to items that are new (hgnn/inductive.py)
+            arrays["hidden"] = self.store.read(own).half().numpy()
+        save_arrays(target, arrays)
 
     def _report(self, done: int, total: int, detail: str) -> None:
         self.parameters["board"].put.remote(done, total, detail)

@@ -28,6 +28,7 @@ class Block:
     src: Int64[Tensor, "S"]
     dst: Int64[Tensor, "D"]
     dst_in_src: Int64[Tensor, "D"]  # position of each dst node in src
+    weight: Float[Tensor, "S"]  # how much a src node counts among a node's neighbours
     edges: dict[Relation, tuple[Int64[Tensor, "_"], Int64[Tensor, "_"]]]  # positions in src, positions in dst
 
 
@@ -48,16 +49,21 @@ class ItemTypes:
 
 
 class SageLayer(nn.Module):
-    """``h_c = W_self h_c + b + sum over relations r of agg_r``, where ``agg_r`` is the elementwise maximum (or the
-    mean) over sampled neighbours c' of ``relu(W_r h_c' + b_r)``. No neighbours: the self term alone."""
+    """``h_c = W_self h_c + b + sum over relations r of agg_r``, where ``agg_r`` is the weighted mean (or the largest
+    of each element) over sampled neighbours c' of ``relu(W_r h_c' + b_r)``. No neighbours: the self term alone.
 
-    def __init__(self, in_dim: int, out_dim: int, types: ItemTypes, aggregator: str) -> None:
+    ``shared``: one W_self, and of the relations only those inside a type and those between two types have weights of
+    their own. Nothing then depends on which types there are, and a type that comes later has its weights already.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, types: ItemTypes, config: HgnnConfig) -> None:
         super().__init__()
-        self.types, self.aggregator = types, aggregator
-        self.own = nn.ModuleList(nn.Linear(in_dim, out_dim) for _ in range(types.count))
-        self.relation = nn.ModuleDict(
-            {f"{i}_{j}": nn.Linear(in_dim, out_dim) for i in range(types.count) for j in range(types.count)}
-        )
+        self.types, self.aggregator, self.shared = types, config.aggregator, config.weights_by == "kinship"
+        kinds = range(types.count)
+        owners = ["all"] if self.shared else [str(j) for j in kinds]
+        relations = ["same", "other"] if self.shared else [f"{i}_{j}" for i in kinds for j in kinds]
+        self.own = nn.ModuleDict({owner: nn.Linear(in_dim, out_dim) for owner in owners})
+        self.relation = nn.ModuleDict({relation: nn.Linear(in_dim, out_dim) for relation in relations})
 
     def forward(
         self, own_SD: Float[Tensor, "S in_dim"], sent_SD: Float[Tensor, "S in_dim"], block: Block
@@ -66,19 +72,23 @@ class SageLayer(nn.Module):
         src_of, dst_of = self.types.slices(block.src), self.types.slices(block.dst)
         outputs = []
         for j, dst in enumerate(dst_of):
-            own = self.own[j](own_SD[block.dst_in_src[dst]])
+            own = self.own["all" if self.shared else str(j)](own_SD[block.dst_in_src[dst]])
             for i, src in enumerate(src_of):
                 if (i, j) in block.edges and len(block.edges[i, j][0]):
-                    own = own + self._aggregate((i, j), sent_SD[src], src.start, dst, block)
+                    own = own + self._aggregate((i, j), sent_SD, src, dst, block)
             outputs.append(own)
         return torch.cat(outputs)
 
-    def _aggregate(self, relation: Relation, h: Tensor, src_start: int, dst: slice, block: Block) -> Tensor:
-        message = F.relu(self.relation[f"{relation[0]}_{relation[1]}"](h))
+    def _aggregate(self, relation: Relation, sent_SD: Tensor, src: slice, dst: slice, block: Block) -> Tensor:
+        i, j = relation
+        name = ("same" if i == j else "other") if self.shared else f"{i}_{j}"
+        message = F.relu(self.relation[name](sent_SD[src]))
         src_pos, dst_pos = block.edges[relation]
-        graph = dgl.create_block((src_pos - src_start, dst_pos - dst.start), len(h), dst.stop - dst.start)
+        graph = dgl.create_block((src_pos - src.start, dst_pos - dst.start), len(message), dst.stop - dst.start)
         if self.aggregator == "mean":
-            return dgl.ops.copy_u_mean(graph, message)
+            weight = block.weight[src, None]
+            total = dgl.ops.copy_u_sum(graph, weight)
+            return dgl.ops.copy_u_sum(graph, message * weight) / total.clamp(min=torch.finfo(total.dtype).tiny)
         pooled = dgl.ops.copy_u_max(graph, message)
         return pooled.masked_fill(torch.isinf(pooled), 0.0)  # DGL's maximum over no neighbour is -inf
 
@@ -103,8 +113,8 @@ class HGNN(nn.Module):
         self.sign = nn.Linear(config.signature_dim, config.hidden_dim, bias=False) if config.signature_dim else None
         self.layers = nn.ModuleList(
             [
-                SageLayer(config.hidden_dim, config.hidden_dim, types, config.aggregator),
-                SageLayer(config.hidden_dim, config.out_dim, types, config.aggregator),
+                SageLayer(config.hidden_dim, config.hidden_dim, types, config),
+                SageLayer(config.hidden_dim, config.out_dim, types, config),
             ]
         )
         for module in self.modules():

@@ -2,13 +2,20 @@
 
 Layout of ``bundles/<version>/``:
 
-- ``items.arrow`` (item_id, title, ntype, available; row = gid), ``item_ids.arrow`` (id ascending, gid)
+- ``items.arrow`` (item_id, title, ntype, available; row = gid), ``item_ids.arrow`` (id ascending, gid). Gids are those
+  of the ingest stage; items that came later (extend.py) have the next ones, whatever their type. So a type's gids
+  ascend but need not be a range.
 - ``vectors.safetensors``: ``vector`` float32 [items, d], what the item tower made of every item
-- ``text.safetensors``, ``hgnn.safetensors``: the user tower's item tables
+- ``text.safetensors``, ``hgnn.safetensors``, ``ids.safetensors`` (the items' own learned vectors; not where the towers
+  have none): the user tower's item tables
 - ``index/t{i}.faiss``: the available items of type number i, in order of gid
 - ``user_tower/``: ``model.safetensors``, ``spec.json``
 - ``user_ids.arrow`` (id ascending, uid), ``users.safetensors`` (age, country, taste.<name>; row = uid)
-- ``histories.safetensors`` (see histories.py), ``popularity.safetensors`` (see catalogue.py)
+- ``histories.safetensors`` (see histories.py), ``popularity.safetensors`` (see popularity.py)
+- what only embedding new items reads: ``hgnn_model/`` (``model.safetensors``, ``config.json``), ``hidden.safetensors``
+  (``hidden`` float16 [items, h], what items send in the second layer), ``vocabularies.json`` (languages, categories of
+  the item tower), ``activity.safetensors`` (``counts`` int64 [5, items], ``first``, ``published`` int64 [items]; see
+  recsys_ray/graph/activity.py)
 - ``manifest.json``: checksums, counts, configuration, recall@10 of every index against exact search
 
 ``bundles/current`` is a relative link to the live version and is swapped in one step.
@@ -41,13 +48,15 @@ from recsys_ray.artifacts import (
     publish,
     save_arrays,
     work_folder,
+    write_json,
 )
-from recsys_ray.config import Config
+from recsys_ray.config import Config, IndexConfig
+from recsys_ray.data.split import calendar_end, is_leave_one_out
 from recsys_ray.errors import ArtifactError
+from recsys_ray.graph.activity import NEVER, Counts, add_counts, count_events
 from recsys_ray.progress import Progress
 from recsys_ray.retrieval.catalogue import Items, Users, sorted_ids, write_table
 from recsys_ray.retrieval.histories import (
-    Events,
     Histories,
     HistoryWriter,
     RawArrays,
@@ -56,7 +65,9 @@ from recsys_ray.retrieval.histories import (
     whole_users,
 )
 from recsys_ray.retrieval.index import METRIC, TypeIndex, check_metric, check_unit_norm, recall_at
+from recsys_ray.retrieval.popularity import PopularityCounter, popularity_arrays
 from recsys_ray.retrieval.tower import LoadTower, TowerRunner, load_user_tower
+from recsys_ray.two_tower.towers import load_item_ids
 
 CURRENT = "current"
 VARIANT = "hgnn"  # of the two-tower stage's models, the one that is served
@@ -95,7 +106,7 @@ class _Sources:
     def start(self, config: Config) -> int:
         """First moment of the window before the data's end, unix seconds."""
         days = self.spec.get("window_days", config.graph.window_days)
-        return 0 if days is None else int(self.ingest.counts["end"]) - days * _DAY
+        return 0 if days is None else calendar_end(self.ingest.counts) - days * _DAY
 
 
 def bundle_fingerprint(config: Config, prints: Mapping[str, str]) -> str:
@@ -126,13 +137,13 @@ def build_bundle(
     sources = _Sources.open(ingest_dir, featurize_dir, hgnn_dir, two_tower_dir)
     check_metric(sources.spec.get("metric"), two_tower_dir / VARIANT)
     expected = bundle_fingerprint(config, sources.prints)
-    day = datetime.fromtimestamp(sources.ingest.counts["end"] - 1, tz=UTC)
-    target = out_root / f"{day:%Y%m%d}-{expected[:12]}"
+    target = out_root / version_name(calendar_end(sources.ingest.counts), expected)
     bundle = find_current(target, expected)
     if bundle is None:
         work = work_folder(target, expected)
         progress.say(f"    bundle {target.name}")
         _write_items(work, sources)
+        _write_seeds(work, sources)
         _write_users(work, sources)
         _write_events(work, config, sources, progress)
         recall, exact = _write_indexes(work, config, sources, progress, load_tower)
@@ -141,6 +152,11 @@ def build_bundle(
         bundle = publish(work, target, "bundle", expected, counts=counts, **facts)
     set_current(out_root, target.name)
     return bundle
+
+
+def version_name(end: int, expected: str) -> str:
+    """Of the data's ``end`` (unix seconds) and the fingerprint: the same inputs always make the same version."""
+    return f"{datetime.fromtimestamp(end - 1, tz=UTC):%Y%m%d}-{expected[:12]}"
 
 
 def set_current(root: Path, version: str) -> None:
@@ -171,6 +187,7 @@ def _counts(config: Config, sources: _Sources, version: str) -> dict[str, Any]:
     default = next((event for event in config.events.positives if event in events), events[0] if events else "")
     return {
         "version": version,
+        "base": version,  # of a bundle that was extended: the one that the run made
         "metric": METRIC,
         "items": sum(_per_type(counts)),
         "item_types": list(counts["item_types"]),
@@ -180,11 +197,14 @@ def _counts(config: Config, sources: _Sources, version: str) -> dict[str, Any]:
         "default_event": default,
         "countries": list(counts.get("countries", [])),
         "taste": dict(counts.get("taste", {})),
-        "end": counts["end"],
+        "end": calendar_end(counts),
+        "protocol": counts.get("protocol", "time"),
         "history": sources.history,
         "window_days": spec.get("window_days", config.graph.window_days),
         "cold_start": bool(spec.get("cold_start", False)),
         "ef_search": config.index.ef_search,
+        "text": {"config": sources.featurize.manifest["config"]["text"]}
+        | {name: sources.featurize.counts[name] for name in ("precision", "encoder")},
     }
 
 
@@ -213,23 +233,39 @@ def _write_items(work: Path, sources: _Sources) -> None:
     write_table(work / "item_ids.arrow", sorted_ids(table["item_id"], "gid"))
     shutil.copyfile(text, work / "text.safetensors")
     shutil.copyfile(vectors, work / "vectors.safetensors")
-    save_arrays(work / "hgnn.safetensors", {"embedding": _hgnn_table(sources.hgnn.path, size)})
+    embedding, hidden = _hgnn_tables(sources.hgnn.path, size)
+    save_arrays(work / "hgnn.safetensors", {"embedding": embedding})
+    save_arrays(work / "hidden.safetensors", {"hidden": hidden})
+    ids = load_item_ids(sources.two_tower.path / VARIANT)
+    if ids is not None:
+        save_arrays(work / "ids.safetensors", {"vector": ids})
     (work / "user_tower").mkdir(exist_ok=True)
     for name in ("model.safetensors", "spec.json"):
         shutil.copyfile(sources.two_tower.path / VARIANT / name, work / "user_tower" / name)
 
 
-def _hgnn_table(folder: Path, items: int) -> npt.NDArray[np.float32]:
-    """Embeddings of the serve snapshot [items, h], put together from the partitions' files."""
+def _hgnn_tables(folder: Path, items: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float16]]:
+    """Embeddings [items, o] and first layer's states [items, h] of the serve snapshot, put together from the
+    partitions' files."""
     serve = folder / "embeddings" / "serve"
     parts = [load_arrays(path) for path in sorted(serve.glob("part-*.safetensors"))]
     gids = np.concatenate([np.empty(0, np.int64), *(part["gid"] for part in parts)])
     if not np.array_equal(np.sort(gids), np.arange(items)):
         raise ArtifactError(f"{serve} does not hold each of the {items} items once; run the hgnn stage again")
-    table = np.empty((items, parts[0]["embedding"].shape[1]), np.float32)
+    embedding = np.empty((items, parts[0]["embedding"].shape[1]), np.float32)
+    hidden = np.empty((items, parts[0]["hidden"].shape[1]), np.float16)
     for part in parts:
-        table[part["gid"]] = part["embedding"]
-    return table
+        embedding[part["gid"]], hidden[part["gid"]] = part["embedding"], part["hidden"]
+    return embedding, hidden
+
+
+def _write_seeds(work: Path, sources: _Sources) -> None:
+    """What embedding new items needs beside the tables (extend.py)."""
+    folder, counts = work / "hgnn_model", sources.ingest.counts
+    folder.mkdir(exist_ok=True)
+    shutil.copyfile(sources.hgnn.path / "model.safetensors", folder / "model.safetensors")
+    write_json(folder / "config.json", sources.hgnn.manifest["config"]["hgnn"])
+    write_json(work / "vocabularies.json", {name: list(counts[name]) for name in ("languages", "categories")})
 
 
 def _write_users(work: Path, sources: _Sources) -> None:
@@ -257,61 +293,37 @@ def _rows(lists: pa.Array, size: int) -> npt.NDArray[np.float32]:
 
 
 def _write_events(work: Path, config: Config, sources: _Sources, progress: Progress) -> None:
-    """Histories and popularity, in one pass over the interactions."""
+    """Histories, popularity and activity, in one pass over the interactions."""
     counts, items = sources.ingest.counts, sum(_per_type(sources.ingest.counts))
     start, users = sources.start(config), int(counts["users"])
     writer = HistoryWriter(work / SCRATCH, users, items, start, sources.history)
     names = list(counts["events"])
-    positive = np.array([names.index(name) for name in config.events.positives if name in names], np.int64)
+    positive = [names.index(name) for name in config.events.positives if name in names]
     country = mapped_arrays(work / "users.safetensors")["country"].numpy().astype(np.int64)
-    keys, sums = np.empty(0, np.int64), np.empty(0, np.int64)
+    popular, activity, end = PopularityCounter(items, country), _no_activity(items), calendar_end(counts)
     folder = sources.ingest.path / "interactions"
     rows = sum(pq.ParquetFile(path).metadata.num_rows for path in folder.glob("shard-*.parquet"))
     with progress.task("histories", rows, "events") as task:
         for events in whole_users(folder):
             writer.add(events)
-            wanted = events.where((events.timestamp >= start) & np.isin(events.event, positive))
-            keys, sums = _count_pairs(keys, sums, wanted, country, items)
+            popular.add(events.where((events.timestamp >= start) & np.isin(events.event, positive)))
+            # Leave-one-out has no calendar: as in the graph stage, all that happened has just happened.
+            when = np.full(len(events), end - 1) if is_leave_one_out(counts) else events.timestamp
+            new = count_events(events.gid, events.event, when, end, positive, items)
+            activity = add_counts(iter([activity, new]))
             task.advance(len(events))
     writer.close(work / "histories.safetensors")
-    _write_popularity(work, sources, keys, sums, items)
-
-
-def _count_pairs(
-    keys: npt.NDArray[np.int64],
-    sums: npt.NDArray[np.int64],
-    events: Events,
-    country: npt.NDArray[np.int64],
-    items: int,
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Add the users of ``events`` to the sums by (country + 1) * items + gid. A user counts once for an item."""
-    uid, gid = np.divmod(np.unique(events.uid * items + events.gid), items)
-    new, counts = np.unique((country[uid] + 1) * items + gid, return_counts=True)
-    merged, place = np.unique(np.concatenate([keys, new]), return_inverse=True)
-    total = np.bincount(place, np.concatenate([sums, counts]), minlength=len(merged))
-    return merged, total.astype(np.int64)
-
-
-def _write_popularity(
-    work: Path, sources: _Sources, keys: npt.NDArray[np.int64], sums: npt.NDArray[np.int64], items: int
-) -> None:
-    """Equally popular items are ranked by date of publication, the newest first."""
-    country, gid = np.divmod(keys, items)
-    world = np.bincount(gid, sums, minlength=items).astype(np.int64)
     table = pq.read_table(sources.ingest.path / "items.parquet", columns=["published_at"])
-    published = table["published_at"].cast(pa.int64()).fill_null(np.iinfo(np.int64).min + 1).to_numpy()
-    rank = np.empty(items, np.int32)
-    rank[np.lexsort((np.arange(items), -published, -world))] = np.arange(items)
-    named = country > 0
-    sizes = np.bincount(country[named] - 1, minlength=len(sources.ingest.counts.get("countries", [])))
-    arrays: dict[str, npt.NDArray[Any]] = {
-        "world": world,
-        "rank": rank,
-        "offsets": np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
-        "gids": gid[named].astype(np.int32),
-        "counts": sums[named].astype(np.int32),
-    }
+    published = table["published_at"].cast(pa.int64()).fill_null(NEVER).to_numpy()
+    arrays = popularity_arrays(*popular.counts(), published, len(counts.get("countries", [])))
     save_arrays(work / "popularity.safetensors", arrays)
+    arrays = {"counts": activity[0], "first": activity[1], "published": published}
+    save_arrays(work / "activity.safetensors", arrays)
+
+
+def _no_activity(items: int) -> Counts:
+    none = np.empty(0, np.int64)
+    return count_events(none, none, none, 0, [], items)
 
 
 def _write_indexes(
@@ -322,28 +334,37 @@ def _write_indexes(
     vectors = np.asarray(mapped_arrays(work / "vectors.safetensors")["vector"].numpy(), np.float32)
     check_unit_norm(vectors, sources.two_tower.path / VARIANT / "items" / "serve.safetensors")
     items = Items(work, types)
-    queries = _sample_queries(work, config, sources, items, vectors, load_tower)
+    queries = sample_queries(work, config.seed, items, vectors, load_tower)
     recall, exact = {}, {}
     with progress.task("index", len(types), "types") as task:
         for number, name in enumerate(types):
-            gids = np.flatnonzero((items.ntype == number) & (items.available != 0)).astype(np.int32)
-            index = TypeIndex.build(name, vectors, gids, config.index)
-            recall[name], exact[name] = recall_at(index, queries), index.exact
-            if recall[name] < config.index.min_recall:
-                raise ArtifactError(
-                    f"the index of {name!r} finds {recall[name]:.3f} of exact search's first ten, less than "
-                    f"index.min_recall={config.index.min_recall}; raise index.ef_search or index.hnsw_links"
-                )
+            index = TypeIndex.build(name, vectors, items.offered(number), config.index)
+            recall[name], exact[name] = check_recall(index, queries, config.index), index.exact
             index.save(work / "index" / f"t{number}.faiss")
             task.advance(detail=f"{name}: recall@10 {recall[name]:.3f}")
     return recall, exact
 
 
-def _sample_queries(
-    work: Path, config: Config, sources: _Sources, items: Items, vectors: npt.NDArray[np.float32], load: LoadTower
+def check_recall(index: TypeIndex, queries: npt.NDArray[np.float32], config: IndexConfig) -> float:
+    """Recall@10 against exact search.
+
+    Raises:
+        ArtifactError: it is below ``index.min_recall``.
+    """
+    recall = recall_at(index, queries)
+    if recall < config.min_recall:
+        raise ArtifactError(
+            f"the index of {index.name!r} finds {recall:.3f} of exact search's first ten, less than "
+            f"index.min_recall={config.min_recall}; raise index.ef_search or index.hnsw_links"
+        )
+    return recall
+
+
+def sample_queries(
+    work: Path, seed: int, items: Items, vectors: npt.NDArray[np.float32], load: LoadTower = load_user_tower
 ) -> npt.NDArray[np.float32]:
     """What will be asked: vectors of users with recent events; of items where there are no such users."""
-    random = np.random.default_rng(config.seed)
+    random = np.random.default_rng(seed)
     histories, users = Histories(work / "histories.safetensors"), Users(work)
     active = histories.active()
     if not len(active):

@@ -1,4 +1,4 @@
-"""The tables inside a bundle, memory-mapped: ids, items, users and popularity.
+"""The tables inside a bundle, memory-mapped: ids, items and users.
 
 Ids are strings outside and dense integers inside; an :class:`IdTable` finds one by binary search on disk, so that a
 replica starts at once and holds no dictionary of millions of strings.
@@ -7,7 +7,6 @@ replica starts at once and holds no dictionary of millions of strings.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +16,6 @@ import pyarrow.compute as pc
 
 from recsys_ray.errors import ArtifactError
 from recsys_ray.retrieval.histories import Profile, mapped_arrays
-
-_PRIOR = 100.0  # how many events the world's ranking counts as beside a country's own
 
 
 def write_table(path: Path, table: pa.Table) -> None:
@@ -96,6 +93,10 @@ class Items:
     def find(self, item_id: str) -> int | None:
         return self._table.find(item_id)
 
+    def offered(self, number: int) -> npt.NDArray[np.int32]:
+        """Gids of the available items of a type, ascending."""
+        return np.flatnonzero((self.ntype == number) & (self.available != 0)).astype(np.int32)
+
     def id(self, gid: int) -> str:
         return self._ids[gid].as_py()
 
@@ -135,45 +136,3 @@ class Users:
             int(self._country[uid]),
             tastes,
         )
-
-
-@dataclass(frozen=True)
-class Popularity:
-    """Users per item over the window's positives, in the world and by country."""
-
-    world: npt.NDArray[np.int64]  # [items] users
-    rank: npt.NDArray[np.int32]  # [items] place in the world's order, 0 first: no two alike
-    offsets: npt.NDArray[np.int64]  # [countries + 1] into:
-    gids: npt.NDArray[np.int32]
-    counts: npt.NDArray[np.int32]
-
-    @classmethod
-    def load(cls, path: Path) -> Popularity:
-        arrays = {name: tensor.numpy() for name, tensor in mapped_arrays(path).items()}
-        return cls(**arrays)
-
-    def scores(self, country: int = -1) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-        """Share of users [items] that each item has, and the gids that the country itself contributed.
-
-        A small country says little, so its counts are added to as many as ``_PRIOR`` of the world's.
-        """
-        share = self.world / max(int(self.world.sum()), 1)
-        if country < 0 or country >= len(self.offsets) - 1:
-            return share, np.empty(0, np.int64)
-        rows = slice(self.offsets[country], self.offsets[country + 1])
-        gids, counts = self.gids[rows].astype(np.int64), self.counts[rows]
-        scores = share * _PRIOR
-        scores[gids] += counts
-        return scores / (_PRIOR + counts.sum()), gids
-
-    def top(
-        self, k: int, allowed: npt.NDArray[np.bool_], country: int = -1
-    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-        """Scores and gids of the best ``k`` items that are ``allowed`` [items]; and whether the country made them."""
-        scores, local = self.scores(country)
-        candidates = np.flatnonzero(allowed)
-        if len(candidates) > 4 * k:  # sort only those that can be among the best
-            limit = np.partition(scores[candidates], -k)[-k]
-            candidates = candidates[scores[candidates] >= limit]
-        best = candidates[np.lexsort((self.rank[candidates], -scores[candidates]))[:k]]
-        return scores[best], best, np.isin(best, local)

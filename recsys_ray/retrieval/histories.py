@@ -25,6 +25,7 @@ from recsys_ray.two_tower.inputs import UserInputs
 
 Array = npt.NDArray[Any]
 _COLUMNS = ["uid", "gid", "event", "timestamp"]
+_USERS = 100_000  # whose histories are extended at once
 _DTYPES = {"int8": "I8", "int16": "I16", "int32": "I32", "int64": "I64", "float32": "F32"}
 
 
@@ -92,16 +93,19 @@ class Events:
     def __len__(self) -> int:
         return len(self.uid)
 
-    def where(self, keep: Array) -> Events:
+    def where(self, keep: Array | slice) -> Events:
         return Events(self.uid[keep], self.gid[keep], self.event[keep], self.timestamp[keep])
 
 
 def whole_users(folder: Path, rows: int = 500_000) -> Iterator[Events]:
-    """Events below ``folder``/shard-*.parquet in batches of about ``rows``; no user is cut in two."""
+    """Events below ``folder``/shard-*.parquet at unix seconds, in batches of about ``rows``; no user is cut in two."""
     rest: list[Array] | None = None
     for file in sorted(folder.glob("shard-*.parquet")):
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=rows, columns=_COLUMNS):
-            new = [batch.column(name).to_numpy(zero_copy_only=False).astype(np.int64) for name in _COLUMNS]
+        parquet = pq.ParquetFile(file)
+        real = "happened_at" in parquet.schema_arrow.names  # leave-one-out: ``timestamp`` is a logical time
+        columns = [*_COLUMNS[:-1], "happened_at"] if real else _COLUMNS
+        for batch in parquet.iter_batches(batch_size=rows, columns=columns):
+            new = [batch.column(name).to_numpy(zero_copy_only=False).astype(np.int64) for name in columns]
             now = new if rest is None else [np.concatenate(pair) for pair in zip(rest, new, strict=True)]
             if not len(now[0]):
                 continue
@@ -138,7 +142,11 @@ class HistoryWriter:
         self._raw = RawArrays(scratch, columns)
 
     def add(self, events: Events) -> None:
-        uid, gid = np.divmod(np.unique(events.uid * self._items + events.gid), self._items)
+        self.add_apart(events.uid, events.gid, events)
+
+    def add_apart(self, uid: npt.NDArray[np.int64], gid: npt.NDArray[np.int64], events: Events) -> None:
+        """As :meth:`add`, where more pairs of user and item are known to be seen than the events say."""
+        uid, gid = np.divmod(np.unique(uid * self._items + gid), self._items)
         self._raw.append(seen_gids=gid)
         np.add.at(self._seen, uid + 1, 1)
         recent = latest(events.where(events.timestamp >= self._start), self._length)
@@ -209,6 +217,39 @@ class Histories:
         gids, events, timestamps = (column[rows].astype(np.int64) for column in self._recent)
         return Profile(gids, events, timestamps)
 
+    def events(self, uids: npt.NDArray[np.int64]) -> Events:
+        """The recent events of these users (ascending)."""
+        row, index = _ranges(self._recent_offsets, uids)
+        return Events(uids[row], *(column[index].astype(np.int64) for column in self._recent))
+
+    def who_touched(self, gids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Users with a recent event on any of these items, ascending."""
+        places = np.flatnonzero(np.isin(self._recent[0], gids))
+        return np.unique(np.searchsorted(self._recent_offsets, places, side="right") - 1)
+
+    def extend(self, new: Events, writer: HistoryWriter, path: Path) -> None:
+        """Write these histories and the events ``new`` (of known users) to ``path``, some users at a time."""
+        new = new.where(np.lexsort((new.event, new.gid, new.timestamp, new.uid)))
+        users = len(self._recent_offsets) - 1
+        for begin in range(0, users, _USERS):
+            uids = np.arange(begin, min(begin + _USERS, users))
+            mine = new.where(slice(*np.searchsorted(new.uid, [begin, begin + _USERS])))
+            row, index = _ranges(self._seen[0], uids)
+            seen = np.concatenate([uids[row], mine.uid]), np.concatenate([self._seen[1][index], mine.gid])
+            old = self.events(uids)
+            both = Events(*(np.concatenate(pair) for pair in zip(vars(old).values(), vars(mine).values(), strict=True)))
+            order = np.lexsort((both.timestamp, both.uid))  # stable: of equal times the old ones first
+            writer.add_apart(*seen, both.where(order))
+        writer.close(path)
+
     def active(self) -> npt.NDArray[np.int64]:
         """uids that have recent events."""
         return np.flatnonzero(np.diff(self._recent_offsets))
+
+
+def _ranges(offsets: Array, rows: npt.NDArray[np.int64]) -> tuple[Array, Array]:
+    """Of the ranges ``offsets[r]:offsets[r + 1]``: the place of each entry's row among ``rows``, and the entry."""
+    lengths = offsets[rows + 1] - offsets[rows]
+    row = np.repeat(np.arange(len(rows)), lengths)
+    first = np.cumsum(lengths) - lengths
+    return row, np.arange(len(row)) + (offsets[rows] - first)[row]

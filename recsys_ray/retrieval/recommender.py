@@ -18,7 +18,7 @@ import torch
 
 from recsys_ray.artifacts import Artifact, open_artifact
 from recsys_ray.retrieval.bundle import find_bundle
-from recsys_ray.retrieval.catalogue import Items, Popularity, Users
+from recsys_ray.retrieval.catalogue import Items, Users
 from recsys_ray.retrieval.filters import (
     RequestError,
     UnknownItem,
@@ -31,6 +31,7 @@ from recsys_ray.retrieval.filters import (
 )
 from recsys_ray.retrieval.histories import Histories, Profile, mapped_arrays, user_inputs
 from recsys_ray.retrieval.index import TypeIndex, check_metric, search_types
+from recsys_ray.retrieval.popularity import Popularity
 from recsys_ray.retrieval.tower import LoadTower, TowerRunner, load_user_tower
 from recsys_ray.retrieval.wording import because, fits
 
@@ -113,9 +114,8 @@ class Recommender:
         check_metric(counts["metric"], folder)
         indexes = []
         for number, name in enumerate(counts["item_types"]):
-            gids = np.flatnonzero((items.ntype == number) & (items.available != 0)).astype(np.int32)
             file = folder / "index" / f"t{number}.faiss"
-            indexes.append(TypeIndex.load(file, name, gids, vectors, counts["ef_search"]))
+            indexes.append(TypeIndex.load(file, name, items.offered(number), vectors, counts["ef_search"]))
         popularity = Popularity.load(folder / "popularity.safetensors")
         histories, country_of = Histories(folder / "histories.safetensors"), counts["countries"]
         numbers = {name: number for number, name in enumerate(country_of)}

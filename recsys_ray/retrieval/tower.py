@@ -44,7 +44,8 @@ class TowerRunner:
 
     @classmethod
     def open(cls, bundle: Path, load: LoadTower, ntype: Tensor) -> TowerRunner:
-        """``bundle`` holds user_tower/, text.safetensors and hgnn.safetensors; ``ntype`` is Long[items]."""
+        """``bundle`` holds user_tower/, text.safetensors, hgnn.safetensors and, where items have
+        vectors of their own, ids.safetensors; ``ntype`` is Long[items]."""
         path = bundle / "user_tower" / "spec.json"
         try:
             spec = json.loads(path.read_text(encoding="utf-8"))
@@ -52,7 +53,8 @@ class TowerRunner:
             raise ArtifactError(f"{path} cannot be read ({error}); build the bundle again") from error
         text = mapped_arrays(bundle / "text.safetensors")["vector"]
         hgnn = mapped_arrays(bundle / "hgnn.safetensors")["embedding"]
-        return cls(load(path.parent), ItemTables(text, hgnn, ntype), spec)
+        ids = mapped_arrays(bundle / "ids.safetensors")["vector"] if spec.get("id_dim") else None
+        return cls(load(path.parent), ItemTables(text, hgnn, ntype, ids), spec)
 
     @property
     def tastes(self) -> dict[str, int]:
@@ -70,9 +72,8 @@ class TowerRunner:
         gids, places = torch.unique(inputs.gids, return_inverse=True)
         if not len(gids):
             gids = torch.zeros(1, dtype=torch.int64)  # a table without a row is an edge that no tower needs to know
-        text, hgnn = self.tables.text, self.tables.hgnn
-        tables = ItemTables(
-            None if text is None else text[gids], None if hgnn is None else hgnn[gids], self.tables.ntype[gids]
-        )
+        whole = self.tables
+        text, hgnn, ids = (None if table is None else table[gids] for table in (whole.text, whole.hgnn, whole.ids))
+        tables = ItemTables(text, hgnn, whole.ntype[gids], ids)
         compact = UserInputs(places, inputs.events, inputs.offsets, inputs.age, inputs.country, inputs.tastes)
         return compact, tables

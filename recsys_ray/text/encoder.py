@@ -123,7 +123,9 @@ class Encoder:
         self, source: ModelSource, max_tokens: int, batch_size: int, precision: Precision, threads: int = 1
     ) -> None:
         from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()  # a bar of its own for weights that load in a second
         torch.set_num_threads(threads)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32

@@ -29,6 +29,8 @@ from recsys_ray.text.encoder import Encoder, ModelSource, Precision, choose_prec
 # Small enough that the last blocks keep all actors busy. The size is fixed, so that the blocks that a killed run
 # left are cut, and thereby encoded, exactly as they would have been.
 BLOCK = 256
+RANDOM = "random"  # text.model: no encoder
+_RANDOM_DIM = 384  # as wide as the packaged encoder's
 _HASH = 16  # bytes
 _STALE_S = 86_400
 _FEW = 200  # below this many texts, a second actor takes longer to load its model than it saves
@@ -54,14 +56,20 @@ def featurize(
         cpus: encoder actors unless ``text.workers`` says otherwise, one CPU each.
 
     Returns:
-        counts: text_dim, texts_distinct, encoded, reused.
+        counts: text_dim, texts_distinct, encoded, reused, precision, encoder (fingerprint of what made the vectors).
 
     Raises:
         ConfigError: the model cannot be had.
     """
+    if config.text.model == RANDOM:
+        ids = pq.read_table(ingest_dir / "items.parquet", columns=["item_id"])["item_id"].to_pylist()
+        save_arrays(out / "text.safetensors", {"vector": random_vectors(ids)})
+        return {"text_dim": _RANDOM_DIM, "texts_distinct": 0, "encoded": 0, "reused": 0, "precision": "fp32",
+                "encoder": RANDOM}  # fmt: skip
     source, precision = find_model(config.text.model), choose_precision(config.text.precision)
     plan = _EncoderPlan(source, config.text.max_tokens, config.text.batch_size, precision)
-    cache = cache_dir / encoder_fingerprint(source, plan.max_tokens, precision)
+    encoder = encoder_fingerprint(source, plan.max_tokens, precision)
+    cache = cache_dir / encoder
     scratch = out / SCRATCH
     scratch.mkdir(parents=True, exist_ok=True)
 
@@ -84,7 +92,54 @@ def featurize(
         "encoded": len(missing),
         "reused": reused,
         "precision": precision,
+        "encoder": encoder,
     }
+
+
+def encode_alike(
+    texts: pa.Array, config: TextConfig, precision: Precision, encoder: str, cache: Path, progress: Progress, cpus: int
+) -> np.ndarray:
+    """float16 [texts, text_dim], unit norm: vectors as an earlier run of :func:`featurize` made them, in this process
+    and without Ray. What is in ``cache`` is not encoded again, so that an interrupted call goes on there.
+
+    Args:
+        precision, encoder: of that run's counts.
+
+    Raises:
+        ConfigError: the model cannot be had here, or is another one than that run's.
+    """
+    if config.model == RANDOM:
+        raise ConfigError("text.model=random knows no texts: items cannot be added to a bundle that was made with it")
+    source = find_model(config.model)
+    if encoder_fingerprint(source, config.max_tokens, precision) != encoder:
+        raise ConfigError(
+            f"text.model: {config.model!r} is another model here than the one that made the text vectors of this "
+            "bundle; put that one in its place"
+        )
+    hashes = pa.array(map(hash_text, texts.to_pylist()), pa.binary(_HASH))
+    coded = hashes.dictionary_encode()
+    known, _ = _cached_hashes(cache, progress)
+    missing = np.flatnonzero(pc.index_in(coded.dictionary, value_set=known).is_null().to_numpy(zero_copy_only=False))
+    if len(missing):
+        _, first = np.unique(coded.indices.to_numpy(), return_index=True)
+        blocks = _write_blocks(texts, hashes, first[missing], cache)
+        model = Encoder(source, config.max_tokens, config.batch_size, precision, threads=cpus)
+        with progress.task("encode", len(missing), "texts") as task, pa.memory_map(str(blocks)) as file:
+            reader = pa.ipc.open_file(file)
+            for block in map(reader.get_batch, range(reader.num_record_batches)):
+                write_cache(cache, block["hash"], model.encode(block["text"].to_pylist()))
+                task.advance(len(block))
+    return _collect(cache, hashes, progress)
+
+
+def random_vectors(item_ids: Sequence[str]) -> np.ndarray:
+    """float16 [items, 384]: unit vectors that depend on the item's id alone. They tell items apart and nothing else:
+    what a model does with them is what it does without text."""
+    vectors = np.empty((len(item_ids), _RANDOM_DIM), dtype=np.float16)
+    for row, item_id in enumerate(item_ids):
+        drawn = np.random.default_rng(list(hash_text(item_id))).standard_normal(_RANDOM_DIM)
+        vectors[row] = drawn / np.linalg.norm(drawn)
+    return vectors
 
 
 # -- texts -----------------------------------------------------------------------------------------------------------

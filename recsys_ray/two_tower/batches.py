@@ -11,9 +11,10 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from recsys_ray.graph.activity import UNTOUCHED
 from recsys_ray.two_tower.examples import ABSENT
-from recsys_ray.two_tower.inputs import ItemTables, UserInputs
-from recsys_ray.two_tower.towers import ItemRows, TowerSpec
+from recsys_ray.two_tower.inputs import ItemRows, ItemTables, UserInputs
+from recsys_ray.two_tower.towers import TowerSpec
 
 Examples = Mapping[str, np.ndarray]
 
@@ -41,7 +42,13 @@ class Catalogue:
         within = torch.arange(int(counts.sum())) - torch.repeat_interleave(offsets, counts)
         flat = self.categories[torch.repeat_interleave(self.category_offsets[gids], counts) + within]
         alive = self.activity[snapshot][gids].float()
-        return ItemRows(text, hgnn, alive, self.ntype[gids], self.language[gids], flat, offsets)
+        owners = self.owners(gids, snapshot)
+        return ItemRows(owners, text, hgnn, alive, self.ntype[gids], self.language[gids], flat, offsets)
+
+    def owners(self, gids: Int64[Tensor, "N"], snapshot: str) -> Int64[Tensor, "N"]:
+        """Whose own vector each item may show: its own, or nobody's (-1) while nobody has touched it. At the test, too,
+        an item that is new has none, and the towers have to learn what to do then."""
+        return torch.where(self.activity[snapshot][gids, UNTOUCHED] > 0, -1, gids)
 
 
 class ArrayFeatures:
@@ -70,9 +77,10 @@ class Batch:
 def tables_for(
     source: FeatureSource, spec: TowerSpec, catalogue: Catalogue, snapshot: str, gids: Int64[Tensor, "N"]
 ) -> ItemTables:
-    """Text vectors and HGNN embeddings (as of ``snapshot``) of these items."""
+    """Text vectors and HGNN embeddings (as of ``snapshot``) of these items, and whose own vectors they may show."""
     hgnn = source.features(f"hgnn_{snapshot}", gids) if spec.hgnn_dim else None
-    return ItemTables(text=source.features("text", gids), hgnn=hgnn, ntype=catalogue.ntype[gids])
+    text, owners = source.features("text", gids), catalogue.owners(gids, snapshot)
+    return ItemTables(text=text, hgnn=hgnn, ntype=catalogue.ntype[gids], owners=owners)
 
 
 def user_inputs(examples: Examples, rows: np.ndarray, spec: TowerSpec) -> UserInputs:

@@ -29,6 +29,11 @@ class UserEvents:
     event: Int[np.ndarray, "n"]
     timestamp: Int[np.ndarray, "n"]
 
+    def before(self, moment: int) -> UserEvents:
+        """The events with ``timestamp < moment``."""
+        known = self.timestamp < moment
+        return UserEvents(self.uid[known], self.gid[known], self.event[known], self.timestamp[known])
+
     @staticmethod
     def read(shard: str | Path) -> UserEvents:
         table = pq.read_table(shard, columns=["uid", "gid", "event", "timestamp"])
@@ -84,7 +89,7 @@ def _ranges(events: UserEvents, users: np.ndarray, moments: np.ndarray, window: 
 def build_examples(
     events: UserEvents, positives: Sequence[int], snapshots: Sequence[Snapshot], rules: HistoryRules
 ) -> dict[str, np.ndarray]:
-    """Examples of all snapshots that have an interval of them.
+    """Examples of all snapshots that have an interval of them, each with the one snapshot that it may see.
 
     Returns:
         uid int64 [m], target int32 [m], timestamp int64 [m], snapshot int16 [m], history int32 [m, length] (gids,
@@ -95,6 +100,8 @@ def build_examples(
     for each in snapshots:
         if each.examples is not None:
             inside = (events.timestamp[chosen] >= each.examples[0]) & (events.timestamp[chosen] < each.examples[1])
+            if each.without is not None:
+                inside &= each.without.has(events.uid[chosen])
             snapshot[inside] = each.index
     chosen, snapshot = chosen[snapshot != ABSENT], snapshot[snapshot != ABSENT]
     moments = events.timestamp[chosen]
@@ -111,6 +118,21 @@ def build_examples(
         "snapshot": snapshot,
         **_fill(events, positions),
     }
+
+
+def training_examples(
+    events: UserEvents, positives: Sequence[int], snapshots: Sequence[Snapshot], valid_from: int, rules: HistoryRules
+) -> dict[str, np.ndarray]:
+    """:func:`build_examples` for the training cuts out of the events before ``valid_from``."""
+    cuts = [s for s in snapshots if s.name.startswith("cut")]
+    return build_examples(events.before(valid_from), positives, cuts, rules)
+
+
+def validation_examples(
+    events: UserEvents, positives: Sequence[int], snapshots: Sequence[Snapshot], test_from: int, rules: HistoryRules
+) -> dict[str, np.ndarray]:
+    """:func:`build_examples` for the validation period, out of the events before ``test_from``: for the refit."""
+    return build_examples(events.before(test_from), positives, [s for s in snapshots if s.name == "valid"], rules)
 
 
 def build_queries(

@@ -24,8 +24,25 @@ class UserInputs:
 
 @dataclass
 class ItemTables:
-    """Features of every item, row = gid."""
+    """Features of some items, or of every item (row = gid)."""
 
     text: Tensor | None  # Float16[items, t]
     hgnn: Tensor | None  # Float32[items, h]
     ntype: Tensor  # Long[items]: number of the item's type
+    ids: Tensor | None = None  # Float32[items, d]: the items' own learned vectors
+    owners: Tensor | None = None  # Long[items]: gids whose vectors are still to be looked up for ``ids``, -1: nobody's
+
+
+@dataclass(frozen=True)
+class ItemRows:
+    """What the item tower sees of N items."""
+
+    owners: Tensor  # Long[N], as above
+    text: Tensor  # Float[N, t]
+    hgnn: Tensor | None  # Float[N, h]
+    activity: Tensor  # Float[N, a]: recsys_ray/graph/activity.py
+    ntype: Tensor  # Long[N]
+    language: Tensor  # Long[N], 0: unknown
+    categories: Tensor  # Long[c], flat
+    category_offsets: Tensor  # Long[N]
+    ids: Tensor | None = None  # Float[N, d], as above

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
 from recsys_ray.artifacts import SCRATCH, Artifact, load_arrays, save_arrays, write_json
-from recsys_ray.checkpoint import load_checkpoint, save_checkpoint
+from recsys_ray.checkpoint import load_checkpoint, read_state, save_checkpoint
 from recsys_ray.config import Config, TwoTowerConfig
 from recsys_ray.errors import DataError
 from recsys_ray.graph.activity import ACTIVITY, COLUMNS
@@ -22,9 +25,16 @@ from recsys_ray.progress import Progress
 from recsys_ray.ranks import partition_client, rank_setup, run_ranks, seed_from
 from recsys_ray.snapshots import Snapshot, snapshots_of
 from recsys_ray.two_tower.batches import Catalogue, Examples, country_index
-from recsys_ray.two_tower.examples import HistoryRules, UserEvents, build_examples, build_queries, user_columns
+from recsys_ray.two_tower.examples import (
+    HistoryRules,
+    UserEvents,
+    build_queries,
+    training_examples,
+    user_columns,
+    validation_examples,
+)
 from recsys_ray.two_tower.towers import TowerSpec, TwoTower
-from recsys_ray.two_tower.training import TowerTask, TowerTrainer, item_vectors, start_near, train_epochs
+from recsys_ray.two_tower.training import TowerTask, TowerTrainer, item_vectors, run_epoch, start, train_epochs
 
 VARIANTS = {"hgnn": True, "text_only": False}  # folder -> with HGNN embeddings
 _CHECKPOINT = "checkpoint.safetensors"
@@ -90,6 +100,11 @@ def _spec(config: Config, ingest: Artifact, featurize: Artifact, hgnn: Artifact)
         num_categories=len(facts["categories"]),
         tastes=dict(facts["taste"]),
         layers=list(config.two_tower.layers),
+        id_dim=config.two_tower.id_dim,
+        id_rows=min(sum(facts["items_per_type"]), config.two_tower.id_items),
+        num_items=sum(facts["items_per_type"]),
+        id_dropout=config.two_tower.id_dropout,
+        last_item=config.two_tower.last_item,
         item_types=list(facts["item_types"]),
         countries=list(facts["countries"]),
         dropout=config.two_tower.dropout,
@@ -101,7 +116,8 @@ def _spec(config: Config, ingest: Artifact, featurize: Artifact, hgnn: Artifact)
 def _datasets(
     config: Config, ingest: Artifact, snapshots: list[Snapshot], spec: TowerSpec
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """Ray Data sets of training examples and validation queries, one task an interactions shard."""
+    """Ray Data sets of training examples, validation queries and the validation period's examples (for the refit), one
+    task an interactions shard."""
     import ray.data
 
     names = list(ingest.counts["events"])
@@ -110,16 +126,15 @@ def _datasets(
     users = str((ingest.path / "users.parquet").resolve())
     shards = [{"shard": str(p.resolve())} for p in sorted((ingest.path / "interactions").glob("*.parquet"))]
     valid, test = ingest.counts["valid_from"], ingest.counts["test_from"]
-    cuts = [s for s in snapshots if s.name.startswith("cut")]
 
-    def make(batch: Any, training: bool = False) -> dict[str, np.ndarray]:
+    def make(batch: Any, kind: str) -> dict[str, np.ndarray]:
         parts = []
         for shard in batch["shard"]:
             events = UserEvents.read(str(shard))
-            if training:
-                known = events.timestamp < valid
-                before = UserEvents(*(column[known] for column in vars(events).values()))
-                part = build_examples(before, positives, cuts, rules)
+            if kind == "train":
+                part = training_examples(events, positives, snapshots, valid, rules)
+            elif kind == "refit":
+                part = validation_examples(events, positives, snapshots, test, rules)
             else:
                 part = build_queries(events, positives, valid, test, rules)
             columns = user_columns(users, part["uid"], spec.tastes)
@@ -130,10 +145,10 @@ def _datasets(
     # The same rows go to the same rank after a restart.
     ray.data.DataContext.get_current().execution_options.preserve_order = True
     datasets = {}
-    for name, training in (("train", True), ("valid", False)):
+    for name in ("train", "valid", "refit") if config.two_tower.refit else ("train", "valid"):
         source = ray.data.from_items(shards, override_num_blocks=len(shards))
         datasets[name] = source.map_batches(
-            make, batch_size=1, fn_kwargs={"training": training}, batch_format="numpy"
+            make, batch_size=1, fn_kwargs={"kind": name}, batch_format="numpy"
         ).materialize()
     return datasets, {"examples": datasets["train"].count(), "queries": datasets["valid"].count()}
 
@@ -152,8 +167,18 @@ def _collect(name: str, order: tuple[str, ...]) -> Examples:
 
 
 def load_catalogue(items: str | Path, activity: str | Path, languages: list[str], categories: list[str]) -> Catalogue:
-    """Narrow features of all items, by gid; a language or category outside the vocabulary counts as unknown."""
+    """Narrow features of all items, by gid."""
     frame = pl.read_parquet(items, columns=["ntype", "language", "categories"])
+    return catalogue_of(frame, load_arrays(Path(activity)), languages, categories)
+
+
+def catalogue_of(
+    frame: pl.DataFrame, activity: Mapping[str, np.ndarray], languages: list[str], categories: list[str]
+) -> Catalogue:
+    """Narrow features of the rows of ``frame`` (ntype, language, categories); ``activity``: snapshot -> table.
+
+    A language or category outside the vocabulary counts as unknown.
+    """
     codes = {name: number + 1 for number, name in enumerate(languages)}
     language = frame["language"].replace_strict(codes, default=0, return_dtype=pl.Int64).fill_null(0)
     lists = frame["categories"].fill_null([])
@@ -165,8 +190,20 @@ def load_catalogue(items: str | Path, activity: str | Path, languages: list[str]
         torch.from_numpy(language.to_numpy().copy()),
         torch.from_numpy(flat.to_numpy().astype(np.int64)),
         torch.from_numpy(offsets),
-        {snapshot: torch.from_numpy(table) for snapshot, table in load_arrays(Path(activity)).items()},
+        {snapshot: torch.from_numpy(table) for snapshot, table in activity.items()},
     )
+
+
+def epochs_so_far(folder: Path, variant: str) -> list[dict[str, Any]]:
+    """The epochs of a training, finished or under way, by the folder that it publishes or will publish."""
+    for finished in [folder, *folder.parent.glob(f".{folder.name}.*")]:
+        if (finished / variant / "metrics.json").exists():
+            history: list[dict[str, Any]] = json.loads((finished / variant / "metrics.json").read_text("utf-8"))
+            return history
+    for checkpoint in folder.parent.glob(f".{folder.name}.*/{SCRATCH}/{variant}/{_CHECKPOINT}"):
+        with suppress(OSError, SafetensorError):  # renamed or removed at this moment: the next look will tell
+            return list(read_state(checkpoint)["history"])
+    return []
 
 
 def _train_rank(parameters: dict[str, Any]) -> None:
@@ -176,6 +213,8 @@ def _train_rank(parameters: dict[str, Any]) -> None:
     with rank_setup(parameters) as (rank, world):
         examples = _collect("train", ("uid", "timestamp", "target"))
         queries = _collect("valid", ("uid", "target"))
+        config = TwoTowerConfig.model_validate(parameters["config"])
+        later = _collect("refit", ("uid", "timestamp", "target")) if config.refit else {}
         queries = _sample(queries, _MAX_QUERIES // world, seed_from(parameters["seed"], "queries", rank))
         catalogue = load_catalogue(parameters["items"], parameters["activity"], **parameters["vocabularies"])
         with partition_client(Path(parameters["graph"]), rank, world, features) as client:
@@ -183,9 +222,9 @@ def _train_rank(parameters: dict[str, Any]) -> None:
                 if (Path(parameters["out"]) / variant / "metrics.json").exists():  # whole, from an earlier attempt
                     continue
                 spec = TowerSpec.load(Path(parameters["out"]) / variant / "spec.json")
-                task = TowerTask(spec, client, catalogue, examples, queries, names)
+                task = TowerTask(spec, client, catalogue, examples, queries, later, names)
                 torch.manual_seed(seed_from(parameters["seed"], variant))
-                _train(parameters, variant, task, rank, world, client)
+                _train(parameters, config, variant, task, rank, world, client)
 
 
 def _sample(examples: Examples, count: int, seed: int) -> Examples:
@@ -195,13 +234,17 @@ def _sample(examples: Examples, count: int, seed: int) -> Examples:
     return {name: column[rows] for name, column in examples.items()}
 
 
-def _train(parameters: dict[str, Any], variant: str, task: TowerTask, rank: int, world: int, client: Any) -> None:
+def _train(
+    parameters: dict[str, Any], config: TwoTowerConfig, variant: str, task: TowerTask, rank: int, world: int,
+    client: Any,
+) -> None:  # fmt: skip
     import ray.train.torch
 
-    config = TwoTowerConfig.model_validate(parameters["config"])
     model = TwoTower(task.spec)
-    start_near(model, task, parameters["seed"])
-    network: nn.Module = model if world == 1 else ray.train.torch.prepare_model(model)
+    start(model, task, parameters["seed"])
+    network: nn.Module = model
+    if world > 1:  # the only buffer never changes
+        network = ray.train.torch.prepare_model(model, parallel_strategy_kwargs={"broadcast_buffers": False})
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
     out = Path(parameters["out"]) / variant
     scratch = Path(parameters["out"]) / SCRATCH / variant
@@ -224,8 +267,10 @@ def _train(parameters: dict[str, Any], variant: str, task: TowerTask, rank: int,
 
     state = train_epochs(trainer, optimizer, state, on_step, on_epoch)
     client.barrier()  # rank 0 has written the best weights
+    load_checkpoint(scratch / _BEST, model, optimizer)
+    if config.refit:
+        model = _refit(trainer, optimizer, len(state["history"]), on_step)
     if rank == 0:
-        load_checkpoint(scratch / _BEST, model)
         model.eval()
         for snapshot in ("test", "serve"):
             vectors = item_vectors(model, client, task.catalogue, snapshot)
@@ -233,3 +278,23 @@ def _train(parameters: dict[str, Any], variant: str, task: TowerTask, rank: int,
         save_file(model.state_dict(), out / "model.safetensors")
         write_json(out / "metrics.json", state["history"])  # last: says that the variant is whole
     client.barrier()  # no rank looks for the next variant's files before this one's are there
+
+
+def _refit(
+    trainer: TowerTrainer, optimizer: torch.optim.Optimizer, epoch: int, on_step: Callable[[int, int, float], None]
+) -> TwoTower:
+    """One more epoch from the best weights, with the validation period's examples among the others; the averaged
+    weights. Validation has chosen the number of epochs; what happened in it is the freshest there is, and new items
+    have come with it. The baselines, too, are fitted to all that is before the test."""
+    first, later = trainer.task.examples, trainer.task.later
+    everything = {name: np.concatenate([first[name], later[name]]) for name in later} or first
+    again = TowerTrainer(
+        trainer.model,
+        trainer.network,
+        replace(trainer.task, examples=everything),
+        trainer.config,
+        trainer.seed,
+        trainer.rank,
+    )
+    run_epoch(again, optimizer, epoch, epoch * trainer.steps, on_step)
+    return again.averaged

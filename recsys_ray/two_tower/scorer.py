@@ -15,7 +15,7 @@ from recsys_ray.artifacts import load_arrays
 from recsys_ray.snapshots import DAY
 from recsys_ray.two_tower.batches import country_index
 from recsys_ray.two_tower.inputs import ItemTables, UserInputs
-from recsys_ray.two_tower.towers import UserTower, load_user_tower
+from recsys_ray.two_tower.towers import UserTower, load_item_ids, load_user_tower
 
 if TYPE_CHECKING:
     from recsys_ray.evaluation.recommenders import UserBatch
@@ -30,6 +30,7 @@ class TrainedTower:
     text: np.ndarray  # float16 [items, t]
     hgnn: np.ndarray | None  # float32 [items, h], as of the snapshot
     ntype: np.ndarray  # int64 [items]
+    ids: np.ndarray | None  # float32 [items, d], the items' own vectors
     moment: int  # the snapshot's time: a history reaches back from here
 
     @staticmethod
@@ -40,8 +41,8 @@ class TrainedTower:
             ArtifactError: the folder is not whole.
         """
         vectors = load_arrays(folder / "items" / "test.safetensors")["vector"]
-        tower = load_user_tower(folder)
-        return TrainedTower(vectors, tower, text, hgnn if tower.spec.hgnn_dim else None, ntype, moment)
+        tower, ids = load_user_tower(folder), load_item_ids(folder)
+        return TrainedTower(vectors, tower, text, hgnn if tower.spec.hgnn_dim else None, ntype, ids, moment)
 
     @torch.no_grad()
     def user_vectors(self, users: UserBatch) -> Float[Tensor, "users d"]:
@@ -57,6 +58,7 @@ class TrainedTower:
             text=torch.from_numpy(self.text[needed]).float(),
             hgnn=None if self.hgnn is None else torch.from_numpy(self.hgnn[needed]),
             ntype=torch.from_numpy(self.ntype[needed]),
+            ids=None if self.ids is None else torch.from_numpy(self.ids[needed]),
         )
         age, country, tastes = self._traits(users)
         inputs = UserInputs(

@@ -12,9 +12,10 @@ Imports neither dgl nor transformers: the user tower runs in a serving replica.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from safetensors.torch import load_file
@@ -22,10 +23,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recsys_ray.errors import ArtifactError
-from recsys_ray.two_tower.inputs import ItemTables, UserInputs
+from recsys_ray.two_tower.inputs import ItemRows, ItemTables, UserInputs
 
 METRIC = "inner_product"
 _SMALL = 16  # width of the embeddings of country, language, category and item type
+_ID_SCALE = 8.0  # Adam moves an entry by about the learning rate a step: this many times that
+_ID_START = 0.1  # size of an item's own vector before the first step
 _AGE_SCALE = 50.0  # years; brings ages to about one
 
 Directions = tuple[Float[Tensor, "d"], Float[Tensor, "k d"]]  # a mean, and orthonormal axes around it
@@ -51,6 +54,11 @@ class TowerSpec:
     history: int = 50
     window_days: int | None = None
     metric: str = METRIC
+    id_dim: int = 0  # 0: items have no vectors of their own
+    id_rows: int = 0  # how many have one
+    num_items: int = 0
+    id_dropout: float = 0.0
+    last_item: bool = False
     cold_start: bool = True  # trained on empty histories too: every user's first event is an example
 
     def save(self, path: Path) -> None:
@@ -105,7 +113,8 @@ def principal_directions(vectors: Float[Tensor, "N d"], count: int) -> Direction
 
 class UserTower(nn.Module):
     """A user is what they touched: the mean text vector, the mean HGNN embedding of all items and of those of each
-    type, how much of each type; and age, country and taste vectors, each of which may be absent (zeros and a flag)."""
+    type, the mean of the items' own vectors, all three of the last item, how much of each type; and age, country and
+    taste vectors, each of which may be absent (zeros and a flag)."""
 
     def __init__(self, spec: TowerSpec) -> None:
         super().__init__()
@@ -113,7 +122,9 @@ class UserTower(nn.Module):
         self.event_weight = nn.Parameter(torch.zeros(len(spec.events)))  # log weight: a stream may say more
         self.country = _small_embedding(spec.num_countries + 1)
         self.event_weight.requires_grad_(len(spec.events) > 1)  # one event has nothing to be weighed against
-        width = spec.text_dim + (1 + spec.num_types) * spec.hgnn_dim + 2 * spec.num_types + 2 + _SMALL
+        ends = 2 if spec.last_item else 1  # the mean, and the last item
+        width = ends * (spec.text_dim + spec.hgnn_dim + spec.id_dim) + spec.num_types * spec.hgnn_dim
+        width += 2 * spec.num_types + 2 + _SMALL
         width += sum(dim + 1 for dim in spec.tastes.values())
         self.layers = _Layers(width, spec.layers, spec.dropout)
 
@@ -126,18 +137,20 @@ class UserTower(nn.Module):
         row_n = torch.repeat_interleave(torch.arange(users), inputs.offsets.diff())
         weight_n = self.event_weight.exp()[inputs.events]
         kind_n = tables.ntype[inputs.gids]
-        parts = []
-        if tables.text is not None:
-            total_BT, weight_B = _sums(tables.text, inputs.gids, weight_n, row_n, users)
-            parts.append(_unit_variance(_mean(total_BT, weight_B)))
+        vectors = [_unit_variance(table.float()) for table in (tables.text, tables.hgnn) if table is not None]
+        if self.spec.id_dim:
+            assert tables.ids is not None
+            vectors.append(tables.ids)
+        # Text, then the HGNN embedding: TwoTower.start_near relies on it.
+        parts = [_mean(*_sums(table, inputs.gids, weight_n, row_n, users)) for table in vectors]
+        known_n = kind_n < kinds  # a type that came later counts in the means over all types only
+        bag_n, order = torch.sort((row_n * kinds + kind_n)[known_n], stable=True)
         if self.spec.hgnn_dim:
-            assert tables.hgnn is not None
-            bag_n, order = torch.sort(row_n * kinds + kind_n, stable=True)
-            total, weight = _sums(tables.hgnn, inputs.gids[order], weight_n[order], bag_n, users * kinds)
-            total_BKH, weight_BK = total.view(users, kinds, -1), weight.view(users, kinds)
-            parts.append(_unit_variance(_mean(total_BKH.sum(1), weight_BK.sum(1))))
-            parts.append(_unit_variance(_mean(total_BKH, weight_BK)).flatten(1))
-        counts = torch.bincount(row_n * kinds + kind_n, minlength=users * kinds).view(users, kinds).float()
+            gids, weights = inputs.gids[known_n][order], weight_n[known_n][order]
+            parts.append(_mean(*_sums(vectors[1], gids, weights, bag_n, users * kinds)).view(users, -1))
+        if self.spec.last_item:
+            parts += [_last(table, inputs.gids, inputs.offsets) for table in vectors]
+        counts = torch.bincount(bag_n, minlength=users * kinds).view(users, kinds).float()
         parts += [torch.log1p(counts), (counts > 0).float()]
         known = ~torch.isnan(inputs.age)
         parts.append(torch.stack([torch.nan_to_num(inputs.age) / _AGE_SCALE * known, known.float()], 1))
@@ -150,21 +163,8 @@ class UserTower(nn.Module):
         return torch.cat(parts, 1)
 
 
-@dataclass(frozen=True)
-class ItemRows:
-    """What the item tower sees of N items."""
-
-    text: Float[Tensor, "N T"]
-    hgnn: Float[Tensor, "N H"] | None
-    activity: Float[Tensor, "N A"]  # recsys_ray/graph/activity.py
-    ntype: Int64[Tensor, "N"]
-    language: Int64[Tensor, "N"]  # 0: unknown
-    categories: Int64[Tensor, "c"]  # flat
-    category_offsets: Int64[Tensor, "N"]
-
-
 class ItemTower(nn.Module):
-    """Text vector, HGNN embedding, activity, item type, language and categories of an item."""
+    """Text vector, HGNN embedding, own vector, activity, item type, language and categories of an item."""
 
     def __init__(self, spec: TowerSpec) -> None:
         super().__init__()
@@ -174,16 +174,68 @@ class ItemTower(nn.Module):
         self.category = nn.EmbeddingBag.from_pretrained(
             _small_embedding(spec.num_categories + 1).weight.detach(), freeze=False, mode="mean"
         )
-        width = spec.text_dim + spec.hgnn_dim + spec.activity_dim + 3 * _SMALL
+        width = spec.text_dim + spec.hgnn_dim + spec.id_dim + spec.activity_dim + 3 * _SMALL
         self.layers = _Layers(width, spec.layers, spec.dropout)
 
     def forward(self, rows: ItemRows) -> Float[Tensor, "N D"]:
         """Unit vectors."""
         vectors = [rows.text] if rows.hgnn is None else [rows.text, rows.hgnn]
         parts = [_unit_variance(vector) for vector in vectors]
-        parts += [rows.activity, self.kind(rows.ntype), self.language(rows.language)]
+        if self.spec.id_dim:
+            assert rows.ids is not None
+            parts.append(rows.ids)
+        known = rows.ntype < self.spec.num_types  # a type that came later is of no kind
+        kind = self.kind(rows.ntype.where(known, 0)) * known[:, None]
+        parts += [rows.activity, kind, self.language(rows.language)]
         parts.append(self.category(rows.categories, rows.category_offsets))
         return self.layers(torch.cat(parts, 1))
+
+
+class ItemIds(nn.Module):
+    """A learned vector for each item with training examples, shared by both towers (ours; the item embedding of
+    matrix factorisation). Zeros stand for all other items and, now and then in training, for any: the towers must not
+    lean on it alone."""
+
+    def __init__(self, spec: TowerSpec) -> None:
+        super().__init__()
+        self.dropout = spec.id_dropout
+        self.register_buffer("row", torch.zeros(spec.num_items, dtype=torch.int64))  # 0: none
+        self.vector = nn.Embedding(spec.id_rows + 1, spec.id_dim, padding_idx=0)
+        nn.init.normal_(self.vector.weight, std=_ID_START / _ID_SCALE)
+        self.forget()
+
+    @torch.no_grad()
+    def forget(self) -> None:
+        """Every item is new."""
+        self.row.zero_()
+        self.vector.weight[0] = 0.0
+
+    def assign(self, examples: Float[Tensor, "items"]) -> None:
+        """Give vectors to the items with the most training examples."""
+        order = torch.argsort(examples, descending=True, stable=True)[: self.vector.num_embeddings - 1]
+        chosen = torch.sort(order[examples[order] > 0]).values
+        self.row.zero_()
+        self.row[chosen] = torch.arange(1, len(chosen) + 1)
+
+    def forward(self, owners: Int64[Tensor, "N"]) -> Float[Tensor, "N d"]:
+        """Vectors of these gids, with entries of about one; zeros for -1."""
+        rows = torch.where(owners >= 0, self.row[owners], 0)
+        vectors = self.vector(rows) * _ID_SCALE
+        if not self.training or not self.dropout:
+            return vectors
+        kept = torch.rand(len(owners), 1) >= self.dropout
+        return vectors * kept / (1 - self.dropout)
+
+
+class GivenIds(nn.Module):
+    """Vectors that are there already, row = gid, in the place of :class:`ItemIds`."""
+
+    def __init__(self, ids: Float[Tensor, "items d"]) -> None:
+        super().__init__()
+        self.vectors = ids
+
+    def forward(self, owners: Int64[Tensor, "N"]) -> Float[Tensor, "N d"]:
+        return self.vectors[owners] * (owners >= 0)[:, None]
 
 
 class TwoTower(nn.Module):
@@ -192,11 +244,23 @@ class TwoTower(nn.Module):
     def __init__(self, spec: TowerSpec) -> None:
         super().__init__()
         self.user, self.item = UserTower(spec), ItemTower(spec)
+        self.ids: nn.Module | None = ItemIds(spec) if spec.id_dim else None
 
     def forward(
         self, inputs: UserInputs, tables: ItemTables, rows: ItemRows
     ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "N D"]]:
-        return self.user(inputs, tables), self.item(rows)
+        return self.users(inputs, tables), self.items(rows)
+
+    def users(self, inputs: UserInputs, tables: ItemTables) -> Float[Tensor, "B D"]:
+        """Unit vectors of users; ``inputs.gids`` are rows of ``tables``."""
+        if self.ids is not None:
+            assert tables.owners is not None
+            tables = replace(tables, ids=self.ids(tables.owners))
+        return self.user(inputs, tables)
+
+    def items(self, rows: ItemRows) -> Float[Tensor, "N D"]:
+        """Unit vectors of items."""
+        return self.item(rows if self.ids is None else replace(rows, ids=self.ids(rows.owners)))
 
     def start_near(self, text_NT: Float[Tensor, "N T"], hgnn_NH: Float[Tensor, "N H"] | None) -> None:
         """Start as nearest neighbours, given the vectors of a sample of items: half of the output's width to either."""
@@ -230,8 +294,18 @@ def _sums(
 ) -> tuple[Float[Tensor, "bags d"], Float[Tensor, "bags"]]:
     """Weighted sum of table rows in each bag, and the sum of the weights. ``bag`` ascends."""
     starts = torch.searchsorted(bag, torch.arange(bags))
-    total = F.embedding_bag(gids, table.float(), starts, mode="sum", per_sample_weights=weight)
+    total = F.embedding_bag(gids, table, starts, mode="sum", per_sample_weights=weight)
     return total, torch.zeros(bags).index_add(0, bag, weight)
+
+
+def _last(
+    table: Float[Tensor, "N d"], gids: Int64[Tensor, "n"], offsets: Int64[Tensor, "bags_plus_1"]
+) -> Float[Tensor, "bags d"]:
+    """The table's row of each bag's last element; zeros for empty bags."""
+    last = torch.zeros(len(offsets) - 1, table.shape[1])
+    full = offsets.diff() > 0
+    last[full] = table[gids[offsets[1:][full] - 1]]
+    return last
 
 
 def _mean(total: Float[Tensor, "*bags d"], weight: Float[Tensor, "*bags"]) -> Float[Tensor, "*bags d"]:
@@ -251,6 +325,16 @@ def load_towers(folder: Path) -> TwoTower:
     towers = TwoTower(TowerSpec.load(folder / "spec.json"))
     _load(towers, folder, "")
     return towers
+
+
+def load_item_ids(folder: Path) -> np.ndarray | None:
+    """The items' own vectors in ``folder``, float32 [items, id_dim], row = gid; None where the towers have none."""
+    spec = TowerSpec.load(folder / "spec.json")
+    if not spec.id_dim:
+        return None
+    ids = ItemIds(spec)
+    _load(ids, folder, "ids.")
+    return ids(torch.arange(spec.num_items)).numpy()
 
 
 def _load(module: nn.Module, folder: Path, prefix: str) -> None:

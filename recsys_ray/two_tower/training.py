@@ -27,7 +27,7 @@ from recsys_ray.two_tower.batches import (
 )
 from recsys_ray.two_tower.inputs import UserInputs
 from recsys_ray.two_tower.loss import inclusion_log_q, paper_loss, sampled_softmax
-from recsys_ray.two_tower.towers import TowerSpec, TwoTower
+from recsys_ray.two_tower.towers import ItemIds, TowerSpec, TwoTower
 
 _ITEM_CHUNK = 8192
 _QUERY_CHUNK = 512
@@ -37,18 +37,25 @@ _TOP = 10
 
 @dataclass
 class TowerTask:
-    """One variant's training on one rank."""
+    """One variant's training on one rank. ``later``: examples of the validation period, for the refit."""
 
     spec: TowerSpec
     source: FeatureSource
     catalogue: Catalogue
     examples: Examples
     queries: Examples
+    later: Examples
     snapshot_names: dict[int, str]
 
 
-def start_near(model: TwoTower, task: TowerTask, seed: int) -> None:
-    """Let a fresh model start as nearest neighbours (:meth:`TwoTower.start_near`), the same on every rank."""
+def start(model: TwoTower, task: TowerTask, seed: int) -> None:
+    """Let a fresh model start as nearest neighbours (:meth:`TwoTower.start_near`), and give the items that occur in
+    examples vectors of their own; the same on every rank."""
+    if isinstance(model.ids, ItemIds):
+        items = len(task.catalogue.ntype)
+        seen = np.bincount(task.examples["target"], minlength=items)
+        seen += np.bincount(task.examples["history"].ravel() + 1, minlength=items + 1)[1:]  # -1: no item
+        model.ids.assign(sum_over_ranks(torch.from_numpy(seen).double()))
     last = int(max(task.examples["snapshot"], default=0))
     rows = np.random.default_rng(seed_from(seed, "start")).permutation(len(task.catalogue.ntype))
     gids = torch.from_numpy(np.sort(rows[:_START_SAMPLE]))
@@ -141,7 +148,7 @@ def item_vectors(model: TwoTower, source: FeatureSource, catalogue: Catalogue, s
         for gids in torch.arange(len(catalogue.ntype)).split(_ITEM_CHUNK):
             tables = tables_for(source, model.user.spec, catalogue, snapshot, gids)
             assert tables.text is not None
-            chunks.append(model.item(catalogue.rows(gids, snapshot, tables.text, tables.hgnn)))
+            chunks.append(model.items(catalogue.rows(gids, snapshot, tables.text, tables.hgnn)))
     return torch.cat(chunks)
 
 
@@ -153,9 +160,33 @@ def user_vectors(
     needed, place = torch.unique(users.gids, return_inverse=True)
     tables = tables_for(source, model.user.spec, catalogue, snapshot, needed)
     with torch.no_grad():
-        return model.user(
+        return model.users(
             UserInputs(place, users.events, users.offsets, users.age, users.country, users.tastes), tables
         )
+
+
+def run_epoch(
+    trainer: TowerTrainer,
+    optimizer: torch.optim.Optimizer,
+    epoch: int,
+    done: int,
+    on_step: Callable[[int, int, float], None] = lambda epoch, step, loss: None,
+) -> float:
+    """One epoch, after ``done`` steps in all; the mean loss over all ranks."""
+    generator = np.random.default_rng(seed_from(trainer.seed, "two_tower", epoch, trainer.rank))
+    torch.manual_seed(seed_from(trainer.seed, "dropout", epoch, trainer.rank))  # the same after a restart
+    total, batch_size = 0.0, trainer.config.batch_size
+    trainer.network.train()
+    for step, rows in enumerate(epoch_batches(trainer.task.examples["snapshot"], batch_size, trainer.steps, generator)):
+        loss = trainer.loss(trainer.batch(rows))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        trainer.average(done + step)
+        total += loss.item()
+        on_step(epoch, step, total / (step + 1))
+    sums = sum_over_ranks(torch.tensor([total / max(trainer.steps, 1), 1.0], dtype=torch.float64))
+    return float(sums[0] / sums[1])
 
 
 def train_epochs(
@@ -170,27 +201,14 @@ def train_epochs(
     for key, value in (("history", []), ("best", None), ("bad", 0)):
         state.setdefault(key, value)
     config = trainer.config
-    snapshots = trainer.task.examples["snapshot"]
     for epoch in range(len(state["history"]), config.epochs):
         if state["bad"] >= config.patience:
             break
-        generator = np.random.default_rng(seed_from(trainer.seed, "two_tower", epoch, trainer.rank))
-        torch.manual_seed(seed_from(trainer.seed, "dropout", epoch, trainer.rank))  # the same after a restart
-        total = 0.0
-        trainer.network.train()
-        for step, rows in enumerate(epoch_batches(snapshots, config.batch_size, trainer.steps, generator)):
-            loss = trainer.loss(trainer.batch(rows))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            trainer.average(epoch * trainer.steps + step)
-            total += loss.item()
-            on_step(epoch, step, total / (step + 1))
-        sums = sum_over_ranks(torch.tensor([total / max(trainer.steps, 1), 1.0], dtype=torch.float64))
-        hit_rate, loss_mean = trainer.validate(), float(sums[0] / sums[1])
-        watched = hit_rate if hit_rate == hit_rate else -loss_mean  # no validation queries: the training loss
+        loss = run_epoch(trainer, optimizer, epoch, epoch * trainer.steps, on_step)
+        hit_rate = trainer.validate()
+        watched = hit_rate if hit_rate == hit_rate else -loss  # no validation queries: the training loss
         better = state["best"] is None or watched > state["best"]
         state["best"], state["bad"] = (watched, 0) if better else (state["best"], state["bad"] + 1)
-        state["history"].append({"epoch": epoch, "loss": loss_mean, "valid_hr_at_10": hit_rate})
+        state["history"].append({"epoch": epoch, "loss": loss, "valid_hr_at_10": hit_rate})
         on_epoch(state, better)
     return state

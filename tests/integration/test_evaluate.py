@@ -79,6 +79,7 @@ def run(tmp_path, log) -> Path:
     items = {
         "item_id": [f"item-{g:03d}" for g in range(ITEMS)],
         "item_type": [TYPES[g // PER_TYPE] for g in range(ITEMS)],
+        "title": [f"Title {g}" for g in range(ITEMS)],
         "ntype": np.arange(ITEMS, dtype=np.int16) // PER_TYPE,
         "available": np.arange(ITEMS) % PER_TYPE != 5,
     }
@@ -173,8 +174,77 @@ def test_table(ray_local, run, log):
     assert 0 < found["popularity", "all", "warm"]["share_of_oracle"] < 1
     # Two colours, all users: everything of the type is within somebody's first hundred.
     assert found["llm_knn", "all", "all"]["coverage_at_100"] == 1
+    apart = json.loads((run / "evaluation" / "differences.json").read_text())
+    apart = {(row["against"], row["item_type"], row["segment"]): row for row in apart}
+    ours, popular = found["2t_hgnn", "all", "warm"]["hr_at_10"], found["popularity", "all", "warm"]["hr_at_10"]
+    assert apart["popularity", "all", "warm"]["difference"] == pytest.approx(ours - popular)
+    assert apart["popularity", "all", "warm"]["low"] > 0
+    assert apart["oracle", "all", "all"]["users"] == USERS // 2  # only those whom both were asked for
     page = (run / "evaluation" / "report.html").read_text()
     assert f"{found['2t_hgnn', 'all', 'warm']['hr_at_10']:.4f}" in page
+
+
+def test_example_users(ray_local, run, log):
+    go(run, configuration(run))
+    found = json.loads((run / "evaluation" / "examples.json").read_text())
+    rows = table(run)
+    warm = {model: rows[model, "all", "warm"] for model in (found["served"], found["rival"])}
+    assert found["served"] == "2t_hgnn" and found["rival"] in ("popularity", "item_knn", "llm_knn")
+    # The outcomes of two models add up to the figures of the table.
+    lists = found["lists"]
+    asked = sum(lists.values())
+    assert asked == warm["2t_hgnn"]["queries"]
+    assert (lists["ours"] + lists["both"]) / asked == pytest.approx(warm["2t_hgnn"]["hr_at_10"])
+    assert (lists["rival"] + lists["both"]) / asked == pytest.approx(warm[found["rival"]]["hr_at_10"])
+    assert len({user["user_id"] for user in found["users"]}) == len(found["users"]) == 12
+    assert {"new_to_type", "cold"} <= {user["kind"] for user in found["users"]}
+    for user in found["users"]:
+        number, kind = int(user["user_id"].removeprefix("user-")), TYPES.index(user["item_type"])
+        past = [(g, e, t) for u, g, e, t in log if u == number and t < TEST]
+        assert [tuple(event[name] for name in ("gid", "event", "timestamp")) for event in user["history"]] == past[
+            ::-1
+        ][:12]
+        assert user["events"] == len(past)
+        later = {g for u, g, e, t in log if u == number and t >= TEST and e == 0 and g // PER_TYPE == kind}
+        assert set(user["truths"]) == later - {g for g, _, _ in past}
+        hit = {model: bool(set(items) & set(user["truths"])) for model, items in user["recommended"].items()}
+        expected = {"ours": (True, False), "rival": (False, True), "both": (True, True), "neither": (False, False)}
+        if user["kind"] in expected:
+            assert (hit["2t_hgnn"], hit[found["rival"]]) == expected[user["kind"]]
+        for model, items in user["recommended"].items():
+            assert {g // PER_TYPE for g in items} <= {kind} and not set(items) & {g for g, _, _ in past}
+            assert len(items) == len(set(items)) == (10 if model != "oracle" else len(items))
+            assert all(found["items"][str(g)]["title"] == f"Title {g}" for g in items)
+
+
+def test_shares_of_popularity_tiers(ray_local, run, log):
+    go(run, configuration(run))
+    found = json.loads((run / "evaluation" / "popularity.json").read_text())
+    assert sum(found["items_by_tier"]["all"]) == ITEMS
+    for by_segment in [found["chosen"], *found["recommended"].values()]:
+        for by_type in by_segment.values():
+            assert all(sum(shares) == pytest.approx(1, abs=1e-5) for shares in by_type.values())
+    # No list holds more of the head than popularity's; what is new in the test period is in the last tier.
+    head = {model: shares["cold"]["song"][0] for model, shares in found["recommended"].items() if model != "oracle"}
+    assert head["popularity"] == max(head.values()) == 1
+    unseen = sum(g % PER_TYPE >= PER_TYPE - 10 for u, g, e, t in log if t > TEST + 1 and e == 0 and u % 6 == 0)
+    chosen = sum(t > TEST + 1 and e == 0 and u % 6 == 0 for u, g, e, t in log)
+    assert found["chosen"]["cold"]["all"][4] >= unseen / chosen
+
+
+def test_map_of_the_items(ray_local, run):
+    go(run, configuration(run, "evaluate.map_items=120", "evaluate.examples=0"), "one")
+    go(run, configuration(run, "evaluate.map_items=120"), "two")
+    assert not (run / "one" / "examples.json").exists()
+    assert (run / "one" / "map.json").read_text() == (run / "two" / "map.json").read_text()
+    found = json.loads((run / "one" / "map.json").read_text())
+    gids = [int(name.removeprefix("item-")) for name in found["id"]]
+    assert len(gids) == 120 and list(found["spaces"]) == ["hgnn", "2t_hgnn", "text"]
+    assert found["type"] == [g // PER_TYPE for g in gids] and found["title"] == [f"Title {g}" for g in gids]
+    for k, near in enumerate(found["spaces"]["hgnn"]["near"]):  # two colours, far apart
+        assert k not in near and {gids[n] % 2 for n in near} == {gids[k] % 2}
+    go(run, configuration(run, "evaluate.map_items=0"), "none")
+    assert not (run / "none" / "map.json").exists()
 
 
 def test_killed_evaluation_goes_on_where_it_was(ray_local, run, monkeypatch):
@@ -203,7 +273,7 @@ def test_a_sample_of_users(ray_local, run):
     assert go(run, configuration(run, *overrides), "one")["users"] == 10
     go(run, configuration(run, *overrides), "two")
     assert table(run, "one") == table(run, "two")
-    go(run, configuration(run, *overrides, "seed=1"), "three")
+    go(run, configuration(run, *overrides, "data_seed=1"), "three")
     assert table(run, "one") != table(run, "three")
 
 
@@ -284,3 +354,18 @@ def test_nothing_to_evaluate(ray_local, run):
     assert counts["queries"] == 0
     assert json.loads((run / "evaluation" / "metrics.json").read_text()) == []
     assert "nothing to compare" in (run / "evaluation" / "report.html").read_text()
+
+
+def test_further_popularity_windows_and_strangers(ray_local, run):
+    """Colours are personal: with another user's history the right answer is a coin's. Popularity is not."""
+    counts = go(run, configuration(run, "evaluate.popularity_days=[1,30]", "evaluate.strangers=true"))
+    found = {model: row for (model, *place), row in table(run).items() if place == ["all", "warm"]}
+    assert {"popularity_1", "popularity_30", "2t_hgnn_for_a_stranger", "llm_knn_for_a_stranger"} <= set(
+        counts["models"]
+    )
+    assert "popularity_for_a_stranger" not in counts["models"]
+    ours, strangers = found["2t_hgnn"]["mrr_at_100"], found["2t_hgnn_for_a_stranger"]["mrr_at_100"]
+    assert strangers < 0.8 * ours
+    assert TEST < 30 * 86_400  # all that lies before the test is in the window
+    assert found["popularity_30"]["hr_at_10"] == found["popularity"]["hr_at_10"]
+    assert found["popularity_1"]["ndcg_at_10"] != found["popularity"]["ndcg_at_10"]

@@ -14,7 +14,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
-from recsys_ray.config import Config, DataConfig, EventsConfig, SplitConfig
+from recsys_ray.config import Config, DataConfig, EventsConfig, GraphConfig, SplitConfig
 from recsys_ray.data import ingest as stage
 from recsys_ray.data.ingest import ingest
 from recsys_ray.errors import DataError
@@ -214,3 +214,60 @@ def test_one_type_and_no_users_table(tmp_path: Path) -> None:
     late = Config(data=data, split=SplitConfig(test_from=datetime(2030, 1, 1)))
     with pytest.raises(DataError, match=r"(validation|test) period has no positive event"):
         run(late, tmp_path / "late")
+
+
+def test_leave_one_out_keeps_the_order_of_the_source_where_times_are_equal(tmp_path: Path) -> None:
+    """Two files; the last items of each user fall on one day, in an order that is not that of the ids."""
+    (tmp_path / "events").mkdir()
+    sequences = {"ann": ["i3", "i1", "i2", "i0"], "ben": ["i2", "i3", "i1"], "cy": ["i1", "i0"]}
+    rows = [(user, item, NOW - DAY) for user, items in sequences.items() for item in items]
+    rows.insert(0, ("ben", "i0", NOW - 9 * DAY))
+    rows[5], rows[6] = rows[6], rows[5]  # users take turns in the file
+    sequences["ben"] = ["i0", *(item for user, item, _ in rows[1:] if user == "ben")]
+    for number, part in enumerate((rows[:6], [*rows[6:], rows[1]])):  # the last row is a duplicate
+        table = [dict(zip(("user_id", "item_id", "timestamp"), row, strict=True), event="stream") for row in part]
+        pq.write_table(pa.Table.from_pylist(table), tmp_path / "events" / f"{number}.parquet")
+    items = pa.table({"item_id": [f"i{n}" for n in range(4)], "item_type": ["x"] * 4, "title": ["t"] * 4})
+    pq.write_table(items, tmp_path / "i.parquet")
+    data = DataConfig(items=str(tmp_path / "i.parquet"), interactions=str(tmp_path / "events"), shards=2,
+                      max_bad_share=0.2)  # fmt: skip
+    graph = GraphConfig(window_days=None)
+    config = Config(data=data, split=SplitConfig(protocol="leave_one_out"), graph=graph)
+    counts = run(config, tmp_path / "out")
+    assert counts["quarantined"]["interactions"] == {"duplicate": 1}
+    assert [counts[name] for name in ("protocol", "valid_from", "test_from", "end", "held_out")] == [
+        "leave_one_out", 0, 1, 2, 2,
+    ]  # fmt: skip
+    assert counts["last_event"] == NOW - DAY
+    users, found = pq.read_table(tmp_path / "out/users.parquet")["user_id"].to_pylist(), defaultdict(list)
+    for shard in sorted((tmp_path / "out/interactions").iterdir()):
+        for row in pq.read_table(shard).to_pylist():
+            found[users[row["uid"]]].append((f"i{row['gid']}", row["timestamp"], row["happened_at"]))
+    days = {"ben": [NOW - 9 * DAY, *[NOW - DAY] * 3]}
+    times = {"ann": [-2, -1, 0, 1], "ben": [-2, -1, 0, 1], "cy": [-2, -1]}
+    for user, sequence in sequences.items():
+        wanted = zip(sequence, times[user], days.get(user, [NOW - DAY] * 4), strict=False)
+        assert found[user] == list(wanted), user
+    alone = config.model_copy(update={"data": data.model_copy(update={"interactions": str(tmp_path / "e.parquet")})})
+    pq.write_table(pa.Table.from_pylist(table[-2:]), tmp_path / "e.parquet")
+    with pytest.raises(DataError, match="three items of a positive event"):
+        run(alone, tmp_path / "alone")
+
+
+def test_only_wanted_item_types_are_read(undisturbed: tuple[Config, Path, dict[str, Any]], tmp_path: Path) -> None:
+    config, _, all_counts = undisturbed
+
+    def of_types(*names: str) -> Config:
+        return config.model_copy(update={"data": config.data.model_copy(update={"item_types": list(names)})})
+
+    counts = run(of_types(TYPES[0]), tmp_path / "out")
+    assert counts["item_types"] == TYPES[:1] and counts["items_per_type"] == [40]
+    rows, all_rows = counts["rows"], all_counts["rows"]
+    assert rows["items"]["ignored"] == 3 and rows["items"]["kept"] == 40
+    assert rows["interactions"]["read"] == all_rows["interactions"]["read"]
+    wanted = [row for row in expected_events() if row[1].startswith("i")]
+    files = (tmp_path / "out/interactions").glob("*.parquet")
+    assert rows["interactions"]["kept"] == len(wanted) == sum(pq.read_metadata(file).num_rows for file in files)
+    assert counts["quarantined"]["interactions"]["unknown item"] == 1  # the one that no item of any type has
+    with pytest.raises(DataError, match=r'no item is of type "audio bok".*did you mean "audio book"'):
+        run(of_types("audio bok"), tmp_path / "none")

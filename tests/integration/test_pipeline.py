@@ -21,6 +21,10 @@ import yaml
 from pipelines.cli import main
 from pipelines.evaluate import NAMES
 from pipelines.run import STAGES
+from recsys_ray.artifacts import load_arrays, open_artifact
+from recsys_ray.retrieval.bundle import set_current
+from recsys_ray.retrieval.recommender import Recommender
+from recsys_ray.snapshots import DAY
 
 pytestmark = pytest.mark.slow
 
@@ -99,6 +103,16 @@ def test_the_second_run_skips_every_stage(undisturbed):
     assert done.stderr.count("up to date") == len(STAGES)
     assert time.monotonic() - started < 60  # Ray is not even started
     assert before == {name: (run / s.folder / "manifest.json").stat().st_mtime_ns for name, s in STAGES.items()}
+
+
+def test_the_report_is_drawn_again_from_what_there_is(undisturbed, tmp_path):
+    run, config, _ = undisturbed
+    before = (run / "evaluation" / "report.html").stat().st_mtime_ns
+    assert main(["report", "--config", str(config), "--out", str(tmp_path / "page.html")]) is None
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    for shown in ("Map of the items", "Users and their lists", "Learning curves", "evaluation</th>"):
+        assert shown in page
+    assert (run / "evaluation" / "report.html").stat().st_mtime_ns == before
 
 
 def test_an_answer_over_http_has_nothing_that_the_user_has_seen(undisturbed, tmp_path):
@@ -255,3 +269,138 @@ def test_one_item_type_alone_works(undisturbed, root, data, tmp_path):
     rows = metrics_of(root / "podcasts")
     assert {row["item_type"] for row in rows} <= {"all", "podcast"}
     assert NAMES["hgnn"] in {row["model"] for row in rows}
+
+
+def test_leave_one_out_from_tables_to_answers(undisturbed, root, data):
+    run, _, _ = undisturbed
+    changes = {"split": {"protocol": "leave_one_out"}, "two_tower": {**SMALL["two_tower"], "ablation": False}}
+    changes |= {"data": {**SMALL["data"], "oracle": None, "item_types": ["music", "podcast"]}}
+    config = configure(root, data, "left-out", **changes, graph={"window_days": None}, hgnn={"epochs": 1})
+    shutil.copytree(run / "cache", root / "left-out" / "cache")
+    done = call("run", "--config", config)
+    assert done.returncode == 0, done.stderr[-6000:]
+    out = root / "left-out"
+    events = pl.read_parquet(out / "ingest" / "interactions" / "*.parquet")
+    held_out = events.filter(pl.col("timestamp") == 1)["uid"].n_unique()
+    assert f"leave-one-out: {held_out} of" in done.stderr
+    rows = {(row["model"], row["item_type"], row["segment"]): row for row in metrics_of(out)}
+    for model in ("popularity", "item_knn", "llm_knn", "hgnn", NAMES["hgnn"]):
+        row = rows[model, "all", "all"]
+        assert row["users"] == row["queries"] == held_out == rows[model, "all", "warm"]["users"]
+    assert {item_type for _, item_type, _ in rows} == {"all", "music", "podcast"}
+    snapshots = {s["name"]: s for s in json.loads((out / "graph" / "manifest.json").read_text())["counts"]["snapshots"]}
+    assert list(snapshots) == ["cut0", "cut1", "valid", "test", "serve"]
+    edges = {name: pl.read_parquet(out / "graph" / "edges" / f"{name}.parquet") for name in snapshots}
+    assert 0 < len(edges["cut0"]) < len(edges["valid"]) < len(edges["test"]) < len(edges["serve"])
+    bundle = json.loads((out / "bundles" / "current" / "manifest.json").read_text())["counts"]
+    assert bundle["version"].startswith("2025123")  # the calendar's, not the logical time
+    user, seen = seen_by_the_busiest(out)
+    answer = call("recommend", "--bundle", out / "bundles" / "current", "--user", user, "--json")
+    assert answer.returncode == 0, answer.stderr[-6000:]
+    assert not {item["item_id"] for item in json.loads(answer.stdout)["items"]} & seen
+
+
+# -- what is made of a finished run
+
+
+@pytest.fixture
+def base(undisturbed):
+    """The run's own bundle; afterwards it is live again."""
+    bundles = undisturbed[0] / "bundles"
+    name = (bundles / "current").readlink().name
+    yield bundles / name
+    set_current(bundles, name)
+
+
+def test_new_items_are_recommended_without_training(undisturbed, data, base, tmp_path):
+    run, config, _ = undisturbed
+    user, _ = seen_by_the_busiest(run)
+    items = pl.read_parquet(data / "items" / "*.parquet").filter(pl.col("item_type") == "music").head(3)
+    items.with_columns(item_id=pl.format("new-{}", pl.int_range(3))).write_parquet(tmp_path / "new.parquet")
+    moment = open_artifact(base).counts["end"] - 60
+    trickle = {"user_id": [user], "item_id": ["new-0"], "event": ["stream"], "timestamp": [moment]}
+    pl.DataFrame(trickle).write_csv(tmp_path / "trickle.csv")
+    live = run / "bundles" / "current"
+    done = call("embed-items", tmp_path / "new.parquet", "--bundle", live, "--interactions", tmp_path / "trickle.csv")
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert "1 with" in done.stderr and "2 from text alone" in done.stderr
+    recommender = Recommender.load(live)
+    assert recommender.version != base.name
+    answer = recommender.recommend(history=[{"item_id": "new-0"}], item_types=["music"], k=500)
+    assert {"new-1", "new-2"} <= {item.item_id for item in answer}
+    assert "new-0" not in {item.item_id for item in recommender.recommend(user_id=user, item_types=["music"], k=500)}
+    done = call("run", "--config", config)  # the run is as it was: it leaves the new bundle live
+    assert done.stderr.count("up to date") == len(STAGES)
+    assert live.readlink().name == recommender.version
+
+
+def test_items_that_are_embedded_again_stay_where_they_are(undisturbed, data, base, tmp_path):
+    """Those whose users' histories the bundle has in full: it then knows all of their edges."""
+    run, _, _ = undisturbed
+    end, ids = open_artifact(base).counts["end"], pl.read_parquet(run / "ingest" / "items.parquet")["item_id"]
+    events = pl.read_parquet(run / "ingest" / "interactions" / "*.parquet").filter(
+        pl.col("timestamp") >= end - SMALL["graph"]["window_days"] * DAY
+    )
+    busy = events["uid"].value_counts().filter(pl.col("count") > SMALL["two_tower"]["history"])["uid"]
+    cut = set(events.filter(pl.col("uid").is_in(busy.implode()))["gid"])
+    whole = [gid for gid in range(len(ids)) if gid not in cut]
+    edges = pl.read_parquet(run / "graph" / "edges" / "serve.parquet")
+    assert edges["dst"].is_in(whole).sum() > 5
+    items = pl.read_parquet(data / "items" / "*.parquet").filter(pl.col("item_id").is_in(ids[whole].implode()))
+    items.write_parquet(tmp_path / "again.parquet")
+    out = tmp_path / "bundles"
+    done = call("embed-items", tmp_path / "again.parquet", "--bundle", base, "--out", out, "--replace")
+    assert done.returncode == 0, done.stderr[-6000:]
+    for file, name in (("hgnn", "embedding"), ("vectors", "vector")):
+        before, after = (load_arrays(b / f"{file}.safetensors")[name] for b in (base, out / "current"))
+        assert before.shape == after.shape
+        assert (before * after).sum(1).min() > 0.995, file  # texts may be encoded at a lower precision
+
+
+def test_an_item_of_the_bundle_is_refused_without_replace(undisturbed, data, base, capsys):
+    assert "already in the bundle" in complaint(capsys, "embed-items", data / "items", "--bundle", base)
+    assert (base.parent / "current").readlink().name == base.name
+
+
+def test_embeddings_are_exported_and_probed(undisturbed, tmp_path):
+    run, config, _ = undisturbed
+    out = tmp_path / "items.parquet"
+    done = call("export-embeddings", "--config", config, "--out", out, "--snapshot", "test")
+    assert done.returncode == 0, done.stderr[-6000:]
+    table = pl.read_parquet(out)
+    assert table.columns == ["item_id", "item_type", "title", "text", "hgnn", "tower"]
+    assert table["item_id"].equals(pl.read_parquet(run / "ingest" / "items.parquet")["item_id"])
+    done = call("probe", "--config", config)
+    assert done.returncode == 0, done.stderr[-6000:]
+    metrics = json.loads((run / "probe" / "metrics.json").read_text(encoding="utf-8"))
+    found = {(row["target"], row["vectors"]): row for row in metrics["classification"]}
+    assert {target for target, _ in found} == {"item_type", "language", "category"}
+    for row in found.values():
+        assert row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"]
+    assert found["item_type", "tower"]["accuracy"] > found["item_type", "tower"]["majority"]
+    assert found["category", "text"]["in_text"] and not found["language", "text"]["in_text"]
+    similar = [row for row in metrics["similar"] if (row["item_type"], row["segment"]) == ("all", "all")]
+    assert [row["vectors"] for row in similar] == ["text", "hgnn", "tower"]
+    assert all(row["recall_at_10"] <= row["recall_at_100"] for row in similar)
+    assert (run / "probe" / "probe.png").stat().st_size > 10_000
+    for promised in ("macro-F1", "text+hgnn", "probe.png", "Similar items"):
+        assert promised in done.stdout
+    again = call("probe", "--config", config)
+    assert "up to date" in again.stderr and again.stdout == done.stdout
+
+
+def test_no_feature_of_a_run_looks_past_its_time_and_one_that_does_is_found(undisturbed, root, capsys):
+    run, config, _ = undisturbed
+    done = call("check-leaks", "--config", config, "--sample", 300)
+    assert done.returncode == 0, done.stderr[-6000:]
+    for what in ("training examples", "validation queries", "users of the test", "edges into", "the activity of",
+                 "the embeddings of", "(hgnn, text_only)", "no feature looks past its time"):  # fmt: skip
+        assert what in done.stdout
+    for name, said in (("hgnn/embeddings/test/part-00000", "the embedding on snapshot test of item"),
+                       ("two_tower/hgnn/items/test", "the test's vector by the two-tower hgnn of item")):  # fmt: skip
+        forged = root / "forged"
+        shutil.copytree(run, forged, ignore=shutil.ignore_patterns("bundles", "cache"))
+        target = forged / f"{name}.safetensors"  # what it is after the last event, not before the test
+        shutil.copyfile(str(target).replace("/test", "/serve"), target)
+        assert said in complaint(capsys, "check-leaks", "--config", config, "--set", f"run_dir={forged}")
+        shutil.rmtree(forged)

@@ -5,8 +5,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from recsys_ray.graph.activity import COLUMNS, _add, count_shard, describe
-from recsys_ray.snapshots import DAY
+from recsys_ray.graph.activity import COLUMNS, add_counts, count_shard, describe
+from recsys_ray.snapshots import DAY, Fold
 
 ITEMS, NOW = 6, 500 * DAY
 
@@ -27,7 +27,7 @@ def shards(tmp_path):
 
 
 def test_counts_of_shards_add_up_to_those_of_all_events(shards):
-    counts, first = _add(count_shard(path, NOW, [0], ITEMS) for path in shards)
+    counts, first = add_counts(count_shard(path, NOW, [0], ITEMS) for path in shards)
     table = pa.concat_tables([pq.read_table(path) for path in shards])
     gid, event, time = (table[name].to_numpy() for name in ("gid", "event", "timestamp"))
     for item in range(ITEMS):
@@ -40,7 +40,7 @@ def test_counts_of_shards_add_up_to_those_of_all_events(shards):
 
 def test_what_happens_at_or_after_the_snapshot_does_not_enter(shards):
     published = np.array([NOW - 10 * DAY, NOW + DAY, np.iinfo(np.int64).max, 0, 0, 0])
-    counts, first = _add(count_shard(path, NOW, [0], ITEMS) for path in shards)
+    counts, first = add_counts(count_shard(path, NOW, [0], ITEMS) for path in shards)
     table = describe(counts, first, published, NOW)
     assert table.shape == (ITEMS, COLUMNS)
     assert np.isfinite(table).all()
@@ -51,7 +51,7 @@ def test_what_happens_at_or_after_the_snapshot_does_not_enter(shards):
 
 
 def test_a_platform_that_grows_does_not_shift_every_item(shards):
-    counts, first = _add(count_shard(path, NOW, [0], ITEMS) for path in shards)
+    counts, first = add_counts(count_shard(path, NOW, [0], ITEMS) for path in shards)
     published = np.zeros(ITEMS, np.int64)
     assert np.allclose(describe(counts, first, published, NOW), describe(7 * counts, first, published, NOW))
 
@@ -63,3 +63,25 @@ def test_no_event_at_all_makes_zeros(tmp_path):
     table = describe(counts, first, np.zeros(ITEMS, np.int64), NOW)
     assert not table[:, :6].any()
     assert table[:, 6].all()
+
+
+def test_users_of_the_fold_do_not_count(tmp_path):
+    random = np.random.default_rng(3)
+    table = pa.table(
+        {
+            "uid": np.sort(random.integers(0, 40, 300)),
+            "gid": random.integers(0, ITEMS, 300).astype(np.int32),
+            "event": random.integers(0, 2, 300).astype(np.int8),
+            "timestamp": random.integers(-50, 1, 300),
+        }
+    )
+    fold = Fold(1, 3, 0)
+    others = table.filter(pa.array(~fold.has(table["uid"].to_numpy())))
+    assert 0 < len(others) < 300
+    for name, part in (("all", table), ("others", others)):
+        pq.write_table(part, tmp_path / f"{name}.parquet")
+    found = count_shard(tmp_path / "all.parquet", 0, [0], ITEMS, fold)
+    wanted = count_shard(tmp_path / "others.parquet", 0, [0], ITEMS)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert np.array_equal(ours, theirs)
+    assert (found[0][0] == found[0][3]).all()  # logical times: every window holds everything

@@ -36,11 +36,30 @@ def test_overrides_reach_nested_fields_with_their_types():
         ("hgnn.loss=hinge", "'hgnn.loss'"),
         ("hgnn.epochs", "NAME=VALUE"),
         ("events.ignore=[stream]", "events.ignore lists ['stream']"),
+        ("split.protocol=leave_two_out", "'split.protocol'"),
+        ("split.protocol=leave_one_out", "set graph.window_days=null"),
+        ("data.item_types=[]", "'data.item_types'"),
     ],
 )
 def test_mistakes_name_the_field(override, sentence):
     with pytest.raises(ConfigError, match=r".") as error:
         load_config(None, [override])
+    assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("split.test_from=2024-01-01", "leave split.valid_from and split.test_from out"),
+        ("graph.cuts=1", "at least 2"),
+        ("data.oracle=somewhere", "data.oracle"),
+    ],
+)
+def test_leave_one_out_refuses_what_has_no_meaning_in_it(override, sentence):
+    fitting = ["split.protocol=leave_one_out", "graph.window_days=null"]
+    assert load_config(None, fitting).split.protocol == "leave_one_out"
+    with pytest.raises(ConfigError, match="leave_one_out") as error:
+        load_config(None, [*fitting, override])
     assert sentence in str(error.value)
 
 

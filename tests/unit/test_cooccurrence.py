@@ -13,9 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recsys_ray.config import GraphConfig
+from recsys_ray.errors import ConfigError
 from recsys_ray.graph import pairs
-from recsys_ray.graph.cooccurrence import count_shard, reduce_range
+from recsys_ray.graph.cooccurrence import _is_done, count_shard, reduce_range
 from recsys_ray.graph.pairs import Counted, Window, keep_best
+from recsys_ray.snapshots import Fold
 
 WIDE = Window(0, 10_000)
 Event = tuple[int, int, int]  # uid, gid, timestamp
@@ -56,6 +59,7 @@ def sharded(
     ntype: np.ndarray | None = None,
     min_support: int = 1,
     max_neighbors: int = 1000,
+    allowed: np.ndarray | None = None,
 ) -> dict[str, dict[tuple[int, int], int]]:
     """The tasks of build_edges, without Ray: snapshot -> (src, dst) -> support."""
     bounds = [items * r // ranges for r in range(1, ranges + 1)]
@@ -69,7 +73,7 @@ def sharded(
         found[name] = {}
         for r in range(ranges):
             out = folder / "out" / f"{name}-{r}.parquet"
-            reduce_range(folder / "scratch", name, r, ntype, min_support, max_neighbors, 0, out)
+            reduce_range(folder / "scratch", name, r, ntype, min_support, max_neighbors, 0, out, allowed)
             src, dst, support = (column.to_pylist() for column in pq.read_table(out).columns)
             assert list(zip(dst, src, strict=True)) == sorted(zip(dst, src, strict=True))
             found[name].update(zip(zip(src, dst, strict=True), support, strict=True))
@@ -96,6 +100,36 @@ def test_window_is_half_open(tmp_path: Path) -> None:
     events = [(0, 0, 10), (0, 1, 20), (1, 0, 9), (1, 1, 15), (2, 2, 19), (2, 3, 10)]
     found = sharded(tmp_path, events, 4, {"w": Window(10, 20)})
     assert found["w"] == {(2, 3): 1, (3, 2): 1}
+
+
+@settings(max_examples=40, deadline=None)
+@given(events_of_a_few, st.integers(0, 3))
+def test_a_fold_makes_no_edge_of_the_graph_without_it(
+    tmp_path_factory: pytest.TempPathFactory, events: list[Event], seed: int
+) -> None:
+    folds = {f"cut{k}": Fold(k, 3, seed) for k in range(3)}
+    windows = {name: Window(0, 41, fold) for name, fold in folds.items()}
+    found = sharded(tmp_path_factory.mktemp("folds"), events, 9, windows)
+    for name, fold in folds.items():
+        others = [row for row in events if not fold.has(np.array([row[0]]))[0]]
+        assert found[name] == {edge: support for edge, (support, _) in brute_force(others, WIDE, 100).items()}
+
+
+def test_an_interrupted_count_is_kept_for_the_same_fold_only(tmp_path: Path) -> None:
+    write_shard(tmp_path / "shard-00000.parquet", [(uid, gid, 1) for uid in range(9) for gid in range(3)])
+    windows = [{"w": Window(0, 2, Fold(k, 2, 0))} for k in range(2)]
+    count_shard(tmp_path / "shard-00000.parquet", tmp_path / "s", windows[0], [0], [3], 10)
+    assert [_is_done(tmp_path / "s", each) for each in windows] == [True, False]
+
+
+def test_pairs_of_a_window_without_beginning_are_equally_recent() -> None:
+    """Logical times of leave-one-out: only support and chance may choose among the edges of different users."""
+    uid, gid = np.repeat([0, 1], [2, 1000]), np.r_[0, 1, np.arange(1000)].astype(np.int32)
+    times = np.r_[-1, 1, np.arange(-998, 2)]
+    for items in (1000, 2**22):
+        keys = np.concatenate(list(pairs.pair_keys(uid, gid, times, Window(-(1 << 40), 2), items)))
+        _, _, recency = pairs.count_keys(keys, items)
+        assert len(set(recency.tolist())) == 1
 
 
 def test_only_the_latest_items_of_a_user_make_pairs(tmp_path: Path) -> None:
@@ -172,3 +206,26 @@ def test_keys_hold_every_pair(items: int) -> None:
     assert [divmod(p, items) for p in pair.tolist()] == [(0, items - 2), (0, items - 1), (items - 2, items - 1)]
     assert support.tolist() == [1, 1, 1]
     assert recency[1] == recency[2] >= recency[0] >= 0
+
+
+@pytest.mark.parametrize(
+    ("relations", "kept"),
+    [
+        ("all", {(0, 1), (0, 2), (1, 2), (2, 3), (0, 3), (1, 3)}),
+        ("same_type", {(0, 1), (2, 3)}),
+        ("cross_type", {(0, 2), (1, 2), (0, 3), (1, 3)}),
+        ([("song", "book"), ("song", "song")], {(0, 2), (1, 2), (0, 3), (1, 3), (2, 3)}),
+    ],
+)
+def test_only_the_wanted_relations_make_edges(tmp_path: Path, relations: object, kept: set[tuple[int, int]]) -> None:
+    """One user, books 0 and 1, songs 2 and 3. The other relations are what they would be anyway."""
+    config = GraphConfig.model_validate({"relations": relations})
+    allowed = pairs.allowed_relations(config.relations, ["book", "song"])
+    events, ntype = [(0, gid, gid) for gid in range(4)], np.array([0, 0, 1, 1], np.int16)
+    found = sharded(tmp_path, events, 4, {"w": WIDE}, ntype=ntype, allowed=allowed)["w"]
+    assert set(found) == kept | {(b, a) for a, b in kept}
+
+
+def test_an_unknown_type_among_the_relations_is_named() -> None:
+    with pytest.raises(ConfigError, match="'film'; the item types are book, song"):
+        pairs.allowed_relations([("book", "film")], ["book", "song"])

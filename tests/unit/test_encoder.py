@@ -10,7 +10,7 @@ import pytest
 from recsys_ray.errors import ConfigError
 from recsys_ray.text import encoder as module
 from recsys_ray.text.encoder import Encoder, choose_precision, encoder_fingerprint, find_model
-from recsys_ray.text.featurize import hash_text, text_of
+from recsys_ray.text.featurize import hash_text, random_vectors, text_of
 
 # First numbers of the vectors, computed one sentence at a time with transformers alone, mean over tokens, unit norm.
 CANONICAL = {
@@ -77,3 +77,10 @@ def test_text_of_an_item() -> None:
     assert text_of(row, ["description"]) == "book"
     assert text_of(row | {"title": "  "}, ["title"]) == "book"
     assert len(hash_text("Dune")) == 16 and hash_text("Dune") != hash_text("dune")
+
+
+def test_random_vectors_depend_on_the_item_alone():
+    vectors = random_vectors(["a", "b", "c"]).astype(np.float32)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-2)
+    np.testing.assert_array_equal(vectors[[2, 0]], random_vectors(["c", "a"]))
+    assert np.abs(np.triu(vectors @ vectors.T, 1)).max() < 0.3

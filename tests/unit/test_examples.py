@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recsys_ray.snapshots import DAY, Snapshot
+from recsys_ray.config import GraphConfig
+from recsys_ray.snapshots import DAY, Snapshot, plan_snapshots
 from recsys_ray.two_tower.examples import (
     ABSENT,
     HistoryRules,
@@ -191,3 +192,21 @@ def test_a_shard_is_read_as_it_was_written(tmp_path):
     pl.DataFrame(table).write_parquet(tmp_path / "shard.parquet")
     events = UserEvents.read(tmp_path / "shard.parquet")
     assert [column.tolist() for column in vars(events).values()] == [[1, 1], [4, 2], [0, 1], [5, 9]]
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 6), st.integers(0, 5))
+@settings(max_examples=60, deadline=None)
+def test_leave_one_out_predicts_each_event_from_those_before_it_by_a_graph_without_the_user(lengths, length, seed):
+    uid = np.repeat(np.arange(len(lengths)), lengths)
+    time = np.concatenate([np.arange(-n, 0) for n in lengths])
+    gid = np.concatenate([np.random.default_rng(n).permutation(10)[:n] for n in lengths]).astype(np.int32)
+    events = UserEvents(uid, gid, np.zeros(len(uid), np.int8), time)
+    counts = {"protocol": "leave_one_out", "valid_from": 0, "test_from": 1, "end": 2}
+    cuts = plan_snapshots(GraphConfig(window_days=None, cuts=3), counts, seed)[:3]
+    made = build_examples(events, POSITIVES, cuts, HistoryRules(length, None))
+    assert np.array_equal(made["uid"], uid) and np.array_equal(made["target"], gid)
+    for row, user in enumerate(uid.tolist()):
+        (own,) = (s.index for s in cuts if s.without.has(uid[row : row + 1])[0])
+        assert made["snapshot"][row] == own
+        before = gid[(uid == user) & (time < time[row])].tolist()
+        assert example_history(made, row) == [(g, 0) for g in before[-length:]]

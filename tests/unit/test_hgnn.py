@@ -123,28 +123,56 @@ def test_an_item_without_edges_is_embedded_from_its_text_alone():
     graph = ToyGraph(torch.tensor([0, 1]), torch.tensor([1, 0]), [0, 2, 3], torch.eye(3, 16))
     model = HGNN(16, config, types)
     z = embed_items(model, signed(graph, config), 0, torch.arange(3), LocalStore(3, 8))
-    h = torch.relu(model.layers[0].own[1](model.project(graph.text[2])))
-    alone = torch.nn.functional.normalize(model.layers[1].own[1](h), dim=-1)
+    h = torch.relu(model.layers[0].own["all"](model.project(graph.text[2])))
+    alone = torch.nn.functional.normalize(model.layers[1].own["all"](h), dim=-1)
     assert torch.allclose(z[2], alone, atol=1e-6)
 
 
+WEIGHTS = torch.tensor([9.0, 1.0, 3.0])
+
+
 @pytest.mark.parametrize(
-    ("aggregator", "pooled"), [("max", lambda sent: sent.amax(0)), ("mean", lambda sent: sent.mean(0))]
+    ("aggregator", "pooled"),
+    [("max", lambda sent: sent.amax(0)), ("mean", lambda sent: (sent * WEIGHTS[1:, None]).sum(0) / WEIGHTS[1:].sum())],
 )
 def test_neighbours_are_pooled_element_by_element(aggregator, pooled):
     torch.manual_seed(0)
-    config = HgnnConfig(hidden_dim=4, out_dim=4, aggregator=aggregator)
+    config = HgnnConfig(hidden_dim=4, out_dim=4, aggregator=aggregator, weights_by="relation", signature_dim=0)
     types = ItemTypes(torch.tensor([0, 3]))
     graph = ToyGraph(torch.tensor([1, 2]), torch.tensor([0, 0]), [0, 3], torch.randn(3, 5))
     model = HGNN(5, config, types)
-    (block,) = build_blocks(graph, torch.tensor([0]), 0, [-1])
+    weighted = SignedSource(graph, torch.zeros(3, 0, dtype=torch.int64), 0, {0: WEIGHTS})
+    (block,) = build_blocks(weighted, torch.tensor([0]), 0, [-1])
     h = model.project(graph.text[block.src])
     layer = model.layers[0]
     messages = torch.relu(layer.relation["0_0"](h[1:]))
-    assert torch.allclose(layer(h, h, block)[0], layer.own[0](h[0]) + pooled(messages), atol=1e-6)
+    assert torch.allclose(layer(h, h, block)[0], layer.own["0"](h[0]) + pooled(messages), atol=1e-6)
     sent = h + 1
     messages = torch.relu(layer.relation["0_0"](sent[1:]))  # what neighbours send is not what a node keeps
-    assert torch.allclose(layer(h, sent, block)[0], layer.own[0](h[0]) + pooled(messages), atol=1e-6)
+    assert torch.allclose(layer(h, sent, block)[0], layer.own["0"](h[0]) + pooled(messages), atol=1e-6)
+
+
+def test_weights_by_kinship_know_a_type_that_comes_later():
+    """Its items are embedded as those of a known type with the same text and the same kind of edges are."""
+    config = HgnnConfig(hidden_dim=8, out_dim=8)
+    torch.manual_seed(0)
+    model = HGNN(16, config, ItemTypes(torch.tensor([0, 2, 4])))
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    text = torch.randn(2, 16).repeat(3, 1)  # items 2 and 4 look like 0, items 3 and 5 like 1
+    edges = both_ways([(0, 1), (2, 3), (4, 5)])
+    grown = HGNN(16, config, ItemTypes(torch.tensor([0, 2, 4, 6])))
+    grown.load_state_dict(model.state_dict())
+    graph = ToyGraph(*edges, [0, 2, 4, 6], text)
+    same = SignedSource(graph, torch.zeros(6, 2, dtype=torch.int64), config.signature_dim)
+    z = embed_items(grown, same, 0, torch.arange(6), LocalStore(6, 8))
+    assert torch.allclose(z[4:], z[2:4], atol=1e-6)
+    assert not torch.allclose(z[4], z[5], atol=1e-3)
+    by_relation = HgnnConfig(hidden_dim=8, out_dim=8, weights_by="relation")
+    with pytest.raises(RuntimeError, match="Missing key"):
+        HGNN(16, by_relation, ItemTypes(torch.tensor([0, 2, 4, 6]))).load_state_dict(
+            HGNN(16, by_relation, ItemTypes(torch.tensor([0, 2, 4]))).state_dict()
+        )
 
 
 def test_signatures_depend_on_the_id_alone_and_tell_items_apart():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 
+import numpy as np
 import pytest
 
 from recsys_ray.config import GraphConfig
 from recsys_ray.errors import DataError
-from recsys_ray.snapshots import DAY, as_records, plan_snapshots, snapshots_of
+from recsys_ray.snapshots import DAY, as_records, plan_snapshots, snapshots_of, training_snapshot
 
 COUNTS = {
     "valid_from": 100 * DAY,
@@ -16,6 +18,7 @@ COUNTS = {
     "end": 120 * DAY + 1,
     "days": [[day, 10] for day in range(120)],
 }
+LEFT_OUT = {"protocol": "leave_one_out", "valid_from": 0, "test_from": 1, "end": 2, "days": []}
 
 
 def test_every_example_uses_a_graph_that_ends_before_it():
@@ -51,10 +54,46 @@ def test_cuts_on_the_same_day_fall_together():
 
 
 def test_records_survive_the_manifest():
-    plan = plan_snapshots(GraphConfig(), COUNTS)
-    assert snapshots_of({"snapshots": as_records(plan)}) == plan
+    for counts in (COUNTS, LEFT_OUT):
+        plan = plan_snapshots(GraphConfig(window_days=None), counts, seed=3)
+        stored = json.loads(json.dumps({"snapshots": as_records(plan)}))
+        assert snapshots_of(stored) == plan
+
+
+def test_records_from_before_there_were_folds_are_read():
+    records = [{name: value for name, value in r.items() if name != "without"} for r in as_records(plan())]
+    assert snapshots_of({"snapshots": records}) == plan()
 
 
 def test_nothing_to_train_on_is_a_sentence():
     with pytest.raises(DataError, match="no positive event lies before"):
         plan_snapshots(GraphConfig(), {**COUNTS, "days": [[115, 5]]})
+
+
+def plan():
+    return plan_snapshots(GraphConfig(window_days=30), COUNTS)
+
+
+def test_the_hgnn_trains_on_the_newest_cut():
+    assert training_snapshot(plan()).name == "cut4"
+
+
+def test_leave_one_out_has_a_fold_of_users_for_each_cut():
+    plan = plan_snapshots(GraphConfig(window_days=None, cuts=3), LEFT_OUT, seed=1)
+    assert [s.name for s in plan] == ["cut0", "cut1", "cut2", "valid", "test", "serve"]
+    assert [s.time for s in plan] == [0, 0, 0, 0, 1, 2]
+    cuts, users = plan[:3], np.arange(20_000)
+    inside = np.stack([s.without.has(users) for s in cuts])
+    assert (inside.sum(0) == 1).all()
+    assert (np.abs(inside.mean(1) - 1 / 3) < 0.02).all()
+    assert all(s.without is None for s in plan[3:])
+    assert all(s.examples[1] == LEFT_OUT["valid_from"] for s in cuts)
+    other = plan_snapshots(GraphConfig(window_days=None, cuts=3), LEFT_OUT, seed=2)
+    assert not np.array_equal(other[0].without.has(users), inside[0])
+
+
+def test_leave_one_out_trains_the_hgnn_on_all_training_events():
+    assert training_snapshot(plan_snapshots(GraphConfig(window_days=None), LEFT_OUT)).name == "valid"
+    papers = plan_snapshots(GraphConfig(window_days=None, features_as_of="window"), LEFT_OUT)
+    assert [s.name for s in papers] == ["cut0", "valid", "test", "serve"]
+    assert training_snapshot(papers).name == "cut0" and papers[0].without is None

@@ -1,9 +1,13 @@
 """The runner of stages, with stages that write one number and need no Ray."""
 
+import dataclasses
+import json
+import shutil
+
 import pytest
 
-from pipelines.stage import Context, Runner, Stage
-from recsys_ray.artifacts import write_json
+from pipelines.stage import VARIANTS, Context, Runner, Stage
+from recsys_ray.artifacts import open_artifact, write_json
 from recsys_ray.config import Config
 from recsys_ray.errors import ArtifactError
 from recsys_ray.progress import Progress
@@ -59,3 +63,62 @@ def test_a_stage_without_its_input_says_what_to_run(world):
     runner, _ = world
     with pytest.raises(ArtifactError, match="b needs the output of a"):
         runner().run("b")
+
+
+@pytest.fixture
+def family(tmp_path):
+    """A run and its variants: a and b depend on ``data_seed``, c on ``seed`` as well; and what ran."""
+    runs: list[str] = []
+    stages = {n: stage(n, i, runs) for n, i in (("a", ()), ("b", ("a",)), ("c", ("b",)))}
+    for name in ("a", "b"):
+        stages[name] = dataclasses.replace(stages[name], settings=lambda config: {"seed": config.data_seed})
+    data = {"items": "items", "interactions": "interactions"}
+
+    def runner(name: str = "", seed: int = 0, data_seed: int = 0) -> Runner:
+        folder = tmp_path / "run" / VARIANTS / name if name else tmp_path / "run"
+        config = Config(run_dir=str(folder), seed=seed, data_seed=data_seed, data=data)
+        return Local(config, stages, Progress(), home=tmp_path / "run")
+
+    return runner, runs, tmp_path / "run"
+
+
+def number(folder) -> int:
+    return json.loads((folder / "number.json").read_text())
+
+
+def test_variants_share_what_they_have_in_common(family):
+    runner, runs, home = family
+    runner().chain(["a", "b", "c"])
+    runner("other", seed=1).chain(["a", "b", "c"])
+    assert runs == ["a", "b", "c", "c"]
+    other = home / VARIANTS / "other"
+    assert [(other / name).is_symlink() for name in "abc"] == [True, True, False]
+    assert not (other / "a").readlink().is_absolute()  # the whole run may be moved
+    runner("third", seed=1, data_seed=5).chain(["a", "b", "c"])
+    runner("fourth", seed=2, data_seed=5).chain(["a", "b"])  # from a variant, not from the run
+    assert runs == ["a", "b", "c", "c", "a", "b", "c"]
+    shutil.move(home, home.with_name("moved"))
+    assert open_artifact(home.with_name("moved") / VARIANTS / "fourth" / "b").fingerprint
+
+
+def test_a_variant_never_writes_through_a_link(family):
+    runner, runs, home = family
+    runner().chain(["a", "b"])
+    runner("other").chain(["a", "b"])
+    made = {name: number(home / name) for name in "ab"}
+    runner("other", data_seed=1).chain(["a", "b"])  # now it needs its own
+    runner("other", data_seed=1).run("b", force=True)
+    assert runs == ["a", "b", "a", "b", "b"]
+    assert {name: number(home / name) for name in "ab"} == made
+    assert not (home / VARIANTS / "other" / "a").is_symlink()
+    runner("other").chain(["a", "b"])  # and back: its own folders give way to links
+    assert (home / VARIANTS / "other" / "a").is_symlink() and len(runs) == 5
+
+
+def test_a_link_to_what_is_gone_is_made_again(family):
+    runner, runs, home = family
+    runner().chain(["a"])
+    runner("other").chain(["a"])
+    shutil.rmtree(home / "a")
+    runner("other").chain(["a"])
+    assert runs == ["a", "a"] and not (home / VARIANTS / "other" / "a").is_symlink()

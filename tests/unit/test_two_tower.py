@@ -7,18 +7,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from checkerboard import CHANCE, CONFIG, ITEMS, LIKED, TEXT, USERS, board_task, board_trainer
+from checkerboard import CHANCE, CONFIG, ITEMS, LIKED, TEXT, TYPES, USERS, board_task, board_trainer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from recsys_ray.checkpoint import load_checkpoint, save_checkpoint
 from recsys_ray.errors import ArtifactError
+from recsys_ray.graph.activity import UNTOUCHED
 from recsys_ray.two_tower.batches import batches_in, country_index, epoch_batches, make_batch, tables_for, user_inputs
 from recsys_ray.two_tower.inputs import UserInputs
 from recsys_ray.two_tower.loss import inclusion_log_q, paper_loss, sampled_softmax
-from recsys_ray.two_tower.towers import TwoTower, load_towers, load_user_tower
-from recsys_ray.two_tower.training import item_vectors, start_near, train_epochs, user_vectors
+from recsys_ray.two_tower.towers import ItemIds, TwoTower, load_item_ids, load_towers, load_user_tower
+from recsys_ray.two_tower.training import item_vectors, start, train_epochs, user_vectors
 
 EMPTY = torch.empty(0, dtype=torch.int64)
 
@@ -147,8 +148,9 @@ def test_categories_stay_with_their_items():
 @pytest.fixture
 def someone():
     """Three users: one with a history and everything known, one with an empty history, one with nothing."""
-    task = board_task()
+    task = board_task(id_dim=4)
     trainer, _ = board_trainer(task)
+    trainer.model.ids.assign(torch.ones(ITEMS))
     nan = float("nan")
     inputs = UserInputs(
         gids=torch.tensor([3, 150, 3]), events=torch.tensor([0, 1, 1]), offsets=torch.tensor([0, 3, 3, 3]),
@@ -163,23 +165,23 @@ def test_whatever_is_absent_the_vector_is_finite(someone):
     _, model, inputs, tables = someone
     nothing = UserInputs(EMPTY, EMPTY, torch.tensor([0, 0]), torch.tensor([float("nan")]), torch.tensor([-1]))
     for given_ in (inputs, nothing):
-        vectors = model.user(given_, tables)
+        vectors = model.users(given_, tables)
         assert torch.isfinite(vectors).all()
         assert torch.allclose(vectors.norm(dim=-1), torch.ones(len(vectors)), atol=1e-5)
-    assert torch.allclose(model.user(inputs, tables)[2], model.user(nothing, tables)[0], atol=1e-6)
+    assert torch.allclose(model.users(inputs, tables)[2], model.users(nothing, tables)[0], atol=1e-6)
 
 
 @pytest.mark.parametrize("trait", ["age", "country", "tastes", "history"])
 def test_every_trait_counts_and_absent_is_not_zero(someone, trait):
     _, model, inputs, tables = someone
-    before = model.user(inputs, tables)
+    before = model.users(inputs, tables)
     if trait == "history":
         changed = replace(inputs, gids=torch.tensor([3, 150, 5]))
     elif trait == "tastes":
         changed = replace(inputs, tastes={"music": torch.full((3, 3), float("nan"))})
     else:
         changed = replace(inputs, **{trait: torch.full_like(getattr(inputs, trait), 0)})
-    difference = (model.user(changed, tables) - before).abs().amax(1)
+    difference = (model.users(changed, tables) - before).abs().amax(1)
     assert difference[0] > 1e-6
     assert (difference[1] > 1e-9) == (trait in {"tastes", "age"})  # country is 0 already, and it has no history
 
@@ -188,18 +190,19 @@ def test_a_user_vector_does_not_depend_on_the_tables_rows_nor_on_the_other_users
     task, model, inputs, tables = someone
     needed, place = torch.unique(inputs.gids, return_inverse=True)
     compact = tables_for(task.source, task.spec, task.catalogue, "valid", needed)
-    whole = model.user(inputs, tables)
-    assert torch.allclose(whole, model.user(replace(inputs, gids=place), compact), atol=1e-6)
+    whole = model.users(inputs, tables)
+    assert torch.allclose(whole, model.users(replace(inputs, gids=place), compact), atol=1e-6)
     alone = UserInputs(inputs.gids, inputs.events, torch.tensor([0, 3]), inputs.age[:1], inputs.country[:1],
                        {"music": inputs.tastes["music"][:1]})  # fmt: skip
-    assert torch.allclose(whole[:1], model.user(alone, tables), atol=1e-6)
+    assert torch.allclose(whole[:1], model.users(alone, tables), atol=1e-6)
 
 
 def test_saved_towers_answer_as_the_trained_ones(someone, tmp_path):
     task, model, inputs, tables = someone
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     task.spec.save(tmp_path / "spec.json")
-    assert torch.equal(load_user_tower(tmp_path)(inputs, tables), model.user(inputs, tables))
+    alone = replace(tables, ids=torch.from_numpy(load_item_ids(tmp_path)))
+    assert torch.equal(load_user_tower(tmp_path)(inputs, alone), model.users(inputs, tables))
     towers = load_towers(tmp_path)
     assert towers.user.spec == task.spec
     vectors = item_vectors(model, task.source, task.catalogue, "valid")
@@ -263,7 +266,7 @@ def test_before_its_first_step_it_recommends_what_is_near(with_hgnn):
     task.spec = replace(task.spec, layers=[8, 2 * TEXT])
     torch.manual_seed(0)
     model = TwoTower(task.spec).eval()
-    start_near(model, task, seed=0)
+    start(model, task, seed=0)
     items = item_vectors(model, task.source, task.catalogue, "cut1")
     users = user_vectors(model, task.source, task.catalogue, "cut1", task.examples, np.arange(50))
     history = torch.from_numpy(task.examples["history"][:50]).long()
@@ -303,3 +306,72 @@ def test_weights_are_averaged_over_steps():
     assert torch.allclose(trainer.averaged.item.kind.weight, start + 0.5)
     trainer.average(steps=0)  # early on the newest weights count for more
     assert torch.allclose(trainer.averaged.item.kind.weight, start + 0.95)
+
+
+# --- the items' own vectors -------------------------------------------------------------------------------------------
+
+
+def test_with_vectors_of_their_own_items_are_told_apart_where_nothing_else_does():
+    loss = []
+    for id_dim in (0, 8):
+        task = board_task("nowhere", id_dim=id_dim)
+        trainer, optimizer = board_trainer(task)
+        if id_dim:
+            trainer.model.ids.assign(torch.ones(ITEMS))
+        loss.append(train_epochs(trainer, optimizer, {})["history"][-1]["loss"])
+    assert loss[1] < loss[0] - 0.5
+
+
+def test_only_items_of_examples_have_vectors_and_the_most_frequent_come_first():
+    spec = replace(board_task().spec, id_dim=3, id_rows=2)
+    ids = ItemIds(spec).eval()
+    counts = torch.zeros(ITEMS)
+    counts[[4, 9, 7]] = torch.tensor([5.0, 2.0, 8.0])
+    ids.assign(counts)
+    vectors = ids(torch.arange(ITEMS))
+    assert vectors.abs().sum(1).nonzero().squeeze(1).tolist() == [4, 7]
+    assert not ids(torch.tensor([-1])).any()
+
+
+def test_an_item_that_nobody_had_touched_shows_no_vector_of_its_own():
+    task = board_task(id_dim=4)
+    task.catalogue.activity["cut0"][3, UNTOUCHED] = 1
+    gids = torch.tensor([2, 3])
+    assert tables_for(task.source, task.spec, task.catalogue, "cut0", gids).owners.tolist() == [2, -1]
+    assert tables_for(task.source, task.spec, task.catalogue, "cut1", gids).owners.tolist() == [2, 3]
+    features = task.source.features("text", gids)
+    assert task.catalogue.rows(gids, "cut0", features, None).owners.tolist() == [2, -1]
+
+
+def test_training_does_without_some_vectors_and_keeps_their_mean():
+    ids = ItemIds(replace(board_task().spec, id_dim=3, id_dropout=0.5))
+    ids.assign(torch.ones(ITEMS))
+    gids = torch.zeros(4000, dtype=torch.int64)
+    torch.manual_seed(0)
+    drawn, whole = ids(gids), ids.eval()(gids[:1])
+    assert set((drawn / whole).round(decimals=3).unique().tolist()) == {0.0, 2.0}
+    assert torch.allclose(drawn.mean(0), whole[0], atol=0.1)
+
+
+def test_the_last_item_counts_beside_the_mean(someone):
+    _, model, inputs, tables = someone
+    same_last = replace(inputs, gids=torch.tensor([150, 3, 3]), events=torch.tensor([1, 0, 1]))
+    base = model.users(inputs, tables)[0]
+    assert torch.allclose(model.users(same_last, tables)[0], base, atol=1e-6)  # the mean knows no order
+    other_last = replace(inputs, gids=torch.tensor([3, 3, 150]), events=torch.tensor([0, 1, 1]))
+    assert not torch.allclose(model.users(other_last, tables)[0], base, atol=1e-4)
+
+
+def test_a_type_that_came_later_counts_in_the_means_over_all_types(someone):
+    task, model, inputs, tables = someone
+    later = replace(tables, ntype=tables.ntype.where(tables.ntype == 0, TYPES))  # items of type 1 are of a new one
+    users, before = model.users(inputs, later), model.users(inputs, tables)
+    assert torch.isfinite(users).all()
+    assert not torch.allclose(users[0], before[0], atol=1e-4)
+    assert torch.equal(users[1:], before[1:])
+    gids = torch.arange(ITEMS)
+    rows = task.catalogue.rows(
+        gids, "cut0", task.source.features("text", gids), task.source.features("hgnn_cut0", gids)
+    )
+    vectors = model.items(replace(rows, ntype=torch.full_like(rows.ntype, TYPES)))
+    assert torch.allclose(vectors.norm(dim=1), torch.ones(ITEMS), atol=1e-5)

@@ -275,3 +275,11 @@ def test_split_is_derived_or_refused() -> None:
     for config, period in cases:
         with pytest.raises(DataError, match=f"{period} period.*from 1970-04-11 00:00:05 to 1970-07-19"):
             plan_split(config, days, span, span[1], ["stream"])
+
+
+def test_interactions_of_items_that_are_left_out_are_ignored_and_not_quarantined() -> None:
+    catalogue = Catalogue(CATALOGUE.item_ids, CATALOGUE.ntypes, CATALOGUE.type_names, pa.array(["c", "7"]))
+    rows = [event(), event(item_id="c", timestamp=None), event(item_id=" 7 "), event(item_id="d")]
+    checked = check_interactions(batch_of(rows), "f", catalogue, RULES)
+    assert checked.good["row"].to_pylist() == [1] and checked.ignored == 2
+    assert list(reasons(checked)) == [4]

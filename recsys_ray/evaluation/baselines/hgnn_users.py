@@ -214,6 +214,7 @@ HGNN_USERS = Baseline(
     "validation.",
     space=_space,
     fit=_fit,
+    seeded=True,
     inputs=("featurize",),
     max_epochs=_EPOCHS,
 )

@@ -128,6 +128,7 @@ IALS = Baseline(
     note="Implicit ALS, tuned.",
     space=_space,
     fit=_fit,
+    seeded=True,
     module="implicit",
     extra="baselines",
 )

@@ -129,6 +129,7 @@ class Baseline:
     inputs: tuple[str, ...] = ()  # outputs that it reads beside ingest: featurize, hgnn
     module: str | None = None  # a package that has to be there
     extra: str | None = None  # the extra of this project that brings it
+    seeded: bool = False  # the fit draws: another seed makes another model
     max_epochs: int | None = None  # for models trained by epochs; validation finds how many are best
 
     def check(self) -> None:

@@ -165,5 +165,6 @@ LIGHTGCN = Baseline(
     note="LightGCN over users and items, tuned; epochs by validation.",
     space=_space,
     fit=_fit,
+    seeded=True,
     max_epochs=_EPOCHS,
 )

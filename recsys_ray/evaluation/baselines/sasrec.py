@@ -200,5 +200,6 @@ SASREC = Baseline(
     note="SASRec, a transformer over the sequence of items of all types, sampled softmax; tuned; epochs by validation.",
     space=_space,
     fit=_fit,
+    seeded=True,
     max_epochs=_EPOCHS,
 )

@@ -1,0 +1,41 @@
+"""``recsys-ray check-leaks``: the check of :mod:`recsys_ray.evaluation.leaks` on the stages of a finished run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from pipelines.run import STAGES
+from pipelines.stage import check_kinship
+from recsys_ray.artifacts import MANIFEST, Artifact, open_artifact
+from recsys_ray.config import Config
+from recsys_ray.evaluation.leaks import FinishedRun, check_run
+from recsys_ray.progress import Progress
+
+_OPTIONAL = ("hgnn", "two-tower")
+
+
+def check(config: Config, progress: Progress, sample: int) -> None:
+    """Print what was looked at.
+
+    Raises:
+        LeakError: a feature looks past its time.
+        ArtifactError: ingest, featurize or graph has not run, or the stages are of different runs.
+    """
+    found: dict[str, Artifact] = {}
+    for name in ("ingest", "featurize", "graph", *_OPTIONAL):
+        folder = Path(config.run_dir) / STAGES[name].folder
+        if name not in _OPTIONAL or (folder / MANIFEST).exists():
+            found[name] = open_artifact(folder)
+    check_kinship(found)
+    run = FinishedRun(
+        found["ingest"], found["featurize"], found["graph"], found.get("hgnn"), found.get("two-tower"), config
+    )
+    console = Console(highlight=False)
+    for line in check_run(run, sample, progress):
+        console.print(f"checked {line}", markup=False, soft_wrap=True)
+    for name in _OPTIONAL:
+        if name not in found:
+            console.print(f"not checked: {name} has not run", markup=False, soft_wrap=True)
+    console.print("no feature looks past its time", markup=False)

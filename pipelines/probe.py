@@ -1,0 +1,50 @@
+"""``recsys-ray probe``: what the item embeddings are worth for other tasks. A stage, but no part of ``run``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from pipelines.run import STAGES
+from pipelines.stage import Context, Runner, Stage
+from recsys_ray.config import Config
+from recsys_ray.evaluation.probe import print_probe, probe
+from recsys_ray.progress import Progress
+from recsys_ray.retrieval.bundle import VARIANT
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    return {
+        "probe": config.probe.model_dump(),
+        "edges": config.events.edges,
+        "max_history": config.graph.max_history,
+        "bootstrap": config.evaluate.bootstrap,
+        "seed": config.seed,
+    }
+
+
+def _run(context: Context) -> dict[str, Any]:
+    ingest, featurize, hgnn, two_tower = (context.inputs[name] for name in STAGE.inputs)
+    return probe(context.config, ingest, featurize, hgnn, two_tower, VARIANT, context.out, context.progress)
+
+
+STAGE = Stage(
+    name="probe",
+    folder="probe",
+    summary="predict labels and find similar items from the embeddings",
+    inputs=("ingest", "featurize", "hgnn", "two-tower"),
+    settings=_settings,
+    run=_run,
+)
+
+
+def run_probe(config: Config, progress: Progress, force: bool = False) -> None:
+    """Bring the probe up to date and show it."""
+    with Runner(config, {**STAGES, STAGE.name: STAGE}, progress) as runner:
+        made = runner.run(STAGE.name, force=force)
+    console = Console(highlight=False)
+    print_probe(json.loads((made.path / "metrics.json").read_text(encoding="utf-8")), console)
+    console.print(f"Picture  {Path(config.run_dir) / STAGE.folder / 'probe.png'}", soft_wrap=True)

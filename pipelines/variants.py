@@ -1,0 +1,93 @@
+"""Variants of a run: the same configuration with some settings or another seed, in folders of their own below it.
+
+``<run_dir>/variants/<name>/`` looks like a run's folder. Whatever a variant has in common with the run or with another
+variant is made once and linked (:class:`pipelines.stage.Runner`).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pipelines.run import STAGES
+from pipelines.stage import VARIANTS, Runner
+from recsys_ray.artifacts import Artifact, find_current, fingerprint, publish, work_folder, write_json
+from recsys_ray.config import Config, changed
+from recsys_ray.evaluation.embedding_map import MAP
+from recsys_ray.evaluation.gallery import EXAMPLES, POPULARITY
+from recsys_ray.evaluation.hits import DIFFERENCES, HITS, MAIN, Hits, against_all, pool
+from recsys_ray.progress import Progress
+
+_OF_THE_FIRST = ("tuning.json", EXAMPLES, POPULARITY, MAP)  # what several seeds show of one of them
+TO_COMPARE = tuple(name for name in STAGES if name != "index")  # a variant is compared, not served
+
+
+def variant_of(config: Config, name: str, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a variant: its own folder below the run's."""
+    return changed(config, [*overrides, f"run_dir={json.dumps(str(folder_of(config, name)))}"])
+
+
+def folder_of(config: Config, name: str) -> Path:
+    return Path(config.run_dir) / VARIANTS / name
+
+
+def run_variant(
+    config: Config, variant: Config, progress: Progress, stages: Sequence[str] = TO_COMPARE
+) -> Mapping[str, Artifact]:
+    """Bring a variant of the run ``config`` up to date; returns its outputs by stage."""
+    with Runner(variant, STAGES, progress, home=Path(config.run_dir)) as runner:
+        return runner.chain(list(stages))
+
+
+def run_seeds(config: Config, count: int, progress: Progress, force: bool = False) -> Artifact:
+    """Run everything, train ``count`` seeds from ``config.seed`` on, and leave their mean as the run's evaluation.
+
+    The bundle is of the first seed. Each seed's own evaluation is in ``variants/seed-<n>/evaluation``.
+    """
+    seeds = list(range(config.seed, config.seed + count))
+    if force:
+        for seed in seeds:
+            shutil.rmtree(folder_of(config, f"seed-{seed}"), ignore_errors=True)
+    with Runner(config, STAGES, progress) as runner:
+        runner.chain([name for name in STAGES if name != "evaluate"], force)
+    evaluations = []
+    for place, seed in enumerate(seeds, 1):
+        progress.say(f"seed {seed} ({place} of {count})")
+        own = variant_of(config, f"seed-{seed}", [f"seed={seed}"])
+        evaluations.append(run_variant(config, own, progress)["evaluate"])
+    return pool_seeds(config, seeds, evaluations, progress)
+
+
+def pool_seeds(config: Config, seeds: list[int], evaluations: Sequence[Artifact], progress: Progress) -> Artifact:
+    """Publish the mean of several seeds' evaluations as the evaluation of the run."""
+    from recsys_ray.evaluation.report import write_report
+
+    stage = STAGES["evaluate"]
+    inputs = {f"seed-{seed}": artifact.fingerprint for seed, artifact in zip(seeds, evaluations, strict=True)}
+    settings = {"seeds": seeds, "bootstrap": config.evaluate.bootstrap}
+    expected = fingerprint("evaluate seeds", settings, inputs)
+    target = Path(config.run_dir) / stage.folder
+    if current := find_current(target, expected):
+        progress.say(f"mean of {len(seeds)} seeds: up to date")
+        return current
+    work = work_folder(target, expected)
+    hits = [Hits.load(artifact.path / HITS) for artifact in evaluations]
+    tables = [json.loads((artifact.path / "metrics.json").read_text(encoding="utf-8")) for artifact in evaluations]
+    rows = pool(tables, hits, seeds, config.evaluate.bootstrap, config.seed)
+    write_json(work / "metrics.json", rows)
+    write_json(work / DIFFERENCES, against_all(hits, MAIN, config.evaluate.bootstrap, config.seed))
+    first = evaluations[0]
+    for name in _OF_THE_FIRST:
+        if (first.path / name).exists():
+            shutil.copyfile(first.path / name, work / name)
+    cost = {name: first.manifest[name] for name in ("seconds", "peak_memory_mb")}
+    spent = cost["seconds"], cost["peak_memory_mb"]
+    write_report(work / "report.html", rows, config, Path(config.run_dir), work, lambda: spent)
+    counts = dict(first.counts) | {
+        "seeds": seeds,
+        "hr_at_10": {r["model"]: r["hr_at_10"] for r in rows if (r["item_type"], r["segment"]) == ("all", "warm")},
+    }
+    progress.say(f"mean of {len(seeds)} seeds -> {target}")
+    return publish(work, target, stage.name, expected, config=settings, inputs=inputs, counts=counts, **cost)

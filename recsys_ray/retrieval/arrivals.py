@@ -1,0 +1,217 @@
+"""Items that arrive after a bundle was built, and what users did with them: read and checked as ingest does it.
+
+In this process and without Ray: a day's new items are few. Bad rows go to ``quarantine/`` of the new bundle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from recsys_ray.data.reading import Batch, find_source, read_batches
+from recsys_ray.data.shuffle import Tally
+from recsys_ray.data.validate import (
+    Catalogue,
+    Checked,
+    EventRules,
+    check_interactions,
+    check_items,
+    judge_rows,
+    split_duplicates,
+)
+from recsys_ray.errors import DataError
+from recsys_ray.progress import Progress
+from recsys_ray.retrieval.catalogue import read_table
+from recsys_ray.retrieval.histories import Events
+
+Longs = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Known:
+    """The catalogue of the bundle that is extended."""
+
+    ids: pa.Array  # large_string [items], row = gid
+    ntype: npt.NDArray[np.int16]  # [items]
+    types: Sequence[str]
+
+    @classmethod
+    def read(cls, bundle: Path, types: Sequence[str]) -> Known:
+        table = read_table(bundle / "items.arrow")
+        return cls(table["item_id"].combine_chunks(), table["ntype"].to_numpy(), types)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Arrivals:
+    """Items to be embedded: checked rows of the items table (one an item, ids ascending), and their numbers."""
+
+    table: pa.Table
+    gid: Longs  # [n]: that of the item that is replaced, or one after the last
+    ntype: Longs  # [n]
+    replaced: npt.NDArray[np.bool_]  # [n]: the bundle has the item
+
+    @property
+    def added(self) -> int:
+        """How many are new to the bundle."""
+        return int((~self.replaced).sum())
+
+
+class Reader:
+    """Reads tables, keeps what ingest would keep, and says what became of the rest."""
+
+    def __init__(self, quarantine: Path, max_bad_share: float, progress: Progress) -> None:
+        self._folder, self._limit, self._progress = quarantine, max_bad_share, progress
+
+    def items(self, path: Path) -> pa.Table:
+        """Checked rows with distinct ids, ascending by id.
+
+        Raises:
+            DataError: the table cannot be read, or too many rows are bad.
+        """
+        table, tally, bad, files = self._read("items", path, check_items)
+        table, again = split_duplicates(table, files)
+        if len(again):
+            tally.kept -= len(again)
+            tally.kinds["duplicate item_id"] = [len(again), again["reason"][0].as_py()]
+        self._settle("items", tally, [*bad, again])
+        return table.sort_by("item_id")
+
+    def interactions(self, path: Path, catalogue: Catalogue, rules: EventRules) -> pa.Table:
+        """Checked rows: user_id, gid, event, timestamp. Errors as :meth:`items`."""
+
+        def check(batch: Batch, file: str) -> Checked:
+            return check_interactions(batch, file, catalogue, rules)
+
+        table, tally, bad, _ = self._read("interactions", path, check)
+        self._settle("interactions", tally, bad)
+        return table
+
+    def _read(
+        self, name: str, path: Path, check: Callable[[Batch, str], Checked]
+    ) -> tuple[pa.Table, Tally, list[pa.Table], dict[int, str]]:
+        source, tally = find_source(name, str(path)), Tally()
+        if source.extra:
+            self._progress.say(f"  {name}: columns that nothing reads: {', '.join(source.extra)}")
+        good, bad = [], []
+        for fragment in source.fragments:
+            for batch in read_batches(fragment):
+                checked = check(batch, fragment.file)
+                tally.add(checked, batch)
+                file = pa.array(np.full(len(checked.good), fragment.file_index, np.int32))
+                good.append(checked.good.append_column("file", file))
+                bad.append(checked.quarantine)
+        files = {fragment.file_index: fragment.file for fragment in source.fragments}
+        return pa.concat_tables(good), tally, bad, files
+
+    def _settle(self, name: str, tally: Tally, bad: Sequence[pa.Table]) -> None:
+        rows = sum(map(len, bad))
+        if rows:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            pq.write_table(pa.concat_tables(bad), self._folder / f"{name}.parquet")
+        counts = {"read": tally.rows, "kept": tally.kept, "quarantined": rows, "ignored": tally.ignored}
+        self._progress.say(judge_rows(name, counts, tally.kinds, self._limit, self._folder))
+
+
+def number_arrivals(items: pa.Table, known: Known, replace: bool) -> Arrivals:
+    """Give the items their gids: new ones come after the last, whatever their type.
+
+    Raises:
+        DataError: an item is in the bundle already and ``replace`` is false, or it is there with another type; an
+            item type is unknown.
+    """
+    ids = items["item_id"].cast(pa.large_string()).combine_chunks()
+    ntype = type_numbers(items["item_type"], known.types)
+    gid = pc.index_in(ids, value_set=known.ids).fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+    replaced = gid >= 0
+    if replaced.any() and not replace:
+        raise DataError(
+            f"{_some(ids.filter(pa.array(replaced)))} already in the bundle; leave such rows out, or embed these "
+            "items anew with --replace"
+        )
+    moved = replaced & (known.ntype[np.where(replaced, gid, 0)] != ntype)
+    if moved.any():
+        raise DataError(
+            f"{_some(ids.filter(pa.array(moved)))} in the bundle under another item_type; an item keeps its type, so "
+            "give it another item_id"
+        )
+    gid[~replaced] = len(known) + np.arange(int((~replaced).sum()))
+    return Arrivals(items, gid, ntype, replaced)
+
+
+def type_numbers(names: pa.ChunkedArray, types: Sequence[str]) -> Longs:
+    """Number of each item's type.
+
+    Raises:
+        DataError: the bundle does not know a type: its HGNN and its item tower have no weights for it.
+    """
+    numbers = pc.index_in(names, value_set=pa.array(types, pa.string()))
+    if numbers.null_count:
+        unknown = sorted(pc.unique(names.filter(numbers.is_null())).to_pylist())
+        raise DataError(
+            f"item_type {', '.join(map(repr, unknown))} is not in the bundle, whose models were trained on "
+            f"{', '.join(types)} and have no weights for another; a new item type comes with the next run"
+        )
+    return numbers.combine_chunks().to_numpy().astype(np.int64)
+
+
+def _some(ids: pa.Array) -> str:
+    more = f" and {len(ids) - 1:,} more are" if len(ids) > 1 else " is"
+    return f'item_id "{ids[0].as_py()}"{more}'
+
+
+@dataclass(frozen=True)
+class Trickle:
+    """What users did since, with users and items as numbers. Users that the bundle does not know have numbers after
+    its last; they are no part of the new bundle."""
+
+    events: Events  # sorted by (uid, timestamp, gid, event), each once
+    users: int  # of the bundle
+
+    @property
+    def last(self) -> int | None:
+        """Unix seconds."""
+        return int(self.events.timestamp.max()) if len(self.events) else None
+
+    @property
+    def known(self) -> Events:
+        """Events of the bundle's users."""
+        return self.events.where(self.events.uid < self.users)
+
+
+def no_trickle(users: int) -> Trickle:
+    none = np.empty(0, np.int64)
+    return Trickle(Events(none, none, none, none), users)
+
+
+def number_trickle(rows: pa.Table, bundle: Path, arrivals: Arrivals, counts: Mapping[str, Any]) -> Trickle:
+    """Give users numbers; leave out what the bundle has: events of its users on its items before its end.
+
+    Args:
+        rows: of :meth:`Reader.interactions`.
+        counts: of the bundle.
+    """
+    coded = rows["user_id"].combine_chunks().cast(pa.large_string()).dictionary_encode()
+    table = read_table(bundle / "user_ids.arrow")
+    place = pc.index_in(coded.dictionary, value_set=table["id"].combine_chunks())
+    known = place.is_valid().to_numpy(zero_copy_only=False)
+    numbers = np.empty(len(known), np.int64)
+    numbers[known] = table["uid"].to_numpy()[place.drop_null().to_numpy()]
+    numbers[~known] = len(table) + np.arange(int((~known).sum()))
+    uid = numbers[coded.indices.to_numpy()]
+    gid, event, time = (rows[name].to_numpy().astype(np.int64) for name in ("gid", "event", "timestamp"))
+    new = arrivals.gid[~arrivals.replaced]
+    there = (uid < len(table)) & ~np.isin(gid, new) & (time < int(counts["end"]))
+    distinct = np.unique(np.stack([uid, time, gid, event])[:, ~there], axis=1)
+    uid, time, gid, event = distinct
+    return Trickle(Events(uid, gid, event, time), len(table))

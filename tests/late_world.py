@@ -1,0 +1,166 @@
+"""A bundle that lacks two items, beside what the stages made of these when they knew them: real models throughout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import bundle_world
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import torch
+from bundle_world import DAY, END, EVENTS, World, make_world, publish_arrays, published, write_ingest
+from safetensors.torch import save_file
+from toy_graph import ToyGraph
+
+from recsys_ray.artifacts import publish, save_arrays, work_folder
+from recsys_ray.config import HgnnConfig, TextConfig
+from recsys_ray.graph.activity import COLUMNS, NEVER, count_events, describe, rarity
+from recsys_ray.graph.pairs import PairCounter, Window, keep_best
+from recsys_ray.hgnn.embedding import LocalStore, embed_items
+from recsys_ray.hgnn.model import HGNN, ItemTypes
+from recsys_ray.hgnn.signature import SignedSource, item_signatures
+from recsys_ray.progress import Progress
+from recsys_ray.text.encoder import encoder_fingerprint, find_model
+from recsys_ray.text.featurize import encode_alike
+from recsys_ray.two_tower.batches import ArrayFeatures
+from recsys_ray.two_tower.job import catalogue_of
+from recsys_ray.two_tower.towers import TowerSpec, TwoTower
+from recsys_ray.two_tower.training import item_vectors
+
+SIZES = (9, 10, 11)
+TYPES = ["audiobook", "music", "podcast"]
+HGNN_CONFIG = HgnnConfig(hidden_dim=16, out_dim=8, signature_dim=64)
+HISTORY = 200  # longer than any: the bundle's histories then hold all that makes edges
+QUIET = Progress(quiet=True)
+
+
+@dataclass(frozen=True)
+class Late:
+    """A bundle without two items, and what the stages made of these when they knew them."""
+
+    whole: World  # with them
+    world: World  # without them
+    bundle: Path
+    linked: str  # id of one with edges
+    lonely: str  # and of one without events
+    embedding: dict[str, np.ndarray]
+    vector: dict[str, np.ndarray]
+    trickle: pa.Table  # what users did with the linked one
+
+    def items(self, *ids: str, **changes: list) -> pa.Table:
+        """Their rows as an items table."""
+        rows = {
+            "item_id": list(ids),
+            "item_type": [name.split("-")[0] for name in ids],
+            "title": [f"Title of {name}" for name in ids],
+            "categories": ["a"] * len(ids),
+            "published_at": pa.array([published(name) for name in ids], pa.int64()),
+        }
+        return pa.table({**rows, **changes})
+
+
+def true_edges(world: World, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """src, dst of the serve snapshot, by the graph stage's rules."""
+    events = world.events[world.events[:, 2] == EVENTS.index("stream")]
+    counter = PairCounter(size, Window(END - 90 * DAY, END), 100)
+    parts = list(counter.add(*(np.ascontiguousarray(events[:, column]) for column in (0, 1, 3))))
+    assert not parts
+    kept = keep_best(counter.flush(), world.ntype.astype(np.int16), 1, 30, 0)
+    return kept.src.astype(np.int64), kept.dst.astype(np.int64)
+
+
+def make_late(root: Path) -> Late:
+    """A world that the stages knew whole, and its bundle without a linked and a lonely item."""
+    whole = make_world(root / "whole", per_type=SIZES, users=30)
+    whole = replace(whole, events=whole.events[whole.events[:, 1] != 12])  # nobody touches item 12
+    size = len(whole.item_ids)
+    encoder = encoder_fingerprint(find_model("packaged"), 128, "fp32")
+    titles = pa.array([f"Title of {name}. a" for name in whole.item_ids], pa.large_string())
+    text = encode_alike(titles, TextConfig(), "fp32", encoder, root / "texts", QUIET, 1)
+
+    gid, event, moment = (whole.events[:, column] for column in (1, 2, 3))
+    counts, first = count_events(gid, event, moment, END, [EVENTS.index("stream")], size)
+    dates = np.array([published(name) or NEVER for name in whole.item_ids])
+    activity = describe(counts, first, dates, END).astype(np.float16)
+
+    torch.manual_seed(1)
+    src, dst = true_edges(whole, size)
+    types = ItemTypes(torch.from_numpy(np.cumsum([0, *SIZES])))
+    model = HGNN(384, HGNN_CONFIG, types)
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)  # away from identities: every weight counts
+    store = LocalStore(size, 16)
+    packed = torch.from_numpy(item_signatures(whole.item_ids, 64).copy())
+    graph = ToyGraph(src, dst, types.starts, torch.from_numpy(text).float())
+    weight = {0: torch.from_numpy(rarity(activity, HGNN_CONFIG.damping))}
+    embedding = embed_items(model, SignedSource(graph, packed, 64, weight), 0, torch.arange(size), store)
+
+    linked = int(np.bincount(dst[whole.ntype[dst] == 2], minlength=size).argmax())  # a podcast with many edges
+    gone = np.array([12, linked])
+    kept = np.setdiff1d(np.arange(size), gone)
+    spec = TowerSpec(
+        num_types=3, events=EVENTS, text_dim=384, hgnn_dim=8, activity_dim=COLUMNS, num_countries=2, num_languages=0,
+        num_categories=1, tastes={"music": 4}, layers=[16, 8], id_dim=4, id_rows=size, num_items=size, item_types=TYPES,
+        countries=["DE", "SE"], history=HISTORY, window_days=90,
+    )  # fmt: skip
+    towers = TwoTower(spec).eval()
+    towers.ids.assign(torch.from_numpy(np.isin(np.arange(size), kept).astype(float)))  # new items have no own vector
+    frame = pl.DataFrame({"ntype": whole.ntype, "language": [None] * size, "categories": [["a"]] * size})
+    frame = frame.with_columns(pl.col("language").cast(pl.String))
+    catalogue = catalogue_of(frame, {"serve": activity}, [], ["a"])
+    with torch.no_grad():
+        features = ArrayFeatures(text=text, hgnn_serve=embedding)
+        vectors = item_vectors(towers, features, catalogue, "serve").numpy()
+
+    place = np.full(size, -1)
+    place[kept] = np.arange(len(kept))
+    known = whole.events[~np.isin(whole.events[:, 1], gone)].copy()
+    known[:, 1] = place[known[:, 1]]
+    part = replace(
+        whole, root=root / "part", item_ids=[whole.item_ids[g] for g in kept], ntype=whole.ntype[kept],
+        available=whole.available[kept], vectors=vectors[kept], events=known,
+    )  # fmt: skip
+    everything = replace(whole, root=root / "everything", vectors=vectors)
+    write_stages(everything, text, embedding.numpy(), store.table.numpy(), model, towers, spec, encoder)
+    everything.bundle()
+    fewer = replace(spec, num_items=len(kept))
+    known_towers = TwoTower(fewer)
+    state = towers.state_dict()
+    known_towers.load_state_dict({**state, "ids.row": state["ids.row"][torch.from_numpy(kept)]})
+    hidden = store.table.numpy()
+    write_stages(part, text[kept], embedding.numpy()[kept], hidden[kept], model, known_towers, fewer, encoder)
+    mine = whole.events[whole.events[:, 1] == linked]
+    trickle = pa.table(
+        {
+            "user_id": [whole.user_ids[uid] for uid in mine[:, 0]],
+            "item_id": [whole.item_ids[linked]] * len(mine),
+            "event": [EVENTS[code] for code in mine[:, 2]],
+            "timestamp": mine[:, 3],
+        }
+    )
+    names = {12: whole.item_ids[12], linked: whole.item_ids[linked]}
+    return Late(
+        everything, part, part.bundle().path, names[linked], names[12], {names[g]: embedding[g].numpy() for g in gone},
+        {names[g]: vectors[g] for g in gone}, trickle,
+    )  # fmt: skip
+
+
+def write_stages(world, text, embedding, hidden, model, towers, spec, encoder) -> None:
+    """The four stages' folders of a world, from what real models made."""
+    root, size = world.root, len(world.item_ids)
+    root.mkdir()
+    write_ingest(world, TYPES, np.bincount(world.ntype).tolist(), np.random.default_rng(0))
+    facts = {"config": bundle_world.FEATURIZE["config"], "counts": {"precision": "fp32", "encoder": encoder}}
+    publish_arrays(root / "featurize", {"text.safetensors": {"vector": text}}, **facts)
+    work = work_folder(root / "hgnn", "hgnn")
+    part = {"gid": np.arange(size), "embedding": embedding, "hidden": hidden.astype(np.float16)}
+    save_arrays(work / "embeddings" / "serve" / "part-00000.safetensors", part)
+    save_file(model.state_dict(), work / "model.safetensors")
+    publish(work, root / "hgnn", "hgnn", "hgnn", config={"hgnn": HGNN_CONFIG.model_dump(mode="json")}, counts={})
+    work = work_folder(root / "two_tower", "two_tower")
+    save_arrays(work / "hgnn" / "items" / "serve.safetensors", {"vector": world.vectors})
+    save_file(towers.state_dict(), work / "hgnn" / "model.safetensors")
+    spec.save(work / "hgnn" / "spec.json")
+    publish(work, root / "two_tower", "two_tower", "two_tower", counts={})

@@ -1,0 +1,264 @@
+"""Studies without running one: tables are changed as they say, comparisons are of the same questions, verdicts follow
+from the numbers, and every variant of every study is a configuration that exists."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import polars.testing
+import pytest
+
+from pipelines.study import _LEAN
+from recsys_ray.artifacts import Artifact
+from recsys_ray.config import changed, load_config
+from recsys_ray.data.reading import find_source
+from recsys_ray.evaluation.hits import Hits
+from recsys_ray.evaluation.segments import SEGMENTS, Queries
+from recsys_ray.studies import NAMES
+from recsys_ray.studies.catalogue import STUDIES
+from recsys_ray.studies.judge import compare, conclusions, judge
+from recsys_ray.studies.page import write_page
+from recsys_ray.studies.study import Comparison, Facts, Result, Side, Study, Variant
+from recsys_ray.studies.tables import WEEK, Log, NewType, OnlyType, ShuffledLabels, write_changed
+
+DAY = 86_400
+TEST = 10 * WEEK
+TYPES = ["book", "song"]
+COUNTS = {"item_types": TYPES, "events": ["stream", "preview"], "valid_from": TEST - 14 * DAY, "test_from": TEST,
+          "end": TEST + 14 * DAY}  # fmt: skip
+PRESETS = sorted(p for p in (Path(__file__).parents[2] / "configs").glob("*.yaml") if p.name != "serve.yaml")
+
+
+@pytest.fixture
+def ingest(tmp_path) -> Artifact:
+    """Two shards: every user touches items of their own colour, in two types, over twelve weeks."""
+    folder = tmp_path / "ingest"
+    (folder / "interactions").mkdir(parents=True)
+    items = [f"{name}-{k}" for name in TYPES for k in range(20)]
+    pl.DataFrame({"item_id": items, "ntype": np.repeat(np.arange(2, dtype=np.int16), 20)}).write_parquet(
+        folder / "items.parquet"
+    )
+    users = 40
+    pl.DataFrame({"user_id": [f"u{k}" for k in range(users)]}).write_parquet(folder / "users.parquet")
+    rng = np.random.default_rng(0)
+    for shard in range(2):
+        uid = np.repeat(np.arange(shard * 20, shard * 20 + 20), 60)
+        gid = 20 * rng.integers(0, 2, len(uid)) + 2 * rng.integers(0, 10, len(uid)) + uid % 2
+        time = rng.integers(0, TEST + 14 * DAY, len(uid))
+        frame = pl.DataFrame(
+            {"uid": uid, "gid": gid.astype(np.int32), "event": rng.integers(0, 2, len(uid)).astype(np.int8),
+             "timestamp": time}
+        ).sort("uid", "timestamp")  # fmt: skip
+        frame.write_parquet(folder / "interactions" / f"shard-{shard:05d}.parquet")
+    return Artifact(folder, {"fingerprint": "f", "counts": COUNTS})
+
+
+def events_of(folder: Path) -> pl.DataFrame:
+    return pl.read_parquet(folder / "*.parquet").with_columns(
+        colour=pl.col("item_id").str.extract(r"(\d+)$").cast(pl.Int64) % 2,
+        type=pl.col("item_id").str.extract(r"^(\w+)-"),
+        week=(pl.col("timestamp") - TEST) // WEEK,
+        test=pl.col("timestamp") >= TEST,
+    )
+
+
+def same(ingest: Artifact, out: Path) -> pl.DataFrame:
+    """The interactions as they are."""
+
+    class Unchanged(OnlyType):
+        def apply(self, log, seed):
+            return np.ones(len(log.gid), bool), log.gid
+
+    return events_of(write_changed(Unchanged("book"), ingest, out, 0))
+
+
+def test_shuffled_labels_keep_popularity_activity_and_types_and_lose_taste(ingest, tmp_path):
+    before = same(ingest, tmp_path / "same")
+    folder = write_changed(ShuffledLabels(), ingest, tmp_path / "shuffled", 0)
+    after = events_of(folder)
+    for kept in (["test", "item_id"], ["user_id", "type", "week"], ["user_id", "timestamp", "event"]):
+        pl.testing.assert_frame_equal(before.group_by(kept).len().sort(kept), after.group_by(kept).len().sort(kept))
+
+    def loyalty(events: pl.DataFrame) -> float:
+        own = events["user_id"].str.slice(1).cast(pl.Int64) % 2
+        return float((events["colour"] == own).mean())
+
+    assert loyalty(before) == 1
+    assert loyalty(after) == pytest.approx(0.5, abs=0.05)
+    source = find_source("interactions", str(folder))
+    assert not source.other_files and source.rows == len(before)  # ingest reads it
+    stamps = [path.stat().st_mtime_ns for path in sorted(folder.iterdir())]
+    write_changed(ShuffledLabels(), ingest, folder, 0)  # a study that goes on finds the table as it was
+    assert stamps == [path.stat().st_mtime_ns for path in sorted(folder.iterdir())]
+    write_changed(ShuffledLabels(), ingest, folder, 1)
+    assert not events_of(folder)["item_id"].equals(after["item_id"])
+
+
+def test_labels_stay_in_their_week_their_type_and_their_side_of_the_test():
+    rng = np.random.default_rng(0)
+    sizes = {
+        (0, 7): 900,
+        (0, 8): 900,
+        (1, 7): 30,
+        (1, 8): 900,
+        (1, 9): 5,
+        (0, 10): 4,
+        (1, 10): 3,
+    }  # (type, week) -> rows
+    time = np.concatenate([w * WEEK + rng.integers(0, WEEK, n) for (_, w), n in sizes.items()])
+    ntype = np.concatenate([np.full(n, t, np.int16) for (t, _), n in sizes.items()])
+    order = rng.permutation(len(time))
+    log = Log(np.arange(len(time), dtype=np.int32), time[order], ntype[order], TYPES, TEST)
+    kept, gid = ShuffledLabels().apply(log, 0)
+    assert kept.all() and np.array_equal(np.sort(gid), log.gid) and (gid != log.gid).mean() > 0.9
+    week, came_from = log.timestamp // WEEK, log.timestamp[gid] // WEEK
+    assert np.array_equal(log.ntype[gid], log.ntype)
+    assert np.array_equal(came_from >= 10, week >= 10)
+    many = log.ntype == 0
+    assert np.array_equal(came_from[many], week[many])
+    assert (came_from != week)[~many].any()  # thirty rows of week 7 move with those of week 8
+
+
+def test_one_type_alone_and_a_new_type(ingest, tmp_path):
+    before = same(ingest, tmp_path / "same")
+    alone = events_of(write_changed(OnlyType("song"), ingest, tmp_path / "alone", 0))
+    assert alone["type"].unique().to_list() == ["song"] and len(alone) == (before["type"] == "song").sum()
+    fresh = events_of(write_changed(NewType("song", 25), ingest, tmp_path / "fresh", 0))
+    test = pl.col("timestamp") >= TEST
+    assert fresh.filter(test).height == before.filter(test).height
+    assert fresh.filter(pl.col("type") == "book").height == before.filter(pl.col("type") == "book").height
+    kept = fresh.filter(~test & (pl.col("type") == "song"))["timestamp"].sort()
+    old = before.filter(~test & (pl.col("type") == "song"))["timestamp"].sort()
+    assert kept.to_list() == old.tail(25).to_list()
+    with pytest.raises(Exception, match="no item type 'film'"):
+        write_changed(OnlyType("film"), ingest, tmp_path / "none", 0)
+
+
+def result_of(users: list[str], truths: list[int], **models: list[bool]) -> Result:
+    """One query a user, all of them books and warm."""
+    nobody = np.zeros(len(users), bool)
+    order = np.arange(len(users))
+    queries = Queries(order, np.zeros(len(users), np.int16), ~nobody, nobody, order, np.array(truths))
+    member = np.zeros((len(SEGMENTS), len(users)), bool)
+    member[:2] = True
+    hits = Hits.of(queries, ("book", "song"), member)
+    hits.hit.update({name: member & np.array(hit) for name, hit in models.items()})
+    rows = [
+        {"model": name, "item_type": "all", "segment": "warm", "hr_at_10": float(np.mean(hit)), "coverage_at_100": 0.5,
+         "queries": len(users)}
+        for name, hit in models.items()
+    ]  # fmt: skip
+    return Result([hits], [rows], pl.Series(users), {"hgnn": [60.0], "two-tower": [30.0]}, {"hgnn": [{"epochs": 2}]})
+
+
+def test_variants_are_compared_on_the_same_questions():
+    """Another ingest numbers users otherwise, and may ask other things of them."""
+    users = [f"u{k}" for k in range(6)]
+    full = result_of(users, [1, 2, 3, 4, 5, 6], **{"2t_hgnn": [True, True, True, False, False, True]})
+    # u5 is gone, u4's truths are others, the rest come in another order
+    other = result_of(users[4::-1], [9, 4, 3, 2, 1], **{"2t_hgnn": [True, False, False, False, True]})
+    comparison = Comparison("less", Side("other"), Side("full"))
+    found = compare(comparison, {"full": full, "other": other}, 100, 0)
+    assert found is not None
+    assert found["queries"] == 4 and found["asked_of_the_other"] == 6
+    assert (found["hr_at_10"], found["hr_at_10_against"]) == (0.25, 0.75)
+    nothing = Comparison("nobody", Side("other"), Side("full"), segments=("cold",))
+    assert compare(nothing, {"full": full, "other": other}, 100, 0) is None
+
+
+@pytest.mark.parametrize(
+    ("expected", "ours", "verdict"),
+    [
+        ("below", 0.2, "lower: as the papers report"),
+        ("below", 0.8, "higher: not what the papers report"),
+        ("below", 0.5, "no difference that can be told from chance: what the papers report is not seen here"),
+        ("equal", 0.5, "no difference that can be told from chance: as the papers report"),
+        ("not above", 0.8, "higher: it must not be"),
+        ("not above", 0.2, "lower: as it must be"),
+        (None, 0.8, "higher"),
+    ],
+)
+def test_verdicts_follow_from_the_numbers(expected, ours, verdict):
+    users = [f"u{k}" for k in range(200)]
+    truths = list(range(200))
+
+    def some(share: float, seed: int) -> list[bool]:
+        return (np.random.default_rng(seed).permutation(200) < share * 200).tolist()
+
+    results = {name: result_of(users, truths, **{"2t_hgnn": hit}) for name, hit in
+               (("a", some(ours, 1)), ("b", some(0.5, 2)))}  # fmt: skip
+    (outcome,) = judge([Comparison("c", Side("a"), Side("b"), expected=expected)], results, 300, 0)
+    assert outcome.verdict == verdict
+
+
+def test_the_best_popularity_is_the_opponent():
+    hit = {"2t_hgnn": [True, False], "popularity": [False, False], "popularity_7": [True, True]}
+    result = {"shuffled": result_of(["a", "b"], [1, 2], **hit)}
+    found = compare(Comparison("c", Side("shuffled"), Side("shuffled", "popularity*")), result, 100, 0)
+    assert found is not None and found["against"] == "popularity_7" and found["difference"] == -0.5
+
+
+@pytest.mark.parametrize(("own", "fails"), [(0.7, True), (0.3, False)])
+def test_the_permutation_fails_only_what_is_personal(own, fails):
+    """Above popularity, with a stranger's history as good or not."""
+    rng = np.random.default_rng(4)
+    hit = {
+        "2t_hgnn": (rng.random(400) < own).tolist(),
+        "2t_hgnn_for_a_stranger": (rng.random(400) < 0.3).tolist(),
+        "popularity": (rng.random(400) < 0.1).tolist(),
+    }
+    results = {"shuffled": result_of([f"u{k}" for k in range(400)], list(range(400)), **hit)}
+    study, facts = STUDIES["permutation"], Facts(load_config(), COUNTS)
+    outcomes = judge(study.comparisons(facts, list(hit)), results, 300, 0)
+    first, *_ = conclusions(study, outcomes, results)
+    assert first.startswith("FAILED" if fails else "Passed")
+
+
+def test_the_command_line_knows_every_study():
+    assert tuple(STUDIES) == NAMES
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_variant_is_a_configuration_and_every_comparison_has_both_sides(name, preset):
+    config = load_config(preset)
+    facts, study = Facts(config, COUNTS), STUDIES[name]
+    if study.needs_dates and config.split.protocol != "time":
+        pytest.skip("the study refuses this protocol")
+    variants = {variant.name: variant for variant in study.variants(facts)}
+    for variant in variants.values():
+        assert changed(config, [*_LEAN, *variant.overrides]) is not None
+        # what gives its weights has been run before
+        assert variant.weights_of is None or list(variants).index(variant.weights_of) < list(variants).index(
+            variant.name
+        )
+    models = ["2t_hgnn", "2t_hgnn_for_a_stranger", "popularity"]
+    comparisons = study.comparisons(facts, models)
+    assert comparisons
+    for comparison in comparisons:
+        assert {comparison.ours.variant, comparison.theirs.variant} <= variants.keys()
+        assert set(comparison.segments) <= set(SEGMENTS)
+        assert comparison.item_type in ("all", *TYPES)
+
+
+def test_the_page_holds_figures_plot_and_command(tmp_path):
+    rng = np.random.default_rng(5)
+    users, truths = [f"u{k}" for k in range(300)], list(range(300))
+    variants = [Variant("full", "everything"), Variant("less", "without", ("hgnn.balanced=false",))]
+    results = {
+        v.name: result_of(users, truths, **{"2t_hgnn": (rng.random(300) < share).tolist()})
+        for v, share in zip(variants, (0.6, 0.3), strict=True)
+    }
+    comparisons = [Comparison("without", Side("less"), Side("full"), expected="below", reported="-6 %")]
+    study = Study("small", "Title", "Question?", "Reported.", lambda facts: variants, lambda facts, models: comparisons)
+    outcomes = judge(comparisons, results, 200, 0)
+    facts = Facts(load_config(), COUNTS)
+    verdict = write_page(tmp_path, study, facts, variants, results, outcomes, [0], "recsys-ray study small", "data")
+    page = (tmp_path / "small.md").read_text()
+    assert "as the papers report" in verdict[0] and verdict[0] in page
+    for promised in ("Question?", "Reported.", "recsys-ray study small", "`hgnn.balanced=false`", "-6 %", "small.png"):
+        assert promised in page
+    assert (tmp_path / "small.png").read_bytes().startswith(b"\x89PNG")
+    assert '"verdict"' in (tmp_path / "small.json").read_text()
