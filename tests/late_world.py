@@ -9,6 +9,7 @@ import bundle_world
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from bundle_world import DAY, END, EVENTS, World, make_world, publish_arrays, published, write_ingest
 from safetensors.torch import save_file
@@ -22,6 +23,9 @@ from recsys_ray.hgnn.embedding import LocalStore, embed_items
 from recsys_ray.hgnn.model import HGNN, ItemTypes
 from recsys_ray.hgnn.signature import SignedSource, item_signatures
 from recsys_ray.progress import Progress
+from recsys_ray.retrieval.extend import extend_bundle
+from recsys_ray.retrieval.histories import mapped_arrays
+from recsys_ray.retrieval.recommender import Recommender
 from recsys_ray.text.encoder import encoder_fingerprint, find_model
 from recsys_ray.text.featurize import encode_alike
 from recsys_ray.two_tower.batches import ArrayFeatures
@@ -164,3 +168,21 @@ def write_stages(world, text, embedding, hidden, model, towers, spec, encoder) -
     save_file(towers.state_dict(), work / "hgnn" / "model.safetensors")
     spec.save(work / "hgnn" / "spec.json")
     publish(work, root / "two_tower", "two_tower", "two_tower", counts={})
+
+
+def extend(late: Late, out: Path, items: pa.Table, trickle: pa.Table | None = None, **options) -> Path:
+    """The new bundle's folder, below ``out``."""
+    out.mkdir(exist_ok=True)
+    pq.write_table(items, out / "new.parquet")
+    if trickle is not None:
+        pq.write_table(trickle, out / "trickle.parquet")
+    path = out / "trickle.parquet" if trickle is not None else None
+    return extend_bundle(late.bundle, out / "new.parquet", path, QUIET, out=out / "bundles", **options).path
+
+
+def rows_of(bundle: Path, *ids: str) -> dict[str, np.ndarray]:
+    """Embedding and vector of items of a bundle."""
+    items = Recommender.load(bundle).items
+    gids = [items.find(name) for name in ids]
+    files = {"embedding": "hgnn.safetensors", "vector": "vectors.safetensors"}
+    return {name: mapped_arrays(bundle / file)[name].numpy()[gids] for name, file in files.items()}

@@ -111,6 +111,7 @@ def lay_out(
     Args:
         start: a layout to begin from; default: the first two principal components.
     """
+    from scipy.linalg import orthogonal_procrustes
     from sklearn.decomposition import PCA  # here: tasks that only rank import this module, too
     from sklearn.manifold import TSNE
 
@@ -121,6 +122,8 @@ def lay_out(
     tsne = TSNE(2, perplexity=perplexity, init=begin.astype(np.float32), random_state=seed % 2**32, n_jobs=1)
     found = tsne.fit_transform(components.astype(np.float32)).astype(np.float64)
     found -= np.median(found, axis=0)
+    if start is not None:  # any rotation and any mirror image is as good: take the one that is most like the start
+        found @= orthogonal_procrustes(found, start)[0]
     return found / max(float(np.quantile(np.abs(found), 0.995)), 1e-12)
 
 

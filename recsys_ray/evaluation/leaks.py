@@ -194,8 +194,8 @@ def check_examples(
             raise LeakError(f"{named()} is not before {words.time(until)}")
         known = snapshot.time <= (time if snapshot.without is None else until)
         if not known:
-            until = words.time(snapshot.time)
-            raise LeakError(f"{named()} has embeddings and activity of snapshot {snapshot.name}, which ends at {until}")
+            end = words.time(snapshot.time)
+            raise LeakError(f"{named()} has embeddings and activity of snapshot {snapshot.name}, which ends at {end}")
         if snapshot.without is not None and not snapshot.without.has(np.array([uid]))[0]:
             raise LeakError(
                 f"{named()} has embeddings and activity of snapshot {snapshot.name}, which holds the user's own events"

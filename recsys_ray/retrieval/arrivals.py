@@ -57,6 +57,7 @@ class Arrivals:
     """Items to be embedded: checked rows of the items table (one an item, ids ascending), and their numbers."""
 
     table: pa.Table
+    types: list[str]  # of the bundle that is made: those that it has, then those that come with these items
     gid: Longs  # [n]: that of the item that is replaced, or one after the last
     ntype: Longs  # [n]
     replaced: npt.NDArray[np.bool_]  # [n]: the bundle has the item
@@ -123,15 +124,17 @@ class Reader:
         self._progress.say(judge_rows(name, counts, tally.kinds, self._limit, self._folder))
 
 
-def number_arrivals(items: pa.Table, known: Known, replace: bool) -> Arrivals:
-    """Give the items their gids: new ones come after the last, whatever their type.
+def number_arrivals(items: pa.Table, known: Known, replace: bool, new_types: bool) -> Arrivals:
+    """Give the items their gids: new ones come after the last, whatever their type. So do new types, if the HGNN can
+    embed them (``new_types``).
 
     Raises:
         DataError: an item is in the bundle already and ``replace`` is false, or it is there with another type; an
-            item type is unknown.
+            item type is unknown and may not be new.
     """
     ids = items["item_id"].cast(pa.large_string()).combine_chunks()
-    ntype = type_numbers(items["item_type"], known.types)
+    types = grown_types(items["item_type"], known.types, new_types)
+    ntype = pc.index_in(items["item_type"], value_set=pa.array(types, pa.string())).to_numpy().astype(np.int64)
     gid = pc.index_in(ids, value_set=known.ids).fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
     replaced = gid >= 0
     if replaced.any() and not replace:
@@ -146,23 +149,23 @@ def number_arrivals(items: pa.Table, known: Known, replace: bool) -> Arrivals:
             "give it another item_id"
         )
     gid[~replaced] = len(known) + np.arange(int((~replaced).sum()))
-    return Arrivals(items, gid, ntype, replaced)
+    return Arrivals(items, types, gid, ntype, replaced)
 
 
-def type_numbers(names: pa.ChunkedArray, types: Sequence[str]) -> Longs:
-    """Number of each item's type.
+def grown_types(names: pa.ChunkedArray, known: Sequence[str], new_types: bool) -> list[str]:
+    """The known types, then the others among ``names``, ascending. Known ones keep their numbers.
 
     Raises:
-        DataError: the bundle does not know a type: its HGNN and its item tower have no weights for it.
+        DataError: there are others, and ``new_types`` is false: the HGNN has no weights for them.
     """
-    numbers = pc.index_in(names, value_set=pa.array(types, pa.string()))
-    if numbers.null_count:
-        unknown = sorted(pc.unique(names.filter(numbers.is_null())).to_pylist())
+    new = sorted(set(pc.unique(names).to_pylist()) - set(known))
+    if new and not new_types:
         raise DataError(
-            f"item_type {', '.join(map(repr, unknown))} is not in the bundle, whose models were trained on "
-            f"{', '.join(types)} and have no weights for another; a new item type comes with the next run"
+            f"item_type {', '.join(map(repr, new))} is not in the bundle, whose HGNN has weights of its own for each "
+            f"pair of {', '.join(known)} (hgnn.weights_by=relation) and none for another type; bring it in with the "
+            "next run, or train with hgnn.weights_by=kinship, whose weights fit types that come later"
         )
-    return numbers.combine_chunks().to_numpy().astype(np.int64)
+    return [*known, *new]
 
 
 def _some(ids: pa.Array) -> str:

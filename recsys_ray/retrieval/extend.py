@@ -2,6 +2,9 @@
 
 The rest of the catalogue stands still. What users did with the new items (the *trickle*) makes edges, by the rules of
 the graph stage; users whom the bundle knows bring their histories. The old bundle is left as it is.
+
+The items may be of types that the bundle has never seen: an HGNN whose weights go by kinship has weights for them, and
+in the towers they are of no kind (recsys_ray/two_tower/towers.py). New types have the numbers after the last.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from recsys_ray.artifacts import (
     work_folder,
 )
 from recsys_ray.config import Config, HgnnConfig, TextConfig
+from recsys_ray.data.schema import nearest
 from recsys_ray.data.split import is_leave_one_out
 from recsys_ray.data.validate import Catalogue, EventRules
 from recsys_ray.graph.activity import NEVER, count_events, describe, rarity
@@ -132,7 +136,9 @@ class _Extension:
         counts = self.source.counts
         reader = Reader(self.work / "quarantine", self.config.data.max_bad_share, self.progress)
         known = Known.read(self.source.path, counts["item_types"])
-        new = number_arrivals(reader.items(items), known, replace)
+        new = number_arrivals(reader.items(items), known, replace, self.hgnn.weights_by == "kinship")
+        for name in new.types[len(known.types) :]:
+            self.progress.say(f'    item_type "{name}" is new to the bundle{nearest(name, known.types)}')
         trickle = no_trickle(counts["users"])
         if interactions is not None:
             rows = reader.interactions(interactions, self._catalogue(known, new), self._rules())
@@ -149,10 +155,11 @@ class _Extension:
             f"  embedded {len(new.gid):,} items ({int(new.replaced.sum()):,} of them anew): {linked:,} with "
             f"{len(edges):,} edges, {len(new.gid) - linked:,} from text alone"
         )
-        types, sizes = counts["item_types"], np.bincount(np.concatenate([known.ntype, new.ntype[~new.replaced]]))
+        sizes = np.bincount(np.concatenate([known.ntype, new.ntype[~new.replaced]]), minlength=len(new.types))
         return {
             "items": len(known) + new.added,
-            "items_per_type": dict(zip(types, sizes.tolist(), strict=True)),
+            "item_types": new.types,
+            "items_per_type": dict(zip(new.types, sizes.tolist(), strict=True)),
             "embedded": counts.get("embedded", 0) + new.added,  # items that no training has seen
             "end": end,
             "recall_at_10": recall,
@@ -163,6 +170,11 @@ class _Extension:
     def config(self) -> Config:
         return Config.model_validate(self.source.manifest["config"])
 
+    @cached_property
+    def hgnn(self) -> HgnnConfig:
+        text = (self.source.path / "hgnn_model" / "config.json").read_text(encoding="utf-8")
+        return HgnnConfig.model_validate_json(text)
+
     def _rules(self) -> EventRules:
         now = self.config.data.now
         moment = int(time.time()) if now is None else int(now.timestamp())
@@ -172,7 +184,7 @@ class _Extension:
         fresh = pa.array(~new.replaced)
         ids = pa.concat_arrays([known.ids.cast(pa.string()), new.table["item_id"].filter(fresh).combine_chunks()])
         ntype = np.concatenate([known.ntype, new.ntype[~new.replaced].astype(np.int16)])
-        return Catalogue(ids, ntype, known.types)
+        return Catalogue(ids, ntype, new.types)
 
     def _codes(self, names: list[str]) -> list[int]:
         events = list(self.source.counts["events"])
@@ -220,20 +232,19 @@ class _Extension:
         def rows(of: Array) -> torch.Tensor:
             return torch.from_numpy(place[np.searchsorted(gids, of, sorter=place)])
 
-        folder = self.source.path / "hgnn_model"
-        config = HgnnConfig.model_validate(json.loads((folder / "config.json").read_text(encoding="utf-8")))
         unknown = np.zeros((len(text), stored["hidden"].shape[1]), np.float16)
         surroundings = Surroundings(
             ids=[*new.table["item_id"].to_pylist(), *known.ids.take(pa.array(around)).to_pylist()],
             ntype=torch.from_numpy(np.concatenate([new.ntype, known.ntype[around]])),
             text=torch.from_numpy(np.concatenate([text, stored["text"][around]])).float(),
             hidden=torch.from_numpy(np.concatenate([unknown, stored["hidden"][around]])).float(),
-            weight=torch.from_numpy(rarity(activity[gids], config.damping)),
+            weight=torch.from_numpy(rarity(activity[gids], self.hgnn.damping)),
             wanted=torch.arange(len(text)),
             src=rows(edges.src),
             dst=rows(edges.dst),
         )
-        hidden, embedding = embed_inductively(folder / "model.safetensors", config, len(known.types), surroundings)
+        weights = self.source.path / "hgnn_model" / "model.safetensors"
+        hidden, embedding = embed_inductively(weights, self.hgnn, len(new.types), surroundings)
         ids = None
         if (self.source.path / "ids.safetensors").exists():
             added = new.gid[~new.replaced]
@@ -354,28 +365,29 @@ class _Extension:
         """Add to the indexes of the types that have arrivals, or build them anew; recall@10 and whether the search is
         exact, by type."""
         counts, config = self.source.counts, self.config
-        types = list(counts["item_types"])
-        items = Items(self.work, types)
+        items = Items(self.work, new.types)
         vectors = mapped_arrays(self.work / "vectors.safetensors")["vector"].numpy()
         queries = sample_queries(self.work, config.seed, items, vectors)
         recall, exact = dict(counts["recall_at_10"]), dict(counts["exact"])
-        for number, name in enumerate(types):
+        for number, name in enumerate(new.types):
             file = f"index/t{number}.faiss"
             if not (new.ntype == number).any():
                 (self.work / "index").mkdir(exist_ok=True)
                 shutil.copyfile(self.source.path / file, self.work / file)
                 continue
             gids = items.offered(number)
-            index = None if new.replaced[new.ntype == number].any() else self._grown(file, name, gids, vectors)
+            index = None
+            if number < len(counts["item_types"]) and not new.replaced[new.ntype == number].any():
+                index = self._grown(file, number, gids, vectors)
             index = index or TypeIndex.build(name, vectors, gids, config.index)
             recall[name], exact[name] = check_recall(index, queries, config.index), index.exact
             index.save(self.work / file)
         return recall, exact
 
-    def _grown(self, file: str, name: str, gids: npt.NDArray[np.int32], vectors: Array) -> TypeIndex | None:
+    def _grown(self, file: str, number: int, gids: npt.NDArray[np.int32], vectors: Array) -> TypeIndex | None:
         """The stored index with the gids that it lacks, which are the last ones; None where another kind is due."""
         old = Items(self.source.path, list(self.source.counts["item_types"]))
-        have = len(old.offered(self.source.counts["item_types"].index(name)))
+        have, name = len(old.offered(number)), old.types[number]
         stored = TypeIndex.load(
             self.source.path / file, name, gids[:have], vectors, self.source.counts["ef_search"], mapped=False
         )

@@ -86,8 +86,10 @@ def _keys(result: Result) -> pl.DataFrame:
 def _verdict(comparison: Comparison, found: Row | None) -> str:
     if found is None:
         return "nothing to compare"
-    if comparison.at_least is not None:
+    if comparison.as_share:
         share = found["hr_at_10"] / found["hr_at_10_against"] if found["hr_at_10_against"] else float("inf")
+        if comparison.at_least is None:
+            return f"{share:.0%} of it"
         word = "reached" if share >= comparison.at_least else "not reached"
         return f"{share:.0%} of it: {word} (wanted: at least {comparison.at_least:.0%})"
     direction = "above" if found["low"] > 0 else "below" if found["high"] < 0 else "equal"

@@ -139,7 +139,8 @@ SAMPLER_COST = Study(
 _DAYS = (3, 6)
 
 
-def _on_day(facts: Facts, day: int) -> tuple[str, ...]:
+def split_of(facts: Facts, day: int = 0) -> tuple[str, ...]:
+    """Overrides that set the split's moments as they are, or ``day`` days later."""
     test = int(facts.counts["test_from"]) + day * DAY
     valid = test - (int(facts.counts["test_from"]) - int(facts.counts["valid_from"]))
     moments = (datetime.fromtimestamp(moment, UTC).isoformat() for moment in (valid, test))
@@ -147,11 +148,11 @@ def _on_day(facts: Facts, day: int) -> tuple[str, ...]:
 
 
 def _cadence_variants(facts: Facts) -> list[Variant]:
-    variants = [Variant("day-0", "day 0, both trained", _on_day(facts, 0))]
+    variants = [Variant("day-0", "day 0, both trained", split_of(facts))]
     for day in _DAYS:
-        variants.append(Variant(f"day-{day}-daily", f"day {day}, both trained", _on_day(facts, day)))
+        variants.append(Variant(f"day-{day}-daily", f"day {day}, both trained", split_of(facts, day)))
         variants.append(
-            Variant(f"day-{day}-weekly", f"day {day}, HGNN of day 0", _on_day(facts, day), weights_of="day-0")
+            Variant(f"day-{day}-weekly", f"day {day}, HGNN of day 0", split_of(facts, day), weights_of="day-0")
         )
     return variants
 

@@ -61,7 +61,8 @@ class Comparison:
     segments: tuple[str, ...] = ("warm",)
     expected: Expected | None = None  # what the papers report of ours against theirs
     reported: str = ""  # their figure
-    at_least: float | None = None  # instead: the share of theirs that ours must reach
+    as_share: bool = False  # instead: told as the share of theirs that ours reaches
+    at_least: float | None = None  # the share that is wanted
     family: int = 1  # comparisons of which none may be wrong: the interval is wider (Bonferroni)
 
 

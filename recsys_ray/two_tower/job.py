@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import polars as pl
@@ -147,9 +147,10 @@ def _datasets(
     datasets = {}
     for name in ("train", "valid", "refit") if config.two_tower.refit else ("train", "valid"):
         source = ray.data.from_items(shards, override_num_blocks=len(shards))
-        datasets[name] = source.map_batches(
-            make, batch_size=1, fn_kwargs={"kind": name}, batch_format="numpy"
-        ).materialize()
+        made = source.map_batches(
+            cast(Any, make), batch_size=1, fn_kwargs={"kind": name}, batch_format="numpy"
+        )  # Ray's types know no further arguments
+        datasets[name] = made.materialize()
     return datasets, {"examples": datasets["train"].count(), "queries": datasets["valid"].count()}
 
 

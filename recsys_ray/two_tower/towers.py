@@ -196,10 +196,12 @@ class ItemIds(nn.Module):
     matrix factorisation). Zeros stand for all other items and, now and then in training, for any: the towers must not
     lean on it alone."""
 
+    row: Tensor  # int64 [items]: the item's row in the table; 0: none
+
     def __init__(self, spec: TowerSpec) -> None:
         super().__init__()
         self.dropout = spec.id_dropout
-        self.register_buffer("row", torch.zeros(spec.num_items, dtype=torch.int64))  # 0: none
+        self.register_buffer("row", torch.zeros(spec.num_items, dtype=torch.int64))
         self.vector = nn.Embedding(spec.id_rows + 1, spec.id_dim, padding_idx=0)
         nn.init.normal_(self.vector.weight, std=_ID_START / _ID_SCALE)
         self.forget()

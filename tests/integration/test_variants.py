@@ -11,6 +11,7 @@ import yaml
 
 from pipelines.cli import main
 from recsys_ray.config import load_config
+from recsys_ray.studies import groups
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -86,6 +87,40 @@ def test_with_shuffled_labels_no_model_knows_anything_personal(config, tmp_path,
     stamp = {path: path.lstat().st_mtime_ns for path in (run / "variants").glob("permutation-*/*")}
     main_ok("study", "permutation", "--config", config, "--out", tmp_path)  # goes on where it was: at the end
     assert stamp == {path: path.lstat().st_mtime_ns for path in (run / "variants").glob("permutation-*/*")}
+
+
+def test_a_new_type_is_embedded_with_weights_that_never_saw_it(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(groups, "_KEPT", (25, None))
+    kinds = ("--set", "data.item_types=[audiobook, podcast]", "--set", "evaluate.trials=1")
+    main_ok("study", "foundation-type", "--config", config, *kinds, "--out", tmp_path)
+    variants = config.parent / "run" / "variants"
+
+    def of(name: str, stage: str) -> Path:
+        return variants / f"foundation-type-{name}-seed-0" / stage
+
+    def items(name: str) -> pl.DataFrame:
+        return pl.read_parquet(of(name, "ingest") / "items.parquet")
+
+    assert items("without-0")["item_type"].unique().to_list() == ["podcast"]
+    assert not of("without-0", "two_tower").exists()
+    trained = (of("without-0", "hgnn") / "model.safetensors").read_bytes()
+    assert trained != (of("without-1", "hgnn") / "model.safetensors").read_bytes()
+    full = items("full")
+    assert full["item_type"].unique().sort().to_list() == ["audiobook", "podcast"]
+    for name in ("new-0-25", "new-0-all"):
+        assert items(name)["item_id"].equals(full["item_id"])
+        assert (of(name, "hgnn") / "model.safetensors").read_bytes() == trained
+        assert of(name, "two_tower").resolve() != of("full", "two_tower").resolve()
+    before = pl.read_parquet(of("new-0-25", "ingest") / "interactions" / "*.parquet").filter(
+        pl.col("timestamp") < json.loads((of("full", "ingest") / "manifest.json").read_text())["counts"]["test_from"]
+    )
+    kinds_of = full["item_type"].to_list()
+    assert sum(kinds_of[gid] == "audiobook" for gid in before["gid"]) == 25
+    found = json.loads((tmp_path / "foundation-type.json").read_text())["comparisons"]
+    shares = [c for c in found if c["theirs"]["variant"] == "full" and c["found"]]
+    assert {c["ours"]["variant"] for c in shares} >= {"new-0-all", "new-1-all"}
+    assert all(c["verdict"].split("%")[0].isdigit() and c["item_type"] in ("audiobook", "podcast") for c in shares)
+    assert all("wanted: at least 70%" in c["verdict"] for c in shares if c["ours"]["variant"].endswith("-all"))
 
 
 def test_a_tuning_goes_on_and_leaves_a_preset(config, tmp_path, capsys):

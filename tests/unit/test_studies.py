@@ -193,6 +193,38 @@ def test_verdicts_follow_from_the_numbers(expected, ours, verdict):
     assert outcome.verdict == verdict
 
 
+@pytest.mark.parametrize(
+    ("wanted", "verdict"), [(None, "50% of it"), (0.7, "not reached"), (0.4, "50% of it: reached")]
+)
+def test_a_share_of_the_other(wanted, verdict):
+    hit = {"b": [True] * 4 + [False] * 2, "a": [True] * 2 + [False] * 4}
+    results = {n: result_of([f"u{k}" for k in range(6)], list(range(6)), **{"2t_hgnn": h}) for n, h in hit.items()}
+    comparison = Comparison("c", Side("a"), Side("b"), as_share=True, at_least=wanted)
+    (outcome,) = judge([comparison], results, 100, 0)
+    assert verdict in outcome.verdict
+
+
+@pytest.mark.parametrize("weights_by", ["kinship", "relation"])
+def test_a_new_type_gets_an_hgnn_that_was_trained_where_it_is_not(weights_by):
+    config = load_config(None, [f"hgnn.weights_by={weights_by}"])
+    variants = {v.name: v for v in STUDIES["foundation-type"].variants(Facts(config, COUNTS))}
+    of_type = ("without-{}", "new-{}-0", "new-{}-100", "new-{}-1000", "new-{}-all")
+    assert list(variants) == ["full", *(name.format(k) for k in range(2) for name in of_type)]
+    for k, (own, other) in enumerate((("book", "song"), ("song", "book"))):
+        trained = variants[f"without-{k}"]
+        made = changed(config, trained.overrides)
+        assert made.data.item_types == [other] and trained.until == "hgnn" and trained.weights_of is None
+        # the last event may be of the type: the periods are those of everything
+        assert made.split.valid_from and made.split.valid_from.timestamp() == COUNTS["valid_from"]
+        assert made.split.test_from and made.split.test_from.timestamp() == COUNTS["test_from"]
+        for kept in (0, 100, 1000, None):
+            new = variants[f"new-{k}-{'all' if kept is None else kept}"]
+            assert new.weights_of == trained.name and new.until == "evaluate"
+            assert new.table == (None if kept is None else NewType(own, kept))
+            made = changed(config, new.overrides)
+            assert made.data.item_types is None and made.hgnn.weights_by == "kinship"  # the whole catalogue
+
+
 def test_the_best_popularity_is_the_opponent():
     hit = {"2t_hgnn": [True, False], "popularity": [False, False], "popularity_7": [True, True]}
     result = {"shuffled": result_of(["a", "b"], [1, 2], **hit)}
