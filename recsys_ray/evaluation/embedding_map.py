@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from scipy.linalg import orthogonal_procrustes
 
 from recsys_ray.artifacts import load_arrays, write_json
-from recsys_ray.evaluation.baselines import TowerScorer
+from recsys_ray.evaluation.baselines.towers import TowerScorer
 from recsys_ray.evaluation.segments import Catalogue, ItemFacts
 from recsys_ray.evaluation.shards import Setting
 from recsys_ray.hgnn.embeddings import load_embeddings
