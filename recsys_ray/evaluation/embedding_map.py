@@ -121,9 +121,9 @@ def lay_out(
     perplexity = min(30.0, (len(units) - 1) / 3)
     tsne = TSNE(2, perplexity=perplexity, init=begin.astype(np.float32), random_state=seed % 2**32, n_jobs=1)
     found = tsne.fit_transform(components.astype(np.float32)).astype(np.float64)
-    found -= np.median(found, axis=0)
+    found -= found.mean(axis=0)
     if start is not None:  # any rotation and any mirror image is as good: take the one that is most like the start
-        found @= orthogonal_procrustes(found, start)[0]
+        found = found @ orthogonal_procrustes(found, start - start.mean(axis=0))[0]
     return found / max(float(np.quantile(np.abs(found), 0.995)), 1e-12)
 
 

@@ -213,7 +213,7 @@ class _Extension:
         ntype = np.zeros(size, np.int16)
         ntype[: len(known)] = known.ntype
         ntype[new.gid] = new.ntype
-        allowed = allowed_relations(config.relations, self.source.counts["item_types"])
+        allowed = allowed_relations(config.relations, new.types)
         edges = merge(parts, size)
         edges = edges.take(allowed[ntype[edges.src], ntype[edges.dst]])
         return keep_best(edges, ntype, config.min_support, config.max_neighbors, self.config.data_seed)
