@@ -163,7 +163,7 @@ def _search(config: Config, space: list[Dimension], record: Record, count: int, 
     tuner = ray_tune.Tuner(
         ray_tune.with_resources(
             ray_tune.with_parameters(_run_trial, tree=config.model_dump(mode="json"), cwd=str(Path.cwd())),
-            {"CPU": 0},  # the trial waits; its stages ask for the CPUs
+            {"CPU": 0, "memory": 1},  # the trial waits; its stages ask for the CPUs. Nothing at all is refused
         ),
         tune_config=ray_tune.TuneConfig(
             metric="score",

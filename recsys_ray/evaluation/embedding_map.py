@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 from jaxtyping import Float, Int
+from scipy.linalg import orthogonal_procrustes
 
 from recsys_ray.artifacts import load_arrays, write_json
 from recsys_ray.evaluation.baselines.towers import TowerScorer
@@ -61,7 +62,8 @@ def draw_map(
 ) -> None:
     """Write the map, unless a killed evaluation has already: layout and neighbours for each space.
 
-    Every layout starts from that of the first space, so that an item stays about where it was where the spaces agree.
+    Every other layout starts from that of the first space and is turned to fit it, so that an item stays about where it
+    was where the spaces agree.
 
     Args:
         gids: int64 [n], the items, ascending.
@@ -109,9 +111,8 @@ def lay_out(
     """Two dimensions by PCA and t-SNE, scaled so that nearly all points are within -1 and 1.
 
     Args:
-        start: a layout to begin from; default: the first two principal components.
+        start: a layout to begin from and to be turned (or mirrored) to; default: the first two principal components.
     """
-    from scipy.linalg import orthogonal_procrustes
     from sklearn.decomposition import PCA  # here: tasks that only rank import this module, too
     from sklearn.manifold import TSNE
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -113,6 +113,37 @@ def _spec(config: Config, ingest: Artifact, featurize: Artifact, hgnn: Artifact)
     )
 
 
+@dataclass(frozen=True)
+class _RowMaker:
+    """What a Ray Data task needs to make the examples or queries of a shard. Moments are unix seconds."""
+
+    positives: list[int]  # codes of events
+    snapshots: list[Snapshot]
+    rules: HistoryRules
+    valid_from: int
+    test_from: int
+    users: str  # ingest's table
+    tastes: dict[str, int]
+    countries: list[str]
+
+    def rows(self, events: UserEvents, kind: str) -> dict[str, np.ndarray]:
+        """``kind``: train, valid (queries) or refit (the validation period's examples)."""
+        if kind == "train":
+            part = training_examples(events, self.positives, self.snapshots, self.valid_from, self.rules)
+        elif kind == "refit":
+            part = validation_examples(events, self.positives, self.snapshots, self.test_from, self.rules)
+        else:
+            part = build_queries(events, self.positives, self.valid_from, self.test_from, self.rules)
+        columns = user_columns(self.users, part["uid"], self.tastes)
+        part["country_index"] = country_index(self.countries, columns.pop("country"))
+        return {**part, **columns}
+
+
+def _make_rows(batch: Any, maker: _RowMaker, kind: str) -> dict[str, np.ndarray]:
+    parts = [maker.rows(UserEvents.read(str(shard)), kind) for shard in batch["shard"]]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
 def _datasets(
     config: Config, ingest: Artifact, snapshots: list[Snapshot], spec: TowerSpec
 ) -> tuple[dict[str, Any], dict[str, int]]:
@@ -121,36 +152,28 @@ def _datasets(
     import ray.data
 
     names = list(ingest.counts["events"])
-    positives = [names.index(name) for name in config.events.positives if name in names]
-    rules = HistoryRules(config.two_tower.history, config.graph.window_days, config.graph.features_as_of)
-    users = str((ingest.path / "users.parquet").resolve())
+    maker = _RowMaker(
+        positives=[names.index(name) for name in config.events.positives if name in names],
+        snapshots=snapshots,
+        rules=HistoryRules(config.two_tower.history, config.graph.window_days, config.graph.features_as_of),
+        valid_from=ingest.counts["valid_from"],
+        test_from=ingest.counts["test_from"],
+        users=str((ingest.path / "users.parquet").resolve()),
+        tastes=spec.tastes,
+        countries=spec.countries,
+    )
     shards = [{"shard": str(p.resolve())} for p in sorted((ingest.path / "interactions").glob("*.parquet"))]
-    valid, test = ingest.counts["valid_from"], ingest.counts["test_from"]
-
-    def make(batch: Any, kind: str) -> dict[str, np.ndarray]:
-        parts = []
-        for shard in batch["shard"]:
-            events = UserEvents.read(str(shard))
-            if kind == "train":
-                part = training_examples(events, positives, snapshots, valid, rules)
-            elif kind == "refit":
-                part = validation_examples(events, positives, snapshots, test, rules)
-            else:
-                part = build_queries(events, positives, valid, test, rules)
-            columns = user_columns(users, part["uid"], spec.tastes)
-            part["country_index"] = country_index(spec.countries, columns.pop("country"))
-            parts.append({**part, **columns})
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
     # The same rows go to the same rank after a restart.
     ray.data.DataContext.get_current().execution_options.preserve_order = True
     datasets = {}
-    for name in ("train", "valid", "refit") if config.two_tower.refit else ("train", "valid"):
+    for kind in ("train", "valid", "refit") if config.two_tower.refit else ("train", "valid"):
         source = ray.data.from_items(shards, override_num_blocks=len(shards))
-        made = source.map_batches(
-            cast(Any, make), batch_size=1, fn_kwargs={"kind": name}, batch_format="numpy"
-        )  # Ray's types know no further arguments
-        datasets[name] = made.materialize()
+        datasets[kind] = source.map_batches(
+            cast(Any, _make_rows),  # Ray's types know no further arguments
+            batch_size=1,
+            fn_kwargs={"maker": maker, "kind": kind},
+            batch_format="numpy",
+        ).materialize()
     return datasets, {"examples": datasets["train"].count(), "queries": datasets["valid"].count()}
 
 

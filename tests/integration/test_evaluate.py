@@ -290,7 +290,7 @@ def test_every_baseline_gets_the_same_number_of_trials(ray_local, run, monkeypat
         assert found["hr_at_10"] == max(trial["hr_at_10"] for trial in found["trials"])
         assert ("epochs" in found["params"]) == (name in ("lightgcn", "sasrec", "hgnn_w_users"))
         assert table(run)[name, "all", "warm"]["coverage_at_100"] > 0
-    assert table(run)["ease", "all", "warm"]["hr_at_10"] > 2 * table(run)["popularity", "all", "warm"]["hr_at_10"]
+    assert table(run)["ease", "all", "warm"]["hr_at_10"] > 1.3 * table(run)["popularity", "all", "warm"]["hr_at_10"]
     assert "3 trials" in (run / "evaluation" / "report.html").read_text()
 
     attempts = []

@@ -48,6 +48,7 @@ def test_each_distinct_text_is_encoded_once(tmp_path: Path) -> None:
     titles = ["Ночь", "Dune", "", "Dune", " Dune "]
     items, cache = write_items(tmp_path / "items", titles), tmp_path / "cache"
     counts, vectors = run(items, tmp_path / "a", cache)
+    assert len(counts.pop("encoder")) == 32
     assert counts == {"text_dim": 384, "texts_distinct": 3, "encoded": 3, "reused": 0, "precision": "fp32"}
     assert vectors.dtype == np.float16 and vectors.shape == (5, 384)
     np.testing.assert_allclose(np.linalg.norm(vectors.astype(np.float32), axis=1), 1, atol=1e-3)

@@ -15,7 +15,7 @@ from recsys_ray.config import load_config
 from recsys_ray.errors import ConfigError, UserError
 from recsys_ray.evaluation.baselines import BASELINES, chosen_baselines, ease, item_knn, sasrec
 from recsys_ray.evaluation.baselines.hgnn_users import means_per_type
-from recsys_ray.evaluation.baselines.histories import HistoryRule, training_matrix
+from recsys_ray.evaluation.baselines.histories import HistoryRule, favour_popular, training_matrix
 from recsys_ray.evaluation.baselines.interface import Choice, default_point
 from recsys_ray.evaluation.baselines.lightgcn import Propagation
 from recsys_ray.evaluation.baselines.propagation import SparseMap, row_means, symmetric
@@ -67,6 +67,33 @@ class TestHistories:
         )
         assert np.flatnonzero(data.popularity(7)).tolist() == [9]
         assert np.flatnonzero(data.popularity(None)).tolist() == [7, 9]
+
+
+class TestTrend:
+    POPULARITY = np.array([0, 3, 8])
+
+    def test_multiplies_scores_by_popularity(self):
+        given = torch.tensor([[2.0, 1.0, -1.0]])
+        favoured = favour_popular(lambda first, last: given[:, first:last], self.POPULARITY, 0.5)(0, 3)
+        assert favoured[0] == pytest.approx([2.0, 2.0, 0.0], abs=1e-5)
+        assert favoured[0, 1] > favoured[0, 0]  # of equals, the more popular
+
+    def test_without_power_scores_stay(self):
+        given = torch.tensor([[2.0, 1.0, -1.0]])
+        assert torch.equal(favour_popular(lambda first, last: given[:, first:last], self.POPULARITY, 0.0)(0, 3), given)
+
+    @pytest.mark.parametrize("name", ["item_knn", "ease", "ials"])
+    def test_what_is_popular_now_comes_first(self, folder, name):
+        """Item 8 was chosen of late, by users who share nothing else; to those of its colour it comes first."""
+        if name == "ials":
+            pytest.importorskip("implicit")
+        log = colour_events()
+        late = events(*((100 + user, 8, 0, MOMENT - 1) for user in range(30)))
+        merged = Events(*(np.concatenate(pair) for pair in zip(vars(log).values(), vars(late).values(), strict=True)))
+        data = known_data(folder, merged)
+        rows = [u for u in range(0, USERS - 1, 2) if 8 not in log.gid[log.uid == u]]
+        batch = batch_of(np.array(rows), log)
+        assert (rank(fit(name, data, popular_power=1.5), batch, CATALOGUE, 0, k=1) == 8).all()
 
 
 class TestItemKnn:

@@ -17,14 +17,15 @@ from recsys_ray.config import Config
 from recsys_ray.evaluation.baselines.histories import (
     HistoryRule,
     empty_rows,
+    favour_popular,
     history_rule,
     history_space,
     item_ranges,
-    popular_space,
     popular_where,
     tie_break,
     training_matrix,
     training_space,
+    trend_space,
 )
 from recsys_ray.evaluation.baselines.interface import Baseline, Choice, KnownData, Params, Real, Space, Watch
 from recsys_ray.evaluation.recommenders import Scorer, UserBatch
@@ -50,6 +51,7 @@ class Ease:
 
     blocks: list[Block]
     popularity: np.ndarray  # [items]
+    power: float  # of popularity
     rule: HistoryRule
     name: str = "ease"
 
@@ -65,7 +67,8 @@ class Ease:
                     scores[:, block.gid[begin:end] - first] += _times(histories, block, begin, end)
             return torch.from_numpy(scores)
 
-        return popular_where(empty_rows(histories.tocsr()), score, self.popularity)
+        favoured = favour_popular(score, self.popularity, self.power)
+        return popular_where(empty_rows(histories.tocsr()), favoured, self.popularity)
 
 
 def _times(histories: sp.csc_matrix, block: Block, begin: int, end: int) -> np.ndarray:
@@ -111,7 +114,7 @@ def _space(config: Config) -> Space:
         "l2": Real(100.0, 1.0, 5000.0, log=True),
         **training_space(config),
         **history_space(config),
-        **popular_space(config),
+        **trend_space(config, 0.0),
     }
 
 
@@ -122,7 +125,8 @@ def _fit(data: KnownData, params: Params, seed: int, threads: int, watch: Watch 
         gid = _most_touched(histories, first, last, data.config.evaluate.ease_items)
         if len(gid):
             blocks.append(Block(gid, solve(histories[:, gid].tocsr(), params["l2"])))
-    return Ease(blocks, data.popularity(params["popular_days"]), history_rule(data, params))
+    popularity = data.popularity(params["popular_days"])
+    return Ease(blocks, popularity, params["popular_power"], history_rule(data, params))
 
 
 def _most_touched(histories: sp.csr_matrix, first: int, last: int, limit: int) -> np.ndarray:

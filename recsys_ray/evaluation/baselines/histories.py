@@ -10,7 +10,7 @@ import scipy.sparse as sp
 import torch
 
 from recsys_ray.config import Config
-from recsys_ray.evaluation.baselines.interface import Choice, KnownData, Params, Space, Whole, values_with
+from recsys_ray.evaluation.baselines.interface import Choice, KnownData, Params, Real, Space, Whole, values_with
 from recsys_ray.evaluation.recommenders import Scorer, UserBatch
 from recsys_ray.evaluation.segments import Catalogue
 from recsys_ray.snapshots import DAY
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _POPULAR_DAYS = (7, 30, 90, 365, None)
+_TIE = 1e-6  # stays below any score that means something
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,28 @@ def training_matrix(data: KnownData, params: Params) -> sp.csr_matrix:
 
 
 def popular_space(config: Config) -> Space:
-    """The window of popularity, which orders what a model knows nothing of."""
+    """The window of popularity."""
     return {"popular_days": values_with(_POPULAR_DAYS, config.graph.window_days)}
+
+
+def trend_space(config: Config, power: float) -> Space:
+    """How much a model's scores are multiplied by what is popular now: by (1 + positive events in the last
+    ``popular_days``)^``popular_power``."""
+    return {**popular_space(config), "popular_power": Real(power, 0.0, 1.5)}
+
+
+def favour_popular(score: Scorer, popularity: np.ndarray, power: float) -> Scorer:
+    """``score`` times (1 + popularity)^power; scores below 0 become 0, and popularity orders equal ones. With power 0
+    ``score`` as it is."""
+    if power == 0:
+        return score
+    factor = torch.from_numpy((1.0 + popularity) ** power).float()
+    small = torch.from_numpy(tie_break(popularity, below=_TIE))
+
+    def favoured(first: int, last: int) -> Tensor:
+        return score(first, last).clamp(min=0) * factor[first:last] + small[first:last]
+
+    return favoured
 
 
 def item_ranges(catalogue: Catalogue, joint: bool) -> list[tuple[int, int]]:

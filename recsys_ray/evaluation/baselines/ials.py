@@ -13,6 +13,7 @@ from recsys_ray.config import Config
 from recsys_ray.evaluation.baselines.histories import (
     HistoryRule,
     empty_rows,
+    favour_popular,
     history_rule,
     history_space,
     item_ranges,
@@ -20,6 +21,7 @@ from recsys_ray.evaluation.baselines.histories import (
     popular_where,
     training_matrix,
     training_space,
+    trend_space,
 )
 from recsys_ray.evaluation.baselines.interface import Baseline, Choice, KnownData, Params, Real, Space, Watch, Whole
 from recsys_ray.evaluation.recommenders import Scorer, UserBatch, as_tensor
@@ -48,6 +50,7 @@ class Ials:
     regularization: float
     alpha: float
     popularity: np.ndarray  # [items]
+    power: float  # of popularity
     rule: HistoryRule
     name: str = "ials"
     _solvers: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)
@@ -71,7 +74,8 @@ class Ials:
         def score(first: int, last: int) -> Tensor:
             return factors @ as_tensor(part.factors[first - part.first : last - part.first]).T
 
-        return popular_where(empty_rows(mine), score, self.popularity)
+        favoured = favour_popular(score, self.popularity, self.power)
+        return popular_where(empty_rows(mine), favoured, self.popularity)
 
 
 def fit_factors(
@@ -102,6 +106,7 @@ def _space(config: Config) -> Space:
         "alpha": Real(5.0, 0.5, 100.0, log=True),
         **training_space(config),
         **history_space(config),
+        **trend_space(config, 0.0),
     }
 
 
@@ -114,8 +119,8 @@ def _fit(data: KnownData, params: Params, seed: int, threads: int, watch: Watch 
         tuned = (params["factors"], params["regularization"], params["alpha"])
         factors = fit_factors(mine, *tuned, seed, threads) if mine.nnz else np.zeros((last - first, 1), np.float32)
         parts.append(Part(first, last, factors))
-    popularity = data.popularity(data.config.graph.window_days)
-    return Ials(parts, params["regularization"], params["alpha"], popularity, history_rule(data, params))
+    popularity, power = data.popularity(params["popular_days"]), params["popular_power"]
+    return Ials(parts, params["regularization"], params["alpha"], popularity, power, history_rule(data, params))
 
 
 IALS = Baseline(

@@ -1,10 +1,12 @@
 """Item-kNN: items that share users with the user's history, by a tuned similarity of co-occurrence.
 
-    s(i, j) = c_ij / (c_ii^own * c_jj^other + shrink),    score(u, j) = sum over i in history of u of w_ui * s(i, j)
+    s(i, j) = c_ij / (c_ii^own * c_jj^other + shrink)
+    score(u, j) = (1 + p_j)^popular_power * sum over i in history of u of w_ui * s(i, j)
 
 ``c_ij`` sums, over the users that have both items, the product of the items' weights in the user's history, divided by
 the user's number of items to the power ``user_norm``. own = other = 1/2, shrink = 0 is the cosine; a smaller ``other``
-favours popular items (Deshpande and Karypis, TOIS 2004; Sarwar et al., WWW 2001).
+favours popular items (Deshpande and Karypis, TOIS 2004; Sarwar et al., WWW 2001). ``p_j`` is how often j was chosen of
+late: on a split by time, what is popular now counts for as much as the similarity, which remembers what was popular.
 """
 
 from __future__ import annotations
@@ -21,10 +23,10 @@ from recsys_ray.evaluation.baselines.histories import (
     HistoryRule,
     history_rule,
     history_space,
-    popular_space,
     tie_break,
     training_matrix,
     training_space,
+    trend_space,
 )
 from recsys_ray.evaluation.baselines.interface import Baseline, Choice, KnownData, Params, Real, Space, Watch, Whole
 from recsys_ray.evaluation.recommenders import Scorer, UserBatch
@@ -43,6 +45,7 @@ class ItemKnn:
     indices: np.ndarray  # [similarities]
     similarity: np.ndarray  # float32 [similarities]
     popularity: np.ndarray  # [items]
+    power: float  # of popularity
     rule: HistoryRule
     name: str = "item_knn"
 
@@ -53,9 +56,11 @@ class ItemKnn:
         # Most items share no user with the history and score 0: popularity orders these, below all others.
         small = tie_break(self.popularity, below=0.5 * float(scores.data.min(initial=1.0)))
 
+        factor = ((1.0 + self.popularity) ** self.power).astype(np.float32)  # 1 at least
+
         def score(first: int, last: int) -> Tensor:
             dense = scores[:, first:last].toarray().astype(np.float32)
-            return torch.from_numpy(dense + small[first:last])
+            return torch.from_numpy(dense * factor[first:last] + small[first:last])
 
         return score
 
@@ -111,14 +116,14 @@ def _largest(row: np.ndarray, kind: np.ndarray, value: np.ndarray, column: np.nd
 def _space(config: Config) -> Space:
     return {
         "joint": Choice(True, (True, False)),
-        "neighbours": Whole(200, 20, 1000, log=True),
+        "neighbours": Whole(500, 20, 1000, log=True),
         "shrink": Real(1.0, 0.1, 100.0, log=True),
         "own": Real(0.5, 0.0, 1.0),
-        "other": Real(0.5, 0.0, 1.0),
+        "other": Real(0.3, 0.0, 1.0),
         "user_norm": Real(0.5, 0.0, 1.0),
         **training_space(config),
         **history_space(config),
-        **popular_space(config),
+        **trend_space(config, 0.5),
     }
 
 
@@ -130,7 +135,9 @@ def _fit(data: KnownData, params: Params, seed: int, threads: int, watch: Watch 
     tuned = {name: params[name] for name in ("neighbours", "own", "other", "shrink", "joint")}
     similar = nearest_items(histories.tocsr(), item_type, **tuned)
     popularity = data.popularity(params["popular_days"])
-    return ItemKnn(similar.indptr, similar.indices, similar.data, popularity, history_rule(data, params))
+    return ItemKnn(
+        similar.indptr, similar.indices, similar.data, popularity, params["popular_power"], history_rule(data, params)
+    )
 
 
 ITEM_KNN = Baseline(

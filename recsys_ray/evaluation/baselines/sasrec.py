@@ -64,10 +64,12 @@ class Transformer(nn.Module):
         length = sequence_BL.shape[1]
         place = torch.arange(length - 1, -1, -1)
         state = self.dropout(self.items(sequence_BL) + self.places(place))
-        # Additive, and finite: a padded position sees nothing but itself and others of its kind, and must not be NaN.
-        later = torch.full((length, length), -1e9).triu(1)
-        hidden = torch.zeros_like(sequence_BL, dtype=torch.float32).masked_fill(sequence_BL == _PAD, -1e9)
-        result: Tensor = self.blocks(state, mask=later, src_key_padding_mask=hidden)
+        # Every position sees itself, padding too: one that sees nothing at all is NaN to torch's fused kernels, and NaN
+        # spreads to the next block even from where the weight is zero.
+        padded_BL = sequence_BL == _PAD
+        unseen_BLL = torch.ones(length, length, dtype=torch.bool).triu(1) | padded_BL[:, None, :]
+        unseen_BLL &= ~torch.eye(length, dtype=torch.bool)
+        result: Tensor = self.blocks(state, mask=unseen_BLL.repeat_interleave(_HEADS, 0))
         return result
 
 

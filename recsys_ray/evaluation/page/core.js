@@ -43,11 +43,11 @@ function textWidth(text, weight = 400) {
   return pen.measureText(text).width;
 }
 
-// The text, cut to a width.
+// The text, cut to a width, whatever its weight will be.
 function cut(text, width) {
-  if (textWidth(text) <= width) return text;
+  if (textWidth(text, 640) <= width) return text;
   let kept = text;
-  while (kept.length > 1 && textWidth(`${kept}\u2026`) > width) kept = kept.slice(0, -1);
+  while (kept.length > 1 && textWidth(`${kept}\u2026`, 640) > width) kept = kept.slice(0, -1);
   return `${kept.trimEnd()}\u2026`;
 }
 

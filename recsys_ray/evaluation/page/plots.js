@@ -54,7 +54,7 @@ function placeLabels(points, bounds) {
   const first = { served: 0, rival: 1, part: 2, oracle: 3, baseline: 4, control: 5 };
   const order = [...points].sort((a, b) => first[roleOf(a.row.model)] - first[roleOf(b.row.model)]);
   return order.map((p) => {
-    const name = nameOf(p.row.model);
+    const name = cut(nameOf(p.row.model), (bounds.right - bounds.left) * 0.4);
     const w = textWidth(name, 640) + 2;
     const h = 15;
     const places = [
