@@ -123,8 +123,8 @@ def lay_out(
     tsne = TSNE(2, perplexity=perplexity, init=begin.astype(np.float32), random_state=seed % 2**32, n_jobs=1)
     found = tsne.fit_transform(components.astype(np.float32)).astype(np.float64)
     found -= found.mean(axis=0)
-    if start is not None:
-        found = found @ orthogonal_procrustes(found, start)[0]
+    if start is not None:  # any rotation and any mirror image is as good: take the one that is most like the start
+        found = found @ orthogonal_procrustes(found, start - start.mean(axis=0))[0]
     return found / max(float(np.quantile(np.abs(found), 0.995)), 1e-12)
 
 

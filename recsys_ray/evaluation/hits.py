@@ -54,7 +54,7 @@ class Hits:
         arrays["member"] = np.packbits(self.member, axis=1)
         arrays |= {f"hit.{name}": np.packbits(hit, axis=1) for name, hit in self.hit.items()}
         arrays |= {f"asked.{name}": np.packbits(asked) for name, asked in self.asked.items()}
-        save_arrays(path, arrays, {"types": "\n".join(self.types)})
+        save_arrays(path, arrays, {"types": "\n".join(self.types), "models": "\n".join(self.hit)})
 
     @classmethod
     def load(cls, path: Path) -> Hits:
@@ -65,7 +65,7 @@ class Hits:
         """
         arrays = load_arrays(path)
         with safe_open(path, framework="numpy") as file:
-            types = file.metadata()["types"].split("\n")
+            types, models = (file.metadata()[name].split("\n") for name in ("types", "models"))
         count = len(arrays["uid"])
 
         def bits(prefix: str) -> dict[str, np.ndarray]:
@@ -73,8 +73,9 @@ class Hits:
             return {name: np.unpackbits(packed, axis=-1, count=count).astype(bool) for name, packed in found.items()}
 
         truths = arrays["truths"].view(np.uint64)
-        member = bits("member")[""]
-        return cls(tuple(types), arrays["uid"], arrays["item_type"], truths, member, bits("hit."), bits("asked."))
+        member, found = bits("member")[""], bits("hit.")
+        hit = {name: found[name] for name in models if name}  # in the order of the table
+        return cls(tuple(types), arrays["uid"], arrays["item_type"], truths, member, hit, bits("asked."))
 
     def __len__(self) -> int:
         return len(self.uid)
