@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from ray.tune import Callback
 
 from pipelines.run import STAGES
 from pipelines.stage import Runner
@@ -182,7 +183,7 @@ def _search(config: Config, space: list[Dimension], record: Record, count: int, 
             name="search",
             storage_path=str(record.folder / "ray"),
             verbose=0,
-            callbacks=[_callback(record)],
+            callbacks=[_Watch(record)],
             failure_config=ray_tune.FailureConfig(max_failures=0),
         ),
     )
@@ -215,31 +216,32 @@ def _optuna(config: Config, space: list[Dimension], record: Record) -> Any:
     return search
 
 
-def _callback(record: Record) -> Any:
-    """What tells the record of the trials' beginnings and ends."""
-    from ray.tune import Callback
+class _Watch(Callback):
+    """Tells the record of the trials' beginnings and ends."""
 
-    class Watch(Callback):
-        def __init__(self) -> None:
-            self.curves: dict[str, list[float]] = {}
+    def __init__(self, record: Record) -> None:
+        self.record = record
+        self.curves: dict[str, list[float]] = {}
 
-        def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            record.begin(trial.trial_id, trial.config)
-            self.curves[trial.trial_id] = []
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune writes its callbacks down for a resumption of its own, which is not used here."""
+        return {}
 
-        def on_trial_result(
-            self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-        ) -> None:
-            self.curves[trial.trial_id].append(float(result["valid_hr_at_10"]))
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.record.begin(trial.trial_id, trial.config)
+        self.curves[trial.trial_id] = []
 
-        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            record.finish(trial.trial_id, self.curves.pop(trial.trial_id))
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        self.curves[trial.trial_id].append(float(result["valid_hr_at_10"]))
 
-        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            error = str(trial.get_error() or "").strip().splitlines()[-1:] or ["unknown error"]
-            record.finish(trial.trial_id, [], error=error[0][:200])
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.record.finish(trial.trial_id, self.curves.pop(trial.trial_id))
 
-    return Watch()
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        error = str(trial.get_error() or "").strip().splitlines()[-1:] or ["unknown error"]
+        self.record.finish(trial.trial_id, [], error=error[0][:200])
 
 
 def _run_trial(params: dict[str, Any], tree: dict[str, Any], cwd: str) -> None:
