@@ -164,7 +164,7 @@ def _search(config: Config, space: list[Dimension], record: Record, count: int, 
     tuner = ray_tune.Tuner(
         ray_tune.with_resources(
             ray_tune.with_parameters(_run_trial, tree=config.model_dump(mode="json"), cwd=str(Path.cwd())),
-            {"CPU": 0, "memory": 1},  # the trial waits; its stages ask for the CPUs. Nothing at all is refused
+            {"CPU": 0, "memory": 2**20},  # it waits; its stages ask for the CPUs. Tune wants it to ask for something
         ),
         tune_config=ray_tune.TuneConfig(
             metric="score",
@@ -277,5 +277,7 @@ class _Stages:
 
     def run(self, tree: dict[str, Any], params: dict[str, Any]) -> None:
         config = Config.model_validate(tree)
-        variant = variant_of(config, name_of(params), [*overrides_of(params), "two_tower.ablation=false"])
+        variant = variant_of(
+            config, name_of(params), [*overrides_of(params), "two_tower.ablation=false", "two_tower.refit=false"]
+        )
         run_variant(config, variant, Progress(quiet=True), _STAGES)
