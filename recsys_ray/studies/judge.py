@@ -92,15 +92,15 @@ def _verdict(comparison: Comparison, found: Row | None) -> str:
             return f"{share:.0%} of it"
         word = "reached" if share >= comparison.at_least else "not reached"
         return f"{share:.0%} of it: {word} (wanted: at least {comparison.at_least:.0%})"
-    direction = "above" if found["low"] > 0 else "below" if found["high"] < 0 else "equal"
-    seen = {"above": "higher", "below": "lower", "equal": "no difference that can be told from chance"}[direction]
+    direction = "above" if found["low"] > 0 else "below" if found["high"] < 0 else ""
+    seen = {"above": "higher", "below": "lower", "": "no difference that can be told from chance"}[direction]
     if comparison.expected is None:
         return seen
     if comparison.expected == "not above":
         return f"{seen}: as it must be" if direction != "above" else f"{seen}: it must not be"
     if direction == comparison.expected:
         return f"{seen}: as the papers report"
-    if direction == "equal":
+    if not direction:
         return f"{seen}: what the papers report is not seen here"
     return f"{seen}: not what the papers report"
 

@@ -14,7 +14,7 @@ from recsys_ray.studies.tables import TableChange
 
 TWO_TOWER = "two_tower_text_only"  # the two-tower without the HGNN
 POPULARITY = "popularity"
-Expected = Literal["above", "below", "not above", "equal"]
+Expected = Literal["above", "below", "not above"]
 
 
 @dataclass(frozen=True)
