@@ -87,7 +87,9 @@ def _verdict(comparison: Comparison, found: Row | None) -> str:
     if found is None:
         return "nothing to compare"
     if comparison.as_share:
-        share = found["hr_at_10"] / found["hr_at_10_against"] if found["hr_at_10_against"] else float("inf")
+        if not found["hr_at_10_against"]:
+            return "no share: the other has no hit"
+        share = found["hr_at_10"] / found["hr_at_10_against"]
         if comparison.at_least is None:
             return f"{share:.0%} of it"
         word = "reached" if share >= comparison.at_least else "not reached"
