@@ -22,6 +22,7 @@ from recsys_ray.evaluation.baselines.interface import (
     Space,
     Whole,
     default_point,
+    starting_points,
 )
 from recsys_ray.evaluation.fitting import Job, try_point
 from recsys_ray.evaluation.tasks import alone
@@ -124,7 +125,8 @@ def search(
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=_RANDOM_TRIALS, multivariate=True)
     study = optuna.create_study(direction="maximize", sampler=sampler)
-    study.enqueue_trial(default_point(space))
+    for point in starting_points(space):
+        study.enqueue_trial(point)
     distributions = {name: _distribution(dimension) for name, dimension in space.items()}
     trials: list[Trial] = []
     for k in range(number):

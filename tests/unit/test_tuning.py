@@ -39,6 +39,13 @@ class TestSearch:
         learned = [trial["hr_at_10"] for trial in trials[20:]]
         assert np.mean(learned) > 1.5 * np.mean([trial["hr_at_10"] for trial in trials[:6]])
 
+    def test_what_is_popular_now_is_among_the_first_points(self, tmp_path):
+        space = BASELINES["item_knn"].space(load_config())
+        flat = {"hr_at_10": 0.5, "seconds": 1.0, "capped": False}
+        first, second = search(space, 2, 0, tmp_path, lambda params: {"params": params, **flat})
+        assert first["params"] == default_point(space)
+        assert second["params"] == {**first["params"], "popular_days": 30, "popular_power": 0.7}
+
     def test_killed_and_started_again(self, tmp_path):
         whole = search(SPACE, 12, 3, tmp_path / "whole", _made(tmp_path / "whole"))
         folder, calls = tmp_path / "killed", []

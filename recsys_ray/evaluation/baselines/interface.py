@@ -47,9 +47,18 @@ class Whole:
 
 Space = Mapping[str, Choice | Real | Whole]
 
+_POPULAR_NOW: Params = {"popular_days": 30, "popular_power": 0.7}
+
 
 def default_point(space: Space) -> Params:
     return {name: dimension.default for name, dimension in space.items()}
+
+
+def starting_points(space: Space) -> list[Params]:
+    """What a search tries first: the default point and, of models that can favour what is popular now, one that does:
+    few trials in many dimensions do not find the window and the power by themselves."""
+    default = default_point(space)
+    return [default, {**default, **_POPULAR_NOW}] if _POPULAR_NOW.keys() <= space.keys() else [default]
 
 
 @dataclass(frozen=True)
