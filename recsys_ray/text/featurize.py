@@ -23,8 +23,9 @@ from recsys_ray.artifacts import SCRATCH, save_arrays
 from recsys_ray.config import Config, TextConfig
 from recsys_ray.data.reading import replace_aside
 from recsys_ray.errors import ConfigError, DataError
+from recsys_ray.precision import Precision, choose_precision
 from recsys_ray.progress import Progress
-from recsys_ray.text.encoder import Encoder, ModelSource, Precision, choose_precision, encoder_fingerprint, find_model
+from recsys_ray.text.encoder import Encoder, ModelSource, encoder_fingerprint, find_model
 
 # Small enough that the last blocks keep all actors busy. The size is fixed, so that the blocks that a killed run
 # left are cut, and thereby encoded, exactly as they would have been.

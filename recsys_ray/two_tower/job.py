@@ -21,6 +21,7 @@ from recsys_ray.checkpoint import load_checkpoint, read_state, save_checkpoint
 from recsys_ray.config import Config, TwoTowerConfig
 from recsys_ray.errors import DataError
 from recsys_ray.graph.activity import ACTIVITY, COLUMNS
+from recsys_ray.precision import choose_precision
 from recsys_ray.progress import Progress
 from recsys_ray.ranks import partition_client, rank_setup, run_ranks, seed_from
 from recsys_ray.snapshots import Snapshot, snapshots_of
@@ -72,6 +73,7 @@ def train_two_tower(
         "config": config.two_tower.model_dump(),
         "seed": seed_from(config.seed, "two_tower"),
         "threads": per_worker,
+        "precision": choose_precision(config.two_tower.precision),
         "graph": str(graph.path.resolve()),
         "hgnn": str(hgnn.path.resolve()),
         "items": str((ingest.path / "items.parquet").resolve()),
@@ -84,7 +86,7 @@ def train_two_tower(
     with progress.task("two-tower", unit="steps") as task:
         run_ranks(_train_rank, parameters, workers, per_worker, out / SCRATCH, task, datasets)
     last = {v: json.loads((out / v / "metrics.json").read_text(encoding="utf-8"))[-1:] for v in variants}
-    return {"workers": workers, **counts, "last": last}
+    return {"workers": workers, "precision": parameters["precision"], **counts, "last": last}
 
 
 def _spec(config: Config, ingest: Artifact, featurize: Artifact, hgnn: Artifact) -> TowerSpec:
@@ -265,6 +267,7 @@ def _train(
     import ray.train.torch
 
     model = TwoTower(task.spec)
+    model.train_in(parameters["precision"])
     start(model, task, parameters["seed"])
     network: nn.Module = model
     if world > 1:  # the only buffer never changes

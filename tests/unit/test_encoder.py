@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from recsys_ray.errors import ConfigError
+from recsys_ray.precision import choose_precision
 from recsys_ray.text import encoder as module
-from recsys_ray.text.encoder import Encoder, choose_precision, encoder_fingerprint, find_model
+from recsys_ray.text.encoder import Encoder, encoder_fingerprint, find_model
 from recsys_ray.text.featurize import hash_text, random_vectors, text_of
 
 # First numbers of the vectors, computed one sentence at a time with transformers alone, mean over tokens, unit norm.
