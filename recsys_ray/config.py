@@ -193,7 +193,7 @@ class TwoTowerConfig(Section):
     epochs: Positive = 20
     patience: Positive = Field(3, description="epochs without a better validation HR@10 before stopping")
     learning_rate: float = Field(5e-4, gt=0)
-    refit: bool = Field(False, description="one more epoch then, with the validation period's examples among them")
+    refit: bool = Field(True, description="after the best epoch, one more with the validation period's examples too")
     averaging: Share = Field(0.99, description="share of the averaged weights that a step leaves; 0: no averaging")
     ablation: bool = Field(True, description="also train the two-tower without HGNN, as a baseline")
     workers: int | None = Field(None, gt=0, description="Ray Train workers; default: one per host")

@@ -7,7 +7,7 @@ An example is a user's first positive event on an item. Its features are the use
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ import polars as pl
 import pyarrow.parquet as pq
 from jaxtyping import Bool, Int
 
-from recsys_ray.snapshots import DAY, Snapshot
+from recsys_ray.snapshots import DAY, Snapshot, training_snapshot
 
 ABSENT = -1  # fills the history of a user with fewer events
 
@@ -131,8 +131,14 @@ def training_examples(
 def validation_examples(
     events: UserEvents, positives: Sequence[int], snapshots: Sequence[Snapshot], test_from: int, rules: HistoryRules
 ) -> dict[str, np.ndarray]:
-    """:func:`build_examples` for the validation period, out of the events before ``test_from``: for the refit."""
-    return build_examples(events.before(test_from), positives, [s for s in snapshots if s.name == "valid"], rules)
+    """Examples of the validation period, out of the events before ``test_from``: for the refit.
+
+    They see the snapshot that the HGNN learned from, the last cut's, although a newer one has ended by then: so their
+    targets lie as far ahead as those of the last cut and further, like the test's. With the newest graph an item that
+    is new would be one that is hardly ever chosen, since little time is left to choose it in."""
+    newest, valid = training_snapshot(snapshots), next(s for s in snapshots if s.name == "valid")
+    assert valid.examples is not None
+    return build_examples(events.before(test_from), positives, [replace(newest, examples=valid.examples)], rules)
 
 
 def build_queries(

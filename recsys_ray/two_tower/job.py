@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,7 +35,7 @@ from recsys_ray.two_tower.examples import (
     validation_examples,
 )
 from recsys_ray.two_tower.towers import TowerSpec, TwoTower
-from recsys_ray.two_tower.training import TowerTask, TowerTrainer, item_vectors, run_epoch, start, train_epochs
+from recsys_ray.two_tower.training import TowerTask, TowerTrainer, item_vectors, refit, start, train_epochs
 
 VARIANTS = {"hgnn": True, "text_only": False}  # folder -> with HGNN embeddings
 _CHECKPOINT = "checkpoint.safetensors"
@@ -296,7 +296,7 @@ def _train(
     client.barrier()  # rank 0 has written the best weights
     load_checkpoint(scratch / _BEST, model, optimizer)
     if config.refit:
-        model = _refit(trainer, optimizer, len(state["history"]), on_step)
+        model = refit(trainer, optimizer, len(state["history"]), on_step)
     if rank == 0:
         model.eval()
         for snapshot in ("test", "serve"):
@@ -305,23 +305,3 @@ def _train(
         save_file(model.state_dict(), out / "model.safetensors")
         write_json(out / "metrics.json", state["history"])  # last: says that the variant is whole
     client.barrier()  # no rank looks for the next variant's files before this one's are there
-
-
-def _refit(
-    trainer: TowerTrainer, optimizer: torch.optim.Optimizer, epoch: int, on_step: Callable[[int, int, float], None]
-) -> TwoTower:
-    """One more epoch from the best weights, with the validation period's examples among the others; the averaged
-    weights. Validation has chosen the number of epochs; what happened in it is the freshest there is, and new items
-    have come with it. The baselines, too, are fitted to all that is before the test."""
-    first, later = trainer.task.examples, trainer.task.later
-    everything = {name: np.concatenate([first[name], later[name]]) for name in later} or first
-    again = TowerTrainer(
-        trainer.model,
-        trainer.network,
-        replace(trainer.task, examples=everything),
-        trainer.config,
-        trainer.seed,
-        trainer.rank,
-    )
-    run_epoch(again, optimizer, epoch, epoch * trainer.steps, on_step)
-    return again.averaged

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -212,3 +212,26 @@ def train_epochs(
         state["history"].append({"epoch": epoch, "loss": loss, "valid_hr_at_10": hit_rate})
         on_epoch(state, better)
     return state
+
+
+def refit(
+    trainer: TowerTrainer,
+    optimizer: torch.optim.Optimizer,
+    epoch: int,
+    on_step: Callable[[int, int, float], None] = lambda epoch, step, loss: None,
+) -> TwoTower:
+    """One more epoch from the best weights, with the validation period's examples among the others; the averaged
+    weights. Validation has chosen the number of epochs; what happened in it is the freshest there is, and new items
+    have come with it. The baselines, too, are fitted to all that is before the test."""
+    first, later = trainer.task.examples, trainer.task.later
+    everything = {name: np.concatenate([first[name], later[name]]) for name in later} or first
+    again = TowerTrainer(
+        trainer.model,
+        trainer.network,
+        replace(trainer.task, examples=everything),
+        trainer.config,
+        trainer.seed,
+        trainer.rank,
+    )
+    run_epoch(again, optimizer, epoch, epoch * trainer.steps, on_step)
+    return again.averaged

@@ -19,6 +19,7 @@ from recsys_ray.two_tower.examples import (
     first_touches,
     histories,
     user_columns,
+    validation_examples,
 )
 
 POSITIVES = [0, 2]  # 1 is a weak signal
@@ -136,6 +137,24 @@ def test_queries_have_only_new_items_and_history_from_before_the_period(world, r
     found = [(*row, example_history(made, at)) for at, row in enumerate(columns)]
     assert sorted(found) == sorted(wanted)
     assert all(target not in dict(history) for _, target, history in found)
+
+
+@given(worlds(), st.integers(1, 6))
+def test_examples_of_the_refit_are_the_validation_periods_and_see_the_last_cut(world, length):
+    events, rows = world
+    rules, planned = HistoryRules(length, None), [*SNAPSHOTS[:2], Snapshot("valid", 4, VALID, 0, (VALID, TEST))]
+    examples = validation_examples(events, POSITIVES, planned, TEST, rules)
+    assert (examples["snapshot"] == 3).all()
+    first: dict[tuple[int, int], int] = {}
+    for user, moment, gid, event in rows:
+        if event in POSITIVES:
+            first.setdefault((user, gid), moment)
+    found = {
+        (int(u), int(g)): int(t) for u, g, t in zip(*(examples[k] for k in ("uid", "target", "timestamp")), strict=True)
+    }
+    assert found == {pair: moment for pair, moment in first.items() if VALID <= moment < TEST}
+    for row, (user, gid) in enumerate(zip(examples["uid"].tolist(), examples["target"].tolist(), strict=True)):
+        assert example_history(examples, row) == history_of(rows, user, examples["timestamp"][row], rules, gid)
 
 
 def test_no_events_and_no_positives_make_no_examples():

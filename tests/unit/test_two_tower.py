@@ -19,7 +19,7 @@ from recsys_ray.two_tower.batches import batches_in, country_index, epoch_batche
 from recsys_ray.two_tower.inputs import UserInputs
 from recsys_ray.two_tower.loss import inclusion_log_q, paper_loss, sampled_softmax
 from recsys_ray.two_tower.towers import Dropout, ItemIds, TwoTower, load_item_ids, load_towers, load_user_tower
-from recsys_ray.two_tower.training import item_vectors, start, train_epochs, user_vectors
+from recsys_ray.two_tower.training import item_vectors, refit, start, train_epochs, user_vectors
 
 EMPTY = torch.empty(0, dtype=torch.int64)
 
@@ -42,6 +42,19 @@ def test_without_a_feature_that_tells_the_board_it_does_not_see_it():
     trainer, optimizer = board_trainer(board_task("nowhere"), CONFIG.model_copy(update={"epochs": 2}))
     state = train_epochs(trainer, optimizer, {})
     assert state["history"][-1]["valid_hr_at_10"] < 2 * CHANCE
+
+
+def test_the_refit_takes_one_more_epoch_over_the_validation_periods_examples_too():
+    task = board_task()
+    trainer, optimizer = board_trainer(task, CONFIG.model_copy(update={"epochs": 1}))
+    train_epochs(trainer, optimizer, {})
+    before, steps = [p.clone() for p in trainer.averaged.parameters()], []
+    model = refit(trainer, optimizer, 1, lambda epoch, step, loss: steps.append((epoch, step)))
+    snapshots = np.concatenate([task.examples["snapshot"], task.later["snapshot"]])
+    assert steps == [(1, step) for step in range(batches_in(snapshots, CONFIG.batch_size))]
+    assert len(steps) > trainer.steps and not model.training
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.averaged.parameters(), strict=True))
+    assert not torch.equal(before[-1], list(model.parameters())[-1])
 
 
 def test_training_in_bf16_is_close_to_fp32_and_answers_are_fp32():
