@@ -151,6 +151,9 @@ class HgnnConfig(Section):
         "relation: the papers' way, weights for every pair of types",
     )
     fanouts: tuple[Positive, Positive] = Field((8, 5), description="neighbours per relation: of the seeds, one hop on")
+    isolated: Share = Field(
+        0.2, description="share of a training batch's items that are embedded from text alone, as new items will be"
+    )
     loss: Literal["softmax", "max_margin"] = Field("softmax", description="in-batch softmax, or the papers' max-margin")
     temperature: float = Field(0.1, gt=0, description="softmax only")
     margin: float = Field(0.2, gt=0, description="max_margin only")

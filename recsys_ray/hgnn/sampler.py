@@ -126,15 +126,23 @@ def build_blocks(
 
 
 def dropper(
-    batch_keys: Int64[Tensor, "B"], num_items: int, valid_share: float, seed: int
+    batch_keys: Int64[Tensor, "B"],
+    num_items: int,
+    valid_share: float,
+    seed: int,
+    isolated: Int64[Tensor, "I"] | None = None,
 ) -> Callable[[Tensor, Tensor], Bool[Tensor, "E"]]:
-    """The ``drop`` of :func:`build_blocks` for a batch with these pair keys."""
+    """The ``drop`` of :func:`build_blocks` for a batch with these pair keys, in which ``isolated`` items receive no
+    message at all."""
     banned = torch.unique(batch_keys)
+    alone = torch.zeros(num_items, dtype=torch.bool)
+    if isolated is not None:
+        alone[isolated] = True
 
     def drop(src: Tensor, dst: Tensor) -> Tensor:
         keys = pair_keys(src, dst, num_items)
         place = torch.searchsorted(banned, keys).clamp(max=max(len(banned) - 1, 0))
         in_batch = banned[place] == keys if len(banned) else torch.zeros_like(keys, dtype=torch.bool)
-        return in_batch | held_out(keys, valid_share, seed)
+        return in_batch | held_out(keys, valid_share, seed) | alone[dst]
 
     return drop

@@ -93,14 +93,18 @@ class EdgeTrainer:
         self.num_items = int(types.starts[-1])
 
     def loss(self, anchors: Tensor, positives: Tensor, task: EdgeTask, generator: torch.Generator) -> Tensor:
-        """Loss of one batch of edges; their own messages, in both directions, are left out."""
+        """Loss of one batch of edges; their own messages, in both directions, are left out. In training, some items
+        receive none at all: the model must be able to embed an item that has no edges yet."""
         config = self.config
         others = [anchors, positives]
         if config.loss == "max_margin":
             others.append(torch.randint(self.num_items, (config.negatives,), generator=generator))
         seeds, place = torch.unique(torch.cat(others), return_inverse=True)
         keys = pair_keys(anchors, positives, self.num_items)
-        drop = dropper(keys, self.num_items, config.valid_share, self.seed)
+        isolated = None
+        if self.network.training and config.isolated:
+            isolated = seeds[torch.rand(len(seeds), generator=generator) < config.isolated]
+        drop = dropper(keys, self.num_items, config.valid_share, self.seed, isolated)
         blocks = build_blocks(self.source, seeds, self.snapshot, config.fanouts, generator, drop)
         z = self.network(self.source.features("text", blocks[0].src), blocks)[place]
         a, p, n = z[: len(anchors)], z[len(anchors) : 2 * len(anchors)], z[2 * len(anchors) :]

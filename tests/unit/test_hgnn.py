@@ -18,10 +18,11 @@ from recsys_ray.hgnn.training import EdgeTrainer, plan_edges, train_epochs
 ITEMS, HALF = 40, 20
 
 
-def planted_world():
-    """Two item types, two tastes that cross them: gid % 2. The text says nothing about taste."""
+def planted_world(told=0.0):
+    """Two item types, two tastes that cross them: gid % 2. The text says nothing about taste, or so much."""
     pairs = [(i, j) for i in range(ITEMS) for j in range(i + 1, ITEMS) if i % 2 == j % 2 and (i * 7 + j) % 3]
     text = torch.randn(ITEMS, 16, generator=torch.Generator().manual_seed(1))
+    text[:, 0] += told * (torch.arange(ITEMS) % 2 * 2 - 1)
     return ToyGraph(*both_ways(pairs), [0, HALF, ITEMS], torch.nn.functional.normalize(text, dim=-1))
 
 
@@ -33,10 +34,10 @@ def signed(graph, config):
     )
 
 
-def train(config, seed=0, scramble=False):
+def train(config, seed=0, scramble=False, told=0.0):
     """``scramble``: from random weights, since the model's own start already averages over the neighbourhood."""
     torch.manual_seed(seed)
-    graph, types = planted_world(), ItemTypes(torch.tensor([0, HALF, ITEMS]))
+    graph, types = planted_world(told), ItemTypes(torch.tensor([0, HALF, ITEMS]))
     model = HGNN(16, config, types)
     for weight in model.parameters() if scramble else ():
         torch.nn.init.normal_(weight, std=0.3)
@@ -107,6 +108,21 @@ def test_the_same_seed_gives_the_same_embeddings_and_a_resumed_run_too(tmp_path)
         )  # fmt: skip
     resumed = embed_items(model, graph, 0, torch.arange(ITEMS), LocalStore(ITEMS, 8))
     assert torch.equal(first, resumed)
+
+
+def test_isolation_in_training_teaches_to_embed_items_without_edges():
+    found = {}
+    for share in (0.0, 0.5):
+        config = HgnnConfig(
+            hidden_dim=16, out_dim=16, epochs=8, batch_size=64, patience=8, min_edges=100, isolated=share
+        )
+        model, _, _, _, z = train(config, scramble=True, told=1.5)
+        assert tastes_found(z) > 0.95
+        text = planted_world(told=1.5).text
+        empty = ToyGraph(*[torch.empty(0, dtype=torch.int64)] * 2, [0, HALF, ITEMS], text)
+        bare = embed_items(model, signed(empty, config), 0, torch.arange(ITEMS), LocalStore(ITEMS, 16))
+        found[share] = tastes_found(bare)
+    assert found[0.5] > 0.9 and 1 - found[0.5] < 0.5 * (1 - found[0.0]), found
 
 
 def test_layer_by_layer_equals_full_neighbourhoods():
