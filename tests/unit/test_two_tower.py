@@ -18,7 +18,7 @@ from recsys_ray.graph.activity import UNTOUCHED
 from recsys_ray.two_tower.batches import batches_in, country_index, epoch_batches, make_batch, tables_for, user_inputs
 from recsys_ray.two_tower.inputs import UserInputs
 from recsys_ray.two_tower.loss import inclusion_log_q, paper_loss, sampled_softmax
-from recsys_ray.two_tower.towers import Dropout, ItemIds, TwoTower, load_item_ids, load_towers, load_user_tower
+from recsys_ray.two_tower.towers import ItemIds, TwoTower, load_item_ids, load_towers, load_user_tower
 from recsys_ray.two_tower.training import item_vectors, refit, start, train_epochs, user_vectors
 
 EMPTY = torch.empty(0, dtype=torch.int64)
@@ -55,33 +55,6 @@ def test_the_refit_takes_one_more_epoch_over_the_validation_periods_examples_too
     assert len(steps) > trainer.steps and not model.training
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.averaged.parameters(), strict=True))
     assert not torch.equal(before[-1], list(model.parameters())[-1])
-
-
-def test_training_in_bf16_is_close_to_fp32_and_answers_are_fp32():
-    task = board_task()
-    losses, answers = {}, {}
-    for precision in ("fp32", "bf16"):
-        trainer, optimizer = board_trainer(task, CONFIG)
-        trainer.model.train_in(precision)
-        rows = np.flatnonzero(task.examples["snapshot"] == task.examples["snapshot"][0])[:64]
-        answers[precision] = item_vectors(trainer.averaged, task.source, task.catalogue, "valid")
-        trainer.model.train()
-        losses[precision] = float(trainer.loss(trainer.batch(rows)).detach())
-        assert train_epochs(trainer, optimizer, {})["history"][-1]["valid_hr_at_10"] > 0.97
-    assert losses["bf16"] != losses["fp32"] and losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
-    assert torch.equal(answers["bf16"], answers["fp32"])
-
-
-def test_dropout_keeps_its_share_and_the_mean():
-    dropout, ones = Dropout(0.25), torch.ones(999, 7)
-    torch.manual_seed(0)
-    first = dropout(ones)
-    assert first.unique().tolist() == pytest.approx([0.0, 4 / 3])
-    assert (first == 0).float().mean().item() == pytest.approx(0.25, abs=0.02)
-    assert not torch.equal(first, dropout(ones))
-    torch.manual_seed(0)
-    assert torch.equal(first, dropout(ones))
-    assert dropout.eval()(ones) is ones
 
 
 def test_a_resumed_training_equals_an_undisturbed_one_bit_for_bit(tmp_path):
