@@ -1,6 +1,6 @@
 """The same number of trials for every baseline, chosen on the validation period alone.
 
-Optuna's TPE sampler proposes points one after the other, the default point first. Each finished trial is a file; a
+Optuna's TPE sampler proposes points one after the other, after the starting points. Each finished trial is a file; a
 killed evaluation asks the seeded sampler for the same points again and takes what it finds.
 """
 

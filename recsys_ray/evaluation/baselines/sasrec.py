@@ -1,8 +1,8 @@
 """SASRec (Kang and McAuley, ICDM 2018): a causal transformer over the user's sequence of items predicts the next one.
 
 Trained with a softmax over sampled negatives instead of the paper's single negative with binary cross-entropy, which
-makes it a markedly stronger opponent (Klenitskiy and Vasilev, RecSys 2023). Written here: RecTools,
-which has it, asks for NumPy 1.
+makes it a markedly stronger opponent (Klenitskiy and Vasilev, RecSys 2023). Written here: RecTools, which
+has it, asks for NumPy 1.
 """
 
 from __future__ import annotations
