@@ -47,11 +47,11 @@ COLUMN_NAMES = (
     "how many positives",
 )
 COLUMNS = len(COLUMN_NAMES) - 1  # that towers read
-UNTOUCHED, COUNT = 6, 9  # columns: no event yet; positives of all days
+EVER, UNTOUCHED, COUNT = 3, 6, 9  # columns: positives of all days, relative; no event yet; positives of all days
 _POSITIVE_DAYS = (7, 30, 90)
 _ALL_DAYS = 30
-_EVER = 3  # row of the counts: positives of all days
 NEVER = np.iinfo(np.int64).max
+_NONE = 0.1  # of the mean count: what an item without any counts as in its rarity
 _SCALE = 3.0  # natural log of days and of counts, brought to about one
 
 Counts = tuple[Int[np.ndarray, "5 items"], Int[np.ndarray, "items"]]  # the five counts; first event or NEVER
@@ -149,7 +149,7 @@ def describe(
     columns = list(np.log1p(counts / np.maximum(mean, 1e-9)))
     out = published <= moment
     age, shelf_life = np.where(touched, _log_days(moment, first), 0), np.where(out, _log_days(moment, published), 0)
-    known = np.log1p(counts[_EVER]) / _SCALE
+    known = np.log1p(counts[EVER]) / _SCALE
     return np.stack([*columns, age, ~touched, shelf_life, out, known], axis=1).astype(np.float32)
 
 
@@ -160,3 +160,11 @@ def positives(table: Float[Tensor, "n columns"]) -> Float[Tensor, "n"]:
 
 def _log_days(moment: int, since: Int[np.ndarray, "items"]) -> Float[np.ndarray, "items"]:
     return np.log1p(np.maximum(moment - since.astype(np.float64), 0) / DAY) / _SCALE
+
+
+def rarity(table: Float[np.ndarray, "items columns"], power: float) -> Float[np.ndarray, "items"]:
+    """How much an item says about its neighbours: its positives so far, relative to the mean, to minus ``power``.
+
+    What everybody has says little about who else belongs together; it is the norm in the cosine of co-occurrence.
+    """
+    return ((np.expm1(table[:, EVER].astype(np.float32)) + _NONE) ** -power).astype(np.float32)
