@@ -25,7 +25,7 @@ from safetensors.numpy import load_file, save_file
 from recsys_ray.errors import ArtifactError
 
 MANIFEST = "manifest.json"
-FORMAT = 4  # raise it when the layout of any stage's output changes: older outputs are then made again
+FORMAT = 3  # raise it when the layout of any stage's output changes: older outputs are then made again
 SCRATCH = "_scratch"  # inside a work folder: resume state that is not part of the output
 _SOFTWARE = ("ray", "torch", "dgl", "transformers", "pyarrow", "faiss-cpu", "numpy")
 

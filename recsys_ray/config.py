@@ -186,14 +186,9 @@ class TwoTowerConfig(Section):
     dropout: Share = Field(0.1, description="before every layer, while training")
     history: Positive = Field(50, description="latest events of a user that make the user's features")
     last_item: bool = Field(True, description="the user's last item, beside the mean of all")
-    id_dim: int = Field(64, ge=0, description="learned vector of each item, beside text and HGNN embedding; 0: none")
+    id_dim: int = Field(32, ge=0, description="learned vector of each item, beside text and HGNN embedding; 0: none")
     id_items: Positive = Field(200_000, description="items with a learned vector: those with the most examples")
-    id_prior: float = Field(
-        4.0,
-        ge=0,
-        description="a training step does without the learned vector of an item with n positives so far in "
-        "id_prior / (n + id_prior) of the cases, as if there were none",
-    )
+    id_dropout: Share = Field(0.5, description="share of learned vectors that a training step does without")
     batch_size: Positive = 1024
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="of the layers while they train; auto: bf16 where the hardware has it"

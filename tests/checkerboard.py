@@ -6,14 +6,13 @@ whoever has learned the board finds every one among the first ten, and whoever h
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import numpy as np
 import torch
 
 from recsys_ray.config import TwoTowerConfig
-from recsys_ray.graph.activity import COLUMNS, COUNT
+from recsys_ray.graph.activity import COLUMNS
 from recsys_ray.ranks import seed_from
 from recsys_ray.snapshots import DAY, Snapshot
 from recsys_ray.two_tower.batches import ArrayFeatures, Catalogue
@@ -69,9 +68,7 @@ def board_catalogue() -> Catalogue:
     offsets = torch.full((ITEMS + 1,), 2)
     offsets[0] = 0
     kinds = torch.arange(ITEMS) // (2 * LIKED)
-    quiet = {s.name: torch.zeros(ITEMS, ACTIVITY + 1) for s in SNAPSHOTS}
-    for table in quiet.values():
-        table[:, COUNT] = math.log1p(1) / 3  # one positive
+    quiet = {s.name: torch.zeros(ITEMS, ACTIVITY) for s in SNAPSHOTS}
     return Catalogue(kinds, torch.zeros(ITEMS, dtype=torch.int64), torch.tensor([1, 2]), offsets, quiet)
 
 
@@ -91,7 +88,7 @@ def board_task(telling: str = "hgnn", with_hgnn: bool = True, rows: slice = slic
     spec = TowerSpec(
         num_types=TYPES, events=["stream", "preview"], text_dim=TEXT, hgnn_dim=HGNN, activity_dim=ACTIVITY,
         num_countries=2, num_languages=1, num_categories=2, tastes={"music": 3}, layers=list(CONFIG.layers), history=80,
-        id_dim=id_dim, id_rows=ITEMS, num_items=ITEMS, id_prior=0.2, last_item=True,
+        id_dim=id_dim, id_rows=ITEMS, num_items=ITEMS, id_dropout=0.2, last_item=True,
     )  # fmt: skip
     names = {s.index: s.name for s in SNAPSHOTS}
     spec = spec if with_hgnn else replace(spec, hgnn_dim=0)

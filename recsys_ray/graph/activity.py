@@ -6,9 +6,7 @@ Columns of the table (all at most a few units large, so that towers can read the
   items that had any event, so that a platform that doubles does not shift every item's value;
 * the same of all events, weak signals included, of the last 30 days;
 * ``log(1 + days)`` since the item's first event, and a flag for items that had none;
-* ``log(1 + days)`` since publication, and a flag for items whose date is known (and not after the snapshot);
-* ``log(1 + c)`` of the positives of all days: how much is known of the item. No input of a tower, since it grows with
-  the platform.
+* ``log(1 + days)`` since publication, and a flag for items whose date is known (and not after the snapshot).
 
 In leave-one-out times are logical (recsys_ray/data/split.py): all that came before lies a fraction of a day back. Every
 window then holds everything, ages are about zero, and no date of publication is known.
@@ -23,9 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from jaxtyping import Float, Int
-from torch import Tensor
 
 from recsys_ray.artifacts import open_artifact, save_arrays
 from recsys_ray.config import Config
@@ -44,15 +40,14 @@ COLUMN_NAMES = (
     "no event yet",
     "days since publication",
     "published",
-    "how many positives",
 )
-COLUMNS = len(COLUMN_NAMES) - 1  # that towers read
-EVER, UNTOUCHED, COUNT = 3, 6, 9  # columns: positives of all days, relative; no event yet; positives of all days
+COLUMNS = len(COLUMN_NAMES)
+EVER, UNTOUCHED = 3, 6  # columns: positives of all days, no event yet
 _POSITIVE_DAYS = (7, 30, 90)
 _ALL_DAYS = 30
 NEVER = np.iinfo(np.int64).max
 _NONE = 0.1  # of the mean count: what an item without any counts as in its rarity
-_SCALE = 3.0  # natural log of days and of counts, brought to about one
+_SCALE = 3.0  # natural log of days, brought to about one
 
 Counts = tuple[Int[np.ndarray, "5 items"], Int[np.ndarray, "items"]]  # the five counts; first event or NEVER
 
@@ -149,13 +144,7 @@ def describe(
     columns = list(np.log1p(counts / np.maximum(mean, 1e-9)))
     out = published <= moment
     age, shelf_life = np.where(touched, _log_days(moment, first), 0), np.where(out, _log_days(moment, published), 0)
-    known = np.log1p(counts[EVER]) / _SCALE
-    return np.stack([*columns, age, ~touched, shelf_life, out, known], axis=1).astype(np.float32)
-
-
-def positives(table: Float[Tensor, "n columns"]) -> Float[Tensor, "n"]:
-    """How many positives these items had, out of their rows of a snapshot's table."""
-    return torch.expm1(table[:, COUNT].float() * _SCALE)
+    return np.stack([*columns, age, ~touched, shelf_life, out], axis=1).astype(np.float32)
 
 
 def _log_days(moment: int, since: Int[np.ndarray, "items"]) -> Float[np.ndarray, "items"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from recsys_ray.graph.activity import COLUMNS, UNTOUCHED, positives
+from recsys_ray.graph.activity import UNTOUCHED
 from recsys_ray.two_tower.examples import ABSENT
 from recsys_ray.two_tower.inputs import ItemRows, ItemTables, UserInputs
 from recsys_ray.two_tower.towers import TowerSpec
@@ -41,7 +41,7 @@ class Catalogue:
         offsets = torch.cumsum(counts, 0) - counts
         within = torch.arange(int(counts.sum())) - torch.repeat_interleave(offsets, counts)
         flat = self.categories[torch.repeat_interleave(self.category_offsets[gids], counts) + within]
-        alive = self.activity[snapshot][gids, :COLUMNS].float()
+        alive = self.activity[snapshot][gids].float()
         owners = self.owners(gids, snapshot)
         return ItemRows(owners, text, hgnn, alive, self.ntype[gids], self.language[gids], flat, offsets)
 
@@ -49,13 +49,6 @@ class Catalogue:
         """Whose own vector each item may show: its own, or nobody's (-1) while nobody has touched it. At the test, too,
         an item that is new has none, and the towers have to learn what to do then."""
         return torch.where(self.activity[snapshot][gids, UNTOUCHED] > 0, -1, gids)
-
-    def trusted(self, gids: Int64[Tensor, "N"], snapshot: str, prior: float) -> Int64[Tensor, "N"]:
-        """:meth:`owners` for a training step, drawn: an item with n positives as of the snapshot shows its vector in
-        n / (n + prior) of the cases. What few examples taught says little, and the towers must do without it; what many
-        taught is what matrix factorisation has."""
-        seen = positives(self.activity[snapshot][gids])
-        return torch.where(torch.rand(len(gids)) * (seen + prior) < seen, self.owners(gids, snapshot), -1)
 
 
 class ArrayFeatures:
@@ -120,16 +113,12 @@ def make_batch(
     candidates, target = torch.unique(targets, return_inverse=True)
     needed, place = torch.unique(torch.cat([users.gids, candidates]), return_inverse=True)
     tables = tables_for(source, spec, catalogue, snapshot, needed)
-    if spec.id_dim:
-        tables = replace(tables, owners=catalogue.trusted(needed, snapshot, spec.id_prior))
     local = UserInputs(place[: len(users.gids)], users.events, users.offsets, users.age, users.country, users.tastes)
     own = place[len(users.gids) :]
     assert tables.text is not None
     item_rows = catalogue.rows(
         candidates, snapshot, tables.text[own], None if tables.hgnn is None else tables.hgnn[own]
     )
-    if spec.id_dim:
-        item_rows = replace(item_rows, owners=catalogue.trusted(candidates, snapshot, spec.id_prior))
     kinds = catalogue.ntype[candidates]
     not_negative = kinds[target][:, None] != kinds
     row = torch.repeat_interleave(torch.arange(len(rows)), users.offsets.diff())

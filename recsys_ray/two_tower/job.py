@@ -105,7 +105,7 @@ def _spec(config: Config, ingest: Artifact, featurize: Artifact, hgnn: Artifact)
         id_dim=config.two_tower.id_dim,
         id_rows=min(sum(facts["items_per_type"]), config.two_tower.id_items),
         num_items=sum(facts["items_per_type"]),
-        id_prior=config.two_tower.id_prior,
+        id_dropout=config.two_tower.id_dropout,
         last_item=config.two_tower.last_item,
         item_types=list(facts["item_types"]),
         countries=list(facts["countries"]),
@@ -283,7 +283,7 @@ def _train(
     def on_step(epoch: int, step: int, loss: float) -> None:
         if rank == 0 and step % _REPORT_EVERY == 0:
             best = "" if not state.get("best") else f", best valid HR@10 {state['best']:.4f}"
-            done, total = epoch * trainer.steps + step, (config.epochs + config.refit) * trainer.steps
+            done, total = epoch * trainer.steps + step, config.epochs * trainer.steps
             parameters["board"].put.remote(done, total, f"{variant}, epoch {epoch} loss {loss:.4f}{best}")
 
     def on_epoch(state: dict[str, Any], better: bool) -> None:

@@ -58,7 +58,7 @@ class TowerSpec:
     id_dim: int = 0  # 0: items have no vectors of their own
     id_rows: int = 0  # how many have one
     num_items: int = 0
-    id_prior: float = 0.0  # see TwoTowerConfig
+    id_dropout: float = 0.0
     last_item: bool = False
     cold_start: bool = True  # trained on empty histories too: every user's first event is an example
 
@@ -86,7 +86,7 @@ class Dropout(nn.Module):
             return x_BF
         words = torch.empty(-(-x_BF.numel() // 8), dtype=torch.int64, device=x_BF.device).random_(-(2**63), None)
         kept = words.view(torch.uint8)[: x_BF.numel()].view_as(x_BF) >= self.dropped
-        return x_BF * kept * (256 / max(256 - self.dropped, 1))
+        return x_BF * kept * (256 / (256 - self.dropped))
 
 
 class _Layers(nn.Module):
@@ -221,12 +221,14 @@ class ItemTower(nn.Module):
 
 class ItemIds(nn.Module):
     """A learned vector for each item with training examples, shared by both towers (ours; the item embedding of
-    matrix factorisation). Zeros stand for all other items."""
+    matrix factorisation). Zeros stand for all other items and, now and then in training, for any: the towers must not
+    lean on it alone."""
 
     row: Tensor  # int64 [items]: the item's row in the table; 0: none
 
     def __init__(self, spec: TowerSpec) -> None:
         super().__init__()
+        self.dropout = spec.id_dropout
         self.register_buffer("row", torch.zeros(spec.num_items, dtype=torch.int64))
         self.vector = nn.Embedding(spec.id_rows + 1, spec.id_dim, padding_idx=0)
         nn.init.normal_(self.vector.weight, std=_ID_START / _ID_SCALE)
@@ -248,7 +250,11 @@ class ItemIds(nn.Module):
     def forward(self, owners: Int64[Tensor, "N"]) -> Float[Tensor, "N d"]:
         """Vectors of these gids, with entries of about one; zeros for -1."""
         rows = torch.where(owners >= 0, self.row[owners], 0)
-        return self.vector(rows) * _ID_SCALE
+        vectors = self.vector(rows) * _ID_SCALE
+        if not self.training or not self.dropout:
+            return vectors
+        kept = torch.rand(len(owners), 1) >= self.dropout
+        return vectors * kept / (1 - self.dropout)
 
 
 class GivenIds(nn.Module):

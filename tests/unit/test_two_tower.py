@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +14,7 @@ from safetensors.torch import save_file
 
 from recsys_ray.checkpoint import load_checkpoint, save_checkpoint
 from recsys_ray.errors import ArtifactError
-from recsys_ray.graph.activity import COUNT, UNTOUCHED
+from recsys_ray.graph.activity import UNTOUCHED
 from recsys_ray.two_tower.batches import batches_in, country_index, epoch_batches, make_batch, tables_for, user_inputs
 from recsys_ray.two_tower.inputs import UserInputs
 from recsys_ray.two_tower.loss import inclusion_log_q, paper_loss, sampled_softmax
@@ -357,27 +356,14 @@ def test_an_item_that_nobody_had_touched_shows_no_vector_of_its_own():
     assert task.catalogue.rows(gids, "cut0", features, None).owners.tolist() == [2, -1]
 
 
-def test_training_shows_an_items_own_vector_as_often_as_its_positives_so_far_are_worth():
-    catalogue = board_task(id_dim=4).catalogue
-    catalogue.activity["cut0"][:, COUNT] = math.log1p(12) / 3  # as the table holds it
-    catalogue.activity["cut0"][1, COUNT] = 0.0
+def test_training_does_without_some_vectors_and_keeps_their_mean():
+    ids = ItemIds(replace(board_task().spec, id_dim=3, id_dropout=0.5))
+    ids.assign(torch.ones(ITEMS))
+    gids = torch.zeros(4000, dtype=torch.int64)
     torch.manual_seed(0)
-    gids = torch.arange(2).repeat(4000)
-    drawn = catalogue.trusted(gids, "cut0", prior=4.0)
-    assert set(drawn.tolist()) == {0, -1}
-    assert (drawn == 0).float().mean() == pytest.approx(0.5 * 12 / 16, abs=0.02)
-    assert torch.equal(catalogue.trusted(gids[::2], "cut0", prior=0.0), gids[::2])
-
-
-def test_a_step_does_without_vectors_and_validation_has_them_all():
-    task = board_task(id_dim=4)
-    torch.manual_seed(0)
-    batch = make_batch(task.examples, np.arange(64), replace(task.spec, id_prior=1.0), task.source, task.catalogue,
-                       task.snapshot_names)  # fmt: skip
-    for owners in (batch.tables.owners, batch.rows.owners):
-        assert 0.2 < (owners >= 0).float().mean() < 0.8
-    gids = torch.arange(ITEMS)
-    assert torch.equal(tables_for(task.source, task.spec, task.catalogue, "valid", gids).owners, gids)
+    drawn, whole = ids(gids), ids.eval()(gids[:1])
+    assert set((drawn / whole).round(decimals=3).unique().tolist()) == {0.0, 2.0}
+    assert torch.allclose(drawn.mean(0), whole[0], atol=0.1)
 
 
 def test_the_last_item_counts_beside_the_mean(someone):
