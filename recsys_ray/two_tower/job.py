@@ -283,7 +283,7 @@ def _train(
     def on_step(epoch: int, step: int, loss: float) -> None:
         if rank == 0 and step % _REPORT_EVERY == 0:
             best = "" if not state.get("best") else f", best valid HR@10 {state['best']:.4f}"
-            done, total = epoch * trainer.steps + step, config.epochs * trainer.steps
+            done, total = epoch * trainer.steps + step, (config.epochs + config.refit) * trainer.steps
             parameters["board"].put.remote(done, total, f"{variant}, epoch {epoch} loss {loss:.4f}{best}")
 
     def on_epoch(state: dict[str, Any], better: bool) -> None:
