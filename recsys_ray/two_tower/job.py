@@ -25,7 +25,7 @@ from recsys_ray.precision import choose_precision
 from recsys_ray.progress import Progress
 from recsys_ray.ranks import partition_client, rank_setup, run_ranks, seed_from
 from recsys_ray.snapshots import Snapshot, snapshots_of
-from recsys_ray.two_tower.batches import Catalogue, Examples, country_index
+from recsys_ray.two_tower.batches import Catalogue, Examples, batches_in, country_index
 from recsys_ray.two_tower.examples import (
     HistoryRules,
     UserEvents,
@@ -260,6 +260,12 @@ def _sample(examples: Examples, count: int, seed: int) -> Examples:
     return {name: column[rows] for name, column in examples.items()}
 
 
+def _refit_steps(task: TowerTask, batch_size: int) -> int:
+    """Of this rank: what is shown as left need not know the other ranks'."""
+    parts = [part["snapshot"] for part in (task.examples, task.later) if part]
+    return batches_in(np.concatenate(parts), batch_size)
+
+
 def _train(
     parameters: dict[str, Any], config: TwoTowerConfig, variant: str, task: TowerTask, rank: int, world: int,
     client: Any,
@@ -277,13 +283,14 @@ def _train(
     scratch = Path(parameters["out"]) / SCRATCH / variant
     trainer = TowerTrainer(model, network, task, config, parameters["seed"], rank)
     state: dict[str, Any] = {}
+    total = config.epochs * trainer.steps + (_refit_steps(task, config.batch_size) if config.refit else 0)
     if (scratch / _CHECKPOINT).exists():
         state = load_checkpoint(scratch / _CHECKPOINT, trainer.weights, optimizer)
 
     def on_step(epoch: int, step: int, loss: float) -> None:
         if rank == 0 and step % _REPORT_EVERY == 0:
             best = "" if not state.get("best") else f", best valid HR@10 {state['best']:.4f}"
-            done, total = epoch * trainer.steps + step, (config.epochs + config.refit) * trainer.steps
+            done = epoch * trainer.steps + step
             parameters["board"].put.remote(done, total, f"{variant}, epoch {epoch} loss {loss:.4f}{best}")
 
     def on_epoch(state: dict[str, Any], better: bool) -> None:

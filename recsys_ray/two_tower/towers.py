@@ -85,7 +85,7 @@ class Dropout(nn.Module):
         if not self.training or not self.dropped:
             return x_BF
         words = torch.empty(-(-x_BF.numel() // 8), dtype=torch.int64, device=x_BF.device).random_(-(2**63), None)
-        kept = words.view(torch.uint8)[: x_BF.numel()].view_as(x_BF) >= self.dropped
+        kept = words.view(torch.uint8)[: x_BF.numel()].view_as(x_BF) > self.dropped - 1  # 256 is no byte
         return x_BF * kept * (256 / max(256 - self.dropped, 1))
 
 

@@ -36,3 +36,4 @@ def test_dropout_keeps_its_share_and_the_mean():
     torch.manual_seed(0)
     assert torch.equal(first, dropout(ones))
     assert dropout.eval()(ones) is ones
+    assert not Dropout(1.0)(ones).any()
