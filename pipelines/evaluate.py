@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import polars as pl
@@ -17,6 +18,7 @@ from recsys_ray.hgnn.embeddings import load_embeddings
 from recsys_ray.two_tower.scorer import TrainedTower
 
 NAMES = {"text_only": "two_tower_text_only", "hgnn": "2t_hgnn"}  # two-tower variant -> name in the table
+WITHOUT_MEMORY = "2t_hgnn_without_memory"
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -48,6 +50,9 @@ def _evaluate(context: Context, spent: Callable[[], tuple[float, float]]) -> dic
         for variant, name in NAMES.items()
         if (inputs["two-tower"] / variant / "metrics.json").exists()
     }
+    served = towers[NAMES["hgnn"]]
+    if served.memory is not None:
+        towers = {WITHOUT_MEMORY: replace(served, memory=None), **towers}
     return evaluate(
         context.config,
         inputs["ingest"],

@@ -17,6 +17,7 @@ from recsys_ray.artifacts import Artifact, publish, save_arrays, work_folder
 from recsys_ray.config import Config, TextConfig
 from recsys_ray.progress import Progress
 from recsys_ray.retrieval.bundle import build_bundle
+from recsys_ray.two_tower.memory import Memory, memory_file
 
 DAY = 86_400
 END = 1_700_000_000
@@ -54,8 +55,9 @@ class World:
 
 
 def make_world(
-    root: Path, per_type: Sequence[int] = (30, 40, 50), users: int = 60, dim: int = 8, text: int = 16, seed: int = 0
-) -> World:
+    root: Path, per_type: Sequence[int] = (30, 40, 50), users: int = 60, dim: int = 8, text: int = 16, seed: int = 0,
+    memory: float = 0.0,
+) -> World:  # fmt: skip
     random = np.random.default_rng(seed)
     types = ["audiobook", "music", "podcast"][: len(per_type)]
     item_ids: list[str] = []
@@ -87,7 +89,7 @@ def make_world(
     }
     parts["model.safetensors"] = {"nothing": np.zeros(1, np.float32)}  # serving does not open it
     publish_arrays(root / "hgnn", parts, config={"hgnn": {}})
-    _write_towers(root / "two_tower", world, types, text, dim)
+    _write_towers(root / "two_tower", world, types, text, dim, memory)
     return world
 
 
@@ -181,7 +183,19 @@ def publish_arrays(target: Path, files: dict[str, dict[str, np.ndarray]], **fact
     publish(work, target, target.name, target.name, **{"counts": {}, **facts})
 
 
-def _write_towers(target: Path, world: World, types: list[str], text: int, dim: int) -> None:
+def no_memory() -> Memory:
+    return Memory(np.zeros(1, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.float32))
+
+
+def some_memory(items: int) -> Memory:
+    """Of each item, edges with some others."""
+    random = np.random.default_rng(5)
+    src, dst = random.integers(0, items, (2, 4 * items))
+    src, dst = src[src != dst], dst[src != dst]
+    return no_memory().extended(src, dst, random.integers(1, 9, len(src)), np.arange(items), items)
+
+
+def _write_towers(target: Path, world: World, types: list[str], text: int, dim: int, memory: float) -> None:
     from safetensors.torch import save_file
 
     from recsys_ray.two_tower.towers import TowerSpec, TwoTower
@@ -191,8 +205,10 @@ def _write_towers(target: Path, world: World, types: list[str], text: int, dim: 
     spec = TowerSpec(
         num_types=len(types), events=EVENTS, text_dim=text, hgnn_dim=dim, activity_dim=3, num_countries=2,
         num_languages=0, num_categories=1, tastes={"music": TASTE}, layers=[16, dim], item_types=types,
-        countries=["DE", "SE"], history=50, window_days=90,
+        countries=["DE", "SE"], history=50, window_days=90, memory=memory,
     )  # fmt: skip
+    if memory:
+        some_memory(len(world.item_ids)).save(memory_file(work, "serve"))
     torch.manual_seed(0)
     save_file(TwoTower(spec).state_dict(), work / "hgnn" / "model.safetensors")
     spec.save(work / "hgnn" / "spec.json")

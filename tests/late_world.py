@@ -11,7 +11,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from bundle_world import DAY, END, EVENTS, World, make_world, publish_arrays, published, write_ingest
+from bundle_world import DAY, END, EVENTS, World, make_world, no_memory, publish_arrays, published, write_ingest
 from safetensors.torch import save_file
 from toy_graph import ToyGraph
 
@@ -30,6 +30,7 @@ from recsys_ray.text.encoder import encoder_fingerprint, find_model
 from recsys_ray.text.featurize import encode_alike
 from recsys_ray.two_tower.batches import ArrayFeatures
 from recsys_ray.two_tower.job import catalogue_of
+from recsys_ray.two_tower.memory import memory_file
 from recsys_ray.two_tower.towers import TowerSpec, TwoTower
 from recsys_ray.two_tower.training import item_vectors
 
@@ -65,14 +66,14 @@ class Late:
         return pa.table({**rows, **changes})
 
 
-def true_edges(world: World, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """src, dst of the serve snapshot, by the graph stage's rules."""
+def true_edges(world: World, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """src, dst, support of the serve snapshot, by the graph stage's rules."""
     events = world.events[world.events[:, 2] == EVENTS.index("stream")]
     counter = PairCounter(size, Window(END - 90 * DAY, END), 100)
     parts = list(counter.add(*(np.ascontiguousarray(events[:, column]) for column in (0, 1, 3))))
     assert not parts
     kept = keep_best(counter.flush(), world.ntype.astype(np.int16), 1, 30, 0)
-    return kept.src.astype(np.int64), kept.dst.astype(np.int64)
+    return kept.src.astype(np.int64), kept.dst.astype(np.int64), kept.support
 
 
 def make_late(root: Path) -> Late:
@@ -90,7 +91,7 @@ def make_late(root: Path) -> Late:
     activity = describe(counts, first, dates, END).astype(np.float16)
 
     torch.manual_seed(1)
-    src, dst = true_edges(whole, size)
+    src, dst, _ = true_edges(whole, size)
     types = ItemTypes(torch.from_numpy(np.cumsum([0, *SIZES])))
     model = HGNN(384, HGNN_CONFIG, types)
     for parameter in model.parameters():
@@ -107,7 +108,7 @@ def make_late(root: Path) -> Late:
     spec = TowerSpec(
         num_types=3, events=EVENTS, text_dim=384, hgnn_dim=8, activity_dim=COLUMNS, num_countries=2, num_languages=0,
         num_categories=1, tastes={"music": 4}, layers=[16, 8], id_dim=4, id_rows=size, num_items=size, item_types=TYPES,
-        countries=["DE", "SE"], history=HISTORY, window_days=90,
+        countries=["DE", "SE"], history=HISTORY, window_days=90, memory=0.1,
     )  # fmt: skip
     towers = TwoTower(spec).eval()
     towers.ids.assign(torch.from_numpy(np.isin(np.arange(size), kept).astype(float)))  # new items have no own vector
@@ -167,6 +168,7 @@ def write_stages(world, text, embedding, hidden, model, towers, spec, encoder) -
     save_arrays(work / "hgnn" / "items" / "serve.safetensors", {"vector": world.vectors})
     save_file(towers.state_dict(), work / "hgnn" / "model.safetensors")
     spec.save(work / "hgnn" / "spec.json")
+    no_memory().extended(*true_edges(world, size), np.arange(size), size).save(memory_file(work, "serve"))
     publish(work, root / "two_tower", "two_tower", "two_tower", counts={})
 
 

@@ -8,6 +8,8 @@ Layout of ``bundles/<version>/``:
 - ``vectors.safetensors``: ``vector`` float32 [items, d], what the item tower made of every item
 - ``text.safetensors``, ``hgnn.safetensors``, ``ids.safetensors`` (the items' own learned vectors; not where the towers
   have none): the user tower's item tables
+- ``memory.safetensors``: what is remembered of pairs of items (recsys_ray/two_tower/memory.py); not where validation
+  gave that no weight
 - ``index/t{i}.faiss``: the available items of type number i, in order of gid
 - ``user_tower/``: ``model.safetensors``, ``spec.json``
 - ``user_ids.arrow`` (id ascending, uid), ``users.safetensors`` (age, country, taste.<name>; row = uid)
@@ -67,10 +69,12 @@ from recsys_ray.retrieval.histories import (
 from recsys_ray.retrieval.index import METRIC, TypeIndex, check_metric, check_unit_norm, recall_at
 from recsys_ray.retrieval.popularity import PopularityCounter, popularity_arrays
 from recsys_ray.retrieval.tower import LoadTower, TowerRunner, load_user_tower
+from recsys_ray.two_tower.memory import memory_file
 from recsys_ray.two_tower.towers import load_item_ids
 
 CURRENT = "current"
 VARIANT = "hgnn"  # of the two-tower stage's models, the one that is served
+MEMORY = "memory.safetensors"
 _SAMPLE = 1_000  # queries that recall is measured with
 _DAY = 86_400
 
@@ -239,6 +243,8 @@ def _write_items(work: Path, sources: _Sources) -> None:
     ids = load_item_ids(sources.two_tower.path / VARIANT)
     if ids is not None:
         save_arrays(work / "ids.safetensors", {"vector": ids})
+    if sources.spec.get("memory"):
+        shutil.copyfile(memory_file(sources.two_tower.path, "serve"), work / MEMORY)
     (work / "user_tower").mkdir(exist_ok=True)
     for name in ("model.safetensors", "spec.json"):
         shutil.copyfile(sources.two_tower.path / VARIANT / name, work / "user_tower" / name)

@@ -53,6 +53,7 @@ from recsys_ray.retrieval.arrivals import (
     number_trickle,
 )
 from recsys_ray.retrieval.bundle import (
+    MEMORY,
     check_recall,
     find_bundle,
     sample_queries,
@@ -67,6 +68,7 @@ from recsys_ray.snapshots import DAY
 from recsys_ray.text.featurize import encode_alike, text_of
 from recsys_ray.two_tower.batches import ArrayFeatures
 from recsys_ray.two_tower.job import catalogue_of
+from recsys_ray.two_tower.memory import Memory
 from recsys_ray.two_tower.towers import GivenIds, load_towers
 from recsys_ray.two_tower.training import item_vectors
 
@@ -147,6 +149,7 @@ class _Extension:
         start = 0 if counts["window_days"] is None else end - counts["window_days"] * DAY
         edges = self._edges(known, new, trickle, Window(start, end))
         self._write_vectors(known, new, edges, self._write_activity(new, trickle, end))
+        self._write_memory(new, edges, len(known) + new.added)
         self._write_items(new)
         self._write_people(new, trickle, start)
         recall, exact = self._write_indexes(new)
@@ -255,6 +258,11 @@ class _Extension:
         self._grow("hidden.safetensors", new, hidden=hidden.half().numpy())
         self._grow("hgnn.safetensors", new, embedding=embedding.numpy())
         self._grow("vectors.safetensors", new, vector=vectors)
+
+    def _write_memory(self, new: Arrivals, edges: Counted, items: int) -> None:
+        if (self.source.path / MEMORY).exists():
+            memory = Memory.load(self.source.path / MEMORY)
+            memory.extended(edges.src, edges.dst, edges.support, new.gid, items).save(self.work / MEMORY)
 
     def _encode(self, new: Arrivals) -> Array:
         """float16 [n, text_dim]."""

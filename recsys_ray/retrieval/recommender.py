@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from recsys_ray.artifacts import Artifact, open_artifact
-from recsys_ray.retrieval.bundle import find_bundle
+from recsys_ray.retrieval.bundle import MEMORY, find_bundle
 from recsys_ray.retrieval.catalogue import Items, Users
 from recsys_ray.retrieval.filters import (
     RequestError,
@@ -34,6 +34,7 @@ from recsys_ray.retrieval.index import TypeIndex, check_metric, search_types
 from recsys_ray.retrieval.popularity import Popularity
 from recsys_ray.retrieval.tower import LoadTower, TowerRunner, load_user_tower
 from recsys_ray.retrieval.wording import because, fits
+from recsys_ray.two_tower.memory import Memory
 
 _DAY = 86_400
 HistoryEntry = Mapping[str, Any]  # item_id, event (optional), timestamp (optional, unix seconds)
@@ -41,7 +42,8 @@ HistoryEntry = Mapping[str, Any]  # item_id, event (optional), timestamp (option
 
 @dataclass(frozen=True)
 class Recommendation:
-    """``score`` is the inner product of two unit vectors; for an answer by popularity the share of users."""
+    """``score`` is the inner product of two unit vectors plus what the memory adds; for an answer by popularity the
+    share of users."""
 
     item_id: str
     item_type: str
@@ -87,6 +89,7 @@ class Recommender:
     indexes: list[TypeIndex]
     tower: TowerRunner
     vectors: npt.NDArray[np.float32]
+    memory: Memory | None = None  # of pairs of items; None: validation gave it no weight
     _country_of: dict[str, int] = field(default_factory=dict)
 
     @classmethod
@@ -119,7 +122,10 @@ class Recommender:
         popularity = Popularity.load(folder / "popularity.safetensors")
         histories, country_of = Histories(folder / "histories.safetensors"), counts["countries"]
         numbers = {name: number for number, name in enumerate(country_of)}
-        made = cls(artifact, items, Users(folder), histories, popularity, indexes, tower, vectors, numbers)
+        memory = None
+        if (folder / MEMORY).exists():
+            memory = Memory(**{name: table.numpy() for name, table in mapped_arrays(folder / MEMORY).items()})
+        made = cls(artifact, items, Users(folder), histories, popularity, indexes, tower, vectors, memory, numbers)
         if warm:
             made._warm_up()
         return made
@@ -271,10 +277,36 @@ class Recommender:
     ) -> list[Recommendation]:
         query = self.tower(user_inputs([profile], self.tower.tastes))[0]
         scores, gids = search_types([self.indexes[t] for t in types], query, k, barred)
+        if self.memory is not None:
+            scores, gids = self._remember(self.memory, profile, types, query, barred, scores, gids, k)
         return [
             self._item(gid, score, reason)
             for gid, score, reason in zip(gids.tolist(), scores.tolist(), self._reasons(profile, gids), strict=True)
         ]
+
+    def _remember(
+        self,
+        memory: Memory,
+        profile: Profile,
+        types: list[int],
+        query: npt.NDArray[np.float32],
+        barred: npt.NDArray[np.int64],
+        scores: npt.NDArray[np.float32],
+        gids: npt.NDArray[np.int64],
+        k: int,
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+        """The best ``k`` of what the search found and of all that the memory raises. No other item can be among them:
+        the search has ``k`` that are better by their inner product alone."""
+        _, raised, value = memory.recall(np.zeros(len(profile.gids), np.int64), profile.gids)
+        allowed = np.isin(self.items.ntype[raised], types) & (self.items.available[raised] != 0)
+        allowed &= ~np.isin(raised, barred)
+        raised, value = raised[allowed], value[allowed]
+        others = ~np.isin(gids, raised)
+        weight = np.float32(self.tower.spec["memory"])
+        scores = np.concatenate([scores[others], self.vectors[raised] @ query + weight * value])
+        gids = np.concatenate([gids[others], raised])
+        best = np.lexsort((gids, -scores))[:k]
+        return scores[best], gids[best]
 
     def _by_popularity(
         self, profile: Profile, types: list[int], k: int, barred: npt.NDArray[np.int64]

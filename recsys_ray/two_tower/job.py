@@ -34,6 +34,7 @@ from recsys_ray.two_tower.examples import (
     user_columns,
     validation_examples,
 )
+from recsys_ray.two_tower.memory import Memory, memory_file
 from recsys_ray.two_tower.towers import TowerSpec, TwoTower
 from recsys_ray.two_tower.training import TowerTask, TowerTrainer, item_vectors, refit, start, train_epochs
 
@@ -69,6 +70,12 @@ def train_two_tower(
     for variant in variants:
         (out / variant).mkdir(parents=True, exist_ok=True)
         (spec if VARIANTS[variant] else replace(spec, hgnn_dim=0)).save(out / variant / "spec.json")
+    if config.two_tower.memory:
+        for snapshot in ("valid", "test", "serve"):
+            target = memory_file(out, snapshot)
+            if not target.exists():
+                edges = graph.path / "edges" / f"{snapshot}.parquet"
+                Memory.of_edges(edges, spec.num_items).save(target)
     parameters = {
         "config": config.two_tower.model_dump(),
         "seed": seed_from(config.seed, "two_tower"),
@@ -243,12 +250,13 @@ def _train_rank(parameters: dict[str, Any]) -> None:
         later = _collect("refit", ("uid", "timestamp", "target")) if config.refit else {}
         queries = _sample(queries, _MAX_QUERIES // world, seed_from(parameters["seed"], "queries", rank))
         catalogue = load_catalogue(parameters["items"], parameters["activity"], **parameters["vocabularies"])
+        memory = Memory.load(memory_file(Path(parameters["out"]), "valid")) if config.memory else None
         with partition_client(Path(parameters["graph"]), rank, world, features) as client:
             for variant in parameters["variants"]:
                 if (Path(parameters["out"]) / variant / "metrics.json").exists():  # whole, from an earlier attempt
                     continue
                 spec = TowerSpec.load(Path(parameters["out"]) / variant / "spec.json")
-                task = TowerTask(spec, client, catalogue, examples, queries, later, names)
+                task = TowerTask(spec, client, catalogue, examples, queries, later, names, memory)
                 torch.manual_seed(seed_from(parameters["seed"], variant))
                 _train(parameters, config, variant, task, rank, world, client)
 
@@ -310,5 +318,6 @@ def _train(
             vectors = item_vectors(model, client, task.catalogue, snapshot)
             save_arrays(out / "items" / f"{snapshot}.safetensors", {"vector": vectors.numpy()})
         save_file(model.state_dict(), out / "model.safetensors")
+        replace(task.spec, memory=state["memory"]).save(out / "spec.json")
         write_json(out / "metrics.json", state["history"])  # last: says that the variant is whole
     client.barrier()  # no rank looks for the next variant's files before this one's are there

@@ -15,6 +15,7 @@ from recsys_ray.artifacts import load_arrays
 from recsys_ray.snapshots import DAY
 from recsys_ray.two_tower.batches import country_index
 from recsys_ray.two_tower.inputs import ItemTables, UserInputs
+from recsys_ray.two_tower.memory import Memory, memory_file
 from recsys_ray.two_tower.towers import UserTower, load_item_ids, load_user_tower
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class TrainedTower:
     ntype: np.ndarray  # int64 [items]
     ids: np.ndarray | None  # float32 [items, d], the items' own vectors
     moment: int  # the snapshot's time: a history reaches back from here
+    memory: Memory | None = None  # as of the snapshot; None: the towers alone
 
     @staticmethod
     def open(folder: Path, text: np.ndarray, hgnn: np.ndarray | None, ntype: np.ndarray, moment: int) -> TrainedTower:
@@ -42,16 +44,13 @@ class TrainedTower:
         """
         vectors = load_arrays(folder / "items" / "test.safetensors")["vector"]
         tower, ids = load_user_tower(folder), load_item_ids(folder)
-        return TrainedTower(vectors, tower, text, hgnn if tower.spec.hgnn_dim else None, ntype, ids, moment)
+        memory = Memory.load(memory_file(folder.parent, "test")) if tower.spec.memory else None
+        return TrainedTower(vectors, tower, text, hgnn if tower.spec.hgnn_dim else None, ntype, ids, moment, memory)
 
     @torch.no_grad()
     def user_vectors(self, users: UserBatch) -> Float[Tensor, "users d"]:
         """Unit vectors of the users, by their latest events inside the window."""
-        spec = self.tower.spec
-        kept = np.ones(len(users.gid), bool)
-        if spec.window_days is not None:
-            kept = users.timestamp >= self.moment - spec.window_days * DAY
-        kept &= np.repeat(users.offsets[1:], np.diff(users.offsets)) - np.arange(len(users.gid)) <= spec.history
+        kept = self._kept(users)
         lengths = np.bincount(users.rows[kept], minlength=len(users))
         needed, place = np.unique(users.gid[kept], return_inverse=True)
         tables = ItemTables(
@@ -70,6 +69,22 @@ class TrainedTower:
             tastes=tastes,
         )
         return self.tower(inputs, tables)
+
+    def remembered(self, users: UserBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """Row, gid and what is added to the score there, ascending by row and gid; None: nothing is."""
+        if self.memory is None:
+            return None
+        kept = self._kept(users)
+        row, gid, value = self.memory.recall(users.rows[kept], users.gid[kept])
+        return row, gid, np.float32(self.tower.spec.memory) * value
+
+    def _kept(self, users: UserBatch) -> np.ndarray:
+        """bool [events]: the latest ones inside the window."""
+        spec = self.tower.spec
+        kept = np.repeat(users.offsets[1:], np.diff(users.offsets)) - np.arange(len(users.gid)) <= spec.history
+        if spec.window_days is not None:
+            kept &= users.timestamp >= self.moment - spec.window_days * DAY
+        return kept
 
     def _traits(self, users: UserBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         spec, count = self.tower.spec, len(users)

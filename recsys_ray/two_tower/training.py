@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from recsys_ray.config import TwoTowerConfig
@@ -25,8 +25,10 @@ from recsys_ray.two_tower.batches import (
     tables_for,
     user_inputs,
 )
+from recsys_ray.two_tower.examples import ABSENT
 from recsys_ray.two_tower.inputs import UserInputs
 from recsys_ray.two_tower.loss import inclusion_log_q, paper_loss, sampled_softmax
+from recsys_ray.two_tower.memory import WEIGHTS, Memory
 from recsys_ray.two_tower.towers import ItemIds, TowerSpec, TwoTower
 
 _ITEM_CHUNK = 8192
@@ -37,7 +39,8 @@ _TOP = 10
 
 @dataclass
 class TowerTask:
-    """One variant's training on one rank. ``later``: examples of the validation period, for the refit."""
+    """One variant's training on one rank. ``later``: examples of the validation period, for the refit; ``memory``: as
+    of the validation's snapshot, None: the towers alone."""
 
     spec: TowerSpec
     source: FeatureSource
@@ -46,6 +49,7 @@ class TowerTask:
     queries: Examples
     later: Examples
     snapshot_names: dict[int, str]
+    memory: Memory | None = None
 
 
 def start(model: TwoTower, task: TowerTask, seed: int) -> None:
@@ -115,11 +119,16 @@ class TowerTrainer:
         return make_batch(task.examples, rows, task.spec, task.source, task.catalogue, task.snapshot_names)
 
     @torch.no_grad()
-    def validate(self, snapshot: str = "valid") -> float:
+    def validate(self, snapshot: str = "valid") -> tuple[float, float]:
         """HR@10 of the validation queries, full ranking inside the target's type, seen items left out; each query
-        is one new item of a user. Over all ranks."""
+        is one new item of a user. Over all ranks; NaN where there is no query.
+
+        Returns:
+            HR@10 with the weight of the memory that is best (of equal ones the smallest), and that weight.
+        """
         queries, task = self.task.queries, self.task
-        hits = torch.zeros(2, dtype=torch.float64)
+        weights = [self.config.temperature * w for w in WEIGHTS] if task.memory is not None else [0.0]
+        hits = torch.zeros(len(weights) + 1, dtype=torch.float64)
         vectors = item_vectors(self.averaged, task.source, task.catalogue, snapshot) if len(queries["target"]) else None
         order = np.lexsort((queries["uid"], task.catalogue.ntype.numpy()[queries["target"]]))
         for kind in range(task.spec.num_types):
@@ -134,11 +143,48 @@ class TowerTrainer:
                 seen_row, seen_column = inside.nonzero()[:, 0], history[inside]
                 scores[seen_row, seen_column] = -torch.inf
                 target = torch.from_numpy(queries["target"][chunk]).long() - columns[0]
-                own = scores.gather(1, target[:, None])
-                ahead = (scores > own).sum(1) + ((scores == own).sum(1) - 1) / 2  # look-alikes do not all rank first
-                hits += torch.tensor([(ahead < _TOP).sum(), len(chunk)], dtype=torch.float64)
+                known = self._recall(chunk, int(columns[0]), len(columns))
+                for place, weight in enumerate(weights):
+                    hits[place] += (_ahead(scores, target, *known, weight) < _TOP).sum()
+                hits[-1] += len(chunk)
         hits = sum_over_ranks(hits)
-        return float(hits[0] / hits[1]) if hits[1] else float("nan")
+        if not hits[-1]:
+            return float("nan"), 0.0
+        best = int(hits[:-1].argmax())
+        return float(hits[best] / hits[-1]), weights[best]
+
+    def _recall(self, rows: np.ndarray, first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What the memory holds for these queries among the items from gid ``first`` on: row, column, value."""
+        if self.task.memory is None:
+            return torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+        history = self.task.queries["history"][rows]
+        row, place = np.nonzero(history != ABSENT)
+        row, gid, value = self.task.memory.recall(row, history[row, place])
+        here = (gid >= first) & (gid < first + count)
+        return torch.from_numpy(row[here]), torch.from_numpy(gid[here] - first), torch.from_numpy(value[here])
+
+
+def _ahead(
+    scores: Float[Tensor, "B N"],
+    target: Int64[Tensor, "B"],
+    row: Int64[Tensor, "m"],
+    column: Int64[Tensor, "m"],
+    value: Float[Tensor, "m"],
+    weight: float,
+) -> Float[Tensor, "B"]:
+    """How many items stand before each target, look-alikes half: they do not all rank first. ``weight * value`` is
+    added to the scores at (row, column), without a second copy of them."""
+    bonus = weight * value
+    own = scores.gather(1, target[:, None]).squeeze(1)
+    is_target = column == target[row]
+    own = own.index_add(0, row[is_target], bonus[is_target])
+    ahead = (scores > own[:, None]).sum(1) + ((scores == own[:, None]).sum(1) - 1) / 2
+    if weight:
+        plain, limit = scores[row, column], own[row]
+        raised = plain + bonus
+        change = (raised > limit).float() + (raised == limit) / 2 - (plain > limit).float() - (plain == limit) / 2
+        ahead = ahead.index_add(0, row, change)
+    return ahead
 
 
 def item_vectors(model: TwoTower, source: FeatureSource, catalogue: Catalogue, snapshot: str) -> Float[Tensor, "N D"]:
@@ -198,17 +244,19 @@ def train_epochs(
 ) -> dict[str, Any]:
     """Train from ``state`` (empty: from the start) until the last epoch or until ``patience`` epochs in a row did not
     raise the validation HR@10. ``on_epoch(state, better)`` is the place for checkpoints."""
-    for key, value in (("history", []), ("best", None), ("bad", 0)):
+    for key, value in (("history", []), ("best", None), ("bad", 0), ("memory", 0.0)):
         state.setdefault(key, value)
     config = trainer.config
     for epoch in range(len(state["history"]), config.epochs):
         if state["bad"] >= config.patience:
             break
         loss = run_epoch(trainer, optimizer, epoch, epoch * trainer.steps, on_step)
-        hit_rate = trainer.validate()
+        hit_rate, memory = trainer.validate()
         watched = hit_rate if hit_rate == hit_rate else -loss  # no validation queries: the training loss
         better = state["best"] is None or watched > state["best"]
         state["best"], state["bad"] = (watched, 0) if better else (state["best"], state["bad"] + 1)
+        if better:
+            state["memory"] = memory
         state["history"].append({"epoch": epoch, "loss": loss, "valid_hr_at_10": hit_rate})
         on_epoch(state, better)
     return state

@@ -44,6 +44,9 @@ class ColourTower:
 
     item_vectors = np.eye(2, dtype=np.float32)[np.arange(ITEMS) % 2]
 
+    def remembered(self, users: UserBatch) -> None:
+        return None
+
     def user_vectors(self, users: UserBatch) -> torch.Tensor:
         assert users.users is not None and len(users.users) == len(users)
         colour = [int(user_id.removeprefix("user-")) % 2 for user_id in users.users["user_id"].to_pylist()]

@@ -24,10 +24,11 @@ from recsys_ray.artifacts import open_artifact
 from recsys_ray.errors import ArtifactError, ConfigError, DataError
 from recsys_ray.hgnn.inductive import EdgeList
 from recsys_ray.hgnn.model import ItemTypes
-from recsys_ray.retrieval.bundle import build_bundle, find_bundle
+from recsys_ray.retrieval.bundle import MEMORY, build_bundle, find_bundle
 from recsys_ray.retrieval.extend import extend_bundle
 from recsys_ray.retrieval.histories import mapped_arrays
 from recsys_ray.retrieval.recommender import Recommender
+from recsys_ray.two_tower.memory import Memory
 from serve.app import create_app
 
 
@@ -173,6 +174,24 @@ def test_a_new_item_is_recommended_and_may_be_in_a_history(late, extended):
     answer = asyncio.run(ask())
     assert answer.status_code == 200
     assert late.linked in [item["item_id"] for item in answer.json()["items"]]
+
+
+def test_the_memory_holds_the_edges_of_new_items_in_both_directions(late, extended):
+    old, new = Memory.load(late.bundle / MEMORY), Memory.load(extended / MEMORY)
+    gid = Recommender.load(extended).items.find(late.linked)
+    near = new.gid[new.begin[gid] : new.begin[gid + 1]]
+    assert len(near) > 3
+    for item in near.tolist():
+        row = new.gid[new.begin[item] : new.begin[item + 1]].tolist()
+        before = old.gid[old.begin[item] : old.begin[item + 1]].tolist() if item < len(old.degree) else []
+        assert gid in row and set(before) <= set(row)
+    untouched = next(u for u in late.world.user_ids if u not in late.trickle["user_id"].to_pylist())
+    for user in ("nobody", untouched):  # who has something beside it is shown it sooner
+        asked = {"user_id": user, "history": [{"item_id": late.world.item_ids[near[0]]}], "k": 500}
+        score = {found.item_id: found.score for found in Recommender.load(extended).recommend(**asked)}
+        alone = Recommender.load(extended)
+        alone.memory = None
+        assert score[late.linked] > {f.item_id: f.score for f in alone.recommend(**asked)}[late.linked]
 
 
 def test_known_users_have_seen_what_the_trickle_says(late, extended):

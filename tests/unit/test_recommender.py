@@ -23,9 +23,9 @@ from recsys_ray.retrieval.wording import because, fits
 TYPES = ["audiobook", "music", "podcast"]
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> World:
-    made = make_world(tmp_path_factory.mktemp("world"))
+@pytest.fixture(scope="module", params=[0.0, 0.1], ids=["towers alone", "memory"])
+def world(request, tmp_path_factory) -> World:
+    made = make_world(tmp_path_factory.mktemp("world"), memory=request.param)
     made.bundle()
     return made
 
@@ -181,16 +181,28 @@ def _cut(path: Path) -> None:
 
 
 def test_answer_is_brute_force(world, recommender):
-    """The tower's vector against every allowed item."""
+    """The tower's vector against every allowed item, and what the memory adds."""
     from recsys_ray.retrieval.histories import user_inputs
+
+    raised = 0
 
     for uid in (0, 1, 5, 11):
         profile = recommender.users.traits(uid, recommender.histories.recent(uid))
         query = recommender.tower(user_inputs([profile], recommender.tower.tastes))[0]
         seen = world.seen(world.user_ids[uid])
         allowed = [g for g, i in enumerate(world.item_ids) if world.available[g] and i not in seen]
-        best = sorted(allowed, key=lambda g: -float(world.vectors[g] @ query))[:10]
-        assert ids(recommender.recommend(world.user_ids[uid])) == [world.item_ids[g] for g in best]
+        scores = {g: float(world.vectors[g] @ query) for g in allowed}
+        alone = sorted(allowed, key=lambda g: -scores[g])[:10]
+        if recommender.memory is not None:
+            _, gids, values = recommender.memory.recall(np.zeros(len(profile.gids), np.int64), profile.gids)
+            for gid, value in zip(gids.tolist(), values.tolist(), strict=True):
+                scores[gid] = scores.get(gid, -np.inf) + 0.1 * value
+        best = sorted(allowed, key=lambda g: -scores[g])[:10]
+        raised += best != alone
+        found = recommender.recommend(world.user_ids[uid])
+        assert ids(found) == [world.item_ids[g] for g in best]
+        assert [item.score for item in found] == pytest.approx([scores[g] for g in best], abs=1e-5)
+    assert (raised > 0) == (recommender.memory is not None)
 
 
 def test_only_the_touched_rows_matter(recommender):

@@ -29,6 +29,9 @@ class ColourTower:
 
     item_vectors = np.eye(2, dtype=np.float32)[np.arange(ITEMS) % 2]
 
+    def remembered(self, users: UserBatch) -> None:
+        return None
+
     def user_vectors(self, users: UserBatch) -> torch.Tensor:
         return torch.eye(2)[torch.from_numpy(users.uid % 2)]
 

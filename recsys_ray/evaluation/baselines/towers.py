@@ -36,10 +36,14 @@ class TowerScorer(Protocol):
         """Vectors of users as of the start of the test period."""
         ...
 
+    def remembered(self, users: UserBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """Row, gid (int64) and what is added to the score there (float32); None: nothing is."""
+        ...
+
 
 @dataclass(frozen=True)
 class Tower:
-    """A two-tower model: user vectors times item vectors."""
+    """A two-tower model: user vectors times item vectors, and what its memory adds."""
 
     name: str
     model: TowerScorer
@@ -47,7 +51,17 @@ class Tower:
     def scorer(self, users: UserBatch) -> Scorer:
         with torch.no_grad():
             vectors = torch.as_tensor(self.model.user_vectors(users)).float()
-        return lambda first, last: vectors @ as_tensor(self.model.item_vectors[first:last]).float().T
+        known = self.model.remembered(users)
+
+        def score(first: int, last: int) -> Tensor:
+            scores = vectors @ as_tensor(self.model.item_vectors[first:last]).float().T
+            if known is not None:
+                row, gid, value = known
+                here = (gid >= first) & (gid < last)
+                scores[row[here], gid[here] - first] += torch.from_numpy(value[here])
+            return scores
+
+        return score
 
 
 @dataclass(frozen=True)
