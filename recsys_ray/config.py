@@ -143,8 +143,7 @@ class HgnnConfig(Section):
     hidden_dim: Positive = 128
     out_dim: Positive = 128
     signature_dim: int = Field(128, ge=0, description="random signs that an item sends beside its text; 0: text alone")
-    aggregator: Literal["max", "mean"] = Field("mean", description="weighted mean, or the max-pool of the papers")
-    damping: float = Field(0.0, ge=0, description="mean: a neighbour counts by its popularity to minus this power")
+    aggregator: Literal["max", "mean"] = Field("mean", description="mean, or the max-pool of the papers")
     weights_by: Literal["kinship", "relation"] = Field(
         "kinship",
         description="kinship: weights for relations inside a type and for those between types; later types share them; "

@@ -58,7 +58,6 @@ SPACE: tuple[Dimension, ...] = (
     Range("two_tower.id_dropout", 0.0, 0.9),
     Range("hgnn.temperature", 0.03, 0.3, log=True),
     Range("hgnn.learning_rate", 3e-4, 1e-2, log=True),
-    Range("hgnn.damping", 0.0, 1.0),
     Choice("hgnn.max_steps", (50, 100, 200, 400)),
     Choice("hgnn.min_edges", (5_000, 20_000, 80_000)),
     Choice("hgnn.fanouts", ([5, 3], [8, 5], [15, 10])),

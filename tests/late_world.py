@@ -17,7 +17,7 @@ from toy_graph import ToyGraph
 
 from recsys_ray.artifacts import publish, save_arrays, work_folder
 from recsys_ray.config import HgnnConfig, TextConfig
-from recsys_ray.graph.activity import COLUMNS, NEVER, count_events, describe, rarity
+from recsys_ray.graph.activity import COLUMNS, NEVER, count_events, describe
 from recsys_ray.graph.pairs import PairCounter, Window, keep_best
 from recsys_ray.hgnn.embedding import LocalStore, embed_items
 from recsys_ray.hgnn.model import HGNN, ItemTypes
@@ -99,8 +99,7 @@ def make_late(root: Path) -> Late:
     store = LocalStore(size, 16)
     packed = torch.from_numpy(item_signatures(whole.item_ids, 64).copy())
     graph = ToyGraph(src, dst, types.starts, torch.from_numpy(text).float())
-    weight = {0: torch.from_numpy(rarity(activity, HGNN_CONFIG.damping))}
-    embedding = embed_items(model, SignedSource(graph, packed, 64, weight), 0, torch.arange(size), store)
+    embedding = embed_items(model, SignedSource(graph, packed, 64), 0, torch.arange(size), store)
 
     linked = int(np.bincount(dst[whole.ntype[dst] == 2], minlength=size).argmax())  # a podcast with many edges
     gone = np.array([12, linked])

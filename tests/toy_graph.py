@@ -26,9 +26,6 @@ class ToyGraph:
     def features(self, name, gids):
         return self.text[gids]
 
-    def weights(self, gids, snapshot):
-        return torch.ones(len(gids))
-
     def edges(self, snapshot=0):
         return self._edges
 

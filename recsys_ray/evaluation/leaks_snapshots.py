@@ -26,7 +26,6 @@ from recsys_ray.graph.activity import (
     add_counts,
     count_events,
     describe,
-    rarity,
     read_published,
 )
 from recsys_ray.graph.pairs import Counted, PairCounter, Window
@@ -202,9 +201,7 @@ def check_embeddings(run: FinishedRun, snapshot: Snapshot, some: np.ndarray, nty
     ids = pq.read_table(run.ingest.path / "items.parquet", columns=["item_id"])["item_id"].to_pylist()
     packed = torch.from_numpy(item_signatures(ids, config.signature_dim).copy())
     file = EdgeFile(run.graph.path / "edges" / f"{snapshot.name}.parquet", ntype, text)
-    activity = load_arrays(run.graph.path / ACTIVITY)[snapshot.name]
-    weight = {snapshot.index: torch.from_numpy(rarity(activity, config.damping))}
-    source = SignedSource(file, packed, config.signature_dim, weight)
+    source = SignedSource(file, packed, config.signature_dim)
     blocks = build_blocks(source, torch.from_numpy(some.astype(np.int64)), snapshot.index, [_ALL, _ALL])
     made = model(source.features("text", blocks[0].src), blocks).numpy()
     stored = load_embeddings(run.hgnn.path, snapshot.name, len(ntype)).numpy()[some]

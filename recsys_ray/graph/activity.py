@@ -42,11 +42,10 @@ COLUMN_NAMES = (
     "published",
 )
 COLUMNS = len(COLUMN_NAMES)
-EVER, UNTOUCHED = 3, 6  # columns: positives of all days, no event yet
+UNTOUCHED = 6  # column: no event yet
 _POSITIVE_DAYS = (7, 30, 90)
 _ALL_DAYS = 30
 NEVER = np.iinfo(np.int64).max
-_NONE = 0.1  # of the mean count: what an item without any counts as in its rarity
 _SCALE = 3.0  # natural log of days, brought to about one
 
 Counts = tuple[Int[np.ndarray, "5 items"], Int[np.ndarray, "items"]]  # the five counts; first event or NEVER
@@ -149,11 +148,3 @@ def describe(
 
 def _log_days(moment: int, since: Int[np.ndarray, "items"]) -> Float[np.ndarray, "items"]:
     return np.log1p(np.maximum(moment - since.astype(np.float64), 0) / DAY) / _SCALE
-
-
-def rarity(table: Float[np.ndarray, "items columns"], power: float) -> Float[np.ndarray, "items"]:
-    """How much an item says about its neighbours: its positives so far, relative to the mean, to minus ``power``.
-
-    What everybody has says little about who else belongs together; it is the norm in the cosine of co-occurrence.
-    """
-    return ((np.expm1(table[:, EVER].astype(np.float32)) + _NONE) ** -power).astype(np.float32)

@@ -32,7 +32,6 @@ class Surroundings:
     ntype: Int64[Tensor, "N"]
     text: Float[Tensor, "N T"]
     hidden: Float[Tensor, "N H"]  # the first layer's states; rows of ``wanted`` are not read
-    weight: Float[Tensor, "N"]  # how much each counts among neighbours
     wanted: Int64[Tensor, "W"]  # rows, each once
     src: Int64[Tensor, "E"]  # rows; src sends to dst
     dst: Int64[Tensor, "E"]  # rows among ``wanted``
@@ -82,7 +81,7 @@ def embed_inductively(
     model = load_hgnn(weights, config, items.text.shape[1], types)
     edges = EdgeList(place[items.src], place[items.dst], types, items.text[order])
     packed = torch.from_numpy(item_signatures([items.ids[i] for i in order.tolist()], config.signature_dim).copy())
-    source = SignedSource(edges, packed, config.signature_dim, {0: items.weight[order]})
+    source = SignedSource(edges, packed, config.signature_dim)
     store = LocalStore(len(order), config.hidden_dim)
     store.table[:] = items.hidden[order]
     own, back = torch.sort(place[items.wanted])

@@ -13,11 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from recsys_ray.artifacts import SCRATCH, Artifact, load_arrays, save_arrays, write_json
+from recsys_ray.artifacts import SCRATCH, Artifact, save_arrays, write_json
 from recsys_ray.checkpoint import load_checkpoint, save_checkpoint
 from recsys_ray.config import Config, HgnnConfig
 from recsys_ray.errors import ArtifactError
-from recsys_ray.graph.activity import ACTIVITY, rarity
 from recsys_ray.graph.store import PartitionStore
 from recsys_ray.hgnn.embedding import LocalStore, embed_items
 from recsys_ray.hgnn.model import HGNN, ItemTypes
@@ -57,7 +56,6 @@ def train_hgnn(
         "out": str(out.resolve()),
         "starts": [0, *itertools.accumulate(ingest.counts["items_per_type"])],
         "items": str((ingest.path / "items.parquet").resolve()),
-        "activity": str((graph.path / ACTIVITY).resolve()),
         "text_dim": featurize.counts["text_dim"],
         "snapshots": [(s.name, s.index) for s in snapshots],
         "trained": bool(config.hgnn.weights),
@@ -93,9 +91,7 @@ def _train_rank(parameters: dict[str, Any]) -> None:
         place, sharing = place_in_partition(client.part, rank, world)
         ids = pl.read_parquet(parameters["items"], columns=["item_id"])["item_id"].to_list()
         packed = torch.from_numpy(item_signatures(ids, config.signature_dim).copy())
-        activity = load_arrays(Path(parameters["activity"]))
-        weight = {i: torch.from_numpy(rarity(activity[name], config.damping)) for name, i in parameters["snapshots"]}
-        source = SignedSource(client, packed, config.signature_dim, weight)
+        source = SignedSource(client, packed, config.signature_dim)
         rank_run = _RankRun(parameters, config, types, model, client, source, rank, world, place, sharing)
         if parameters["trained"]:
             model.load_state_dict(load_file(Path(parameters["out"]) / "model.safetensors"))

@@ -28,7 +28,6 @@ class Block:
     src: Int64[Tensor, "S"]
     dst: Int64[Tensor, "D"]
     dst_in_src: Int64[Tensor, "D"]  # position of each dst node in src
-    weight: Float[Tensor, "S"]  # how much a src node counts among a node's neighbours
     edges: dict[Relation, tuple[Int64[Tensor, "_"], Int64[Tensor, "_"]]]  # positions in src, positions in dst
 
 
@@ -49,7 +48,7 @@ class ItemTypes:
 
 
 class SageLayer(nn.Module):
-    """``h_c = W_self h_c + b + sum over relations r of agg_r``, where ``agg_r`` is the weighted mean (or the largest
+    """``h_c = W_self h_c + b + sum over relations r of agg_r``, where ``agg_r`` is the mean (or the largest
     of each element) over sampled neighbours c' of ``relu(W_r h_c' + b_r)``. No neighbours: the self term alone.
 
     ``shared``: one W_self, and of the relations only those inside a type and those between two types have weights of
@@ -86,9 +85,7 @@ class SageLayer(nn.Module):
         src_pos, dst_pos = block.edges[relation]
         graph = dgl.create_block((src_pos - src.start, dst_pos - dst.start), len(message), dst.stop - dst.start)
         if self.aggregator == "mean":
-            weight = block.weight[src, None]
-            total = dgl.ops.copy_u_sum(graph, weight)
-            return dgl.ops.copy_u_sum(graph, message * weight) / total.clamp(min=torch.finfo(total.dtype).tiny)
+            return dgl.ops.copy_u_mean(graph, message)  # over no neighbour: 0
         pooled = dgl.ops.copy_u_max(graph, message)
         return pooled.masked_fill(torch.isinf(pooled), 0.0)  # DGL's maximum over no neighbour is -inf
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from recsys_ray.hgnn.model import Block, Relation
@@ -30,10 +30,6 @@ class NeighborSource(Protocol):
     ) -> Mapping[Relation, tuple[Int64[Tensor, "_"], Int64[Tensor, "_"]]]:
         """Per relation: position in ``gids`` of the receiving node, gid of the neighbour. At most ``fanout`` a node
         and relation; -1: all."""
-        ...
-
-    def weights(self, gids: Int64[Tensor, "N"], snapshot: int) -> Float[Tensor, "N"]:
-        """How much each item counts where messages are averaged."""
         ...
 
 
@@ -119,8 +115,7 @@ def build_blocks(
             edges[relation] = (dst_pos, src_gid)
         nodes = torch.unique(torch.cat([seeds, *(src for _, src in edges.values())]))
         placed = {r: (torch.searchsorted(nodes, src), dst_pos) for r, (dst_pos, src) in edges.items()}
-        weight = source.weights(nodes, snapshot)
-        blocks.append(Block(nodes, seeds, torch.searchsorted(nodes, seeds), weight, placed))
+        blocks.append(Block(nodes, seeds, torch.searchsorted(nodes, seeds), placed))
         seeds = nodes
     return blocks[::-1]
 

@@ -32,25 +32,19 @@ def signs(packed: Int64[Tensor, "N words"], dim: int) -> Float[Tensor, "N dim"]:
 
 
 class SignedSource:
-    """A graph whose text vectors are followed by signatures, and whose items have weights: the HGNN's input.
+    """A graph whose text vectors are followed by signatures: the HGNN's input.
 
     Args:
         packed: what :func:`item_signatures` gives.
-        weight: by index of the snapshot, float [items] (``rarity`` of graph/activity.py); none: all count alike.
     """
 
-    def __init__(
-        self, source: Any, packed: Int64[Tensor, "items words"], dim: int, weight: Mapping[int, Tensor] | None = None
-    ) -> None:
-        self._source, self._packed, self._dim, self._weight = source, packed, dim, weight
+    def __init__(self, source: Any, packed: Int64[Tensor, "items words"], dim: int) -> None:
+        self._source, self._packed, self._dim = source, packed, dim
 
     def sample(
         self, gids: Int64[Tensor, "N"], snapshot: int, fanout: int, generator: torch.Generator | None = None
     ) -> Mapping:
         return self._source.sample(gids, snapshot, fanout, generator)
-
-    def weights(self, gids: Int64[Tensor, "N"], snapshot: int) -> Float[Tensor, "N"]:
-        return torch.ones(len(gids)) if self._weight is None else self._weight[snapshot][gids]
 
     def features(self, name: str, gids: Int64[Tensor, "N"]) -> Float[Tensor, "N I"]:
         text = self._source.features(name, gids)

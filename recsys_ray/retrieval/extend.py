@@ -39,7 +39,7 @@ from recsys_ray.config import Config, HgnnConfig, TextConfig
 from recsys_ray.data.schema import nearest
 from recsys_ray.data.split import is_leave_one_out
 from recsys_ray.data.validate import Catalogue, EventRules
-from recsys_ray.graph.activity import NEVER, count_events, describe, rarity
+from recsys_ray.graph.activity import NEVER, count_events, describe
 from recsys_ray.graph.pairs import Counted, PairCounter, Window, allowed_relations, keep_best, merge
 from recsys_ray.hgnn.inductive import Surroundings, embed_inductively
 from recsys_ray.progress import Progress
@@ -241,7 +241,6 @@ class _Extension:
             ntype=torch.from_numpy(np.concatenate([new.ntype, known.ntype[around]])),
             text=torch.from_numpy(np.concatenate([text, stored["text"][around]])).float(),
             hidden=torch.from_numpy(np.concatenate([unknown, stored["hidden"][around]])).float(),
-            weight=torch.from_numpy(rarity(activity[gids], self.hgnn.damping)),
             wanted=torch.arange(len(text)),
             src=rows(edges.src),
             dst=rows(edges.dst),

@@ -20,7 +20,6 @@ from toy_graph import ToyGraph
 
 from recsys_ray.artifacts import open_artifact
 from recsys_ray.errors import DataError
-from recsys_ray.graph.activity import describe, rarity
 from recsys_ray.hgnn.embedding import LocalStore, embed_items
 from recsys_ray.hgnn.inductive import load_hgnn
 from recsys_ray.hgnn.model import HGNN, ItemTypes
@@ -74,14 +73,12 @@ def stages_embedding(late: Late) -> np.ndarray:
     ntype = np.append(late.whole.ntype[order[:-1]], 3)
     src, dst, _ = true_edges(replace(late.whole, events=events, ntype=ntype), size)
     assert len(np.unique(ntype[src[dst == size - 1]])) == 3  # it hears from every type
-    arrays = [mapped_arrays(bundle / f"{name}.safetensors") for name in ("text", "hidden", "activity")]
+    arrays = [mapped_arrays(bundle / f"{name}.safetensors") for name in ("text", "hidden")]
     text, hidden = arrays[0]["vector"][order].float(), arrays[1]["hidden"][order].float()
-    activity = describe(*(arrays[2][name].numpy() for name in ("counts", "first", "published")), END)
-    weight = torch.from_numpy(rarity(activity.astype(np.float16), HGNN_CONFIG.damping))[order]
     types = ItemTypes(torch.from_numpy(np.searchsorted(ntype, np.arange(5))))
     model = load_hgnn(bundle / "hgnn_model" / "model.safetensors", HGNN_CONFIG, 384, types)
     packed = torch.from_numpy(item_signatures([late.whole.item_ids[gid] for gid in order], 64).copy())
-    graph = SignedSource(ToyGraph(src, dst, types.starts, text), packed, 64, {0: weight})
+    graph = SignedSource(ToyGraph(src, dst, types.starts, text), packed, 64)
     store = LocalStore(size, HGNN_CONFIG.hidden_dim)
     store.table[:] = hidden
     return embed_items(model, graph, 0, torch.tensor([size - 1]), store)[0].numpy()
