@@ -192,7 +192,7 @@ def some_memory(items: int) -> Memory:
     random = np.random.default_rng(5)
     src, dst = random.integers(0, items, (2, 4 * items))
     src, dst = src[src != dst], dst[src != dst]
-    return no_memory().extended(src, dst, random.integers(1, 9, len(src)), np.arange(items), items)
+    return no_memory().extended(src, dst, random.integers(1, 9, len(src)), np.arange(items), np.zeros(items, int))
 
 
 def _write_towers(target: Path, world: World, types: list[str], text: int, dim: int, memory: float) -> None:

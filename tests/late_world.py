@@ -167,7 +167,7 @@ def write_stages(world, text, embedding, hidden, model, towers, spec, encoder) -
     save_arrays(work / "hgnn" / "items" / "serve.safetensors", {"vector": world.vectors})
     save_file(towers.state_dict(), work / "hgnn" / "model.safetensors")
     spec.save(work / "hgnn" / "spec.json")
-    no_memory().extended(*true_edges(world, size), np.arange(size), size).save(memory_file(work, "serve"))
+    no_memory().extended(*true_edges(world, size), np.arange(size), world.ntype).save(memory_file(work, "serve"))
     publish(work, root / "two_tower", "two_tower", "two_tower", counts={})
 
 

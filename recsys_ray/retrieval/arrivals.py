@@ -68,6 +68,14 @@ class Arrivals:
         return int((~self.replaced).sum())
 
 
+def with_arrivals(known: Known, new: Arrivals) -> npt.NDArray[np.int16]:
+    """The item type of every item of the bundle that is made."""
+    ntype = np.zeros(len(known) + new.added, np.int16)
+    ntype[: len(known)] = known.ntype
+    ntype[new.gid] = new.ntype
+    return ntype
+
+
 class Reader:
     """Reads tables, keeps what ingest would keep, and says what became of the rest."""
 

@@ -51,6 +51,7 @@ from recsys_ray.retrieval.arrivals import (
     no_trickle,
     number_arrivals,
     number_trickle,
+    with_arrivals,
 )
 from recsys_ray.retrieval.bundle import (
     MEMORY,
@@ -63,7 +64,7 @@ from recsys_ray.retrieval.bundle import (
 from recsys_ray.retrieval.catalogue import Items, read_table, sorted_ids, write_table
 from recsys_ray.retrieval.histories import Events, Histories, HistoryWriter, mapped_arrays
 from recsys_ray.retrieval.index import TypeIndex
-from recsys_ray.retrieval.popularity import Popularity, PopularityCounter, popularity_arrays
+from recsys_ray.retrieval.popularity import Popularity, PopularityCounter
 from recsys_ray.snapshots import DAY
 from recsys_ray.text.featurize import encode_alike, text_of
 from recsys_ray.two_tower.batches import ArrayFeatures
@@ -149,7 +150,7 @@ class _Extension:
         start = 0 if counts["window_days"] is None else end - counts["window_days"] * DAY
         edges = self._edges(known, new, trickle, Window(start, end))
         self._write_vectors(known, new, edges, self._write_activity(new, trickle, end))
-        self._write_memory(new, edges, len(known) + new.added)
+        self._write_memory(known, new, edges)
         self._write_items(new)
         self._write_people(new, trickle, start)
         recall, exact = self._write_indexes(new)
@@ -213,9 +214,7 @@ class _Extension:
         counter, parts = PairCounter(size, window, config.max_history), list[Counted]()
         for counted in (*counter.add(both.uid, both.gid, both.timestamp), counter.flush()):
             parts.append(counted.take(np.isin(counted.dst, new.gid)))
-        ntype = np.zeros(size, np.int16)
-        ntype[: len(known)] = known.ntype
-        ntype[new.gid] = new.ntype
+        ntype = with_arrivals(known, new)
         allowed = allowed_relations(config.relations, new.types)
         edges = merge(parts, size)
         edges = edges.take(allowed[ntype[edges.src], ntype[edges.dst]])
@@ -258,10 +257,11 @@ class _Extension:
         self._grow("hgnn.safetensors", new, embedding=embedding.numpy())
         self._grow("vectors.safetensors", new, vector=vectors)
 
-    def _write_memory(self, new: Arrivals, edges: Counted, items: int) -> None:
+    def _write_memory(self, known: Known, new: Arrivals, edges: Counted) -> None:
         if (self.source.path / MEMORY).exists():
             memory = Memory.load(self.source.path / MEMORY)
-            memory.extended(edges.src, edges.dst, edges.support, new.gid, items).save(self.work / MEMORY)
+            ntype = with_arrivals(known, new)
+            memory.extended(edges.src, edges.dst, edges.support, new.gid, ntype).save(self.work / MEMORY)
 
     def _encode(self, new: Arrivals) -> Array:
         """float16 [n, text_dim]."""
@@ -360,12 +360,8 @@ class _Extension:
         country[: trickle.users] = mapped_arrays(source / "users.safetensors")["country"].numpy()
         counter = PopularityCounter(size, country)
         counter.add(events)
-        old = Popularity.load(source / "popularity.safetensors").by_country()
-        both = (np.concatenate(pair).astype(np.int64) for pair in zip(old, counter.counts(), strict=True))
-        where, gid, users = both
-        order = np.lexsort((gid, where))
         published = mapped_arrays(self.work / "activity.safetensors")["published"].numpy()
-        arrays = popularity_arrays(where[order], gid[order], users[order], published, len(counts["countries"]))
+        arrays = Popularity.load(source / "popularity.safetensors").with_new_items(counter, published)
         save_arrays(self.work / "popularity.safetensors", arrays)
 
     def _write_indexes(self, new: Arrivals) -> tuple[dict[str, float], dict[str, bool]]:

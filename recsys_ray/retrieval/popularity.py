@@ -42,6 +42,14 @@ class Popularity:
             np.concatenate([rest[nowhere], self.counts]),
         )
 
+    def with_new_items(self, counter: PopularityCounter, published: npt.NDArray[np.int64]) -> dict[str, Any]:
+        """Arrays of this popularity and that of further items, whose users ``counter`` has counted; ``published`` is
+        that of all items."""
+        pairs = zip(self.by_country(), counter.counts(), strict=True)
+        country, gid, users = (np.concatenate(pair).astype(np.int64) for pair in pairs)
+        order = np.lexsort((gid, country))
+        return popularity_arrays(country[order], gid[order], users[order], published, len(self.offsets) - 1)
+
     def scores(self, country: int = -1) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
         """Share of users [items] that each item has, and the gids that the country itself contributed.
 

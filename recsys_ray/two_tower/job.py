@@ -71,11 +71,12 @@ def train_two_tower(
         (out / variant).mkdir(parents=True, exist_ok=True)
         (spec if VARIANTS[variant] else replace(spec, hgnn_dim=0)).save(out / variant / "spec.json")
     if config.two_tower.memory:
+        ntype = pl.read_parquet(ingest.path / "items.parquet", columns=["ntype"])["ntype"].to_numpy()
         for snapshot in ("valid", "test", "serve"):
             target = memory_file(out, snapshot)
             if not target.exists():
                 edges = graph.path / "edges" / f"{snapshot}.parquet"
-                Memory.of_edges(edges, spec.num_items).save(target)
+                Memory.of_edges(edges, ntype).save(target)
     parameters = {
         "config": config.two_tower.model_dump(),
         "seed": seed_from(config.seed, "two_tower"),

@@ -28,6 +28,7 @@ from recsys_ray.artifacts import load_arrays, save_arrays
 
 OWN, OTHER = 0.5, 0.3
 HALF_LIFE = 2.0
+NEIGHBOURS = 100  # of an item that are remembered, in each item type: the most similar
 SMALL = 1e-3
 WEIGHTS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0)  # of the temperature, which a validation chooses from
 
@@ -42,11 +43,11 @@ class Memory:
     degree: Float[np.ndarray, "items"]  # float32
 
     @staticmethod
-    def of_edges(path: Path, items: int) -> Memory:
+    def of_edges(path: Path, ntype: Int[np.ndarray, "items"]) -> Memory:
         """From a snapshot's edges (graph/edges/<snapshot>.parquet)."""
         table = pq.read_table(path, columns=["src", "dst", "support"])
         src, dst, support = (table[name].to_numpy() for name in table.column_names)
-        return _EMPTY.extended(src, dst, support, np.arange(items), items)
+        return _EMPTY.extended(src, dst, support, np.arange(len(ntype)), ntype)
 
     def extended(
         self,
@@ -54,12 +55,13 @@ class Memory:
         dst: Int[np.ndarray, "n"],
         support: Int[np.ndarray, "n"],
         anew: Int[np.ndarray, "m"],
-        items: int,
+        ntype: Int[np.ndarray, "items"],
     ) -> Memory:
         """With these edges of the items ``anew`` in the place of those that they have here.
 
-        An edge that was kept in one direction only counts in both.
+        An edge that was kept in one direction only counts in both. ``ntype`` is that of all items.
         """
+        items = len(ntype)
         key = np.concatenate([src.astype(np.int64) * items + dst, dst.astype(np.int64) * items + src])
         key, first = np.unique(key, return_index=True)
         support = support[first % max(len(support), 1)].astype(np.float64)
@@ -74,10 +76,11 @@ class Memory:
         old_row = np.repeat(np.arange(len(self.degree)), np.diff(self.begin))
         kept = ~fresh[old_row] & ~fresh[self.gid]
         row, gid = np.concatenate([old_row[kept], row]), np.concatenate([self.gid[kept], gid])
-        order = np.lexsort((gid, row))
+        similarity = np.concatenate([self.similarity[kept], similarity])
+        best = _most_similar(row, gid, similarity, ntype)
+        row, gid, similarity = row[best], gid[best], similarity[best]
         begin = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=items))])
-        similarity = np.concatenate([self.similarity[kept], similarity])[order]
-        return Memory(begin.astype(np.int64), gid[order].astype(np.int32), similarity, degree.astype(np.float32))
+        return Memory(begin.astype(np.int64), gid.astype(np.int32), similarity, degree.astype(np.float32))
 
     @staticmethod
     def load(path: Path) -> Memory:
@@ -113,6 +116,16 @@ def memory_file(two_tower: Path, snapshot: str) -> Path:
 
 
 _EMPTY = Memory(np.zeros(1, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.float32))
+
+
+def _most_similar(row: np.ndarray, gid: np.ndarray, similarity: np.ndarray, ntype: np.ndarray) -> np.ndarray:
+    """Places of the ``NEIGHBOURS`` most similar of each row and item type, by row and gid. Whoever is in everybody's
+    list has a list as long as the catalogue, and an answer may not take that long."""
+    group = row * (int(ntype.max(initial=0)) + 1) + ntype[gid]
+    order = np.lexsort((gid, -similarity, group))
+    group = group[order]
+    kept = order[np.arange(len(group)) - np.searchsorted(group, group) < NEIGHBOURS]
+    return kept[np.lexsort((gid[kept], row[kept]))]
 
 
 def _latest(user: np.ndarray, gid: np.ndarray, items: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -25,7 +25,7 @@ SIZE = 7
 def memory(tmp_path) -> Memory:
     src, dst, support = zip(*EDGES, strict=True)
     pq.write_table(pa.table({"src": src, "dst": dst, "support": support}), tmp_path / "edges.parquet")
-    return Memory.of_edges(tmp_path / "edges.parquet", SIZE)
+    return Memory.of_edges(tmp_path / "edges.parquet", np.zeros(SIZE, np.int64))
 
 
 def expected(history: list[int]) -> dict[int, float]:
@@ -61,7 +61,7 @@ def test_a_saved_memory_is_the_same(memory, tmp_path):
 
 def test_new_items_bring_their_edges_and_replaced_ones_change_theirs(memory):
     """Item 7 is new and item 2 is replaced; pairs of the others stay as they are."""
-    grown = memory.extended(np.array([0, 4]), np.array([7, 2]), np.array([3, 5]), np.array([2, 7]), SIZE + 1)
+    grown = memory.extended(np.array([0, 4]), np.array([7, 2]), np.array([3, 5]), np.array([2, 7]), np.arange(SIZE + 1))
     pairs = {}
     for item in range(SIZE + 1):
         for place in range(grown.begin[item], grown.begin[item + 1]):
@@ -73,6 +73,16 @@ def test_new_items_bring_their_edges_and_replaced_ones_change_theirs(memory):
     assert pairs[4, 2] == pytest.approx(5 / (5**OWN * 5**OTHER)) and memory.degree[4] == 2
     assert pairs[0, 1] == pytest.approx(float(memory.similarity[memory.begin[0]]))
     assert grown.degree[2] == 5 and grown.degree[7] == 3
+
+
+def test_a_hub_remembers_its_most_similar_items_of_each_type(monkeypatch):
+    """Item 0 is linked to all others; the more users share a pair, the more similar it is."""
+    monkeypatch.setattr("recsys_ray.two_tower.memory.NEIGHBOURS", 2)
+    ntype = np.array([0, 0, 0, 0, 1, 1, 1, 1])
+    others = np.arange(1, 8)
+    memory = no_memory().extended(others, np.zeros(7, int), 1000 * others, np.arange(8), ntype)
+    assert memory.gid[memory.begin[0] : memory.begin[1]].tolist() == [2, 3, 6, 7]
+    assert [memory.gid[memory.begin[item]] for item in others] == [0] * 7
 
 
 def test_counting_who_stands_before_a_target_needs_no_dense_bonus():
@@ -98,7 +108,7 @@ def _board_memory(true: bool) -> Memory:
     if true:
         keep = src % 2 == dst % 2
         src, dst = src[keep], dst[keep]
-    return no_memory().extended(src, dst, np.ones(len(src), np.int64), np.arange(ITEMS), ITEMS)
+    return no_memory().extended(src, dst, np.ones(len(src), np.int64), np.arange(ITEMS), np.zeros(ITEMS, np.int64))
 
 
 @pytest.mark.parametrize("true", [True, False])
