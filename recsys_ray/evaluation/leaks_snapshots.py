@@ -37,6 +37,7 @@ from recsys_ray.progress import Progress
 from recsys_ray.snapshots import Snapshot
 from recsys_ray.two_tower.batches import ArrayFeatures
 from recsys_ray.two_tower.job import load_catalogue
+from recsys_ray.two_tower.memory import Memory, memory_file
 from recsys_ray.two_tower.towers import load_towers
 from recsys_ray.two_tower.training import item_vectors
 
@@ -80,6 +81,10 @@ def check_snapshots(run: FinishedRun, sample: int, words: Words, progress: Progr
     if run.hgnn is not None and run.two_tower is not None:
         variants = check_item_vectors(run, words)
         yield f"the test's vectors of {len(ntype):,} items ({', '.join(variants)}): made from the test snapshot"
+    if run.two_tower is not None and memory_file(run.two_tower.path, "test").exists():
+        for name in ("valid", "test"):
+            check_memory(run, name, ntype, words)
+        yield "what is remembered of pairs of items in validation and test: the edges of their snapshots"
 
 
 def events_before(shard: Path, snapshot: Snapshot) -> Columns:
@@ -224,6 +229,18 @@ def check_item_vectors(run: FinishedRun, words: Words) -> list[str]:
         what = f"the test's vector by the two-tower {variant}"
         _compare(what, made, stored, np.arange(len(made)), "the test snapshot's embeddings and activity", words)
     return variants
+
+
+def check_memory(run: FinishedRun, snapshot: str, ntype: np.ndarray, words: Words) -> None:
+    """The pairs that raise scores in validation or test are those of its snapshot's edge file."""
+    assert run.two_tower is not None
+    stored = Memory.load(memory_file(run.two_tower.path, snapshot))
+    made = Memory.of_edges(run.graph.path / "edges" / f"{snapshot}.parquet", ntype)
+    for gid in range(len(ntype)):
+        of = [slice(memory.begin[gid], memory.begin[gid + 1]) for memory in (stored, made)]
+        same = np.array_equal(stored.gid[of[0]], made.gid[of[1]])
+        if not same or not np.array_equal(stored.similarity[of[0]], made.similarity[of[1]]):
+            raise LeakError(f"the memory of {words.item(gid)} for {snapshot} is not that of the snapshot's edges")
 
 
 def _compare(what: str, made: np.ndarray, stored: np.ndarray, gids: np.ndarray, of: str, words: Words) -> None:

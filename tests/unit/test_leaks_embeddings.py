@@ -28,6 +28,7 @@ from recsys_ray.progress import Progress
 from recsys_ray.snapshots import as_records, plan_snapshots
 from recsys_ray.two_tower.batches import ArrayFeatures
 from recsys_ray.two_tower.job import load_catalogue
+from recsys_ray.two_tower.memory import Memory, memory_file
 from recsys_ray.two_tower.towers import TowerSpec, TwoTower
 from recsys_ray.two_tower.training import item_vectors
 
@@ -74,6 +75,9 @@ def run(tmp_path) -> FinishedRun:
     save_arrays(folders["graph"] / ACTIVITY, activity)
     write_embeddings(folders, snapshots, ids, torch.from_numpy(text.astype(np.float32)))
     write_towers(folders, text)
+    for name in ("valid", "test", "serve"):
+        memory = Memory.of_edges(folders["graph"] / "edges" / f"{name}.parquet", ntype)
+        memory.save(memory_file(folders["two_tower"], name))
     made = {
         "ingest": {"counts": counts, "config": {"events": CONFIG.events.model_dump()}},
         "graph": {
@@ -128,6 +132,7 @@ def test_a_run_as_it_is_made(run):
         "the activity of 40 items on 5 snapshots",
         "the embeddings of 40 items on 5 snapshots",
         "the test's vectors of 40 items (hgnn, text_only)",
+        "what is remembered of pairs of items in validation and test: the edges of their snapshots",
     ]
     assert "edges into 40 items on 5 snapshots" in said[0] and not said[0].startswith("0 ")
 
@@ -138,6 +143,7 @@ def test_a_run_as_it_is_made(run):
         ("hgnn", "embeddings/{}/part-00000.safetensors", 'the embedding on snapshot test of item "i'),
         ("two_tower", "hgnn/items/{}.safetensors", "the test's vector by the two-tower hgnn of item \"i"),
         ("two_tower", "text_only/items/{}.safetensors", "the test's vector by the two-tower text_only of item \"i"),
+        ("two_tower", "memory/{}.safetensors", 'the memory of item "i'),
         ("graph", "edges/{}.parquet", "snapshot test, before 1970-03-22: the edge from item"),
     ],
 )
