@@ -17,7 +17,7 @@ from recsys_ray.artifacts import Artifact, publish, save_arrays, work_folder
 from recsys_ray.config import Config, TextConfig
 from recsys_ray.progress import Progress
 from recsys_ray.retrieval.bundle import build_bundle
-from recsys_ray.two_tower.memory import Memory, memory_file
+from recsys_ray.two_tower.memory import RIDGES, Memory, memory_file
 
 DAY = 86_400
 END = 1_700_000_000
@@ -183,16 +183,13 @@ def publish_arrays(target: Path, files: dict[str, dict[str, np.ndarray]], **fact
     publish(work, target, target.name, target.name, **{"counts": {}, **facts})
 
 
-def no_memory() -> Memory:
-    return Memory(np.zeros(1, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.float32))
-
-
 def some_memory(items: int) -> Memory:
     """Of each item, edges with some others."""
     random = np.random.default_rng(5)
-    src, dst = random.integers(0, items, (2, 4 * items))
+    src, dst = np.unique(random.integers(0, items, (2, 8 * items)), axis=1)
     src, dst = src[src != dst], dst[src != dst]
-    return no_memory().extended(src, dst, random.integers(1, 9, len(src)), np.arange(items), np.zeros(items, int))
+    made = random.random((len(src), len(RIDGES)))
+    return Memory.of_edges(src, dst, made, random.integers(1, 9, items), np.zeros(items, int))
 
 
 def _write_towers(target: Path, world: World, types: list[str], text: int, dim: int, memory: float) -> None:
@@ -205,7 +202,7 @@ def _write_towers(target: Path, world: World, types: list[str], text: int, dim: 
     spec = TowerSpec(
         num_types=len(types), events=EVENTS, text_dim=text, hgnn_dim=dim, activity_dim=3, num_countries=2,
         num_languages=0, num_categories=1, tastes={"music": TASTE}, layers=[16, dim], item_types=types,
-        countries=["DE", "SE"], history=50, window_days=90, memory=memory,
+        countries=["DE", "SE"], history=50, window_days=90, memory=memory, ridge=RIDGES[2],
     )  # fmt: skip
     if memory:
         some_memory(len(world.item_ids)).save(memory_file(work, "serve"))

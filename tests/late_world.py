@@ -11,7 +11,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from bundle_world import DAY, END, EVENTS, World, make_world, no_memory, publish_arrays, published, write_ingest
+from bundle_world import DAY, END, EVENTS, World, make_world, publish_arrays, published, write_ingest
 from safetensors.torch import save_file
 from toy_graph import ToyGraph
 
@@ -30,7 +30,8 @@ from recsys_ray.text.encoder import encoder_fingerprint, find_model
 from recsys_ray.text.featurize import encode_alike
 from recsys_ray.two_tower.batches import ArrayFeatures
 from recsys_ray.two_tower.job import catalogue_of
-from recsys_ray.two_tower.memory import memory_file
+from recsys_ray.two_tower.memory import RIDGES, Memory, memory_file
+from recsys_ray.two_tower.ridge import solve
 from recsys_ray.two_tower.towers import TowerSpec, TwoTower
 from recsys_ray.two_tower.training import item_vectors
 
@@ -107,7 +108,7 @@ def make_late(root: Path) -> Late:
     spec = TowerSpec(
         num_types=3, events=EVENTS, text_dim=384, hgnn_dim=8, activity_dim=COLUMNS, num_countries=2, num_languages=0,
         num_categories=1, tastes={"music": 4}, layers=[16, 8], id_dim=4, id_rows=size, num_items=size, item_types=TYPES,
-        countries=["DE", "SE"], history=HISTORY, window_days=90, memory=0.1,
+        countries=["DE", "SE"], history=HISTORY, window_days=90, memory=0.1, ridge=RIDGES[0],
     )  # fmt: skip
     towers = TwoTower(spec).eval()
     towers.ids.assign(torch.from_numpy(np.isin(np.arange(size), kept).astype(float)))  # new items have no own vector
@@ -167,7 +168,9 @@ def write_stages(world, text, embedding, hidden, model, towers, spec, encoder) -
     save_arrays(work / "hgnn" / "items" / "serve.safetensors", {"vector": world.vectors})
     save_file(towers.state_dict(), work / "hgnn" / "model.safetensors")
     spec.save(work / "hgnn" / "spec.json")
-    no_memory().extended(*true_edges(world, size), np.arange(size), world.ntype).save(memory_file(work, "serve"))
+    edges, users = true_edges(world, size), np.bincount(world.events[:, 1], minlength=size)
+    memory = Memory.of_edges(*edges[:2], solve(edges, users, 0, len(edges[1])), users, world.ntype)
+    memory.save(memory_file(work, "serve"))
     publish(work, root / "two_tower", "two_tower", "two_tower", counts={})
 
 

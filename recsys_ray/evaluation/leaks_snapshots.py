@@ -38,6 +38,7 @@ from recsys_ray.snapshots import Snapshot
 from recsys_ray.two_tower.batches import ArrayFeatures
 from recsys_ray.two_tower.job import load_catalogue
 from recsys_ray.two_tower.memory import Memory, memory_file
+from recsys_ray.two_tower.ridge import count_users, read_edges, solve
 from recsys_ray.two_tower.towers import load_towers
 from recsys_ray.two_tower.training import item_vectors
 
@@ -82,8 +83,9 @@ def check_snapshots(run: FinishedRun, sample: int, words: Words, progress: Progr
         variants = check_item_vectors(run, words)
         yield f"the test's vectors of {len(ntype):,} items ({', '.join(variants)}): made from the test snapshot"
     if run.two_tower is not None and memory_file(run.two_tower.path, "test").exists():
-        for name in ("valid", "test"):
-            check_memory(run, name, ntype, words)
+        for snapshot in run.snapshots:
+            if snapshot.name in ("valid", "test"):
+                check_memory(run, snapshot, ntype, words)
         yield "what is remembered of pairs of items in validation and test: the edges of their snapshots"
 
 
@@ -231,16 +233,21 @@ def check_item_vectors(run: FinishedRun, words: Words) -> list[str]:
     return variants
 
 
-def check_memory(run: FinishedRun, snapshot: str, ntype: np.ndarray, words: Words) -> None:
-    """The pairs that raise scores in validation or test are those of its snapshot's edge file."""
+def check_memory(run: FinishedRun, snapshot: Snapshot, ntype: np.ndarray, words: Words) -> None:
+    """The pairs that raise scores in validation or test are those of its snapshot's edges and events."""
     assert run.two_tower is not None
-    stored = Memory.load(memory_file(run.two_tower.path, snapshot))
-    made = Memory.of_edges(run.graph.path / "edges" / f"{snapshot}.parquet", ntype)
+    stored = Memory.load(memory_file(run.two_tower.path, snapshot.name))
+    codes, history = run.codes(run.graph.manifest["config"]["edges"]), run.graph_config.max_history
+    users = np.add.reduce([count_users(shard, snapshot, codes, history, len(ntype)) for shard in run.shards])
+    edges = read_edges(run.graph.path / "edges" / f"{snapshot.name}.parquet")
+    made = Memory.of_edges(*edges[:2], solve(edges, users, 0, len(edges[1])), users, ntype)
     for gid in range(len(ntype)):
         of = [slice(memory.begin[gid], memory.begin[gid + 1]) for memory in (stored, made)]
-        same = np.array_equal(stored.gid[of[0]], made.gid[of[1]])
-        if not same or not np.array_equal(stored.similarity[of[0]], made.similarity[of[1]]):
-            raise LeakError(f"the memory of {words.item(gid)} for {snapshot} is not that of the snapshot's edges")
+        same = np.array_equal(stored.gid[of[0]], made.gid[of[1]]) and stored.users[gid] == made.users[gid]
+        if not same or not np.allclose(stored.coefficient[of[0]], made.coefficient[of[1]], atol=_TOLERANCE):
+            raise LeakError(
+                f"the memory of {words.item(gid)} on snapshot {snapshot.name} is not that of the snapshot's edges"
+            )
 
 
 def _compare(what: str, made: np.ndarray, stored: np.ndarray, gids: np.ndarray, of: str, words: Words) -> None:

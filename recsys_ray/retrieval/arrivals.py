@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from recsys_ray.config import Config
 from recsys_ray.data.reading import Batch, find_source, read_batches
 from recsys_ray.data.shuffle import Tally
 from recsys_ray.data.validate import (
@@ -28,9 +29,10 @@ from recsys_ray.data.validate import (
     split_duplicates,
 )
 from recsys_ray.errors import DataError
+from recsys_ray.graph.pairs import Counted, PairCounter, Window, allowed_relations, keep_best, latest_items, merge
 from recsys_ray.progress import Progress
 from recsys_ray.retrieval.catalogue import read_table
-from recsys_ray.retrieval.histories import Events
+from recsys_ray.retrieval.histories import Events, Histories
 
 Longs = npt.NDArray[np.int64]
 
@@ -226,3 +228,40 @@ def number_trickle(rows: pa.Table, bundle: Path, arrivals: Arrivals, counts: Map
     distinct = np.unique(np.stack([uid, time, gid, event])[:, ~there], axis=1)
     uid, time, gid, event = distinct
     return Trickle(Events(uid, gid, event, time), len(table))
+
+
+def arriving_edges(
+    known: Known,
+    new: Arrivals,
+    trickle: Trickle,
+    histories: Histories,
+    codes: Sequence[int],
+    config: Config,
+    window: Window,
+) -> tuple[Counted, Longs]:
+    """What sends to the arriving items, by the rules of the graph stage, and users of all items, which are whole for
+    the arriving ones. Of the bundle's users the stored latest events count, whatever their kind: where these are cut,
+    so are the edges.
+
+    Args:
+        histories: of the bundle that is extended.
+        codes: of the events that make edges.
+    """
+    rules, size = config.graph, len(known) + new.added
+    touched = trickle.events.uid[np.isin(trickle.events.gid, new.gid)]
+    involved = np.union1d(touched, histories.who_touched(new.gid[new.replaced]))
+    old = histories.events(involved[involved < trickle.users])
+    mine = trickle.events.where(np.isin(trickle.events.uid, involved))
+    both = Events(*(np.concatenate(pair) for pair in zip(vars(old).values(), vars(mine).values(), strict=True)))
+    both = both.where(np.isin(both.event, codes))
+    both = both.where(np.lexsort((both.timestamp, both.uid)))  # stable: of equal times the stored ones first
+    counter, parts = PairCounter(size, window, rules.max_history), list[Counted]()
+    for counted in (*counter.add(both.uid, both.gid, both.timestamp), counter.flush()):
+        parts.append(counted.take(np.isin(counted.dst, new.gid)))
+    ntype = with_arrivals(known, new)
+    allowed = allowed_relations(rules.relations, new.types)
+    edges = merge(parts, size)
+    edges = edges.take(allowed[ntype[edges.src], ntype[edges.dst]])
+    edges = keep_best(edges, ntype, rules.min_support, rules.max_neighbors, config.data_seed)
+    _, latest, _ = latest_items(both.uid, both.gid, both.timestamp, window, rules.max_history, size)
+    return edges, np.bincount(latest, minlength=size)

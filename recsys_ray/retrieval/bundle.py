@@ -69,7 +69,7 @@ from recsys_ray.retrieval.histories import (
 from recsys_ray.retrieval.index import METRIC, TypeIndex, check_metric, check_unit_norm, recall_at
 from recsys_ray.retrieval.popularity import PopularityCounter, popularity_arrays
 from recsys_ray.retrieval.tower import LoadTower, TowerRunner, load_user_tower
-from recsys_ray.two_tower.memory import memory_file
+from recsys_ray.two_tower.memory import Memory, memory_file
 from recsys_ray.two_tower.towers import load_item_ids
 
 CURRENT = "current"
@@ -244,7 +244,7 @@ def _write_items(work: Path, sources: _Sources) -> None:
     if ids is not None:
         save_arrays(work / "ids.safetensors", {"vector": ids})
     if sources.spec.get("memory"):
-        shutil.copyfile(memory_file(sources.two_tower.path, "serve"), work / MEMORY)
+        Memory.load(memory_file(sources.two_tower.path, "serve")).at(sources.spec["ridge"]).save(work / MEMORY)
     (work / "user_tower").mkdir(exist_ok=True)
     for name in ("model.safetensors", "spec.json"):
         shutil.copyfile(sources.two_tower.path / VARIANT / name, work / "user_tower" / name)

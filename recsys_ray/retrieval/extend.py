@@ -40,7 +40,7 @@ from recsys_ray.data.schema import nearest
 from recsys_ray.data.split import is_leave_one_out
 from recsys_ray.data.validate import Catalogue, EventRules
 from recsys_ray.graph.activity import NEVER, count_events, describe
-from recsys_ray.graph.pairs import Counted, PairCounter, Window, allowed_relations, keep_best, merge
+from recsys_ray.graph.pairs import Counted, Window
 from recsys_ray.hgnn.inductive import Surroundings, embed_inductively
 from recsys_ray.progress import Progress
 from recsys_ray.retrieval.arrivals import (
@@ -48,6 +48,7 @@ from recsys_ray.retrieval.arrivals import (
     Known,
     Reader,
     Trickle,
+    arriving_edges,
     no_trickle,
     number_arrivals,
     number_trickle,
@@ -62,7 +63,7 @@ from recsys_ray.retrieval.bundle import (
     version_name,
 )
 from recsys_ray.retrieval.catalogue import Items, read_table, sorted_ids, write_table
-from recsys_ray.retrieval.histories import Events, Histories, HistoryWriter, mapped_arrays
+from recsys_ray.retrieval.histories import Histories, HistoryWriter, mapped_arrays
 from recsys_ray.retrieval.index import TypeIndex
 from recsys_ray.retrieval.popularity import Popularity, PopularityCounter
 from recsys_ray.snapshots import DAY
@@ -70,7 +71,7 @@ from recsys_ray.text.featurize import encode_alike, text_of
 from recsys_ray.two_tower.batches import ArrayFeatures
 from recsys_ray.two_tower.job import catalogue_of
 from recsys_ray.two_tower.memory import Memory
-from recsys_ray.two_tower.towers import GivenIds, load_towers
+from recsys_ray.two_tower.towers import GivenIds, TowerSpec, load_towers
 from recsys_ray.two_tower.training import item_vectors
 
 Array = npt.NDArray[Any]
@@ -148,9 +149,11 @@ class _Extension:
             trickle = number_trickle(rows, self.source.path, new, counts)
         end = max(int(counts["end"]), (trickle.last or 0) + 1)
         start = 0 if counts["window_days"] is None else end - counts["window_days"] * DAY
-        edges = self._edges(known, new, trickle, Window(start, end))
+        histories = Histories(self.source.path / "histories.safetensors")
+        codes = self._codes(self.config.events.edges)
+        edges, users = arriving_edges(known, new, trickle, histories, codes, self.config, Window(start, end))
         self._write_vectors(known, new, edges, self._write_activity(new, trickle, end))
-        self._write_memory(known, new, edges)
+        self._write_memory(known, new, edges, users)
         self._write_items(new)
         self._write_people(new, trickle, start)
         recall, exact = self._write_indexes(new)
@@ -197,29 +200,6 @@ class _Extension:
     def _mapped(self, name: str) -> dict[str, Array]:
         return {key: value.numpy() for key, value in mapped_arrays(self.source.path / name).items()}
 
-    # -- edges ---------------------------------------------------------------------------------------------------------
-
-    def _edges(self, known: Known, new: Arrivals, trickle: Trickle, window: Window) -> Counted:
-        """What sends to the arriving items, by the rules of the graph stage. Of the bundle's users the stored latest
-        events count, whatever their kind: where these are cut, so are the edges."""
-        config, size = self.config.graph, len(known) + new.added
-        histories = Histories(self.source.path / "histories.safetensors")
-        touched = trickle.events.uid[np.isin(trickle.events.gid, new.gid)]
-        involved = np.union1d(touched, histories.who_touched(new.gid[new.replaced]))
-        old = histories.events(involved[involved < trickle.users])
-        mine = trickle.events.where(np.isin(trickle.events.uid, involved))
-        both = Events(*(np.concatenate(pair) for pair in zip(vars(old).values(), vars(mine).values(), strict=True)))
-        both = both.where(np.isin(both.event, self._codes(self.config.events.edges)))
-        both = both.where(np.lexsort((both.timestamp, both.uid)))  # stable: of equal times the stored ones first
-        counter, parts = PairCounter(size, window, config.max_history), list[Counted]()
-        for counted in (*counter.add(both.uid, both.gid, both.timestamp), counter.flush()):
-            parts.append(counted.take(np.isin(counted.dst, new.gid)))
-        ntype = with_arrivals(known, new)
-        allowed = allowed_relations(config.relations, new.types)
-        edges = merge(parts, size)
-        edges = edges.take(allowed[ntype[edges.src], ntype[edges.dst]])
-        return keep_best(edges, ntype, config.min_support, config.max_neighbors, self.config.data_seed)
-
     # -- vectors -------------------------------------------------------------------------------------------------------
 
     def _write_vectors(self, known: Known, new: Arrivals, edges: Counted, activity: Array) -> None:
@@ -257,11 +237,12 @@ class _Extension:
         self._grow("hgnn.safetensors", new, embedding=embedding.numpy())
         self._grow("vectors.safetensors", new, vector=vectors)
 
-    def _write_memory(self, known: Known, new: Arrivals, edges: Counted) -> None:
+    def _write_memory(self, known: Known, new: Arrivals, edges: Counted, users: Array) -> None:
         if (self.source.path / MEMORY).exists():
-            memory = Memory.load(self.source.path / MEMORY)
-            ntype = with_arrivals(known, new)
-            memory.extended(edges.src, edges.dst, edges.support, new.gid, ntype).save(self.work / MEMORY)
+            ridge = TowerSpec.load(self.source.path / "user_tower" / "spec.json").ridge
+            memory, ntype = Memory.load(self.source.path / MEMORY), with_arrivals(known, new)
+            columns = edges.src, edges.dst, edges.support
+            memory.extended(*columns, users, new.gid, ntype, ridge).save(self.work / MEMORY)
 
     def _encode(self, new: Arrivals) -> Array:
         """float16 [n, text_dim]."""

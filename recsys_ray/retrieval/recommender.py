@@ -300,7 +300,7 @@ class Recommender:
         _, raised, value = memory.recall(np.zeros(len(profile.gids), np.int64), profile.gids)
         allowed = np.isin(self.items.ntype[raised], types) & (self.items.available[raised] != 0)
         allowed &= ~np.isin(raised, barred)
-        raised, value = raised[allowed], value[allowed]
+        raised, value = raised[allowed], value[allowed, 0]
         others = ~np.isin(gids, raised)
         weight = np.float32(self.tower.spec["memory"])
         scores = np.concatenate([scores[others], self.vectors[raised] @ query + weight * value])

@@ -35,6 +35,7 @@ from recsys_ray.two_tower.examples import (
     validation_examples,
 )
 from recsys_ray.two_tower.memory import Memory, memory_file
+from recsys_ray.two_tower.ridge import fit_memories
 from recsys_ray.two_tower.towers import TowerSpec, TwoTower
 from recsys_ray.two_tower.training import TowerTask, TowerTrainer, item_vectors, refit, start, train_epochs
 
@@ -71,12 +72,8 @@ def train_two_tower(
         (out / variant).mkdir(parents=True, exist_ok=True)
         (spec if VARIANTS[variant] else replace(spec, hgnn_dim=0)).save(out / variant / "spec.json")
     if config.two_tower.memory:
-        ntype = pl.read_parquet(ingest.path / "items.parquet", columns=["ntype"])["ntype"].to_numpy()
-        for snapshot in ("valid", "test", "serve"):
-            target = memory_file(out, snapshot)
-            if not target.exists():
-                edges = graph.path / "edges" / f"{snapshot}.parquet"
-                Memory.of_edges(edges, ntype).save(target)
+        asked = [snapshot for snapshot in snapshots if snapshot.name in ("valid", "test", "serve")]
+        fit_memories(config, ingest, graph.path, asked, out, progress)
     parameters = {
         "config": config.two_tower.model_dump(),
         "seed": seed_from(config.seed, "two_tower"),
@@ -319,6 +316,6 @@ def _train(
             vectors = item_vectors(model, client, task.catalogue, snapshot)
             save_arrays(out / "items" / f"{snapshot}.safetensors", {"vector": vectors.numpy()})
         save_file(model.state_dict(), out / "model.safetensors")
-        replace(task.spec, memory=state["memory"]).save(out / "spec.json")
+        replace(task.spec, memory=state["memory"], ridge=state["ridge"]).save(out / "spec.json")
         write_json(out / "metrics.json", state["history"])  # last: says that the variant is whole
     client.barrier()  # no rank looks for the next variant's files before this one's are there

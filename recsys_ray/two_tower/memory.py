@@ -1,86 +1,112 @@
-"""Direct memory beside the towers: what users who had an item of the history chose as well.
+"""Direct memory beside the towers: what users who had the items of the history chose as well.
 
 Two vectors of 128 numbers generalise; they cannot hold every pair of items that belong together. The co-interaction
 graph has these pairs, so its edges are also used as they are, like the wide part beside a deep one (Cheng et al., Wide
 & Deep Learning for Recommender Systems, DLRS 2016; ours, not the papers'):
 
-    score(u, j) = <u, v_j> + w * log(1 + m_uj / SMALL),    m_uj = sum over i in history of u of a_ui * s_ij
-    s_ij = c_ij / (d_i^OWN * d_j^OTHER),    a_ui proportional to 2^(-places back / HALF_LIFE), their sum 1
+    score(u, j) = <u, v_j> + w * log(1 + max(m_uj, 0) / SMALL),    m_uj = sum over i in history of u of a_ui * b_ij
+    a_ui proportional to 2^(-places back / HALF_LIFE), their sum 1
 
-``c_ij`` are the users that share an edge's items, ``d`` the sum of ``c`` over an item's edges. The weight w is chosen
-on the validation period (recsys_ray/two_tower/training.py); 0 leaves the towers alone. Lists still come from the ANN
-search: an item without an edge to the history has its inner product as its score, so that the best by inner product and
-the history's neighbours hold the exact list (recsys_ray/retrieval/recommender.py).
+b_.j is the ridge regression of having item j on having its neighbours in the graph (recsys_ray/two_tower/ridge.py).
+How strong the ridge is and the weight w are chosen on the validation period (recsys_ray/two_tower/training.py); weight
+0 leaves the towers alone. Lists still come from the ANN search: an item without an edge to the history has its inner
+product as its score, so that the best by inner product and the history's neighbours hold the exact list
+(recsys_ray/retrieval/recommender.py).
 
 Imports neither dgl nor transformers: it is used in a serving replica.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 
 from recsys_ray.artifacts import load_arrays, save_arrays
 
-OWN, OTHER = 0.5, 0.3
-HALF_LIFE = 2.0
-NEIGHBOURS = 100  # of an item that are remembered, in each item type: the most similar
+RIDGES = (10.0, 30.0, 100.0, 300.0)  # which a validation chooses from
+WEIGHTS = (0.0, 0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 12.0)  # likewise; of the temperature
+HALF_LIFE = 4.0
 SMALL = 1e-3
-WEIGHTS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0)  # of the temperature, which a validation chooses from
+NEIGHBOURS = 100  # that an item brings to mind, in each item type: those with the largest coefficients
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Similar items of each item, row = gid; arrays may be memory maps."""
+    """Which items each item brings to mind, row = gid; arrays may be memory maps."""
 
     begin: Int[np.ndarray, "items_plus_1"]
     gid: Int[np.ndarray, "edges"]  # int32, ascending in each row
-    similarity: Float[np.ndarray, "edges"]  # float32
-    degree: Float[np.ndarray, "items"]  # float32
+    coefficient: Float[np.ndarray, "edges ridges"]  # float32: b
+    users: Int[np.ndarray, "items"]  # int32: how many had each item
 
     @staticmethod
-    def of_edges(path: Path, ntype: Int[np.ndarray, "items"]) -> Memory:
-        """From a snapshot's edges (graph/edges/<snapshot>.parquet)."""
-        table = pq.read_table(path, columns=["src", "dst", "support"])
-        src, dst, support = (table[name].to_numpy() for name in table.column_names)
-        return _EMPTY.extended(src, dst, support, np.arange(len(ntype)), ntype)
+    def of_edges(
+        src: Int[np.ndarray, "n"],
+        dst: Int[np.ndarray, "n"],
+        coefficient: Float[np.ndarray, "n ridges"],
+        users: Int[np.ndarray, "items"],
+        ntype: Int[np.ndarray, "items"],
+    ) -> Memory:
+        """What src brings to mind, in no order, each pair once. Whoever is in everybody's list would have a row as long
+        as the catalogue, and an answer may not take that long: of each row only the largest are kept."""
+        group = src.astype(np.int64) * (int(ntype.max(initial=0)) + 1) + ntype[dst]
+        order = np.lexsort((dst, -coefficient.sum(1), group))
+        group = group[order]
+        kept = order[np.arange(len(group)) - np.searchsorted(group, group) < NEIGHBOURS]
+        kept = kept[np.lexsort((dst[kept], src[kept]))]
+        begin = np.concatenate([[0], np.cumsum(np.bincount(src[kept], minlength=len(users)))])
+        return Memory(
+            begin.astype(np.int64),
+            dst[kept].astype(np.int32),
+            coefficient[kept].astype(np.float32),
+            users.astype(np.int32),
+        )
+
+    def at(self, ridge: float) -> Memory:
+        """Of one ridge of ``RIDGES`` alone."""
+        place = RIDGES.index(ridge)
+        return replace(self, coefficient=np.ascontiguousarray(self.coefficient[:, place : place + 1]))
 
     def extended(
         self,
         src: Int[np.ndarray, "n"],
         dst: Int[np.ndarray, "n"],
         support: Int[np.ndarray, "n"],
+        users: Int[np.ndarray, "items"],
         anew: Int[np.ndarray, "m"],
         ntype: Int[np.ndarray, "items"],
+        ridge: float,
     ) -> Memory:
-        """With these edges of the items ``anew`` in the place of those that they have here.
+        """With the edges of the items ``anew`` in the place of those that they have here, in both directions.
 
-        An edge that was kept in one direction only counts in both. ``ntype`` is that of all items.
+        Nothing is solved: b_ij = c_ij / (users of i + ridge), as if the neighbours had no user in common.
+
+        Args:
+            src, dst, support: edges into ``anew``.
+            users: of ``anew`` items; those of the others are known here.
+            ntype: of all items.
         """
-        items = len(ntype)
-        key = np.concatenate([src.astype(np.int64) * items + dst, dst.astype(np.int64) * items + src])
-        key, first = np.unique(key, return_index=True)
-        support = support[first % max(len(support), 1)].astype(np.float64)
-        row, gid = key // items, key % items
-        fresh = np.zeros(items, bool)
+        fresh = np.zeros(len(ntype), bool)
         fresh[anew] = True
-        degree = np.zeros(items)
-        degree[: len(self.degree)] = self.degree
-        degree[fresh] = 0
-        degree = np.maximum(degree, np.bincount(row, support, minlength=items))
-        similarity = (support / (degree[row] ** OWN * degree[gid] ** OTHER)).astype(np.float32)
-        old_row = np.repeat(np.arange(len(self.degree)), np.diff(self.begin))
-        kept = ~fresh[old_row] & ~fresh[self.gid]
-        row, gid = np.concatenate([old_row[kept], row]), np.concatenate([self.gid[kept], gid])
-        similarity = np.concatenate([self.similarity[kept], similarity])
-        best = _most_similar(row, gid, similarity, ntype)
-        row, gid, similarity = row[best], gid[best], similarity[best]
-        begin = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=items))])
-        return Memory(begin.astype(np.int64), gid.astype(np.int32), similarity, degree.astype(np.float32))
+        known = np.zeros(len(ntype), np.int64)
+        known[: len(self.users)] = self.users
+        known[fresh] = users[fresh]
+        key = np.concatenate([src.astype(np.int64) * len(ntype) + dst, dst.astype(np.int64) * len(ntype) + src])
+        key, first = np.unique(key, return_index=True)
+        new_src, new_dst = key // len(ntype), key % len(ntype)
+        made = support[first % max(len(support), 1)] / (known[new_src] + ridge)
+        old_src = np.repeat(np.arange(len(self.users)), np.diff(self.begin))
+        kept = ~fresh[old_src] & ~fresh[self.gid]
+        return Memory.of_edges(
+            np.concatenate([old_src[kept], new_src]),
+            np.concatenate([self.gid[kept], new_dst]),
+            np.concatenate([self.coefficient[kept], made[:, None]]),
+            known,
+            ntype,
+        )
 
     @staticmethod
     def load(path: Path) -> Memory:
@@ -91,14 +117,14 @@ class Memory:
 
     def recall(
         self, user: Int[np.ndarray, "n"], gid: Int[np.ndarray, "n"]
-    ) -> tuple[Int[np.ndarray, "m"], Int[np.ndarray, "m"], Float[np.ndarray, "m"]]:
+    ) -> tuple[Int[np.ndarray, "m"], Int[np.ndarray, "m"], Float[np.ndarray, "m ridges"]]:
         """What histories bring to mind.
 
         Args:
             user, gid: the events of all histories; of each user in one piece, oldest first.
 
         Returns:
-            user, gid and log(1 + m / SMALL) (float32) of every pair with m > 0, ascending by user and gid.
+            user, gid and log(1 + max(m, 0) / SMALL) (float32) of every pair with an edge, ascending by user and gid.
         """
         items = len(self.begin) - 1
         user, gid, weight = _latest(user.astype(np.int64), gid.astype(np.int64), items)
@@ -106,26 +132,15 @@ class Memory:
         place = np.repeat(start - (np.cumsum(count) - count), count) + np.arange(int(count.sum()))
         key = np.repeat(user, count) * items + self.gid[place]
         key, where = np.unique(key, return_inverse=True)
-        total = np.bincount(where, self.similarity[place] * np.repeat(weight, count), minlength=len(key))
-        return key // max(items, 1), key % max(items, 1), np.log1p(total / SMALL).astype(np.float32)
+        parts = self.coefficient[place] * np.repeat(weight, count)[:, None]
+        total = np.stack([np.bincount(where, part, minlength=len(key)) for part in parts.T], 1)
+        value = np.log1p(np.maximum(total, 0) / SMALL).astype(np.float32)
+        return key // max(items, 1), key % max(items, 1), value
 
 
 def memory_file(two_tower: Path, snapshot: str) -> Path:
-    """Where the two-tower stage keeps the memory of a snapshot, for both of its variants."""
+    """Where the two-tower stage keeps the memory of a snapshot, for both of its variants and with all ridges."""
     return two_tower / "memory" / f"{snapshot}.safetensors"
-
-
-_EMPTY = Memory(np.zeros(1, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.float32))
-
-
-def _most_similar(row: np.ndarray, gid: np.ndarray, similarity: np.ndarray, ntype: np.ndarray) -> np.ndarray:
-    """Places of the ``NEIGHBOURS`` most similar of each row and item type, by row and gid. Whoever is in everybody's
-    list has a list as long as the catalogue, and an answer may not take that long."""
-    group = row * (int(ntype.max(initial=0)) + 1) + ntype[gid]
-    order = np.lexsort((gid, -similarity, group))
-    group = group[order]
-    kept = order[np.arange(len(group)) - np.searchsorted(group, group) < NEIGHBOURS]
-    return kept[np.lexsort((gid[kept], row[kept]))]
 
 
 def _latest(user: np.ndarray, gid: np.ndarray, items: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -44,7 +44,9 @@ class TrainedTower:
         """
         vectors = load_arrays(folder / "items" / "test.safetensors")["vector"]
         tower, ids = load_user_tower(folder), load_item_ids(folder)
-        memory = Memory.load(memory_file(folder.parent, "test")) if tower.spec.memory else None
+        memory = None
+        if tower.spec.memory:
+            memory = Memory.load(memory_file(folder.parent, "test")).at(tower.spec.ridge)
         return TrainedTower(vectors, tower, text, hgnn if tower.spec.hgnn_dim else None, ntype, ids, moment, memory)
 
     @torch.no_grad()
@@ -76,7 +78,7 @@ class TrainedTower:
             return None
         kept = self._kept(users)
         row, gid, value = self.memory.recall(users.rows[kept], users.gid[kept])
-        return row, gid, np.float32(self.tower.spec.memory) * value
+        return row, gid, np.float32(self.tower.spec.memory) * value[:, 0]
 
     def _kept(self, users: UserBatch) -> np.ndarray:
         """bool [events]: the latest ones inside the window."""

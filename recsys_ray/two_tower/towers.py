@@ -60,7 +60,8 @@ class TowerSpec:
     num_items: int = 0
     id_dropout: float = 0.0
     last_item: bool = False
-    memory: float = 0.0  # weight of the direct memory (memory.py)
+    memory: float = 0.0  # weight of the direct memory (memory.py); 0: none
+    ridge: float = 0.0  # its ridge
     cold_start: bool = True  # trained on empty histories too: every user's first event is an example
 
     def save(self, path: Path) -> None:

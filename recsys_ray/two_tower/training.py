@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from recsys_ray.two_tower.batches import (
 from recsys_ray.two_tower.examples import ABSENT
 from recsys_ray.two_tower.inputs import UserInputs
 from recsys_ray.two_tower.loss import inclusion_log_q, paper_loss, sampled_softmax
-from recsys_ray.two_tower.memory import WEIGHTS, Memory
+from recsys_ray.two_tower.memory import RIDGES, WEIGHTS, Memory
 from recsys_ray.two_tower.towers import ItemIds, TowerSpec, TwoTower
 
 _ITEM_CHUNK = 8192
@@ -66,6 +66,14 @@ def start(model: TwoTower, task: TowerTask, seed: int) -> None:
     tables = tables_for(task.source, task.spec, task.catalogue, task.snapshot_names[last], gids)
     assert tables.text is not None
     model.start_near(tables.text.float(), tables.hgnn)
+
+
+class Validated(NamedTuple):
+    """HR@10 (NaN where there is no query) with the weight and the ridge of the memory that are best."""
+
+    hit_rate: float
+    memory: float
+    ridge: float
 
 
 class TowerTrainer:
@@ -119,16 +127,15 @@ class TowerTrainer:
         return make_batch(task.examples, rows, task.spec, task.source, task.catalogue, task.snapshot_names)
 
     @torch.no_grad()
-    def validate(self, snapshot: str = "valid") -> tuple[float, float]:
+    def validate(self, snapshot: str = "valid") -> Validated:
         """HR@10 of the validation queries, full ranking inside the target's type, seen items left out; each query
-        is one new item of a user. Over all ranks; NaN where there is no query.
-
-        Returns:
-            HR@10 with the weight of the memory that is best (of equal ones the smallest), and that weight.
-        """
+        is one new item of a user. Over all ranks. With a memory, the best of its weights and ridges (of equal ones the
+        first)."""
         queries, task = self.task.queries, self.task
-        weights = [self.config.temperature * w for w in WEIGHTS] if task.memory is not None else [0.0]
-        hits = torch.zeros(len(weights) + 1, dtype=torch.float64)
+        weights, ridges = (WEIGHTS, RIDGES) if task.memory is not None else ((0.0,), (0.0,))
+        scaled = [self.config.temperature * weight for weight in weights]
+        hits = torch.zeros(len(weights), len(ridges), dtype=torch.float64)
+        asked = torch.zeros(1, dtype=torch.float64)
         vectors = item_vectors(self.averaged, task.source, task.catalogue, snapshot) if len(queries["target"]) else None
         order = np.lexsort((queries["uid"], task.catalogue.ntype.numpy()[queries["target"]]))
         for kind in range(task.spec.num_types):
@@ -143,20 +150,19 @@ class TowerTrainer:
                 seen_row, seen_column = inside.nonzero()[:, 0], history[inside]
                 scores[seen_row, seen_column] = -torch.inf
                 target = torch.from_numpy(queries["target"][chunk]).long() - columns[0]
-                known = self._recall(chunk, int(columns[0]), len(columns))
-                for place, weight in enumerate(weights):
-                    hits[place] += (_ahead(scores, target, *known, weight) < _TOP).sum()
-                hits[-1] += len(chunk)
-        hits = sum_over_ranks(hits)
-        if not hits[-1]:
-            return float("nan"), 0.0
-        best = int(hits[:-1].argmax())
-        return float(hits[best] / hits[-1]), weights[best]
+                known = self._recall(chunk, int(columns[0]), len(columns), len(ridges))
+                hits += hits_with_memory(scores, target, *known, scaled)
+                asked += len(chunk)
+        hits, asked = sum_over_ranks(hits), sum_over_ranks(asked)
+        if not asked:
+            return Validated(float("nan"), 0.0, 0.0)
+        weight, ridge = divmod(int(hits.argmax()), len(ridges))
+        return Validated(float(hits.max() / asked), scaled[weight], ridges[ridge])
 
-    def _recall(self, rows: np.ndarray, first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _recall(self, rows: np.ndarray, first: int, count: int, ridges: int) -> tuple[Tensor, Tensor, Tensor]:
         """What the memory holds for these queries among the items from gid ``first`` on: row, column, value."""
         if self.task.memory is None:
-            return torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+            return torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0, ridges)
         history = self.task.queries["history"][rows]
         row, place = np.nonzero(history != ABSENT)
         row, gid, value = self.task.memory.recall(row, history[row, place])
@@ -164,27 +170,36 @@ class TowerTrainer:
         return torch.from_numpy(row[here]), torch.from_numpy(gid[here] - first), torch.from_numpy(value[here])
 
 
-def _ahead(
+def hits_with_memory(
     scores: Float[Tensor, "B N"],
     target: Int64[Tensor, "B"],
     row: Int64[Tensor, "m"],
     column: Int64[Tensor, "m"],
-    value: Float[Tensor, "m"],
-    weight: float,
-) -> Float[Tensor, "B"]:
-    """How many items stand before each target, look-alikes half: they do not all rank first. ``weight * value`` is
-    added to the scores at (row, column), without a second copy of them."""
-    bonus = weight * value
-    own = scores.gather(1, target[:, None]).squeeze(1)
+    value: Float[Tensor, "m ridges"],
+    weights: Sequence[float],
+) -> Float[Tensor, "weights ridges"]:
+    """How many targets are among the first ten, with ``weight * value`` added to the scores at (row, column).
+    Look-alikes of a target stand before it by half: they do not all rank first.
+
+    Overwrites ``scores``. Whatever is added is added to few of them: of the others the best 20 are enough to know.
+    """
+    everyone = torch.arange(len(target))
+    own, raised = scores[everyone, target], scores[row, column]
     is_target = column == target[row]
-    own = own.index_add(0, row[is_target], bonus[is_target])
-    ahead = (scores > own[:, None]).sum(1) + ((scores == own[:, None]).sum(1) - 1) / 2
-    if weight:
-        plain, limit = scores[row, column], own[row]
-        raised = plain + bonus
-        change = (raised > limit).float() + (raised == limit) / 2 - (plain > limit).float() - (plain == limit) / 2
-        ahead = ahead.index_add(0, row, change)
-    return ahead
+    scores[row, column] = -torch.inf
+    scores[everyone, target] = -torch.inf
+    best = scores.topk(min(2 * _TOP, scores.shape[1]), dim=1).values
+    rivals = ~is_target
+    hits = torch.zeros(len(weights), value.shape[1], dtype=torch.float64)
+    for place, weight in enumerate(weights):
+        for ridge in range(value.shape[1]):
+            bonus = weight * value[:, ridge]
+            mine = own.index_add(0, row[is_target], bonus[is_target])
+            ahead = (best > mine[:, None]).sum(1) + (best == mine[:, None]).sum(1) / 2
+            other, limit = (raised + bonus)[rivals], mine[row[rivals]]
+            ahead = ahead.index_add(0, row[rivals], (other > limit).float() + (other == limit) / 2)
+            hits[place, ridge] = (ahead < _TOP).sum()
+    return hits
 
 
 def item_vectors(model: TwoTower, source: FeatureSource, catalogue: Catalogue, snapshot: str) -> Float[Tensor, "N D"]:
@@ -244,19 +259,19 @@ def train_epochs(
 ) -> dict[str, Any]:
     """Train from ``state`` (empty: from the start) until the last epoch or until ``patience`` epochs in a row did not
     raise the validation HR@10. ``on_epoch(state, better)`` is the place for checkpoints."""
-    for key, value in (("history", []), ("best", None), ("bad", 0), ("memory", 0.0)):
+    for key, value in (("history", []), ("best", None), ("bad", 0), ("memory", 0.0), ("ridge", 0.0)):
         state.setdefault(key, value)
     config = trainer.config
     for epoch in range(len(state["history"]), config.epochs):
         if state["bad"] >= config.patience:
             break
         loss = run_epoch(trainer, optimizer, epoch, epoch * trainer.steps, on_step)
-        hit_rate, memory = trainer.validate()
+        hit_rate, memory, ridge = trainer.validate()
         watched = hit_rate if hit_rate == hit_rate else -loss  # no validation queries: the training loss
         better = state["best"] is None or watched > state["best"]
         state["best"], state["bad"] = (watched, 0) if better else (state["best"], state["bad"] + 1)
         if better:
-            state["memory"] = memory
+            state["memory"], state["ridge"] = memory, ridge
         state["history"].append({"epoch": epoch, "loss": loss, "valid_hr_at_10": hit_rate})
         on_epoch(state, better)
     return state

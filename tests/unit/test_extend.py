@@ -183,7 +183,7 @@ def test_the_memory_holds_the_edges_of_new_items_in_both_directions(late, extend
     assert len(near) > 3
     for item in near.tolist():
         row = new.gid[new.begin[item] : new.begin[item + 1]].tolist()
-        before = old.gid[old.begin[item] : old.begin[item + 1]].tolist() if item < len(old.degree) else []
+        before = old.gid[old.begin[item] : old.begin[item + 1]].tolist() if item < len(old.users) else []
         assert gid in row and set(before) <= set(row)
     untouched = next(u for u in late.world.user_ids if u not in late.trickle["user_id"].to_pylist())
     for user in ("nobody", untouched):  # who has something beside it is shown it sooner

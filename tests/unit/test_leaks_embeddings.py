@@ -29,6 +29,7 @@ from recsys_ray.snapshots import as_records, plan_snapshots
 from recsys_ray.two_tower.batches import ArrayFeatures
 from recsys_ray.two_tower.job import load_catalogue
 from recsys_ray.two_tower.memory import Memory, memory_file
+from recsys_ray.two_tower.ridge import count_users, read_edges, solve
 from recsys_ray.two_tower.towers import TowerSpec, TwoTower
 from recsys_ray.two_tower.training import item_vectors
 
@@ -75,9 +76,11 @@ def run(tmp_path) -> FinishedRun:
     save_arrays(folders["graph"] / ACTIVITY, activity)
     write_embeddings(folders, snapshots, ids, torch.from_numpy(text.astype(np.float32)))
     write_towers(folders, text)
-    for name in ("valid", "test", "serve"):
-        memory = Memory.of_edges(folders["graph"] / "edges" / f"{name}.parquet", ntype)
-        memory.save(memory_file(folders["two_tower"], name))
+    for s in snapshots[-3:]:
+        edges = read_edges(folders["graph"] / "edges" / f"{s.name}.parquet")
+        users = count_users(shard, s, [0], 100, ITEMS)
+        memory = Memory.of_edges(*edges[:2], solve(edges, users, 0, len(edges[1])), users, ntype)
+        memory.save(memory_file(folders["two_tower"], s.name))
     made = {
         "ingest": {"counts": counts, "config": {"events": CONFIG.events.model_dump()}},
         "graph": {

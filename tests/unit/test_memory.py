@@ -5,41 +5,119 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-from bundle_world import no_memory
 from checkerboard import CHANCE, ITEMS, VALID, board_events, board_task, board_trainer
 
 from recsys_ray.evaluation.baselines.towers import Tower
 from recsys_ray.evaluation.recommenders import UserBatch
-from recsys_ray.two_tower.memory import HALF_LIFE, OTHER, OWN, SMALL, Memory
-from recsys_ray.two_tower.training import _ahead, train_epochs
+from recsys_ray.two_tower.memory import HALF_LIFE, RIDGES, SMALL, Memory
+from recsys_ray.two_tower.ridge import _ranges, solve
+from recsys_ray.two_tower.training import hits_with_memory, train_epochs
 
-EDGES = [(0, 1, 4), (1, 0, 4), (2, 0, 1), (3, 4, 2), (4, 3, 2), (0, 5, 1)]  # two were kept in one direction only
+RIDGE = RIDGES[1]
+PAIRS = {(0, 1): 0.4, (1, 0): 0.2, (2, 0): 0.1, (3, 4): -0.3, (4, 3): 0.3, (0, 5): 0.05}  # from, to: b
 SIZE = 7
 
 
 @pytest.fixture
-def memory(tmp_path) -> Memory:
-    src, dst, support = zip(*EDGES, strict=True)
-    pq.write_table(pa.table({"src": src, "dst": dst, "support": support}), tmp_path / "edges.parquet")
-    return Memory.of_edges(tmp_path / "edges.parquet", np.zeros(SIZE, np.int64))
+def memory() -> Memory:
+    src, dst = np.array(list(PAIRS)).T
+    made = np.array(list(PAIRS.values()))[:, None]
+    return Memory.of_edges(src, dst, made, np.arange(SIZE) + 3, np.zeros(SIZE, int))
+
+
+def pairs_of(memory: Memory) -> dict[tuple[int, int], float]:
+    rows = np.repeat(np.arange(len(memory.users)), np.diff(memory.begin))
+    values = memory.coefficient[:, 0].tolist()
+    return dict(zip(zip(rows.tolist(), memory.gid.tolist(), strict=True), values, strict=True))
+
+
+# -- what is remembered
+
+
+def test_coefficients_are_ridge_regressions_on_the_neighbours():
+    """Least squares over users, with a row sqrt(ridge) for each neighbour."""
+    random = np.random.default_rng(0)
+    had = (random.random((200, SIZE)) < 0.3).astype(float)
+    shared = had.T @ had
+    edges = [(src, dst) for dst in range(SIZE) for src in range(SIZE) if src != dst and (src + dst) % 3]
+    src, dst = np.array(edges).T
+    support = shared[src, dst].astype(np.int64)
+    shared[(np.add.outer(np.arange(SIZE), np.arange(SIZE)) % 3) == 0] = 0  # pairs that the graph does not have
+    solved = solve((src, dst, support), had.sum(0).astype(int), 0, len(src))
+    assert solved.shape == (len(src), len(RIDGES))
+    for item in range(SIZE):
+        near = src[dst == item]
+        for column, ridge in enumerate(RIDGES):
+            gram = shared[np.ix_(near, near)]
+            gram[np.diag_indices(len(near))] = had[:, near].sum(0) + ridge
+            np.testing.assert_allclose(gram @ solved[dst == item, column], had[:, near].T @ had[:, item], rtol=1e-5)
+    whole = [(s, d) for d in range(4) for s in range(4) if s != d]  # a graph with every pair of four items
+    src, dst = np.array(whole).T
+    solved = solve((src, dst, (had.T @ had)[src, dst].astype(int)), had.sum(0).astype(int), 0, len(src))
+    for item in range(4):
+        near = src[dst == item]
+        tall = np.vstack([had[:, near], np.sqrt(RIDGE) * np.eye(3)])
+        want = np.linalg.lstsq(tall, np.r_[had[:, item], np.zeros(3)], rcond=None)[0]
+        np.testing.assert_allclose(solved[dst == item, 1], want, rtol=1e-4)
+
+
+def test_a_range_of_edges_is_solved_as_in_the_whole():
+    random = np.random.default_rng(1)
+    src, dst = np.array([(s, d) for d in range(SIZE) for s in range(SIZE) if s != d]).T
+    edges = src, dst, random.integers(1, 20, len(src))
+    users = np.full(SIZE, 60)
+    whole = solve(edges, users, 0, len(src))
+    ranges = _ranges(dst)
+    assert [a for a, _ in ranges[1:]] == [b for _, b in ranges[:-1]] and (ranges[0][0], ranges[-1][1]) == (0, len(src))
+    parts = [solve(edges, users, begin, end) for begin, end in ranges]
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
+    assert _ranges(np.zeros(0, np.int64)) == [(0, 0)] * 8 and solve(tuple(np.zeros((3, 0), int)), users, 0, 0).size == 0
+
+
+def test_a_hub_remembers_its_largest_items_of_each_type(monkeypatch):
+    monkeypatch.setattr("recsys_ray.two_tower.memory.NEIGHBOURS", 2)
+    ntype = np.array([0, 0, 0, 0, 1, 1, 1, 1])
+    others = np.arange(1, 8)
+    src, dst = np.r_[np.zeros(7, int), others], np.r_[others, np.zeros(7, int)]
+    memory = Memory.of_edges(src, dst, np.r_[others, others][:, None] / 10, np.ones(8, int), ntype)
+    assert sorted(pairs_of(memory)) == [(0, 2), (0, 3), (0, 6), (0, 7), *((item, 0) for item in range(1, 8))]
+
+
+def test_a_saved_memory_is_the_same_and_one_ridge_can_be_taken_of_it(memory, tmp_path):
+    columns = np.arange(len(RIDGES))[None] + memory.coefficient
+    several = replace(memory, coefficient=columns)
+    several.save(tmp_path / "m.safetensors")
+    for name, column in vars(Memory.load(tmp_path / "m.safetensors")).items():
+        assert np.array_equal(column, getattr(several, name))
+    assert np.array_equal(several.at(RIDGES[2]).coefficient, columns[:, 2:3])
+
+
+def test_new_items_bring_their_edges_and_replaced_ones_change_theirs(memory):
+    """Item 7 is new and item 2 is replaced; pairs of the others stay as they are."""
+    users = np.zeros(SIZE + 1, int)
+    users[[2, 7]] = 9, 4
+    edges = np.array([0, 4]), np.array([7, 2]), np.array([3, 5])
+    grown = memory.extended(*edges, users, np.array([2, 7]), np.arange(SIZE + 1), RIDGE)
+    found = pairs_of(grown)
+    assert set(found) == {pair for pair in PAIRS if 2 not in pair} | {(0, 7), (7, 0), (4, 2), (2, 4)}
+    assert found[0, 7] == pytest.approx(3 / (3 + RIDGE)) and found[7, 0] == pytest.approx(3 / (4 + RIDGE))
+    assert found[2, 4] == pytest.approx(5 / (9 + RIDGE)) and found[0, 1] == pytest.approx(0.4)
+    assert grown.users.tolist() == [3, 4, 9, 6, 7, 8, 9, 4]
+
+
+# -- what comes to mind
 
 
 def expected(history: list[int]) -> dict[int, float]:
-    """By the formula, from the list of edges."""
-    support = {(a, b): c for a, b, c in EDGES} | {(b, a): c for a, b, c in EDGES}
-    degree = [sum(c for (a, _), c in support.items() if a == item) for item in range(SIZE)]
     latest = [item for place, item in enumerate(history) if item not in history[place + 1 :]]
     weight = {item: 0.5 ** (back / HALF_LIFE) for back, item in enumerate(reversed(latest))}
     total: dict[int, float] = {}
-    for (a, b), c in support.items():
+    for (a, b), value in PAIRS.items():
         if a in weight:
-            similarity = c / (degree[a] ** OWN * degree[b] ** OTHER)
-            total[b] = total.get(b, 0) + weight[a] / sum(weight.values()) * similarity
-    return {item: np.log1p(value / SMALL) for item, value in total.items()}
+            total[b] = total.get(b, 0) + weight[a] / sum(weight.values()) * value
+    return {item: np.log1p(max(value, 0) / SMALL) for item, value in total.items()}
 
 
 def test_recall_is_the_formula(memory):
@@ -48,56 +126,33 @@ def test_recall_is_the_formula(memory):
     found = memory.recall(user, np.concatenate(list(histories.values())))
     want = [(u, item, value) for u, h in histories.items() for item, value in sorted(expected(h).items())]
     assert list(zip(*(column.tolist() for column in found[:2]), strict=True)) == [w[:2] for w in want]
-    np.testing.assert_allclose(found[2], [w[2] for w in want], rtol=1e-5)
+    np.testing.assert_allclose(found[2][:, 0], [w[2] for w in want], rtol=1e-5)
+    assert 0.0 in found[2]  # a negative sum is nothing
     nothing = memory.recall(np.zeros(0, np.int64), np.zeros(0, np.int64))
     assert [len(column) for column in nothing] == [0, 0, 0]
 
 
-def test_a_saved_memory_is_the_same(memory, tmp_path):
-    memory.save(tmp_path / "m.safetensors")
-    for name, column in vars(Memory.load(tmp_path / "m.safetensors")).items():
-        assert np.array_equal(column, getattr(memory, name))
+# -- what it is worth
 
 
-def test_new_items_bring_their_edges_and_replaced_ones_change_theirs(memory):
-    """Item 7 is new and item 2 is replaced; pairs of the others stay as they are."""
-    grown = memory.extended(np.array([0, 4]), np.array([7, 2]), np.array([3, 5]), np.array([2, 7]), np.arange(SIZE + 1))
-    pairs = {}
-    for item in range(SIZE + 1):
-        for place in range(grown.begin[item], grown.begin[item + 1]):
-            pairs[item, int(grown.gid[place])] = float(grown.similarity[place])
-    kept = {(a, b) for a, b, _ in EDGES} | {(b, a) for a, b, _ in EDGES}
-    assert set(pairs) == {pair for pair in kept if 2 not in pair} | {(0, 7), (7, 0), (4, 2), (2, 4)}
-    assert pairs[0, 7] == pytest.approx(3 / (memory.degree[0] ** OWN * 3**OTHER))
-    assert pairs[7, 0] == pytest.approx(3 / (3**OWN * memory.degree[0] ** OTHER))
-    assert pairs[4, 2] == pytest.approx(5 / (5**OWN * 5**OTHER)) and memory.degree[4] == 2
-    assert pairs[0, 1] == pytest.approx(float(memory.similarity[memory.begin[0]]))
-    assert grown.degree[2] == 5 and grown.degree[7] == 3
-
-
-def test_a_hub_remembers_its_most_similar_items_of_each_type(monkeypatch):
-    """Item 0 is linked to all others; the more users share a pair, the more similar it is."""
-    monkeypatch.setattr("recsys_ray.two_tower.memory.NEIGHBOURS", 2)
-    ntype = np.array([0, 0, 0, 0, 1, 1, 1, 1])
-    others = np.arange(1, 8)
-    memory = no_memory().extended(others, np.zeros(7, int), 1000 * others, np.arange(8), ntype)
-    assert memory.gid[memory.begin[0] : memory.begin[1]].tolist() == [2, 3, 6, 7]
-    assert [memory.gid[memory.begin[item]] for item in others] == [0] * 7
-
-
-def test_counting_who_stands_before_a_target_needs_no_dense_bonus():
+def test_hits_are_those_of_a_dense_bonus():
     random = np.random.default_rng(0)
-    scores = torch.from_numpy(random.integers(0, 6, (40, 30)).astype(np.float32))  # many are equal
-    scores[torch.from_numpy(random.random((40, 30)) < 0.1)] = -torch.inf
-    target = torch.from_numpy(random.integers(0, 30, 40))
-    scores[torch.arange(40), target] = 3.0
-    bonus = torch.from_numpy(random.integers(1, 4, (40, 30)) * (random.random((40, 30)) < 0.3)).float()
-    row, column = bonus.nonzero(as_tuple=True)
-    for weight in (0.0, 0.5, 1.0):
-        raised = scores + weight * bonus
-        own = raised.gather(1, target[:, None])
-        want = (raised > own).sum(1) + ((raised == own).sum(1) - 1) / 2
-        assert torch.equal(_ahead(scores, target, row, column, bonus[row, column], weight), want)
+    scores = torch.from_numpy(random.integers(0, 6, (400, 60)).astype(np.float32))  # many are equal
+    scores[torch.from_numpy(random.random((400, 60)) < 0.1)] = -torch.inf
+    target = torch.from_numpy(random.integers(0, 60, 400))
+    scores[torch.arange(400), target] = 5.0
+    bonus = torch.from_numpy(random.integers(1, 4, (400, 60, 2)) * (random.random((400, 60, 1)) < 0.3)).float()
+    row, column = (bonus.sum(2) > 0).nonzero(as_tuple=True)
+    weights = [0.0, 0.5, 1.0]
+    want = torch.zeros(3, 2)
+    for place, weight in enumerate(weights):
+        for ridge in range(2):
+            raised = scores + weight * bonus[:, :, ridge]
+            own = raised.gather(1, target[:, None])
+            ahead = (raised > own).sum(1) + ((raised == own).sum(1) - 1) / 2
+            want[place, ridge] = (ahead < 10).sum()
+    assert torch.equal(hits_with_memory(scores, target, row, column, bonus[row, column], weights), want.double())
+    assert len(want.unique()) > 3
 
 
 def _board_memory(true: bool) -> Memory:
@@ -105,10 +160,9 @@ def _board_memory(true: bool) -> Memory:
     events = board_events().before(VALID)
     src = events.gid.astype(np.int64)
     dst = np.random.default_rng(1).permutation(src)
-    if true:
-        keep = src % 2 == dst % 2
-        src, dst = src[keep], dst[keep]
-    return no_memory().extended(src, dst, np.ones(len(src), np.int64), np.arange(ITEMS), np.zeros(ITEMS, np.int64))
+    keep = src % 2 == dst % 2 if true else src != dst
+    src, dst = np.unique(np.stack([src[keep], dst[keep]]), axis=1)
+    return Memory.of_edges(src, dst, np.full((len(src), len(RIDGES)), 0.1), np.ones(ITEMS, int), np.zeros(ITEMS, int))
 
 
 @pytest.mark.parametrize("true", [True, False])
@@ -117,12 +171,12 @@ def test_validation_weighs_the_memory_by_what_it_is_worth(true):
     task = replace(board_task("nowhere"), memory=_board_memory(true))
     trainer, optimizer = board_trainer(task)
     state = train_epochs(trainer, optimizer, {})
-    found, weight = trainer.validate()
+    found, weight, ridge = trainer.validate()
     assert state["memory"] > 0  # of items that are all alike none is among the first ten: anything is better
-    assert weight > 0 and (found > 0.9 if true else found < 2 * CHANCE)
+    assert weight > 0 and ridge == RIDGES[0] and (found > 0.9 if true else found < 2 * CHANCE)
     alone, _ = board_trainer(replace(task, memory=None))
     alone.averaged = trainer.averaged
-    assert alone.validate()[0] < 0.1 * CHANCE and alone.validate()[1] == 0
+    assert alone.validate().hit_rate < 0.1 * CHANCE and alone.validate().memory == 0
 
 
 class _Towers:

@@ -195,7 +195,7 @@ def test_answer_is_brute_force(world, recommender):
         alone = sorted(allowed, key=lambda g: -scores[g])[:10]
         if recommender.memory is not None:
             _, gids, values = recommender.memory.recall(np.zeros(len(profile.gids), np.int64), profile.gids)
-            for gid, value in zip(gids.tolist(), values.tolist(), strict=True):
+            for gid, value in zip(gids.tolist(), values[:, 0].tolist(), strict=True):
                 scores[gid] = scores.get(gid, -np.inf) + 0.1 * value
         best = sorted(allowed, key=lambda g: -scores[g])[:10]
         raised += best != alone

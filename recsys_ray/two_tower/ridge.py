@@ -1,0 +1,124 @@
+"""Fits the direct memory: for each item a ridge regression on its neighbours in the co-interaction graph.
+
+    b_.j = argmin over b of sum over users of (x_uj - sum over i in N_j of x_ui b_i)^2 + ridge * |b|^2
+         = (G + ridge I)^-1 g,    G_ik = users of i and k,  g_i = users of i and j,  i and k in N_j
+
+x_ui says whether u had i, and N_j are j's neighbours in a snapshot: EASE^R (Steck, WWW 2019) kept to the graph, with a
+system of a few dozen numbers an item instead of one of the whole catalogue; SLIM with the neighbours as selected
+features (Ning and Karypis, ICDM 2011), without its L1 term. A pair i, k that the graph dropped counts as 0 users.
+
+One task a shard of interactions counts users, one a range of items solves.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import scipy.sparse as sp
+from jaxtyping import Float, Int
+
+from recsys_ray.artifacts import Artifact
+from recsys_ray.config import Config
+from recsys_ray.graph.pairs import Window, latest_items
+from recsys_ray.progress import Progress, Task
+from recsys_ray.snapshots import Snapshot
+from recsys_ray.two_tower.memory import RIDGES, Memory, memory_file
+
+Edges = tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"], Int[np.ndarray, "n"]]  # src, dst, support; sorted by dst
+_RANGES = 8  # of items, whose systems are solved by one task each
+
+
+def fit_memories(
+    config: Config, ingest: Artifact, graph: Path, snapshots: Sequence[Snapshot], out: Path, progress: Progress
+) -> None:
+    """Write the memory of each of these snapshots (:func:`memory_file`); what is there is kept."""
+    import ray
+
+    names = list(ingest.counts["events"])
+    codes = [names.index(name) for name in config.events.edges if name in names]
+    shards = sorted((ingest.path / "interactions").resolve().glob("shard-*.parquet"))
+    ntype = pq.read_table(ingest.path / "items.parquet", columns=["ntype"])["ntype"].to_numpy()
+    todo = [snapshot for snapshot in snapshots if not memory_file(out, snapshot.name).exists()]
+    with progress.task("memory", len(todo) * _RANGES, "ranges of items") as task:
+        for snapshot in todo:
+            jobs = [(shard, snapshot, codes, config.graph.max_history, len(ntype)) for shard in shards]
+            users = np.add.reduce(_all(count_users, jobs))
+            edges = read_edges(graph / "edges" / f"{snapshot.name}.parquet")
+            shared = ray.put(edges), ray.put(users)
+            parts = _all(solve, [(*shared, begin, end) for begin, end in _ranges(edges[1])], task)
+            memory = Memory.of_edges(*edges[:2], np.concatenate(parts), users, ntype)
+            memory.save(memory_file(out, snapshot.name))
+
+
+def _ranges(dst: Int[np.ndarray, "n"]) -> list[tuple[int, int]]:
+    """Ranges of edges, about as long, that part no item's; ``dst`` ascends."""
+    bounds = [len(dst) * k // _RANGES for k in range(_RANGES)]
+    bounds = [int(np.searchsorted(dst, dst[bound])) if len(dst) else 0 for bound in bounds]
+    return list(zip(bounds, [*bounds[1:], len(dst)], strict=True))
+
+
+def _all(function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], task: Task | None = None) -> list[Any]:
+    import ray
+
+    remote = ray.remote(num_cpus=1)(function)
+    waiting = [remote.remote(*job) for job in jobs]
+    found = []
+    for one in waiting:
+        found.append(ray.get(one))
+        if task is not None:
+            task.advance()
+    return found
+
+
+def read_edges(path: Path) -> Edges:
+    table = pq.read_table(path, columns=["src", "dst", "support"])
+    src, dst, support = (column.to_numpy() for column in table.columns)
+    return src, dst, support
+
+
+def count_users(
+    shard: Path, snapshot: Snapshot, codes: Sequence[int], max_history: int, items: int
+) -> Int[np.ndarray, "items"]:
+    """How many users of a shard had each item, by the events that make the snapshot's edges."""
+    table = pq.read_table(shard, columns=["uid", "gid", "event", "timestamp"])
+    uid, gid, event, time = (column.to_numpy() for column in table.columns)
+    wanted = np.isin(event, codes)
+    window = Window(snapshot.start, snapshot.time, snapshot.without)
+    _, latest, _ = latest_items(uid[wanted], gid[wanted], time[wanted], window, max_history, items)
+    return np.bincount(latest, minlength=items)
+
+
+def solve(edges: Edges, users: Int[np.ndarray, "items"], begin: int, end: int) -> Float[np.ndarray, "edges ridges"]:
+    """b of the edges ``begin <= edge < end`` with each of ``RIDGES``; the range holds all edges of its items.
+
+    Args:
+        edges: all of them.
+        users: of each item.
+    """
+    (src, dst, support), items = edges, len(users)
+    shared = sp.csr_matrix((support.astype(np.float64), (src, dst)), shape=(items, items))
+    shared = shared.maximum(shared.T).tocsr()
+    solved = np.zeros((end - begin, len(RIDGES)), np.float32)
+    place = np.full(items, -1)
+    borders: Any = (
+        np.flatnonzero(np.r_[True, dst[begin + 1 : end] != dst[begin : end - 1], True]) if end > begin else []
+    )
+    for first, last in itertools.pairwise(begin + np.asarray(borders, np.int64)):
+        near = src[first:last]
+        count = len(near)
+        place[near] = np.arange(count)
+        rows = shared[near]
+        column = place[rows.indices]
+        row = np.repeat(np.arange(count), np.diff(rows.indptr))
+        gram = np.zeros((count, count))
+        gram[row[column >= 0], column[column >= 0]] = rows.data[column >= 0]
+        systems = gram + np.stack([np.diag(users[near] + ridge) for ridge in RIDGES])
+        right = np.broadcast_to(support[first:last].astype(np.float64)[None, :, None], (len(RIDGES), count, 1))
+        solved[first - begin : last - begin] = np.linalg.solve(systems, right)[:, :, 0].T
+        place[near] = -1
+    return solved
