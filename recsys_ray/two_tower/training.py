@@ -28,7 +28,7 @@ from recsys_ray.two_tower.batches import (
 from recsys_ray.two_tower.examples import ABSENT
 from recsys_ray.two_tower.inputs import UserInputs
 from recsys_ray.two_tower.loss import inclusion_log_q, paper_loss, sampled_softmax
-from recsys_ray.two_tower.memory import RIDGES, WEIGHTS, Memory
+from recsys_ray.two_tower.memory import ENOUGH, RIDGES, WEIGHTS, Memory
 from recsys_ray.two_tower.towers import ItemIds, TowerSpec, TwoTower
 
 _ITEM_CHUNK = 8192
@@ -69,7 +69,7 @@ def start(model: TwoTower, task: TowerTask, seed: int) -> None:
 
 
 class Validated(NamedTuple):
-    """HR@10 (NaN where there is no query) with the weight and the ridge of the memory that are best."""
+    """HR@10 (NaN where there is no query) with the best weight and ridge of the memory, and the ones to use."""
 
     hit_rate: float
     memory: float
@@ -129,8 +129,8 @@ class TowerTrainer:
     @torch.no_grad()
     def validate(self, snapshot: str = "valid") -> Validated:
         """HR@10 of the validation queries, full ranking inside the target's type, seen items left out; each query
-        is one new item of a user. Over all ranks. With a memory, the best of its weights and ridges (of equal ones the
-        first)."""
+        is one new item of a user. Over all ranks. With a memory, the hits of its best weight and ridge, and the smallest
+        weight that has ``ENOUGH`` of them."""
         queries, task = self.task.queries, self.task
         weights, ridges = (WEIGHTS, RIDGES) if task.memory is not None else ((0.0,), (0.0,))
         scaled = [self.config.temperature * weight for weight in weights]
@@ -156,8 +156,8 @@ class TowerTrainer:
         hits, asked = sum_over_ranks(hits), sum_over_ranks(asked)
         if not asked:
             return Validated(float("nan"), 0.0, 0.0)
-        weight, ridge = divmod(int(hits.argmax()), len(ridges))
-        return Validated(float(hits.max() / asked), scaled[weight], ridges[ridge])
+        weight = int((hits.max(1).values >= ENOUGH * hits.max()).nonzero()[0])
+        return Validated(float(hits.max() / asked), scaled[weight], ridges[int(hits[weight].argmax())])
 
     def _recall(self, rows: np.ndarray, first: int, count: int, ridges: int) -> tuple[Tensor, Tensor, Tensor]:
         """What the memory holds for these queries among the items from gid ``first`` on: row, column, value."""
