@@ -129,8 +129,8 @@ class TowerTrainer:
     @torch.no_grad()
     def validate(self, snapshot: str = "valid") -> Validated:
         """HR@10 of the validation queries, full ranking inside the target's type, seen items left out; each query
-        is one new item of a user. Over all ranks. With a memory, the hits of its best weight and ridge, and the smallest
-        weight that has ``ENOUGH`` of them."""
+        is one new item of a user. Over all ranks. With a memory, the hits of its best weight and ridge, and the
+        smallest weight that has ``ENOUGH`` of them."""
         queries, task = self.task.queries, self.task
         weights, ridges = (WEIGHTS, RIDGES) if task.memory is not None else ((0.0,), (0.0,))
         scaled = [self.config.temperature * weight for weight in weights]
