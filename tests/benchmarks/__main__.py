@@ -96,7 +96,37 @@ def index() -> None:
     line("exact search, seen items left out", search, seconds(plain), "queries", 1, "as fast as product and sort")
 
 
+def memory() -> None:
+    """What a full history brings to mind against the exact search beside it; fitting it against EASE's one inverse."""
+    from recsys_ray.two_tower.memory import NEIGHBOURS, RIDGES, Memory
+    from recsys_ray.two_tower.ridge import solve
+
+    draw = np.random.default_rng(0)
+    items, near = 50_000, NEIGHBOURS
+    vectors = draw.standard_normal((items, 128)).astype(np.float32)
+    src, dst = np.repeat(np.arange(items), near), draw.integers(0, items, items * near)
+    made = draw.random((items * near, 1), np.float32)
+    whole = Memory.of_edges(src, dst, made, np.ones(items, np.int32), np.zeros(items, np.int16))
+    history, nobody = draw.choice(items, 50, replace=False), np.zeros(50, np.int64)
+    search = seconds(lambda: np.argpartition(-(vectors @ vectors[0]), 10))
+    line("memory of 50 items' history", seconds(lambda: whole.recall(nobody, history)), search, "users", 1,
+         "as fast as exact search of 50,000 items")  # fmt: skip
+
+    few = 2_000
+    had = (draw.random((20_000, few)) < 0.005).astype(np.float32)
+    shared = had.T @ had
+    users = np.diag(shared).astype(np.int64)
+    np.fill_diagonal(shared, 0)
+    src = np.argsort(-shared, axis=0)[:30].T.ravel()  # the 30 best neighbours of each item
+    dst = np.repeat(np.arange(few), 30)
+    edges = src, dst, shared[src, dst].astype(np.int64)
+    dense = shared + np.diag(users + RIDGES[0])
+    inverse = seconds(lambda: [np.linalg.inv(dense) for _ in RIDGES])
+    line("memory, fit with all ridges", seconds(lambda: solve(edges, users, 0, len(dst))), inverse, "items", few,
+         "as fast as EASE's inverses")  # fmt: skip
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for benchmark in (encoder, sampler, index):
+    for benchmark in (encoder, sampler, index, memory):
         benchmark()
