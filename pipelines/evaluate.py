@@ -18,7 +18,7 @@ from recsys_ray.hgnn.embeddings import load_embeddings
 from recsys_ray.two_tower.scorer import TrainedTower
 
 NAMES = {"text_only": "two_tower_text_only", "hgnn": "2t_hgnn"}  # two-tower variant -> name in the table
-WITHOUT_MEMORY = "2t_hgnn_without_memory"
+WITHOUT_MEMORY = "2t_hgnn_without_memory"  # the towers of the served model alone
 
 
 def _settings(config: Config) -> dict[str, Any]:
