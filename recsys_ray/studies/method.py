@@ -80,7 +80,7 @@ PARTS = Study(
     question="How much HR@10 do warm users lose when one part of the method is taken away?",
     reported="Paper A, Table 1 (audiobooks, warm users, HR@10; the full model has 0.353): without HGNN (the two-tower) "
     "0.231, without the balanced sampler 0.332, without weak signals 0.267, without podcast-podcast edges 0.333, "
-    "without audiobook-audiobook edges 0.312, audiobook-audiobook edges alone 0.329, podcast-podcast edges alone 0.294.",
+    "without audiobook-audiobook 0.312, audiobook-audiobook edges alone 0.329, podcast-podcast edges alone 0.294.",
     how="Without weak signals: their events are left out of the tables, so an item that was only previewed is new. "
     "Without the text's meaning: every item has a random vector instead, which tells items apart and says nothing of "
     "them. HGNN and two-tower are trained anew each "
