@@ -24,6 +24,7 @@ from recsys_ray.studies.study import Facts, Result, Study, Variant
 from recsys_ray.studies.tables import write_changed
 
 _LEAN = ("evaluate.baselines=default",)  # no study asks for what takes long to tune beside the method
+_PLAIN = ("evaluate.map_items=0", "evaluate.examples=0")  # what a page shows that nobody opens
 _TABLES = "tables"  # below the run's folder: changed interactions
 
 
@@ -71,7 +72,7 @@ def _run(
     config: Config, study: Study, variant: Variant, seed: int, ingest: Artifact, progress: Progress
 ) -> Mapping[str, Artifact]:
     """One variant with one seed."""
-    overrides = [*(() if study.every_model else _LEAN), *variant.overrides, f"seed={seed}"]
+    overrides = [*(() if study.every_model else _LEAN), *_PLAIN, *variant.overrides, f"seed={seed}"]
     if not variant.ablation:
         overrides.append("two_tower.ablation=false")
     if variant.table is not None:
