@@ -45,7 +45,7 @@ MODELS: dict[str, ModelName] = {
     },
     "two_tower_text_only": ModelName("2T", "2T without HGNN", "part", "The two-tower without the HGNN's embeddings."),
     "2t_hgnn_without_memory": ModelName(
-        "2T-HGNN-", "2T-HGNN without memory", "part", "The served model's towers without its direct memory."
+        "towers", "2T-HGNN without memory", "part", "The served model's towers without its direct memory."
     ),
     MAIN: ModelName("2T-HGNN", "2T-HGNN", "served", "HGNN and two-tower together: the model that is served."),
     "oracle": ModelName(
