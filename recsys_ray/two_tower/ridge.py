@@ -12,14 +12,12 @@ One task a shard of interactions counts users, one a range of items solves.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-import scipy.sparse as sp
 from jaxtyping import Float, Int
 
 from recsys_ray.artifacts import Artifact
@@ -101,24 +99,22 @@ def solve(edges: Edges, users: Int[np.ndarray, "items"], begin: int, end: int) -
         users: of each item.
     """
     (src, dst, support), items = edges, len(users)
-    shared = sp.csr_matrix((support.astype(np.float64), (src, dst)), shape=(items, items))
-    shared = shared.maximum(shared.T).tocsr()
+    start = np.searchsorted(dst, np.arange(items + 1))
     solved = np.zeros((end - begin, len(RIDGES)), np.float32)
     place = np.full(items, -1)
-    borders: Any = (
-        np.flatnonzero(np.r_[True, dst[begin + 1 : end] != dst[begin : end - 1], True]) if end > begin else []
-    )
-    for first, last in itertools.pairwise(begin + np.asarray(borders, np.int64)):
-        near = src[first:last]
-        count = len(near)
-        place[near] = np.arange(count)
-        rows = shared[near]
-        column = place[rows.indices]
-        row = np.repeat(np.arange(count), np.diff(rows.indptr))
-        gram = np.zeros((count, count))
-        gram[row[column >= 0], column[column >= 0]] = rows.data[column >= 0]
-        systems = gram + np.stack([np.diag(users[near] + ridge) for ridge in RIDGES])
-        right = np.broadcast_to(support[first:last].astype(np.float64)[None, :, None], (len(RIDGES), count, 1))
-        solved[first - begin : last - begin] = np.linalg.solve(systems, right)[:, :, 0].T
+    for item in np.unique(dst[begin:end]).tolist():
+        mine = slice(start[item], start[item + 1])
+        near = src[mine]
+        place[near] = np.arange(len(near))
+        gram = np.zeros((len(near), len(near)))
+        lengths = start[near + 1] - start[near]  # the neighbours' own neighbours: which of them are mine, too?
+        edge = np.repeat(start[near] - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
+        row, column = place[src[edge]], np.repeat(np.arange(len(near)), lengths)
+        row, column, shared = row[row >= 0], column[row >= 0], support[edge[row >= 0]]
+        gram[row, column] = gram[column, row] = shared
+        systems = np.repeat(gram[None], len(RIDGES), axis=0)
+        np.einsum("rnn->rn", systems)[:] = users[near] + np.array(RIDGES)[:, None]
+        right = np.broadcast_to(support[mine].astype(np.float64)[:, None], (len(RIDGES), len(near), 1))
+        solved[mine.start - begin : mine.stop - begin] = np.linalg.solve(systems, right)[:, :, 0].T
         place[near] = -1
     return solved
