@@ -151,7 +151,7 @@ class HgnnConfig(Section):
     )
     fanouts: tuple[Positive, Positive] = Field((8, 5), description="neighbours per relation: of the seeds, one hop on")
     isolated: Share = Field(
-        0.1, description="share of a training batch's items that are embedded from text alone, as new items will be"
+        0.2, description="share of a training batch's items that are embedded from text alone, as new items will be"
     )
     loss: Literal["softmax", "max_margin"] = Field("softmax", description="in-batch softmax, or the papers' max-margin")
     temperature: float = Field(0.1, gt=0, description="softmax only")
