@@ -172,7 +172,11 @@ def search_types(
     indexes: Sequence[TypeIndex], query: Vectors, k: int, forbidden: Ids | None = None
 ) -> tuple[Vectors, Ids]:
     """The best ``k`` items of several types: one vector space, so their scores compare."""
-    found = [index.search(query, k, forbidden) for index in indexes]
+    return merge_best([index.search(query, k, forbidden) for index in indexes], k)
+
+
+def merge_best(found: Sequence[tuple[Vectors, Ids]], k: int) -> tuple[Vectors, Ids]:
+    """The best ``k`` of several (scores, gids); of equal scores the smaller gid."""
     scores, gids = np.concatenate([s for s, _ in found]), np.concatenate([g for _, g in found])
     best = np.lexsort((gids, -scores))[:k]
     return scores[best], gids[best]

@@ -30,11 +30,11 @@ from recsys_ray.retrieval.filters import (
     forbidden,
 )
 from recsys_ray.retrieval.histories import Histories, Profile, mapped_arrays, user_inputs
-from recsys_ray.retrieval.index import TypeIndex, check_metric, search_types
+from recsys_ray.retrieval.index import TypeIndex, check_metric, merge_best, search_types
 from recsys_ray.retrieval.popularity import Popularity
 from recsys_ray.retrieval.tower import LoadTower, TowerRunner, load_user_tower
 from recsys_ray.retrieval.wording import because, fits
-from recsys_ray.two_tower.memory import Memory
+from recsys_ray.two_tower.memory import TYPICAL, Memory, Recalled
 
 _DAY = 86_400
 HistoryEntry = Mapping[str, Any]  # item_id, event (optional), timestamp (optional, unix seconds)
@@ -90,6 +90,7 @@ class Recommender:
     tower: TowerRunner
     vectors: npt.NDArray[np.float32]
     memory: Memory | None = None  # of pairs of items; None: validation gave it no weight
+    blank: list[npt.NDArray[np.int64]] = field(default_factory=list)  # of each type the items it knows nothing of
     _country_of: dict[str, int] = field(default_factory=dict)
 
     @classmethod
@@ -122,10 +123,11 @@ class Recommender:
         popularity = Popularity.load(folder / "popularity.safetensors")
         histories, country_of = Histories(folder / "histories.safetensors"), counts["countries"]
         numbers = {name: number for number, name in enumerate(country_of)}
-        memory = None
+        made = cls(artifact, items, Users(folder), histories, popularity, indexes, tower, vectors, _country_of=numbers)
         if (folder / MEMORY).exists():
-            memory = Memory(**{name: table.numpy() for name, table in mapped_arrays(folder / MEMORY).items()})
-        made = cls(artifact, items, Users(folder), histories, popularity, indexes, tower, vectors, memory, numbers)
+            made.memory = Memory(**{name: table.numpy() for name, table in mapped_arrays(folder / MEMORY).items()})
+            offered = [items.offered(number).astype(np.int64) for number in range(len(items.types))]
+            made.blank = [gids[made.memory.blank[gids]] for gids in offered]
         if warm:
             made._warm_up()
         return made
@@ -276,9 +278,12 @@ class Recommender:
         self, profile: Profile, types: list[int], k: int, barred: npt.NDArray[np.int64]
     ) -> list[Recommendation]:
         query = self.tower(user_inputs([profile], self.tower.tastes))[0]
-        scores, gids = search_types([self.indexes[t] for t in types], query, k, barred)
-        if self.memory is not None:
-            scores, gids = self._remember(self.memory, profile, types, query, barred, scores, gids, k)
+        if self.memory is None:
+            scores, gids = search_types([self.indexes[t] for t in types], query, k, barred)
+        else:
+            recalled = self.memory.recall(np.zeros(len(profile.gids), np.int64), profile.gids)
+            found = [self._remember(self.memory, recalled, number, query, k, barred) for number in types]
+            scores, gids = merge_best(found, k)
         return [
             self._item(gid, score, reason)
             for gid, score, reason in zip(gids.tolist(), scores.tolist(), self._reasons(profile, gids), strict=True)
@@ -287,26 +292,25 @@ class Recommender:
     def _remember(
         self,
         memory: Memory,
-        profile: Profile,
-        types: list[int],
+        recalled: Recalled,
+        number: int,
         query: npt.NDArray[np.float32],
-        barred: npt.NDArray[np.int64],
-        scores: npt.NDArray[np.float32],
-        gids: npt.NDArray[np.int64],
         k: int,
+        barred: npt.NDArray[np.int64],
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-        """The best ``k`` of what the search found and of all that the memory raises. No other item can be among them:
-        the search has ``k`` that are better by their inner product alone."""
-        _, raised, value = memory.recall(np.zeros(len(profile.gids), np.int64), profile.gids)
-        allowed = np.isin(self.items.ntype[raised], types) & (self.items.available[raised] != 0)
-        allowed &= ~np.isin(raised, barred)
-        raised, value = raised[allowed], value[allowed, 0]
-        others = ~np.isin(gids, raised)
+        """Scores and gids of a type with what the memory adds; the best ``k`` are among them. It adds to the history's
+        neighbours and to blank items alone, and these are all here; any other item has ``k`` before it by inner product
+        already."""
+        scores, gids = self.indexes[number].search(query, max(k, TYPICAL), barred)
         weight = np.float32(self.tower.spec["memory"])
-        scores = np.concatenate([scores[others], self.vectors[raised] @ query + weight * value])
-        gids = np.concatenate([gids[others], raised])
-        best = np.lexsort((gids, -scores))[:k]
-        return scores[best], gids[best]
+        usual = weight * recalled.typical(gids[None, :TYPICAL])[0, 0]
+        allowed = (self.items.ntype[recalled.gid] == number) & (self.items.available[recalled.gid] != 0)
+        allowed &= ~np.isin(recalled.gid, barred)
+        raised, value = recalled.gid[allowed], weight * recalled.value[allowed, 0]
+        blank = self.blank[number][~np.isin(self.blank[number], barred)]
+        others = ~np.isin(gids, raised) & ~memory.blank[gids]
+        parts = scores[others], self.vectors[raised] @ query + value, self.vectors[blank] @ query + usual
+        return np.concatenate(parts), np.concatenate([gids[others], raised, blank])
 
     def _by_popularity(
         self, profile: Profile, types: list[int], k: int, barred: npt.NDArray[np.int64]

@@ -7,10 +7,14 @@ graph has these pairs, so its edges are also used as they are, like the wide par
     score(u, j) = <u, v_j> + w * log(1 + max(m_uj, 0) / SMALL),    m_uj = sum over i in history of u of a_ui * b_ij
     a_ui proportional to 2^(-places back / HALF_LIFE), their sum 1
 
+The memory knows no pair of an item that nobody had (``users`` 0): such a blank item is given what is usual among its
+rivals, the mean of what is added to the ``TYPICAL`` items of its type that the towers rank first for the user. Without
+this every new item would fall behind by what the others gain.
+
 b_.j is the ridge regression of having item j on having its neighbours in the graph (recsys_ray/two_tower/ridge.py).
 How strong the ridge is and the weight w are chosen on the validation period (recsys_ray/two_tower/training.py); weight
-0 leaves the towers alone. Lists still come from the ANN search: an item without an edge to the history has its inner
-product as its score, so that the best by inner product and the history's neighbours hold the exact list
+0 leaves the towers alone. Lists still come from the ANN search: to an item that is neither blank nor a neighbour of the
+history nothing is added, so that the best by inner product, these neighbours and the blank items hold the exact list
 (recsys_ray/retrieval/recommender.py).
 
 Imports neither dgl nor transformers: it is used in a serving replica.
@@ -20,18 +24,41 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from recsys_ray.artifacts import load_arrays, save_arrays
 
 RIDGES = (10.0, 30.0, 100.0, 300.0)  # which a validation chooses from
 WEIGHTS = (0.0, 0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 12.0)  # likewise; of the temperature
-ENOUGH = 0.99  # of the best weight's hits: the memory knows no new item, so no more weight than is needed
+ENOUGH = 0.99  # of the best weight's hits: no more weight than is needed
 HALF_LIFE = 4.0
 SMALL = 1e-2
+TYPICAL = 20
 NEIGHBOURS = 100  # that an item brings to mind, in each item type: those with the largest coefficients
+
+
+class Recalled(NamedTuple):
+    """What histories bring to mind, ascending by user and gid."""
+
+    user: Int[np.ndarray, "m"]
+    gid: Int[np.ndarray, "m"]
+    value: Float[np.ndarray, "m ridges"]  # float32: log(1 + max(m, 0) / SMALL)
+    items: int  # of the catalogue
+
+    def typical(self, best: Int[np.ndarray, "users best"]) -> Float[np.ndarray, "users ridges"]:
+        """The mean value of each user's ``best`` items (gids, -1 for none), 0 for those that are not here; float32.
+        Users are numbered from 0."""
+        if not len(self.user):
+            return np.zeros((len(best), self.value.shape[1]), np.float32)
+        key = self.user * self.items + self.gid
+        asked = np.arange(len(best))[:, None] * self.items + best
+        place = np.minimum(np.searchsorted(key, asked), len(key) - 1)
+        found = (key[place] == asked) & (best >= 0)
+        total = (self.value[place] * found[:, :, None]).sum(1)
+        return (total / np.maximum((best >= 0).sum(1), 1)[:, None]).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -65,6 +92,11 @@ class Memory:
             coefficient[kept].astype(np.float32),
             users.astype(np.int32),
         )
+
+    @property
+    def blank(self) -> Bool[np.ndarray, "items"]:
+        """Nobody had it."""
+        return self.users == 0
 
     def at(self, ridge: float) -> Memory:
         """Of one ridge of ``RIDGES`` alone."""
@@ -116,16 +148,14 @@ class Memory:
     def save(self, path: Path) -> None:
         save_arrays(path, vars(self))
 
-    def recall(
-        self, user: Int[np.ndarray, "n"], gid: Int[np.ndarray, "n"]
-    ) -> tuple[Int[np.ndarray, "m"], Int[np.ndarray, "m"], Float[np.ndarray, "m ridges"]]:
+    def recall(self, user: Int[np.ndarray, "n"], gid: Int[np.ndarray, "n"]) -> Recalled:
         """What histories bring to mind.
 
         Args:
             user, gid: the events of all histories; of each user in one piece, oldest first.
 
         Returns:
-            user, gid and log(1 + max(m, 0) / SMALL) (float32) of every pair with an edge, ascending by user and gid.
+            Every pair with an edge.
         """
         items = len(self.begin) - 1
         user, gid, weight = _latest(user.astype(np.int64), gid.astype(np.int64), items)
@@ -136,7 +166,7 @@ class Memory:
         parts = self.coefficient[place] * np.repeat(weight, count)[:, None]
         total = np.stack([np.bincount(where, part, minlength=len(key)) for part in parts.T], 1)
         value = np.log1p(np.maximum(total, 0) / SMALL).astype(np.float32)
-        return key // max(items, 1), key % max(items, 1), value
+        return Recalled(key // max(items, 1), key % max(items, 1), value, items)
 
 
 def memory_file(two_tower: Path, snapshot: str) -> Path:

@@ -15,11 +15,14 @@ from recsys_ray.artifacts import load_arrays
 from recsys_ray.snapshots import DAY
 from recsys_ray.two_tower.batches import country_index
 from recsys_ray.two_tower.inputs import ItemTables, UserInputs
-from recsys_ray.two_tower.memory import Memory, memory_file
+from recsys_ray.two_tower.memory import TYPICAL, Memory, memory_file
 from recsys_ray.two_tower.towers import UserTower, load_item_ids, load_user_tower
 
 if TYPE_CHECKING:
+    from recsys_ray.evaluation.baselines.towers import Remember
     from recsys_ray.evaluation.recommenders import UserBatch
+
+_ITEMS = 32_768  # whose scores are held at once
 
 
 @dataclass
@@ -72,13 +75,42 @@ class TrainedTower:
         )
         return self.tower(inputs, tables)
 
-    def remembered(self, users: UserBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-        """Row, gid and what is added to the score there, ascending by row and gid; None: nothing is."""
+    def remember(self, users: UserBatch, vectors: Float[Tensor, "users d"]) -> Remember | None:
+        """See ``TowerScorer``."""
         if self.memory is None:
             return None
-        kept = self._kept(users)
-        row, gid, value = self.memory.recall(users.rows[kept], users.gid[kept])
-        return row, gid, np.float32(self.tower.spec.memory) * value[:, 0]
+        kept, weight = self._kept(users), self.tower.spec.memory
+        recalled, blank = self.memory.recall(users.rows[kept], users.gid[kept]), self.memory.blank
+        usual: dict[int, Tensor] = {}  # of each item type that was asked for
+
+        def add(first: int, last: int, scores: Tensor) -> None:
+            here = (recalled.gid >= first) & (recalled.gid < last)
+            row, column = recalled.user[here], recalled.gid[here] - first
+            scores[row, column] += weight * torch.from_numpy(recalled.value[here, 0])
+            fresh = np.flatnonzero(blank[first:last])
+            if len(fresh):
+                kind = int(self.ntype[first])
+                if kind not in usual:
+                    best = self._best(users, vectors, kind)
+                    usual[kind] = weight * torch.from_numpy(recalled.typical(best))
+                scores[:, fresh] += usual[kind]
+
+        return add
+
+    def _best(self, users: UserBatch, vectors: Float[Tensor, "users d"], kind: int) -> np.ndarray:
+        """int64 [users, TYPICAL]: the items of a type that the towers rank first, none of the user's own; -1: none."""
+        gids = np.flatnonzero(self.ntype == kind)
+        values, best = torch.full((len(users), 0), -torch.inf), torch.zeros((len(users), 0), dtype=torch.int64)
+        for start in range(int(gids[0]), int(gids[-1]) + 1, _ITEMS):
+            stop = min(start + _ITEMS, int(gids[-1]) + 1)
+            scores = vectors @ torch.from_numpy(np.array(self.item_vectors[start:stop])).float().T
+            own = (users.gid >= start) & (users.gid < stop)
+            scores[users.rows[own], users.gid[own] - start] = -torch.inf
+            top = scores.topk(min(TYPICAL, stop - start), dim=1)
+            values, best = torch.cat([values, top.values], 1), torch.cat([best, top.indices + start], 1)
+            top = values.topk(min(TYPICAL, values.shape[1]), dim=1)
+            values, best = top.values, best.gather(1, top.indices)
+        return np.where(torch.isfinite(values).numpy(), best.numpy(), -1)
 
     def _kept(self, users: UserBatch) -> np.ndarray:
         """bool [events]: the latest ones inside the window."""

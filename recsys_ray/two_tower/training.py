@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from recsys_ray.config import TwoTowerConfig
@@ -28,7 +28,7 @@ from recsys_ray.two_tower.batches import (
 from recsys_ray.two_tower.examples import ABSENT
 from recsys_ray.two_tower.inputs import UserInputs
 from recsys_ray.two_tower.loss import inclusion_log_q, paper_loss, sampled_softmax
-from recsys_ray.two_tower.memory import ENOUGH, RIDGES, WEIGHTS, Memory
+from recsys_ray.two_tower.memory import ENOUGH, RIDGES, TYPICAL, WEIGHTS, Memory, Recalled
 from recsys_ray.two_tower.towers import ItemIds, TowerSpec, TwoTower
 
 _ITEM_CHUNK = 8192
@@ -74,6 +74,11 @@ class Validated(NamedTuple):
     hit_rate: float
     memory: float
     ridge: float
+
+
+class _Known(NamedTuple):
+    recalled: Recalled
+    blank: np.ndarray  # bool [items]
 
 
 class TowerTrainer:
@@ -150,8 +155,9 @@ class TowerTrainer:
                 seen_row, seen_column = inside.nonzero()[:, 0], history[inside]
                 scores[seen_row, seen_column] = -torch.inf
                 target = torch.from_numpy(queries["target"][chunk]).long() - columns[0]
-                known = self._recall(chunk, int(columns[0]), len(columns), len(ridges))
-                hits += hits_with_memory(scores, target, *known, scaled)
+                known = self._recall(chunk)
+                blank = torch.from_numpy(known.blank[columns])
+                hits += hits_with_memory(scores, target, known.recalled, int(columns[0]), blank, scaled)
                 asked += len(chunk)
         hits, asked = sum_over_ranks(hits), sum_over_ranks(asked)
         if not asked:
@@ -159,47 +165,63 @@ class TowerTrainer:
         weight = int((hits.max(1).values >= ENOUGH * hits.max()).nonzero()[0])
         return Validated(float(hits.max() / asked), scaled[weight], ridges[int(hits[weight].argmax())])
 
-    def _recall(self, rows: np.ndarray, first: int, count: int, ridges: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What the memory holds for these queries among the items from gid ``first`` on: row, column, value."""
-        if self.task.memory is None:
-            return torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0, ridges)
+    def _recall(self, rows: np.ndarray) -> _Known:
+        """What the memory holds for these queries."""
+        memory, items = self.task.memory, len(self.task.catalogue.ntype)
+        if memory is None:
+            nothing = np.zeros(0, np.int64)
+            return _Known(Recalled(nothing, nothing, np.zeros((0, 1), np.float32), items), np.zeros(items, bool))
         history = self.task.queries["history"][rows]
         row, place = np.nonzero(history != ABSENT)
-        row, gid, value = self.task.memory.recall(row, history[row, place])
-        here = (gid >= first) & (gid < first + count)
-        return torch.from_numpy(row[here]), torch.from_numpy(gid[here] - first), torch.from_numpy(value[here])
+        return _Known(memory.recall(row, history[row, place]), memory.blank)
 
 
 def hits_with_memory(
     scores: Float[Tensor, "B N"],
     target: Int64[Tensor, "B"],
-    row: Int64[Tensor, "m"],
-    column: Int64[Tensor, "m"],
-    value: Float[Tensor, "m ridges"],
+    recalled: Recalled,
+    first: int,
+    blank: Bool[Tensor, "N"],
     weights: Sequence[float],
 ) -> Float[Tensor, "weights ridges"]:
-    """How many targets are among the first ten, with ``weight * value`` added to the scores at (row, column).
-    Look-alikes of a target stand before it by half: they do not all rank first.
+    """How many targets are among the first ten, with each weight of the memory. Look-alikes of a target stand before
+    it by half: they do not all rank first.
 
-    Overwrites ``scores``. Whatever is added is added to few of them: of the others the best 20 are enough to know.
+    Overwrites ``scores``. Of the items that no edge raises the best 20 are enough to know.
+
+    Args:
+        scores: of the towers; column 0 is the item with gid ``first``.
+        target: columns.
+        blank: columns of the items that nobody had.
     """
-    everyone = torch.arange(len(target))
-    own, raised = scores[everyone, target], scores[row, column]
-    is_target = column == target[row]
+    everyone, count = torch.arange(len(target)), scores.shape[1]
+    here = (recalled.gid >= first) & (recalled.gid < first + count)
+    row, column, value = (
+        torch.from_numpy(part[here]) for part in (recalled.user, recalled.gid - first, recalled.value)
+    )
+    top = scores.topk(min(TYPICAL, count), dim=1)
+    best = np.where(torch.isfinite(top.values).numpy(), top.indices.numpy() + first, -1)
+    usual = torch.from_numpy(recalled.typical(best))
+    own, raised, is_target = scores[everyone, target], scores[row, column], column == target[row]
     scores[row, column] = -torch.inf
     scores[everyone, target] = -torch.inf
-    best = scores.topk(min(2 * _TOP, scores.shape[1]), dim=1).values
-    rivals = ~is_target
+    fresh = scores[:, blank].topk(min(2 * _TOP, int(blank.sum())), dim=1).values
+    scores[:, blank] = -torch.inf
+    rest = scores.topk(min(2 * _TOP, count), dim=1).values
     hits = torch.zeros(len(weights), value.shape[1], dtype=torch.float64)
     for place, weight in enumerate(weights):
         for ridge in range(value.shape[1]):
-            bonus = weight * value[:, ridge]
-            mine = own.index_add(0, row[is_target], bonus[is_target])
-            ahead = (best > mine[:, None]).sum(1) + (best == mine[:, None]).sum(1) / 2
-            other, limit = (raised + bonus)[rivals], mine[row[rivals]]
-            ahead = ahead.index_add(0, row[rivals], (other > limit).float() + (other == limit) / 2)
+            bonus, shift = weight * value[:, ridge], weight * usual[:, ridge]
+            mine = (own + shift * blank[target]).index_add(0, row[is_target], bonus[is_target])
+            ahead = _before(rest, mine) + _before(fresh + shift[:, None], mine)
+            rival, limit = (raised + bonus)[~is_target], mine[row[~is_target]]
+            ahead = ahead.index_add(0, row[~is_target], (rival > limit).float() + (rival == limit) / 2)
             hits[place, ridge] = (ahead < _TOP).sum()
     return hits
+
+
+def _before(scores: Float[Tensor, "B k"], limit: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
+    return (scores > limit[:, None]).sum(1) + (scores == limit[:, None]).sum(1) / 2
 
 
 def item_vectors(model: TwoTower, source: FeatureSource, catalogue: Catalogue, snapshot: str) -> Float[Tensor, "N D"]:

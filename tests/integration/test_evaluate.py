@@ -44,7 +44,7 @@ class ColourTower:
 
     item_vectors = np.eye(2, dtype=np.float32)[np.arange(ITEMS) % 2]
 
-    def remembered(self, users: UserBatch) -> None:
+    def remember(self, users: UserBatch, vectors: torch.Tensor) -> None:
         return None
 
     def user_vectors(self, users: UserBatch) -> torch.Tensor:

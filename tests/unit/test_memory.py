@@ -11,8 +11,10 @@ from checkerboard import CHANCE, ITEMS, VALID, board_events, board_task, board_t
 
 from recsys_ray.evaluation.baselines.towers import Tower
 from recsys_ray.evaluation.recommenders import UserBatch
-from recsys_ray.two_tower.memory import HALF_LIFE, RIDGES, SMALL, Memory
+from recsys_ray.two_tower.memory import HALF_LIFE, RIDGES, SMALL, TYPICAL, Memory, Recalled
 from recsys_ray.two_tower.ridge import _ranges, solve
+from recsys_ray.two_tower.scorer import TrainedTower
+from recsys_ray.two_tower.towers import TowerSpec, UserTower
 from recsys_ray.two_tower.training import hits_with_memory, train_epochs
 
 RIDGE = RIDGES[1]
@@ -129,7 +131,7 @@ def test_recall_is_the_formula(memory):
     np.testing.assert_allclose(found[2][:, 0], [w[2] for w in want], rtol=1e-5)
     assert 0.0 in found[2]  # a negative sum is nothing
     nothing = memory.recall(np.zeros(0, np.int64), np.zeros(0, np.int64))
-    assert [len(column) for column in nothing] == [0, 0, 0]
+    assert [len(column) for column in nothing[:3]] == [0, 0, 0]
 
 
 # -- what it is worth
@@ -137,22 +139,38 @@ def test_recall_is_the_formula(memory):
 
 def test_hits_are_those_of_a_dense_bonus():
     random = np.random.default_rng(0)
-    scores = torch.from_numpy(random.integers(0, 6, (400, 60)).astype(np.float32))  # many are equal
-    scores[torch.from_numpy(random.random((400, 60)) < 0.1)] = -torch.inf
-    target = torch.from_numpy(random.integers(0, 60, 400))
-    scores[torch.arange(400), target] = 5.0
-    bonus = torch.from_numpy(random.integers(1, 4, (400, 60, 2)) * (random.random((400, 60, 1)) < 0.3)).float()
-    row, column = (bonus.sum(2) > 0).nonzero(as_tuple=True)
-    weights = [0.0, 0.5, 1.0]
-    want = torch.zeros(3, 2)
+    first, users, items = 100, 400, 60
+    scores = torch.from_numpy(random.integers(0, 12, (users, items)).astype(np.float32))  # many are equal
+    scores += torch.linspace(0, 0.4, items)  # so that it is clear which 20 are the best
+    scores[torch.from_numpy(random.random((users, items)) < 0.1)] = -torch.inf
+    target = torch.from_numpy(random.integers(0, items, users))
+    scores[torch.arange(users), target] = 9.0
+    blank = torch.arange(items) % 7 == 0
+    bonus = random.integers(1, 4, (users, items, 2)) * (random.random((users, items, 1)) < 0.3)
+    bonus[:, blank] = 0
+    row, column = np.nonzero(bonus.sum(2))
+    elsewhere = np.arange(5), np.full(5, first + items + 3), np.ones((5, 2))  # of another type
+    order = np.lexsort((np.r_[first + column, elsewhere[1]], np.r_[row, elsewhere[0]]))
+    recalled = Recalled(
+        np.r_[row, elsewhere[0]][order], np.r_[first + column, elsewhere[1]][order],
+        np.r_[bonus[row, column], elsewhere[2]][order].astype(np.float32), 1000,
+    )  # fmt: skip
+    weights, bonus, want = [0.0, 0.5, 1.0], torch.from_numpy(bonus).float(), torch.zeros(3, 2)
     for place, weight in enumerate(weights):
         for ridge in range(2):
-            raised = scores + weight * bonus[:, :, ridge]
+            usual = bonus[:, :, ridge].gather(1, scores.topk(TYPICAL).indices).mean(1, keepdim=True)
+            raised = scores + weight * torch.where(blank, usual, bonus[:, :, ridge])
             own = raised.gather(1, target[:, None])
             ahead = (raised > own).sum(1) + ((raised == own).sum(1) - 1) / 2
             want[place, ridge] = (ahead < 10).sum()
-    assert torch.equal(hits_with_memory(scores, target, row, column, bonus[row, column], weights), want.double())
+    assert torch.equal(hits_with_memory(scores, target, recalled, first, blank, weights), want.double())
     assert len(want.unique()) > 3
+
+
+def test_what_is_usual_is_the_mean_over_the_best():
+    recalled = Recalled(np.array([0, 0, 2]), np.array([3, 5, 3]), np.array([[1.0], [2.0], [4.0]]), 9)
+    best = np.array([[3, 5, 7, -1], [3, 5, 7, 8], [-1, -1, -1, -1]])
+    assert recalled.typical(best).tolist() == [[1.0], [0.0], [0.0]]
 
 
 def _board_memory(true: bool) -> Memory:
@@ -179,20 +197,27 @@ def test_validation_weighs_the_memory_by_what_it_is_worth(true):
     assert alone.validate().hit_rate < 0.1 * CHANCE and alone.validate().memory == 0
 
 
-class _Towers:
-    """All items are alike to the towers; of user 0 the memory says something."""
-
-    item_vectors = np.ones((6, 2), np.float32)
-
-    def user_vectors(self, users: UserBatch) -> torch.Tensor:
-        return torch.ones(len(users), 2)
-
-    def remembered(self, users: UserBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return np.array([0, 0]), np.array([1, 4]), np.array([0.5, 0.25], np.float32)
-
-
 def test_evaluation_adds_the_memory_to_the_scores():
-    users = UserBatch(np.arange(2), np.zeros(3, np.int64), *(np.zeros(0, np.int64) for _ in range(3)))
-    score = Tower("t", _Towers()).scorer(users)
-    assert score(0, 6).tolist() == [[2, 2.5, 2, 2, 2.25, 2], [2] * 6]
-    assert score(2, 5).tolist() == [[2, 2, 2.25], [2] * 3]
+    """User 0 has item 0 of type 0 (items 0 to 29); items 40 and 41 of type 1 and item 7 are blank."""
+    ntype = np.repeat([0, 1], [30, 20])
+    users = np.ones(50, int)
+    users[[7, 40, 41]] = 0
+    src, dst, made = np.array([0, 0, 0, 5]), np.array([1, 35, 6, 2]), np.array([0.2, 0.1, 0.05, 0.3])[:, None]
+    memory = Memory.of_edges(src, dst, made, users, ntype)
+    spec = TowerSpec(2, ["stream"], 1, 0, 3, 0, 0, 0, {}, [4], memory=0.5)
+    vectors = torch.from_numpy(np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32))
+    towers = TrainedTower(vectors.numpy(), UserTower(spec), np.zeros((50, 1)), None, ntype, None, 0, memory)
+    batch = UserBatch(np.arange(2), np.array([0, 1, 1]), np.array([0]), np.array([0]), np.array([0]))
+    towers.user_vectors = lambda users: torch.ones(2, 4)
+    score = Tower("t", towers).scorer(batch)
+    plain = (torch.ones(2, 4) @ vectors.T).numpy()
+    want = plain.copy()
+    added = np.zeros(50)
+    added[[1, 35, 6]] = 0.5 * np.log1p(np.array([0.2, 0.1, 0.05]) / SMALL)
+    want[0] += added
+    for kind, blank in ((0, [7]), (1, [40, 41])):
+        rivals = [gid for gid in np.argsort(-plain[0]) if ntype[gid] == kind and gid != 0][:TYPICAL]
+        want[0, blank] += added[rivals].mean()
+    found = np.concatenate([score(0, 12).numpy(), score(12, 30).numpy(), score(30, 50).numpy()], axis=1)
+    np.testing.assert_allclose(found, want, rtol=1e-5)
+    assert found[0, 7] > plain[0, 7] and found[1, 7] == plain[1, 7]

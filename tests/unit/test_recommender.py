@@ -19,6 +19,7 @@ from recsys_ray.retrieval.filters import RequestError, UnknownItem
 from recsys_ray.retrieval.histories import Histories, HistoryWriter, whole_users
 from recsys_ray.retrieval.recommender import Recommender
 from recsys_ray.retrieval.wording import because, fits
+from recsys_ray.two_tower.memory import TYPICAL
 
 TYPES = ["audiobook", "music", "podcast"]
 
@@ -194,9 +195,13 @@ def test_answer_is_brute_force(world, recommender):
         scores = {g: float(world.vectors[g] @ query) for g in allowed}
         alone = sorted(allowed, key=lambda g: -scores[g])[:10]
         if recommender.memory is not None:
-            _, gids, values = recommender.memory.recall(np.zeros(len(profile.gids), np.int64), profile.gids)
-            for gid, value in zip(gids.tolist(), values[:, 0].tolist(), strict=True):
-                scores[gid] = scores.get(gid, -np.inf) + 0.1 * value
+            _, gids, values, _ = recommender.memory.recall(np.zeros(len(profile.gids), np.int64), profile.gids)
+            value = dict(zip(gids.tolist(), 0.1 * values[:, 0], strict=True))
+            for kind in range(len(TYPES)):
+                mine = [g for g in sorted(allowed, key=lambda g: -scores[g]) if world.ntype[g] == kind]
+                usual = np.mean([value.get(g, 0.0) for g in mine[:TYPICAL]])
+                blank = {g: usual for g in mine if recommender.memory.blank[g]}
+                scores |= {g: scores[g] + {**value, **blank}.get(g, 0.0) for g in mine}
         best = sorted(allowed, key=lambda g: -scores[g])[:10]
         raised += best != alone
         found = recommender.recommend(world.user_ids[uid])

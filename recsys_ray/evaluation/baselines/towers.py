@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ORACLE = "oracle"
+Remember = Callable[[int, int, "Float[Tensor, 'users items']"], None]  # first gid, last gid, scores: changed in place
 
 
 @runtime_checkable
@@ -36,8 +38,8 @@ class TowerScorer(Protocol):
         """Vectors of users as of the start of the test period."""
         ...
 
-    def remembered(self, users: UserBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-        """Row, gid (int64) and what is added to the score there (float32); None: nothing is."""
+    def remember(self, users: UserBatch, vectors: Float[Tensor, "users d"]) -> Remember | None:
+        """What adds the memory to the scores of a range of items of one type; None: there is no memory."""
         ...
 
 
@@ -51,14 +53,12 @@ class Tower:
     def scorer(self, users: UserBatch) -> Scorer:
         with torch.no_grad():
             vectors = torch.as_tensor(self.model.user_vectors(users)).float()
-        known = self.model.remembered(users)
+        remember = self.model.remember(users, vectors)
 
         def score(first: int, last: int) -> Tensor:
             scores = vectors @ as_tensor(self.model.item_vectors[first:last]).float().T
-            if known is not None:
-                row, gid, value = known
-                here = (gid >= first) & (gid < last)
-                scores[row[here], gid[here] - first] += torch.from_numpy(value[here])
+            if remember is not None:
+                remember(first, last, scores)
             return scores
 
         return score
