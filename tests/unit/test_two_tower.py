@@ -19,7 +19,7 @@ from recsys_ray.two_tower.batches import batches_in, country_index, epoch_batche
 from recsys_ray.two_tower.inputs import UserInputs
 from recsys_ray.two_tower.loss import inclusion_log_q, paper_loss, sampled_softmax
 from recsys_ray.two_tower.towers import ItemIds, TwoTower, load_item_ids, load_towers, load_user_tower
-from recsys_ray.two_tower.training import item_vectors, refit, start, train_epochs, user_vectors
+from recsys_ray.two_tower.training import Validated, item_vectors, refit, start, train_epochs, user_vectors
 
 EMPTY = torch.empty(0, dtype=torch.int64)
 
@@ -83,7 +83,7 @@ def test_it_stops_when_validation_does_not_improve():
     trainer, optimizer = board_trainer(
         board_task("nowhere", rows=slice(0, 100)), CONFIG.model_copy(update={"epochs": 9, "patience": 1})
     )
-    trainer.validate = lambda: 0.5
+    trainer.validate = lambda: Validated(0.5, 0.0, 0.0)
     assert len(train_epochs(trainer, optimizer, {})["history"]) == 2
 
 
