@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from pipelines.cli import main
-from pipelines.evaluate import NAMES
+from pipelines.evaluate import NAMES, WITHOUT_MEMORY
 from pipelines.run import STAGES
 from recsys_ray.artifacts import load_arrays, open_artifact, save_arrays
 from recsys_ray.retrieval.bundle import set_current
@@ -87,7 +87,10 @@ def test_one_command_makes_everything(undisturbed):
         assert f"{stage.name}: {stage.summary}" in done.stderr
         assert (run / stage.folder / "manifest.json").exists()
     rows = metrics_of(run)
-    assert {row["model"] for row in rows} == BASELINES | set(NAMES.values())
+    remembers = json.loads((run / "two_tower" / "hgnn" / "spec.json").read_text(encoding="utf-8"))["memory"] > 0
+    models = BASELINES | set(NAMES.values()) | ({WITHOUT_MEMORY} if remembers else set())
+    assert {row["model"] for row in rows} == models
+    assert (run / "bundles" / "current" / "memory.safetensors").exists() == remembers
     assert {row["item_type"] for row in rows} == {"all", "audiobook", "music", "podcast"}
     assert (run / "evaluation" / "report.html").stat().st_size > 10_000
     for promised in ("HR@10", "report.html", "recsys-ray serve", "user "):
