@@ -5,7 +5,8 @@
 
 x_ui says whether u had i, and N_j are j's neighbours in a snapshot: EASE^R (Steck, WWW 2019) kept to the graph, with a
 system of a few dozen numbers an item instead of one of the whole catalogue; SLIM with the neighbours as selected
-features (Ning and Karypis, ICDM 2011), without its L1 term. A pair i, k that the graph dropped counts as 0 users.
+features (Ning and Karypis, ICDM 2011), without its L1 term. A pair i, k that the graph dropped counts as 0 users; G may
+then have negative eigenvalues, and coefficients that a small ridge lets grow without measure are cut at -1 and 1.
 
 One task a shard of interactions counts users, one a range of items solves.
 """
@@ -115,6 +116,14 @@ def solve(edges: Edges, users: Int[np.ndarray, "items"], begin: int, end: int) -
         systems = np.repeat(gram[None], len(RIDGES), axis=0)
         np.einsum("rnn->rn", systems)[:] = users[near] + np.array(RIDGES)[:, None]
         right = np.broadcast_to(support[mine].astype(np.float64)[:, None], (len(RIDGES), len(near), 1))
-        solved[mine.start - begin : mine.stop - begin] = np.linalg.solve(systems, right)[:, :, 0].T
+        solved[mine.start - begin : mine.stop - begin] = _solutions(systems, right)[:, :, 0].T
         place[near] = -1
     return solved
+
+
+def _solutions(systems: Float[np.ndarray, "r n n"], right: Float[np.ndarray, "r n 1"]) -> Float[np.ndarray, "r n 1"]:
+    try:
+        found = np.linalg.solve(systems, right)
+    except np.linalg.LinAlgError:  # singular: see above
+        found = np.linalg.pinv(systems) @ right
+    return np.clip(found, -1, 1)

@@ -65,6 +65,14 @@ def test_coefficients_are_ridge_regressions_on_the_neighbours():
         np.testing.assert_allclose(solved[dst == item, 1], want, rtol=1e-4)
 
 
+def test_pairs_that_the_graph_dropped_make_no_wild_coefficient():
+    """Items 0 and 1 share more users than the graph says that they have: singular with the first ridge."""
+    src, dst = np.array([1, 2, 0, 2, 0, 1]), np.array([0, 0, 1, 1, 2, 2])
+    support = np.array([10, 3, 10, 4, 3, 4])
+    solved = solve((src, dst, support), np.array([0, 0, 5]), 0, 6)
+    assert np.isfinite(solved).all() and np.abs(solved).max() <= 1
+
+
 def test_a_range_of_edges_is_solved_as_in_the_whole():
     random = np.random.default_rng(1)
     src, dst = np.array([(s, d) for d in range(SIZE) for s in range(SIZE) if s != d]).T
