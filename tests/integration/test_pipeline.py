@@ -400,10 +400,10 @@ def test_no_feature_of_a_run_looks_past_its_time_and_one_that_does_is_found(undi
     done = call("check-leaks", "--config", config, "--sample", 300)
     assert done.returncode == 0, done.stderr[-6000:]
     for what in ("training examples", "validation queries", "users of the test", "edges into", "the activity of",
-                 "the embeddings of", "(hgnn, text_only)", "no feature looks past its time"):  # fmt: skip
+                 "the embeddings of", "(hgnn, text_only)", "what is remembered",
+                 "no feature looks past its time"):  # fmt: skip
         assert what in done.stdout
     for name, said in (("hgnn/embeddings/test/part-00000", "the embedding on snapshot test of item"),
-                       ("two_tower/memory/test", "the memory of item"),
                        ("two_tower/hgnn/items/test", "the test's vector by the two-tower hgnn of item")):  # fmt: skip
         forged = root / "forged"
         shutil.copytree(run, forged, ignore=shutil.ignore_patterns("bundles", "cache"))
