@@ -14,11 +14,11 @@ from pipelines.stage import Context, Stage
 from recsys_ray.artifacts import load_arrays
 from recsys_ray.config import Config
 from recsys_ray.evaluation.evaluate import evaluate
+from recsys_ray.evaluation.hits import WITHOUT_MEMORY
 from recsys_ray.hgnn.embeddings import load_embeddings
 from recsys_ray.two_tower.scorer import TrainedTower
 
 NAMES = {"text_only": "two_tower_text_only", "hgnn": "2t_hgnn"}  # two-tower variant -> name in the table
-WITHOUT_MEMORY = "2t_hgnn_without_memory"  # the towers of the served model alone
 
 
 def _settings(config: Config) -> dict[str, Any]:

@@ -43,9 +43,9 @@ from recsys_ray.evaluation.shards import (
     survey_shard,
 )
 from recsys_ray.evaluation.summary import summarise
-from recsys_ray.evaluation.tasks import alone, cpus_of_one_host, in_parallel
 from recsys_ray.evaluation.tuning import Tuned, tune, untuned
 from recsys_ray.progress import Progress
+from recsys_ray.tasks import alone, cpus_of_one_host, in_parallel
 
 
 def evaluate(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from recsys_ray.evaluation.baselines import BASELINES
-from recsys_ray.evaluation.hits import MAIN
+from recsys_ray.evaluation.hits import MAIN, WITHOUT_MEMORY
 from recsys_ray.evaluation.segments import TIERS
 
 Row = Mapping[str, Any]
@@ -44,7 +44,7 @@ MODELS: dict[str, ModelName] = {
         for name, (short, full) in _BASELINES.items()
     },
     "two_tower_text_only": ModelName("2T", "2T without HGNN", "part", "The two-tower without the HGNN's embeddings."),
-    "2t_hgnn_without_memory": ModelName(
+    WITHOUT_MEMORY: ModelName(
         "towers", "2T-HGNN without memory", "part", "The served model's towers without its direct memory."
     ),
     MAIN: ModelName("2T-HGNN", "2T-HGNN", "served", "HGNN and two-tower together: the model that is served."),

@@ -25,8 +25,8 @@ from recsys_ray.evaluation.baselines.interface import (
     starting_points,
 )
 from recsys_ray.evaluation.fitting import Job, try_point
-from recsys_ray.evaluation.tasks import alone
 from recsys_ray.progress import Progress
+from recsys_ray.tasks import alone
 
 _RANDOM_TRIALS = 5  # before the sampler begins to learn; the same for any number of trials
 _GRACE_S = 30.0  # a trial that has not stopped by itself at twice its time and this is ended

@@ -127,7 +127,7 @@ class Recommender:
         if (folder / MEMORY).exists():
             made.memory = Memory(**{name: table.numpy() for name, table in mapped_arrays(folder / MEMORY).items()})
             offered = [items.offered(number).astype(np.int64) for number in range(len(items.types))]
-            made.blank = [gids[made.memory.blank[gids]] for gids in offered]
+            made.blank = [gids[made.memory.is_blank(gids)] for gids in offered]
         if warm:
             made._warm_up()
         return made
@@ -308,7 +308,7 @@ class Recommender:
         allowed &= ~np.isin(recalled.gid, barred)
         raised, value = recalled.gid[allowed], weight * recalled.value[allowed, 0]
         blank = self.blank[number][~np.isin(self.blank[number], barred)]
-        others = ~np.isin(gids, raised) & ~memory.blank[gids]
+        others = ~np.isin(gids, raised) & ~memory.is_blank(gids)
         parts = scores[others], self.vectors[raised] @ query + value, self.vectors[blank] @ query + usual
         return np.concatenate(parts), np.concatenate([gids[others], raised, blank])
 

@@ -6,9 +6,10 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
+from recsys_ray.evaluation.hits import WITHOUT_MEMORY
 from recsys_ray.snapshots import DAY
 from recsys_ray.studies.judge import sentence
-from recsys_ray.studies.study import TWO_TOWER, WITHOUT_MEMORY, Comparison, Facts, Outcome, Result, Side, Study, Variant
+from recsys_ray.studies.study import TWO_TOWER, Comparison, Facts, Outcome, Result, Side, Study, Variant
 
 
 def _as_list(values: Sequence[str]) -> str:

@@ -13,7 +13,6 @@ from recsys_ray.evaluation.hits import EVERY_TYPE, MAIN, Hits, Row
 from recsys_ray.studies.tables import TableChange
 
 TWO_TOWER = "two_tower_text_only"  # the two-tower without the HGNN
-WITHOUT_MEMORY = "2t_hgnn_without_memory"  # the towers of 2T-HGNN alone
 POPULARITY = "popularity"
 Expected = Literal["above", "below", "not above"]
 

@@ -73,7 +73,7 @@ def train_two_tower(
         (spec if VARIANTS[variant] else replace(spec, hgnn_dim=0)).save(out / variant / "spec.json")
     if config.two_tower.memory:
         asked = [snapshot for snapshot in snapshots if snapshot.name in ("valid", "test", "serve")]
-        fit_memories(config, ingest, graph.path, asked, out, progress)
+        fit_memories(config, ingest, graph.path, asked, out, progress, cpus)
     parameters = {
         "config": config.two_tower.model_dump(),
         "seed": seed_from(config.seed, "two_tower"),

@@ -93,10 +93,9 @@ class Memory:
             users.astype(np.int32),
         )
 
-    @property
-    def blank(self) -> Bool[np.ndarray, "items"]:
+    def is_blank(self, gids: Int[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
         """Nobody had it."""
-        return self.users == 0
+        return self.users[gids] == 0
 
     def at(self, ridge: float) -> Memory:
         """Of one ridge of ``RIDGES`` alone."""
@@ -119,14 +118,15 @@ class Memory:
 
         Args:
             src, dst, support: edges into ``anew``.
-            users: of ``anew`` items; those of the others are known here.
+            users: of the items, whole for ``anew``; of others at least those who made the edges.
             ntype: of all items.
         """
         fresh = np.zeros(len(ntype), bool)
         fresh[anew] = True
         known = np.zeros(len(ntype), np.int64)
         known[: len(self.users)] = self.users
-        known[fresh] = users[fresh]
+        known[fresh] = 0
+        known = np.maximum(known, users)  # what now has an edge is blank no more
         key = np.concatenate([src.astype(np.int64) * len(ntype) + dst, dst.astype(np.int64) * len(ntype) + src])
         key, first = np.unique(key, return_index=True)
         new_src, new_dst = key // len(ntype), key % len(ntype)
@@ -140,6 +140,13 @@ class Memory:
             known,
             ntype,
         )
+
+    @staticmethod
+    def nothing(items: int) -> Memory:
+        """One that adds nothing to any score."""
+        no_edge = np.zeros(0, np.int32)
+        begin, users = np.zeros(items + 1, np.int64), np.ones(items, np.int32)
+        return Memory(begin, no_edge, np.zeros((0, 1), np.float32), users)
 
     @staticmethod
     def load(path: Path) -> Memory:

@@ -13,9 +13,8 @@ One task a shard of interactions counts users, one a range of items solves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -24,8 +23,9 @@ from jaxtyping import Float, Int
 from recsys_ray.artifacts import Artifact
 from recsys_ray.config import Config
 from recsys_ray.graph.pairs import Window, latest_items
-from recsys_ray.progress import Progress, Task
+from recsys_ray.progress import Progress
 from recsys_ray.snapshots import Snapshot
+from recsys_ray.tasks import in_parallel, result_of
 from recsys_ray.two_tower.memory import RIDGES, Memory, memory_file
 
 Edges = tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"], Int[np.ndarray, "n"]]  # src, dst, support; sorted by dst
@@ -33,7 +33,13 @@ _RANGES = 8  # of items, whose systems are solved by one task each
 
 
 def fit_memories(
-    config: Config, ingest: Artifact, graph: Path, snapshots: Sequence[Snapshot], out: Path, progress: Progress
+    config: Config,
+    ingest: Artifact,
+    graph: Path,
+    snapshots: Sequence[Snapshot],
+    out: Path,
+    progress: Progress,
+    cpus: int,
 ) -> None:
     """Write the memory of each of these snapshots (:func:`memory_file`); what is there is kept."""
     import ray
@@ -45,11 +51,16 @@ def fit_memories(
     todo = [snapshot for snapshot in snapshots if not memory_file(out, snapshot.name).exists()]
     with progress.task("memory", len(todo) * _RANGES, "ranges of items") as task:
         for snapshot in todo:
-            jobs = [(shard, snapshot, codes, config.graph.max_history, len(ntype)) for shard in shards]
-            users = np.add.reduce(_all(count_users, jobs))
+            jobs = [(count_users, shard, snapshot, codes, config.graph.max_history, len(ntype)) for shard in shards]
+            users = np.zeros(len(ntype), np.int64)
+            for counted in in_parallel(jobs, cpus):  # one after the other: each is as long as the catalogue
+                users += counted
             edges = read_edges(graph / "edges" / f"{snapshot.name}.parquet")
-            shared = ray.put(edges), ray.put(users)
-            parts = _all(solve, [(*shared, begin, end) for begin, end in _ranges(edges[1])], task)
+            shared, remote = (ray.put(edges), ray.put(users)), ray.remote(num_cpus=1)(solve)
+            parts = []
+            for part in [remote.remote(*shared, begin, end) for begin, end in _ranges(edges[1])]:
+                parts.append(result_of(part))
+                task.advance()
             memory = Memory.of_edges(*edges[:2], np.concatenate(parts), users, ntype)
             memory.save(memory_file(out, snapshot.name))
 
@@ -59,19 +70,6 @@ def _ranges(dst: Int[np.ndarray, "n"]) -> list[tuple[int, int]]:
     bounds = [len(dst) * k // _RANGES for k in range(_RANGES)]
     bounds = [int(np.searchsorted(dst, dst[bound])) if len(dst) else 0 for bound in bounds]
     return list(zip(bounds, [*bounds[1:], len(dst)], strict=True))
-
-
-def _all(function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], task: Task | None = None) -> list[Any]:
-    import ray
-
-    remote = ray.remote(num_cpus=1)(function)
-    waiting = [remote.remote(*job) for job in jobs]
-    found = []
-    for one in waiting:
-        found.append(ray.get(one))
-        if task is not None:
-            task.advance()
-    return found
 
 
 def read_edges(path: Path) -> Edges:

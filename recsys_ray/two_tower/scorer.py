@@ -80,14 +80,14 @@ class TrainedTower:
         if self.memory is None:
             return None
         kept, weight = self._kept(users), self.tower.spec.memory
-        recalled, blank = self.memory.recall(users.rows[kept], users.gid[kept]), self.memory.blank
+        memory, recalled = self.memory, self.memory.recall(users.rows[kept], users.gid[kept])
         usual: dict[int, Tensor] = {}  # of each item type that was asked for
 
         def add(first: int, last: int, scores: Tensor) -> None:
             here = (recalled.gid >= first) & (recalled.gid < last)
             row, column = recalled.user[here], recalled.gid[here] - first
             scores[row, column] += weight * torch.from_numpy(recalled.value[here, 0])
-            fresh = np.flatnonzero(blank[first:last])
+            fresh = np.flatnonzero(memory.is_blank(np.arange(first, last)))
             if len(fresh):
                 kind = int(self.ntype[first])
                 if kind not in usual:

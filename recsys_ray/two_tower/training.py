@@ -76,11 +76,6 @@ class Validated(NamedTuple):
     ridge: float
 
 
-class _Known(NamedTuple):
-    recalled: Recalled
-    blank: np.ndarray  # bool [items]
-
-
 class TowerTrainer:
     """Steps and validation of the two-tower.
 
@@ -137,6 +132,7 @@ class TowerTrainer:
         is one new item of a user. Over all ranks. With a memory, the hits of its best weight and ridge, and the
         smallest weight that has ``ENOUGH`` of them."""
         queries, task = self.task.queries, self.task
+        memory = task.memory or Memory.nothing(len(task.catalogue.ntype))
         weights, ridges = (WEIGHTS, RIDGES) if task.memory is not None else ((0.0,), (0.0,))
         scaled = [self.config.temperature * weight for weight in weights]
         hits = torch.zeros(len(weights), len(ridges), dtype=torch.float64)
@@ -146,6 +142,7 @@ class TowerTrainer:
         for kind in range(task.spec.num_types):
             rows = order[task.catalogue.ntype.numpy()[queries["target"][order]] == kind]
             columns = (task.catalogue.ntype == kind).nonzero().squeeze(1)
+            blank = torch.from_numpy(memory.is_blank(columns.numpy()))
             for chunk in np.array_split(rows, -(-len(rows) // _QUERY_CHUNK)) if len(rows) else []:
                 assert vectors is not None
                 users = user_vectors(self.averaged, task.source, task.catalogue, snapshot, queries, chunk)
@@ -155,25 +152,15 @@ class TowerTrainer:
                 seen_row, seen_column = inside.nonzero()[:, 0], history[inside]
                 scores[seen_row, seen_column] = -torch.inf
                 target = torch.from_numpy(queries["target"][chunk]).long() - columns[0]
-                known = self._recall(chunk)
-                blank = torch.from_numpy(known.blank[columns])
-                hits += hits_with_memory(scores, target, known.recalled, int(columns[0]), blank, scaled)
+                row, place = np.nonzero(queries["history"][chunk] != ABSENT)
+                recalled = memory.recall(row, queries["history"][chunk][row, place])
+                hits += hits_with_memory(scores, target, recalled, int(columns[0]), blank, scaled)
                 asked += len(chunk)
         hits, asked = sum_over_ranks(hits), sum_over_ranks(asked)
         if not asked:
             return Validated(float("nan"), 0.0, 0.0)
         weight = int((hits.max(1).values >= ENOUGH * hits.max()).nonzero()[0])
         return Validated(float(hits.max() / asked), scaled[weight], ridges[int(hits[weight].argmax())])
-
-    def _recall(self, rows: np.ndarray) -> _Known:
-        """What the memory holds for these queries."""
-        memory, items = self.task.memory, len(self.task.catalogue.ntype)
-        if memory is None:
-            nothing = np.zeros(0, np.int64)
-            return _Known(Recalled(nothing, nothing, np.zeros((0, 1), np.float32), items), np.zeros(items, bool))
-        history = self.task.queries["history"][rows]
-        row, place = np.nonzero(history != ABSENT)
-        return _Known(memory.recall(row, history[row, place]), memory.blank)
 
 
 def hits_with_memory(

@@ -7,7 +7,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -16,48 +15,18 @@ import httpx
 import polars as pl
 import psutil
 import pytest
-import yaml
+from pipeline_world import BASELINES, SMALL, call, command, configure, metrics_of
 
 from pipelines.cli import main
-from pipelines.evaluate import NAMES, WITHOUT_MEMORY
+from pipelines.evaluate import NAMES
 from pipelines.run import STAGES
 from recsys_ray.artifacts import load_arrays, open_artifact, save_arrays
+from recsys_ray.evaluation.hits import WITHOUT_MEMORY
 from recsys_ray.retrieval.bundle import set_current
 from recsys_ray.retrieval.recommender import Recommender
 from recsys_ray.snapshots import DAY
 
 pytestmark = pytest.mark.slow
-
-BASELINES = {"popularity", "item_knn", "llm_knn", "hgnn", "oracle"}
-TABLES = ("items", "interactions", "users", "oracle")
-SMALL = {
-    "data": {"now": "2026-01-02", "shards": 2},
-    "graph": {"window_days": 120, "cuts": 2, "first_cut": 0.4, "max_neighbors": 10},
-    "hgnn": {"hidden_dim": 64, "out_dim": 64, "signature_dim": 32, "epochs": 3, "batch_size": 1024, "min_edges": 4000},
-    "two_tower": {"layers": [32, 16], "epochs": 1, "batch_size": 256, "history": 20},
-    "evaluate": {"bootstrap": 50},
-    "ray": {"num_cpus": 2, "object_store_mb": 128},
-}
-
-
-def command(*words: object) -> list[str]:
-    return [sys.executable, "-m", "pipelines.cli", *map(str, words)]
-
-
-def call(*words: object, timeout: float = 400) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*words), capture_output=True, text=True, timeout=timeout)
-
-
-def configure(root: Path, world: Path, name: str, /, **changes: dict) -> Path:
-    """A configuration file for a run in ``root/name``."""
-    tree = {section: {**SMALL.get(section, {}), **changes.get(section, {})} for section in {*SMALL, *changes}}
-    tree["data"] = {**{table: str(world / table) for table in TABLES}, **tree["data"]}
-    (root / f"{name}.yaml").write_text(yaml.safe_dump({"run_dir": str(root / name), **tree}), encoding="utf-8")
-    return root / f"{name}.yaml"
-
-
-def metrics_of(run: Path) -> list[dict]:
-    return json.loads((run / "evaluation" / "metrics.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")

@@ -117,6 +117,15 @@ def test_new_items_bring_their_edges_and_replaced_ones_change_theirs(memory):
     assert grown.users.tolist() == [3, 4, 9, 6, 7, 8, 9, 4]
 
 
+def test_an_item_that_is_met_with_a_new_one_is_blank_no_more(memory):
+    """Or an answer would hold it twice: once for the edge, once as blank."""
+    silent = replace(memory, users=np.array([0, *memory.users[1:]], np.int32))
+    users = np.zeros(SIZE + 1, int)
+    users[[0, 7]] = 2, 2
+    grown = silent.extended(*(np.array([n]) for n in (0, 7, 2)), users, np.array([7]), np.zeros(SIZE + 1, int), RIDGE)
+    assert (0, 7) in pairs_of(grown) and not grown.is_blank(np.array([0, 7])).any()
+
+
 # -- what comes to mind
 
 

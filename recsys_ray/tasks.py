@@ -1,4 +1,4 @@
-"""Ray tasks as evaluation runs them."""
+"""Ray tasks: many in parallel, or one alone."""
 
 from __future__ import annotations
 

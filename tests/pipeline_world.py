@@ -1,0 +1,41 @@
+"""The command line over a small demo world: what the tests of the whole pipeline call and how they configure it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+BASELINES = {"popularity", "item_knn", "llm_knn", "hgnn", "oracle"}
+TABLES = ("items", "interactions", "users", "oracle")
+SMALL = {
+    "data": {"now": "2026-01-02", "shards": 2},
+    "graph": {"window_days": 120, "cuts": 2, "first_cut": 0.4, "max_neighbors": 10},
+    "hgnn": {"hidden_dim": 64, "out_dim": 64, "signature_dim": 32, "epochs": 3, "batch_size": 1024, "min_edges": 4000},
+    "two_tower": {"layers": [32, 16], "epochs": 1, "batch_size": 256, "history": 20},
+    "evaluate": {"bootstrap": 50},
+    "ray": {"num_cpus": 2, "object_store_mb": 128},
+}
+
+
+def command(*words: object) -> list[str]:
+    return [sys.executable, "-m", "pipelines.cli", *map(str, words)]
+
+
+def call(*words: object, timeout: float = 400) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*words), capture_output=True, text=True, timeout=timeout)
+
+
+def configure(root: Path, world: Path, name: str, /, **changes: dict) -> Path:
+    """A configuration file for a run in ``root/name``."""
+    tree = {section: {**SMALL.get(section, {}), **changes.get(section, {})} for section in {*SMALL, *changes}}
+    tree["data"] = {**{table: str(world / table) for table in TABLES}, **tree["data"]}
+    (root / f"{name}.yaml").write_text(yaml.safe_dump({"run_dir": str(root / name), **tree}), encoding="utf-8")
+    return root / f"{name}.yaml"
+
+
+def metrics_of(run: Path) -> list[dict]:
+    return json.loads((run / "evaluation" / "metrics.json").read_text(encoding="utf-8"))
