@@ -33,7 +33,6 @@ from recsys_ray.artifacts import load_arrays, save_arrays
 
 RIDGES = (10.0, 30.0, 100.0, 300.0)  # which a validation chooses from
 WEIGHTS = (0.0, 0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 12.0)  # likewise; of the temperature
-ENOUGH = 0.99  # of the best weight's hits: no more weight than is needed
 HALF_LIFE = 4.0
 SMALL = 1e-2
 TYPICAL = 20

@@ -28,7 +28,7 @@ from recsys_ray.two_tower.batches import (
 from recsys_ray.two_tower.examples import ABSENT
 from recsys_ray.two_tower.inputs import UserInputs
 from recsys_ray.two_tower.loss import inclusion_log_q, paper_loss, sampled_softmax
-from recsys_ray.two_tower.memory import ENOUGH, RIDGES, TYPICAL, WEIGHTS, Memory, Recalled
+from recsys_ray.two_tower.memory import RIDGES, TYPICAL, WEIGHTS, Memory, Recalled
 from recsys_ray.two_tower.towers import ItemIds, TowerSpec, TwoTower
 
 _ITEM_CHUNK = 8192
@@ -130,12 +130,12 @@ class TowerTrainer:
     def validate(self, snapshot: str = "valid") -> Validated:
         """HR@10 of the validation queries, full ranking inside the target's type, seen items left out; each query
         is one new item of a user. Over all ranks. With a memory, the hits of its best weight and ridge, and the
-        smallest weight that has ``ENOUGH`` of them."""
+        smallest weight that is not clearly worse (:func:`smallest_as_good`)."""
         queries, task = self.task.queries, self.task
         memory = task.memory or Memory.nothing(len(task.catalogue.ntype))
         weights, ridges = (WEIGHTS, RIDGES) if task.memory is not None else ((0.0,), (0.0,))
         scaled = [self.config.temperature * weight for weight in weights]
-        hits = torch.zeros(len(weights), len(ridges), dtype=torch.float64)
+        together = torch.zeros(len(weights) * len(ridges), len(weights) * len(ridges), dtype=torch.float64)
         asked = torch.zeros(1, dtype=torch.float64)
         vectors = item_vectors(self.averaged, task.source, task.catalogue, snapshot) if len(queries["target"]) else None
         order = np.lexsort((queries["uid"], task.catalogue.ntype.numpy()[queries["target"]]))
@@ -154,13 +154,29 @@ class TowerTrainer:
                 target = torch.from_numpy(queries["target"][chunk]).long() - columns[0]
                 row, place = np.nonzero(queries["history"][chunk] != ABSENT)
                 recalled = memory.recall(row, queries["history"][chunk][row, place])
-                hits += hits_with_memory(scores, target, recalled, int(columns[0]), blank, scaled)
+                hits = hits_with_memory(scores, target, recalled, int(columns[0]), blank, scaled).flatten(1)
+                together += hits.T.double() @ hits.double()
                 asked += len(chunk)
-        hits, asked = sum_over_ranks(hits), sum_over_ranks(asked)
+        together, asked = sum_over_ranks(together), sum_over_ranks(asked)
         if not asked:
             return Validated(float("nan"), 0.0, 0.0)
-        weight = int((hits.max(1).values >= ENOUGH * hits.max()).nonzero()[0])
-        return Validated(float(hits.max() / asked), scaled[weight], ridges[int(hits[weight].argmax())])
+        weight, ridge = smallest_as_good(together.reshape(len(weights), len(ridges), len(weights), len(ridges)))
+        return Validated(float(together.max() / asked), scaled[weight], ridges[ridge])
+
+
+def smallest_as_good(together: Float[Tensor, "weights ridges weights ridges"]) -> tuple[int, int]:
+    """The smallest weight, with its best ridge, whose hits are less than one standard error behind the most: the rule
+    of Breiman et al. (Classification and Regression Trees, 1984), here with the error of the difference between two
+    choices on the same queries. More weight than the queries can tell apart only costs: edges know no new item.
+
+    Args:
+        together: how many queries two choices (weight, ridge) both hit; the diagonal is the hits of one.
+    """
+    hits = together.flatten(2).flatten(0, 1).diagonal().reshape(together.shape[:2])
+    best = divmod(int(hits.argmax()), hits.shape[1])
+    alone = hits + hits[best] - 2 * together[best]  # queries that just one of the two hits
+    weight = int((hits[best] - hits <= alone.sqrt()).any(1).nonzero()[0])
+    return weight, int(hits[weight].argmax())
 
 
 def hits_with_memory(
@@ -170,8 +186,8 @@ def hits_with_memory(
     first: int,
     blank: Bool[Tensor, "N"],
     weights: Sequence[float],
-) -> Float[Tensor, "weights ridges"]:
-    """How many targets are among the first ten, with each weight of the memory. Look-alikes of a target stand before
+) -> Bool[Tensor, "B weights ridges"]:
+    """Whether the target is among the first ten, with each weight of the memory. Look-alikes of a target stand before
     it by half: they do not all rank first.
 
     Overwrites ``scores``. Of the items that no edge raises the best 20 are enough to know.
@@ -195,7 +211,7 @@ def hits_with_memory(
     fresh = scores[:, blank].topk(min(2 * _TOP, int(blank.sum())), dim=1).values
     scores[:, blank] = -torch.inf
     rest = scores.topk(min(2 * _TOP, count), dim=1).values
-    hits = torch.zeros(len(weights), value.shape[1], dtype=torch.float64)
+    hits = torch.zeros(len(target), len(weights), value.shape[1], dtype=torch.bool)
     for place, weight in enumerate(weights):
         for ridge in range(value.shape[1]):
             bonus, shift = weight * value[:, ridge], weight * usual[:, ridge]
@@ -203,7 +219,7 @@ def hits_with_memory(
             ahead = _before(rest, mine) + _before(fresh + shift[:, None], mine)
             rival, limit = (raised + bonus)[~is_target], mine[row[~is_target]]
             ahead = ahead.index_add(0, row[~is_target], (rival > limit).float() + (rival == limit) / 2)
-            hits[place, ridge] = (ahead < _TOP).sum()
+            hits[:, place, ridge] = ahead < _TOP
     return hits
 
 

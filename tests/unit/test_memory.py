@@ -15,7 +15,7 @@ from recsys_ray.two_tower.memory import HALF_LIFE, RIDGES, SMALL, TYPICAL, Memor
 from recsys_ray.two_tower.ridge import _ranges, solve
 from recsys_ray.two_tower.scorer import TrainedTower
 from recsys_ray.two_tower.towers import TowerSpec, UserTower
-from recsys_ray.two_tower.training import hits_with_memory, train_epochs
+from recsys_ray.two_tower.training import hits_with_memory, smallest_as_good, train_epochs
 
 RIDGE = RIDGES[1]
 PAIRS = {(0, 1): 0.4, (1, 0): 0.2, (2, 0): 0.1, (3, 4): -0.3, (4, 3): 0.3, (0, 5): 0.05}  # from, to: b
@@ -172,16 +172,36 @@ def test_hits_are_those_of_a_dense_bonus():
         np.r_[row, elsewhere[0]][order], np.r_[first + column, elsewhere[1]][order],
         np.r_[bonus[row, column], elsewhere[2]][order].astype(np.float32), 1000,
     )  # fmt: skip
-    weights, bonus, want = [0.0, 0.5, 1.0], torch.from_numpy(bonus).float(), torch.zeros(3, 2)
+    weights, bonus = [0.0, 0.5, 1.0], torch.from_numpy(bonus).float()
+    want = torch.zeros(users, 3, 2, dtype=torch.bool)
     for place, weight in enumerate(weights):
         for ridge in range(2):
             usual = bonus[:, :, ridge].gather(1, scores.topk(TYPICAL).indices).mean(1, keepdim=True)
             raised = scores + weight * torch.where(blank, usual, bonus[:, :, ridge])
             own = raised.gather(1, target[:, None])
             ahead = (raised > own).sum(1) + ((raised == own).sum(1) - 1) / 2
-            want[place, ridge] = (ahead < 10).sum()
-    assert torch.equal(hits_with_memory(scores, target, recalled, first, blank, weights), want.double())
-    assert len(want.unique()) > 3
+            want[:, place, ridge] = ahead < 10
+    assert torch.equal(hits_with_memory(scores, target, recalled, first, blank, weights), want)
+    assert len(want.sum(0).unique()) > 3
+
+
+def test_the_smallest_weight_that_is_not_clearly_worse():
+    """Of 1,000 queries, three weights and two ridges; the third weight is the best, with 140 hits."""
+    hits = torch.zeros(1000, 3, 2, dtype=torch.float64)
+    hits[:140, 2, 1] = 1
+    hits[:120, 1] = hits[:138, 2, 0] = 1
+    hits[200:205, 1, 0] = 1  # 15 fewer, and 25 that one of the two has alone: three standard errors
+    hits[140:300, 0, 1] = hits[140:270, 0, 0] = 1  # others altogether
+    hits[270:300, 0, 1] = 0
+    hits[260:270, 0, 0] = 0  # 20 fewer, 260 alone: 1.2 errors; the second ridge 10 fewer, .6
+    together = torch.einsum("qab,qcd->abcd", hits, hits)
+    assert smallest_as_good(together) == (0, 1)
+    hits[250:270, 0, 1] = 0  # 30 fewer: 1.9 errors
+    assert smallest_as_good(torch.einsum("qab,qcd->abcd", hits, hits)) == (2, 1)
+    hits[205:213, 1, 0] = 1  # 7 fewer, 33 alone: 1.2 errors
+    assert smallest_as_good(torch.einsum("qab,qcd->abcd", hits, hits)) == (2, 1)
+    hits[213:215, 1, 0] = 1  # 5 fewer, 35 alone: .8
+    assert smallest_as_good(torch.einsum("qab,qcd->abcd", hits, hits)) == (1, 0)
 
 
 def test_what_is_usual_is_the_mean_over_the_best():
