@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from recsys_ray.evaluation.names import name_of
 from recsys_ray.evaluation.segments import TIERS
 from recsys_ray.studies.method import split_of
 from recsys_ray.studies.study import POPULARITY, TWO_TOWER, Comparison, Facts, Side, Study, Variant
@@ -29,7 +30,7 @@ def _cold_comparisons(facts: Facts, models: Sequence[str]) -> list[Comparison]:
         "hgnn": "not reported",
     }
     return [
-        Comparison(f"{who}, 2T-HGNN against {model}", Side("full"), Side("full", model), segments=segment,
+        Comparison(f"{who}, 2T-HGNN against {name_of(model).full}", Side("full"), Side("full", model), segments=segment,
                    expected="above" if segment == ("new_to_type",) and model != "hgnn" else None,
                    reported=reported if segment == ("new_to_type",) else "not reported")
         for who, segment in segments.items() for model, reported in against.items()
@@ -51,8 +52,8 @@ def _tail_comparisons(facts: Facts, models: Sequence[str]) -> list[Comparison]:
     tiers = [(f"tier {k + 1}", (f"tier{k + 1}",)) for k in range(TIERS)]
     places = [*tiers, ("tiers 3 to 5", ("tier3", "tier4", "tier5"))]
     return [
-        Comparison(f"{name}, 2T-HGNN against {model}", Side("full"), Side("full", model), segments=segments,
-                   expected="above" if len(segments) > 1 else None,
+        Comparison(f"{name}, 2T-HGNN against {name_of(model).full}", Side("full"), Side("full", model),
+                   segments=segments, expected="above" if len(segments) > 1 else None,
                    reported="+118 %" if len(segments) > 1 and model == TWO_TOWER else "not reported")
         for name, segments in places for model in (TWO_TOWER, _LLM)
     ]  # fmt: skip

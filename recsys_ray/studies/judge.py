@@ -16,13 +16,20 @@ _IN_TAILS = 20  # resamples outside an interval at least: a wide one needs more 
 
 
 def judge(comparisons: Sequence[Comparison], results: Mapping[str, Result], resamples: int, seed: int) -> list[Outcome]:
-    """Compare as far as both sides were run."""
+    """Compare as far as both sides were run and evaluated: a memory without weight, for one, is no model of its own."""
     outcomes = []
     for comparison in comparisons:
-        if comparison.ours.variant in results and comparison.theirs.variant in results:
+        if all(_evaluated(side, results) for side in (comparison.ours, comparison.theirs)):
             found = compare(comparison, results, resamples, seed)
             outcomes.append(Outcome(comparison, found, _verdict(comparison, found)))
     return outcomes
+
+
+def _evaluated(side: Side, results: Mapping[str, Result]) -> bool:
+    if side.variant not in results:
+        return False
+    models = list(results[side.variant].hits[0].hit)
+    return any(m.startswith(side.model[:-1]) for m in models) if side.model.endswith("*") else side.model in models
 
 
 def compare(comparison: Comparison, results: Mapping[str, Result], resamples: int, seed: int) -> Row | None:

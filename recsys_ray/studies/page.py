@@ -101,6 +101,8 @@ def _variants(variants: Sequence[Variant], results: Mapping[str, Result]) -> str
 
 def _changes(variant: Variant) -> str:
     changes = [f"`{override}`" for override in variant.overrides]
+    if variant.ablation:
+        changes.append("minutes are those of two two-towers: one without HGNN is trained beside")
     if variant.table is not None:
         changes.append(f"table: `{variant.table}`")
     if variant.weights_of:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from recsys_ray.evaluation.names import name_of
 from recsys_ray.evaluation.recommenders import stranger_name
 from recsys_ray.studies.judge import sentence
 from recsys_ray.studies.study import POPULARITY, Comparison, Expected, Facts, Outcome, Result, Side, Study, Variant
@@ -24,9 +25,8 @@ def _judge(outcomes: Sequence[Outcome], results: Mapping[str, Result]) -> list[s
     failed = [model for model, over in above.items() if len(over) == 2]
     lines = []
     if failed:
-        lines.append(
-            f"FAILED: with shuffled labels {', '.join(failed)} still know something personal: there is a leak."
-        )
+        names = ", ".join(name_of(model).full for model in failed)
+        lines.append(f"FAILED: with shuffled labels {names} still know something personal: there is a leak.")
     elif above:
         lines.append("Passed: with shuffled labels no model knows anything personal.")
     for model, over in above.items():
@@ -34,7 +34,7 @@ def _judge(outcomes: Sequence[Outcome], results: Mapping[str, Result]) -> list[s
             what = "what it knows beyond one window of popularity is not personal"
             if over == ["a stranger's history"]:
                 what = "it is no better than popularity"
-            lines.append(f"{model} is above {over[0]} only: {what}.")
+            lines.append(f"{name_of(model).full} is above {over[0]} only: {what}.")
     for outcome in outcomes:
         if outcome.comparison.ours.variant != "shuffled" and outcome.found is not None:
             lines.append(f"{outcome.comparison.label}: {sentence(outcome)}")
@@ -61,8 +61,8 @@ def _permutation_comparisons(facts: Facts, models: Sequence[str]) -> list[Compar
             for against in (f"{POPULARITY}*", stranger_name(model)):
                 what = "the best popularity" if against.endswith("*") else "a stranger's history"
                 found.append(
-                    Comparison(f"{variant}: {model} against {what}", Side(variant, model), Side(variant, against),
-                               segments=("warm",), expected=expected, family=len(personal))
+                    Comparison(f"{variant}: {name_of(model).full} against {what}", Side(variant, model),
+                               Side(variant, against), segments=("warm",), expected=expected, family=len(personal))
                 )  # fmt: skip
     return found
 

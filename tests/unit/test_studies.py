@@ -231,6 +231,13 @@ def test_the_best_popularity_is_the_opponent():
     assert found is not None and found["against"] == "popularity_7" and found["difference"] == -0.5
 
 
+def test_a_model_that_a_variant_does_not_have_is_not_compared():
+    result = {"shuffled": result_of(["a", "b"], [1, 2], **{"2t_hgnn": [True, False], "popularity_7": [True, True]})}
+    sides = [Side("shuffled", model) for model in ("2t_hgnn_without_memory", "hgnn*", "popularity*")]
+    found = judge([Comparison("c", Side("shuffled"), side) for side in sides], result, 100, 0)
+    assert [outcome.comparison.theirs.model for outcome in found] == ["popularity*"]
+
+
 @pytest.mark.parametrize(("own", "fails"), [(0.7, True), (0.3, False)])
 def test_the_permutation_fails_only_what_is_personal(own, fails):
     """Above popularity, with a stranger's history as good or not."""
