@@ -114,7 +114,7 @@ class TextConfig(Section):
 class GraphConfig(Section):
     """Co-interactions inside a window become a heterogeneous item graph, once per snapshot."""
 
-    window_days: Positive | None = Field(90, description="how far back history counts; null: everything")
+    window_days: Positive | None = Field(None, description="how far back history counts (papers: 90); null: everything")
     features_as_of: Literal["example", "window"] = Field(
         "example",
         description="example: a training example sees only graphs and history from before it (several snapshots); "
@@ -203,13 +203,16 @@ class TwoTowerConfig(Section):
 
 
 class IndexConfig(Section):
-    """ANN index per item type, inner product."""
+    """ANN index per item type, inner product, and what is popular."""
 
     exact_up_to: Positive = Field(100_000, description="items of a type up to which search is exact; HNSW above")
     hnsw_links: Positive = 32
     ef_construction: Positive = 200
     ef_search: Positive = 64
     min_recall: Share = Field(0.9, description="publishing stops below this recall@10 against exact search")
+    popular_days: Positive | None = Field(
+        90, description="what is popular, for users of whom nothing is known: events of the last days; null: all"
+    )
 
 
 class EvaluateConfig(Section):

@@ -94,7 +94,7 @@ def make_world(
 
 
 def _config(root: Path) -> Config:
-    return Config.model_validate({"run_dir": str(root), "index": {"exact_up_to": 100_000}})
+    return Config.model_validate({"run_dir": str(root), "index": {"exact_up_to": 100_000, "popular_days": 30}})
 
 
 def _unit(random: np.random.Generator, rows: int, dim: int) -> np.ndarray:

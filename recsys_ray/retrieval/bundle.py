@@ -112,6 +112,10 @@ class _Sources:
         days = self.spec.get("window_days", config.graph.window_days)
         return 0 if days is None else calendar_end(self.ingest.counts) - days * _DAY
 
+    def popular_days(self, config: Config) -> int | None:
+        """How far back popularity counts; leave-one-out has no days."""
+        return None if is_leave_one_out(self.ingest.counts) else config.index.popular_days
+
 
 def bundle_fingerprint(config: Config, prints: Mapping[str, str]) -> str:
     """``prints``: fingerprints of the ingest, featurize, hgnn and two_tower folders."""
@@ -205,6 +209,7 @@ def _counts(config: Config, sources: _Sources, version: str) -> dict[str, Any]:
         "protocol": counts.get("protocol", "time"),
         "history": sources.history,
         "window_days": spec.get("window_days", config.graph.window_days),
+        "popular_days": sources.popular_days(config),
         "cold_start": bool(spec.get("cold_start", False)),
         "ef_search": config.index.ef_search,
         "text": {"config": sources.featurize.manifest["config"]["text"]}
@@ -302,6 +307,8 @@ def _write_events(work: Path, config: Config, sources: _Sources, progress: Progr
     """Histories, popularity and activity, in one pass over the interactions."""
     counts, items = sources.ingest.counts, sum(_per_type(sources.ingest.counts))
     start, users = sources.start(config), int(counts["users"])
+    days = sources.popular_days(config)
+    since = 0 if days is None else calendar_end(counts) - days * _DAY
     writer = HistoryWriter(work / SCRATCH, users, items, start, sources.history)
     names = list(counts["events"])
     positive = [names.index(name) for name in config.events.positives if name in names]
@@ -312,7 +319,7 @@ def _write_events(work: Path, config: Config, sources: _Sources, progress: Progr
     with progress.task("histories", rows, "events") as task:
         for events in whole_users(folder):
             writer.add(events)
-            popular.add(events.where((events.timestamp >= start) & np.isin(events.event, positive)))
+            popular.add(events.where((events.timestamp >= since) & np.isin(events.event, positive)))
             # Leave-one-out has no calendar: as in the graph stage, all that happened has just happened.
             when = np.full(len(events), end - 1) if is_leave_one_out(counts) else events.timestamp
             new = count_events(events.gid, events.event, when, end, positive, items)

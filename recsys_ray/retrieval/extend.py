@@ -155,7 +155,7 @@ class _Extension:
         self._write_vectors(known, new, edges, self._write_activity(new, trickle, end))
         self._write_memory(known, new, edges, users)
         self._write_items(new)
-        self._write_people(new, trickle, start)
+        self._write_people(new, trickle, start, end)
         recall, exact = self._write_indexes(new)
         linked = len(np.unique(edges.dst))
         self.progress.say(
@@ -324,7 +324,7 @@ class _Extension:
             else:
                 shutil.copyfile(path, self.work / name)
 
-    def _write_people(self, new: Arrivals, trickle: Trickle, start: int) -> None:
+    def _write_people(self, new: Arrivals, trickle: Trickle, start: int, end: int) -> None:
         """Histories with the trickle of the bundle's users, and the popularity of the new items; that of the others
         stands still."""
         counts, source = self.source.counts, self.source.path
@@ -336,7 +336,9 @@ class _Extension:
         else:
             shutil.copyfile(source / "histories.safetensors", self.work / "histories.safetensors")
         events = trickle.events.where(np.isin(trickle.events.event, self._codes(self.config.events.positives)))
-        events = events.where((events.timestamp >= start) & np.isin(events.gid, new.gid[~new.replaced]))
+        days = counts.get("popular_days")
+        since = 0 if days is None else end - days * DAY
+        events = events.where((events.timestamp >= since) & np.isin(events.gid, new.gid[~new.replaced]))
         country = np.full(max(trickle.users, int(events.uid.max(initial=-1)) + 1), -1, np.int64)
         country[: trickle.users] = mapped_arrays(source / "users.safetensors")["country"].numpy()
         counter = PopularityCounter(size, country)

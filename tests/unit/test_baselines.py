@@ -234,7 +234,7 @@ class TestSasRec:
 @pytest.mark.parametrize("name", NAMES)
 class TestEvery:
     def test_space_has_its_default_inside(self, name):
-        for config in (load_config(), load_config(None, ["events.weak=[]", "graph.window_days=null"])):
+        for config in (load_config(), load_config(None, ["events.weak=[]", "graph.window_days=90"])):
             space = BASELINES[name].space(config)
             for dimension in space.values():
                 if isinstance(dimension, Choice):

@@ -18,10 +18,10 @@ def test_presets_are_valid(preset):
 
 
 def test_overrides_reach_nested_fields_with_their_types():
-    config = load_config(None, ["hgnn.hidden_dim=64", "events.weak=[]", "graph.window_days=null", "seed=7"])
+    config = load_config(None, ["hgnn.hidden_dim=64", "events.weak=[]", "graph.window_days=30", "seed=7"])
     assert config.hgnn.hidden_dim == 64
     assert config.events.weak == []
-    assert config.graph.window_days is None
+    assert config.graph.window_days == 30
     assert config.seed == 7
 
 
@@ -37,7 +37,6 @@ def test_overrides_reach_nested_fields_with_their_types():
         ("hgnn.epochs", "NAME=VALUE"),
         ("events.ignore=[stream]", "events.ignore lists ['stream']"),
         ("split.protocol=leave_two_out", "'split.protocol'"),
-        ("split.protocol=leave_one_out", "set graph.window_days=null"),
         ("data.item_types=[]", "'data.item_types'"),
     ],
 )
@@ -52,11 +51,12 @@ def test_mistakes_name_the_field(override, sentence):
     [
         ("split.test_from=2024-01-01", "leave split.valid_from and split.test_from out"),
         ("graph.cuts=1", "at least 2"),
+        ("graph.window_days=30", "set graph.window_days=null"),
         ("data.oracle=somewhere", "data.oracle"),
     ],
 )
 def test_leave_one_out_refuses_what_has_no_meaning_in_it(override, sentence):
-    fitting = ["split.protocol=leave_one_out", "graph.window_days=null"]
+    fitting = ["split.protocol=leave_one_out"]
     assert load_config(None, fitting).split.protocol == "leave_one_out"
     with pytest.raises(ConfigError, match="leave_one_out") as error:
         load_config(None, [*fitting, override])

@@ -207,7 +207,7 @@ def test_known_users_have_seen_what_the_trickle_says(late, extended):
 def test_popularity_counts_the_users_of_new_items(late, extended):
     recommender = Recommender.load(extended)
     rows = late.trickle.to_pylist()
-    streams = {r["user_id"] for r in rows if r["event"] == "stream" and r["timestamp"] >= END - 90 * DAY}
+    streams = {r["user_id"] for r in rows if r["event"] == "stream" and r["timestamp"] >= END - 30 * DAY}
     assert recommender.popularity.world[recommender.items.find(late.linked)] == len(streams) > 0
     assert recommender.popularity.world[recommender.items.find(late.lonely)] == 0
     old = Recommender.load(late.bundle).popularity

@@ -106,8 +106,8 @@ def test_users_and_items_are_found(world, recommender):
         assert recommender.users.find(nobody) is None and recommender.items.find(nobody) is None
 
 
-def test_popularity_counts_users_of_the_window(world, recommender):
-    events = world.events[(world.events[:, 3] >= END - 90 * DAY) & (world.events[:, 2] == EVENTS.index("stream"))]
+def test_popularity_counts_users_of_its_own_days(world, recommender):
+    events = world.events[(world.events[:, 3] >= END - 30 * DAY) & (world.events[:, 2] == EVENTS.index("stream"))]
     pairs = np.unique(events[:, :2], axis=0)
     expected = np.bincount(pairs[:, 1], minlength=len(world.item_ids))
     assert np.array_equal(recommender.popularity.world, expected)
