@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,9 +68,7 @@ def train_two_tower(
         )
     per_worker = max(1, cpus // workers)
     variants = [name for name, with_hgnn in VARIANTS.items() if with_hgnn or config.two_tower.ablation]
-    for variant in variants:
-        (out / variant).mkdir(parents=True, exist_ok=True)
-        (spec if VARIANTS[variant] else replace(spec, hgnn_dim=0)).save(out / variant / "spec.json")
+    write_specs(out, variants, spec)
     if config.two_tower.memory:
         asked = [snapshot for snapshot in snapshots if snapshot.name in ("valid", "test", "serve")]
         fit_memories(config, ingest, graph.path, asked, out, progress, cpus)
@@ -92,6 +90,20 @@ def train_two_tower(
         run_ranks(_train_rank, parameters, workers, per_worker, out / SCRATCH, task, datasets)
     last = {v: json.loads((out / v / "metrics.json").read_text(encoding="utf-8"))[-1:] for v in variants}
     return {"workers": workers, "precision": parameters["precision"], **counts, "last": last}
+
+
+def write_specs(out: Path, variants: Sequence[str], spec: TowerSpec) -> None:
+    """Each variant's spec, for the ranks. One that an earlier attempt finished keeps its own: it holds
+    validation's choices."""
+    for variant in variants:
+        (out / variant).mkdir(parents=True, exist_ok=True)
+        if not is_whole(out / variant):
+            (spec if VARIANTS[variant] else replace(spec, hgnn_dim=0)).save(out / variant / "spec.json")
+
+
+def is_whole(variant: Path) -> bool:
+    """Whether a variant's training has ended: its metrics are written last."""
+    return (variant / "metrics.json").exists()
 
 
 def _spec(config: Config, ingest: Artifact, featurize: Artifact, hgnn: Artifact) -> TowerSpec:
@@ -251,7 +263,7 @@ def _train_rank(parameters: dict[str, Any]) -> None:
         memory = Memory.load(memory_file(Path(parameters["out"]), "valid")) if config.memory else None
         with partition_client(Path(parameters["graph"]), rank, world, features) as client:
             for variant in parameters["variants"]:
-                if (Path(parameters["out"]) / variant / "metrics.json").exists():  # whole, from an earlier attempt
+                if is_whole(Path(parameters["out"]) / variant):  # from an earlier attempt
                     continue
                 spec = TowerSpec.load(Path(parameters["out"]) / variant / "spec.json")
                 task = TowerTask(spec, client, catalogue, examples, queries, later, names, memory)

@@ -35,6 +35,7 @@ _ITEM_CHUNK = 8192
 _QUERY_CHUNK = 512
 _START_SAMPLE = 20_000  # items whose directions of variance the towers start with
 _TOP = 10
+_DEPTH = 100  # places that gain something when the memory's weight is chosen
 
 
 @dataclass
@@ -69,7 +70,7 @@ def start(model: TwoTower, task: TowerTask, seed: int) -> None:
 
 
 class Validated(NamedTuple):
-    """HR@10 (NaN where there is no query) with the best weight and ridge of the memory, and the ones to use."""
+    """HR@10 (NaN where there is no query) with the memory's weight and ridge that are to be used, and these."""
 
     hit_rate: float
     memory: float
@@ -129,14 +130,15 @@ class TowerTrainer:
     @torch.no_grad()
     def validate(self, snapshot: str = "valid") -> Validated:
         """HR@10 of the validation queries, full ranking inside the target's type, seen items left out; each query
-        is one new item of a user. Over all ranks. With a memory, the hits of its best weight and ridge, and the
-        smallest weight that is not clearly worse (:func:`smallest_as_good`)."""
+        is one new item of a user. Over all ranks. A memory's weight and ridge are chosen by NDCG@100, to which several
+        times as many queries contribute: the smallest weight that is not clearly worse (:func:`smallest_as_good`)."""
         queries, task = self.task.queries, self.task
         memory = task.memory or Memory.nothing(len(task.catalogue.ntype))
         weights, ridges = (WEIGHTS, RIDGES) if task.memory is not None else ((0.0,), (0.0,))
         scaled = [self.config.temperature * weight for weight in weights]
-        together = torch.zeros(len(weights) * len(ridges), len(weights) * len(ridges), dtype=torch.float64)
-        asked = torch.zeros(1, dtype=torch.float64)
+        choices = len(weights) * len(ridges)
+        hits, gains = torch.zeros(2, choices, dtype=torch.float64)
+        together, asked = torch.zeros(choices, choices, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
         vectors = item_vectors(self.averaged, task.source, task.catalogue, snapshot) if len(queries["target"]) else None
         order = np.lexsort((queries["uid"], task.catalogue.ntype.numpy()[queries["target"]]))
         for kind in range(task.spec.num_types):
@@ -154,43 +156,48 @@ class TowerTrainer:
                 target = torch.from_numpy(queries["target"][chunk]).long() - columns[0]
                 row, place = np.nonzero(queries["history"][chunk] != ABSENT)
                 recalled = memory.recall(row, queries["history"][chunk][row, place])
-                hits = hits_with_memory(scores, target, recalled, int(columns[0]), blank, scaled).flatten(1)
-                together += hits.T.double() @ hits.double()
+                places = ranks_with_memory(scores, target, recalled, int(columns[0]), blank, scaled).flatten(1)
+                gain = ((places < _DEPTH) / torch.log2(places + 2)).double()
+                hits, gains, together = hits + (places < _TOP).sum(0), gains + gain.sum(0), together + gain.T @ gain
                 asked += len(chunk)
-        together, asked = sum_over_ranks(together), sum_over_ranks(asked)
+        hits, gains, together, asked = (sum_over_ranks(part) for part in (hits, gains, together, asked))
         if not asked:
             return Validated(float("nan"), 0.0, 0.0)
-        weight, ridge = smallest_as_good(together.reshape(len(weights), len(ridges), len(weights), len(ridges)))
-        return Validated(float(together.max() / asked), scaled[weight], ridges[ridge])
+        shape = len(weights), len(ridges)
+        weight, ridge = smallest_as_good(gains.reshape(shape), together.reshape(*shape, *shape))
+        return Validated(float(hits.reshape(shape)[weight, ridge] / asked), scaled[weight], ridges[ridge])
 
 
-def smallest_as_good(together: Float[Tensor, "weights ridges weights ridges"]) -> tuple[int, int]:
-    """The smallest weight, with its best ridge, whose hits are less than one standard error behind the most: the rule
+def smallest_as_good(
+    gains: Float[Tensor, "weights ridges"], together: Float[Tensor, "weights ridges weights ridges"]
+) -> tuple[int, int]:
+    """The smallest weight, with its best ridge, whose gain is less than one standard error behind the most: the rule
     of Breiman et al. (Classification and Regression Trees, 1984), here with the error of the difference between two
     choices on the same queries. More weight than the queries can tell apart only costs: edges know no new item.
 
     Args:
-        together: how many queries two choices (weight, ridge) both hit; the diagonal is the hits of one.
+        gains: sum over the queries with each choice (weight, ridge).
+        together: sum over the queries of the product of two choices' gains.
     """
-    hits = together.flatten(2).flatten(0, 1).diagonal().reshape(together.shape[:2])
-    best = divmod(int(hits.argmax()), hits.shape[1])
-    alone = hits + hits[best] - 2 * together[best]  # queries that just one of the two hits
-    weight = int((hits[best] - hits <= alone.sqrt()).any(1).nonzero()[0])
-    return weight, int(hits[weight].argmax())
+    best = divmod(int(gains.argmax()), gains.shape[1])
+    squares = together.flatten(2).flatten(0, 1).diagonal().reshape(gains.shape)
+    error = (squares + squares[best] - 2 * together[best]).clamp(min=0).sqrt()
+    weight = int((gains[best] - gains <= error).any(1).nonzero()[0])
+    return weight, int(gains[weight].argmax())
 
 
-def hits_with_memory(
+def ranks_with_memory(
     scores: Float[Tensor, "B N"],
     target: Int64[Tensor, "B"],
     recalled: Recalled,
     first: int,
     blank: Bool[Tensor, "N"],
     weights: Sequence[float],
-) -> Bool[Tensor, "B weights ridges"]:
-    """Whether the target is among the first ten, with each weight of the memory. Look-alikes of a target stand before
-    it by half: they do not all rank first.
+) -> Float[Tensor, "B weights ridges"]:
+    """The target's place, from 0, with each weight of the memory; look-alikes of a target stand before it by half: they
+    do not all rank first. Places from ``_DEPTH`` on are counted up to some number above it.
 
-    Overwrites ``scores``. Of the items that no edge raises the best 20 are enough to know.
+    Overwrites ``scores``. Of the items that no edge raises the best ``2 * _DEPTH`` are enough to know.
 
     Args:
         scores: of the towers; column 0 is the item with gid ``first``.
@@ -208,10 +215,10 @@ def hits_with_memory(
     own, raised, is_target = scores[everyone, target], scores[row, column], column == target[row]
     scores[row, column] = -torch.inf
     scores[everyone, target] = -torch.inf
-    fresh = scores[:, blank].topk(min(2 * _TOP, int(blank.sum())), dim=1).values
+    fresh = scores[:, blank].topk(min(2 * _DEPTH, int(blank.sum())), dim=1).values
     scores[:, blank] = -torch.inf
-    rest = scores.topk(min(2 * _TOP, count), dim=1).values
-    hits = torch.zeros(len(target), len(weights), value.shape[1], dtype=torch.bool)
+    rest = scores.topk(min(2 * _DEPTH, count), dim=1).values
+    places = torch.zeros(len(target), len(weights), value.shape[1])
     for place, weight in enumerate(weights):
         for ridge in range(value.shape[1]):
             bonus, shift = weight * value[:, ridge], weight * usual[:, ridge]
@@ -219,8 +226,8 @@ def hits_with_memory(
             ahead = _before(rest, mine) + _before(fresh + shift[:, None], mine)
             rival, limit = (raised + bonus)[~is_target], mine[row[~is_target]]
             ahead = ahead.index_add(0, row[~is_target], (rival > limit).float() + (rival == limit) / 2)
-            hits[:, place, ridge] = ahead < _TOP
-    return hits
+            places[:, place, ridge] = ahead
+    return places
 
 
 def _before(scores: Float[Tensor, "B k"], limit: Float[Tensor, "B"]) -> Float[Tensor, "B"]:

@@ -11,11 +11,12 @@ from checkerboard import CHANCE, ITEMS, VALID, board_events, board_task, board_t
 
 from recsys_ray.evaluation.baselines.towers import Tower
 from recsys_ray.evaluation.recommenders import UserBatch
+from recsys_ray.two_tower.job import VARIANTS, write_specs
 from recsys_ray.two_tower.memory import HALF_LIFE, RIDGES, SMALL, TYPICAL, Memory, Recalled
 from recsys_ray.two_tower.ridge import _ranges, solve
 from recsys_ray.two_tower.scorer import TrainedTower
 from recsys_ray.two_tower.towers import TowerSpec, UserTower
-from recsys_ray.two_tower.training import hits_with_memory, smallest_as_good, train_epochs
+from recsys_ray.two_tower.training import ranks_with_memory, smallest_as_good, train_epochs
 
 RIDGE = RIDGES[1]
 PAIRS = {(0, 1): 0.4, (1, 0): 0.2, (2, 0): 0.1, (3, 4): -0.3, (4, 3): 0.3, (0, 5): 0.05}  # from, to: b
@@ -154,7 +155,7 @@ def test_recall_is_the_formula(memory):
 # -- what it is worth
 
 
-def test_hits_are_those_of_a_dense_bonus():
+def test_places_are_those_of_a_dense_bonus():
     random = np.random.default_rng(0)
     first, users, items = 100, 400, 60
     scores = torch.from_numpy(random.integers(0, 12, (users, items)).astype(np.float32))  # many are equal
@@ -173,35 +174,37 @@ def test_hits_are_those_of_a_dense_bonus():
         np.r_[bonus[row, column], elsewhere[2]][order].astype(np.float32), 1000,
     )  # fmt: skip
     weights, bonus = [0.0, 0.5, 1.0], torch.from_numpy(bonus).float()
-    want = torch.zeros(users, 3, 2, dtype=torch.bool)
+    want = torch.zeros(users, 3, 2)
     for place, weight in enumerate(weights):
         for ridge in range(2):
             usual = bonus[:, :, ridge].gather(1, scores.topk(TYPICAL).indices).mean(1, keepdim=True)
             raised = scores + weight * torch.where(blank, usual, bonus[:, :, ridge])
             own = raised.gather(1, target[:, None])
             ahead = (raised > own).sum(1) + ((raised == own).sum(1) - 1) / 2
-            want[:, place, ridge] = ahead < 10
-    assert torch.equal(hits_with_memory(scores, target, recalled, first, blank, weights), want)
+            want[:, place, ridge] = ahead
+    assert torch.equal(ranks_with_memory(scores, target, recalled, first, blank, weights), want)
     assert len(want.sum(0).unique()) > 3
 
 
 def test_the_smallest_weight_that_is_not_clearly_worse():
-    """Of 1,000 queries, three weights and two ridges; the third weight is the best, with 140 hits."""
+    """Of 1,000 queries, three weights and two ridges; the third weight is the best, with 140 hits that gain .5 each."""
     hits = torch.zeros(1000, 3, 2, dtype=torch.float64)
     hits[:140, 2, 1] = 1
     hits[:120, 1] = hits[:138, 2, 0] = 1
     hits[200:205, 1, 0] = 1  # 15 fewer, and 25 that one of the two has alone: three standard errors
-    hits[140:300, 0, 1] = hits[140:270, 0, 0] = 1  # others altogether
-    hits[270:300, 0, 1] = 0
-    hits[260:270, 0, 0] = 0  # 20 fewer, 260 alone: 1.2 errors; the second ridge 10 fewer, .6
-    together = torch.einsum("qab,qcd->abcd", hits, hits)
-    assert smallest_as_good(together) == (0, 1)
+    hits[140:260, 0, 0] = hits[140:270, 0, 1] = 1  # others altogether: 20 fewer of 260, 1.2 errors; 10 fewer, .6
+
+    def chosen() -> tuple[int, int]:
+        gains = hits / 2
+        return smallest_as_good(gains.sum(0), torch.einsum("qab,qcd->abcd", gains, gains))
+
+    assert chosen() == (0, 1)
     hits[250:270, 0, 1] = 0  # 30 fewer: 1.9 errors
-    assert smallest_as_good(torch.einsum("qab,qcd->abcd", hits, hits)) == (2, 1)
+    assert chosen() == (2, 1)
     hits[205:213, 1, 0] = 1  # 7 fewer, 33 alone: 1.2 errors
-    assert smallest_as_good(torch.einsum("qab,qcd->abcd", hits, hits)) == (2, 1)
+    assert chosen() == (2, 1)
     hits[213:215, 1, 0] = 1  # 5 fewer, 35 alone: .8
-    assert smallest_as_good(torch.einsum("qab,qcd->abcd", hits, hits)) == (1, 0)
+    assert chosen() == (1, 0)
 
 
 def test_what_is_usual_is_the_mean_over_the_best():
@@ -258,3 +261,14 @@ def test_evaluation_adds_the_memory_to_the_scores():
     found = np.concatenate([score(0, 12).numpy(), score(12, 30).numpy(), score(30, 50).numpy()], axis=1)
     np.testing.assert_allclose(found, want, rtol=1e-5)
     assert found[0, 7] > plain[0, 7] and found[1, 7] == plain[1, 7]
+
+
+def test_a_finished_variant_keeps_what_validation_chose(tmp_path):
+    """A run that is killed while its second variant trains goes on with the first one's memory."""
+    spec = TowerSpec(2, ["stream"], 1, 8, 3, 0, 0, 0, {}, [4])
+    write_specs(tmp_path, list(VARIANTS), spec)
+    replace(spec, memory=0.2, ridge=RIDGES[1]).save(tmp_path / "hgnn" / "spec.json")
+    (tmp_path / "hgnn" / "metrics.json").write_text("[]")
+    write_specs(tmp_path, list(VARIANTS), spec)
+    assert TowerSpec.load(tmp_path / "hgnn" / "spec.json").memory == 0.2
+    assert TowerSpec.load(tmp_path / "text_only" / "spec.json").hgnn_dim == 0
