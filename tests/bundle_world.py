@@ -23,6 +23,7 @@ DAY = 86_400
 END = 1_700_000_000
 EVENTS = ["follow", "preview", "stream"]
 TASTE = 4
+POPULAR_DAYS = 30  # fewer than the histories reach back
 LONELY, FORGOTTEN = "user without events", "user of long ago"
 FEATURIZE: dict[str, Any] = {  # the facts of its manifest
     "config": {"text": TextConfig().model_dump(exclude={"workers"})},
@@ -94,7 +95,9 @@ def make_world(
 
 
 def _config(root: Path) -> Config:
-    return Config.model_validate({"run_dir": str(root), "index": {"exact_up_to": 100_000, "popular_days": 30}})
+    return Config.model_validate(
+        {"run_dir": str(root), "index": {"exact_up_to": 100_000, "popular_days": POPULAR_DAYS}}
+    )
 
 
 def _unit(random: np.random.Generator, rows: int, dim: int) -> np.ndarray:

@@ -16,7 +16,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 import torch
-from bundle_world import DAY, END, publish_arrays
+from bundle_world import DAY, END, POPULAR_DAYS, publish_arrays
 from late_world import QUIET, TYPES, Late, extend, make_late, rows_of
 from toy_graph import ToyGraph
 
@@ -207,7 +207,7 @@ def test_known_users_have_seen_what_the_trickle_says(late, extended):
 def test_popularity_counts_the_users_of_new_items(late, extended):
     recommender = Recommender.load(extended)
     rows = late.trickle.to_pylist()
-    streams = {r["user_id"] for r in rows if r["event"] == "stream" and r["timestamp"] >= END - 30 * DAY}
+    streams = {r["user_id"] for r in rows if r["event"] == "stream" and r["timestamp"] >= END - POPULAR_DAYS * DAY}
     assert recommender.popularity.world[recommender.items.find(late.linked)] == len(streams) > 0
     assert recommender.popularity.world[recommender.items.find(late.lonely)] == 0
     old = Recommender.load(late.bundle).popularity

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from bundle_world import DAY, END, publish_arrays
+from bundle_world import DAY, END, POPULAR_DAYS, publish_arrays
 from late_world import HGNN_CONFIG, QUIET, SIZES, TYPES, Late, extend, make_late, rows_of, true_edges
 from toy_graph import ToyGraph
 
@@ -172,7 +172,7 @@ def test_a_new_type_hears_from_the_items_of_its_users(late, tmp_path):
     assert np.abs(joined["vector"][0] - alone["vector"][0]).max() > 0.02
     recommender = Recommender.load(made)
     rows = late.trickle.to_pylist()
-    streams = {r["user_id"] for r in rows if r["event"] == "stream" and r["timestamp"] >= END - 90 * DAY}
+    streams = {r["user_id"] for r in rows if r["event"] == "stream" and r["timestamp"] >= END - POPULAR_DAYS * DAY}
     popular = recommender.recommend(item_types=["book"])[0]
     assert (popular.item_id, popular.reason) == (late.linked, "popular now")
     assert recommender.popularity.world[recommender.items.find(late.linked)] == len(streams) > 0

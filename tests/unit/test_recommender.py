@@ -8,7 +8,7 @@ from pathlib import Path
 import bundle_world
 import numpy as np
 import pytest
-from bundle_world import DAY, END, EVENTS, FORGOTTEN, LONELY, STRANGE_IDS, World, make_world
+from bundle_world import DAY, END, EVENTS, FORGOTTEN, LONELY, POPULAR_DAYS, STRANGE_IDS, World, make_world
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -107,7 +107,9 @@ def test_users_and_items_are_found(world, recommender):
 
 
 def test_popularity_counts_users_of_its_own_days(world, recommender):
-    events = world.events[(world.events[:, 3] >= END - 30 * DAY) & (world.events[:, 2] == EVENTS.index("stream"))]
+    events = world.events[
+        (world.events[:, 3] >= END - POPULAR_DAYS * DAY) & (world.events[:, 2] == EVENTS.index("stream"))
+    ]
     pairs = np.unique(events[:, :2], axis=0)
     expected = np.bincount(pairs[:, 1], minlength=len(world.item_ids))
     assert np.array_equal(recommender.popularity.world, expected)
@@ -298,7 +300,7 @@ def test_without_cold_start_a_country_gets_its_own_popularity(world, recommender
     counts = {**recommender.artifact.counts, "cold_start": False}
     monkeypatch.setitem(recommender.artifact.manifest, "counts", counts)  # type: ignore[arg-type]
     stream = EVENTS.index("stream")
-    recent = world.events[(world.events[:, 3] >= END - 90 * DAY) & (world.events[:, 2] == stream)]
+    recent = world.events[(world.events[:, 3] >= END - POPULAR_DAYS * DAY) & (world.events[:, 2] == stream)]
     for number, country in enumerate(["DE", "SE"]):
         uids = [uid for uid in range(len(world.user_ids)) if uid % 5 != 4 and uid % 2 == number and uid != 3]
         mine = {world.item_ids[gid] for gid in recent[np.isin(recent[:, 0], uids), 1]}
