@@ -112,7 +112,7 @@ class TextConfig(Section):
 
 
 class GraphConfig(Section):
-    """Co-interactions inside a window become a heterogeneous item graph, once per snapshot."""
+    """Co-interactions (of all the past, or inside a window) become a heterogeneous item graph, once per snapshot."""
 
     window_days: Positive | None = Field(None, description="how far back history counts (papers: 90); null: everything")
     features_as_of: Literal["example", "window"] = Field(
