@@ -336,7 +336,7 @@ class _Extension:
         else:
             shutil.copyfile(source / "histories.safetensors", self.work / "histories.safetensors")
         events = trickle.events.where(np.isin(trickle.events.event, self._codes(self.config.events.positives)))
-        days = counts.get("popular_days")
+        days = counts.get("popular_days")  # bundles of earlier versions have none: all counts
         since = 0 if days is None else end - days * DAY
         events = events.where((events.timestamp >= since) & np.isin(events.gid, new.gid[~new.replaced]))
         country = np.full(max(trickle.users, int(events.uid.max(initial=-1)) + 1), -1, np.int64)

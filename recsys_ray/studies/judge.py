@@ -26,10 +26,14 @@ def judge(comparisons: Sequence[Comparison], results: Mapping[str, Result], resa
 
 
 def _evaluated(side: Side, results: Mapping[str, Result]) -> bool:
-    if side.variant not in results:
-        return False
-    models = list(results[side.variant].hits[0].hit)
-    return any(m.startswith(side.model[:-1]) for m in models) if side.model.endswith("*") else side.model in models
+    return side.variant in results and bool(_models(side, results[side.variant].hits[0]))
+
+
+def _models(side: Side, hits: Hits) -> list[str]:
+    """Those that the side's name stands for and that were evaluated."""
+    if not side.model.endswith("*"):
+        return [side.model] if side.model in hits.hit else []
+    return [name for name in hits.hit if name.startswith(side.model[:-1])]
 
 
 def compare(comparison: Comparison, results: Mapping[str, Result], resamples: int, seed: int) -> Row | None:
@@ -65,9 +69,9 @@ def _asked(comparison: Comparison, reference: Hits) -> int:
 
 def _resolve(side: Side, hits: Hits, segments: Sequence[str], rows: np.ndarray) -> str | None:
     """A model's name; of ``name*`` the best on these queries, so that it is never the weaker opponent by choice."""
-    if not side.model.endswith("*"):
-        return side.model if side.model in hits.hit else None
-    names = [name for name in hits.hit if name.startswith(side.model[:-1])]
+    names = _models(side, hits)
+    if len(names) == 1:
+        return names[0]
     return max(names, key=lambda name: hits.hit_in(name, segments)[rows].mean(), default=None)
 
 
