@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable, Iterator
 
 import psutil
 
 _INTERVAL_S = 1.0
+_GROWN = 1.01  # times what it was before the exact look is worth its price
 
 
 class PeakMemory:
     """``with PeakMemory() as memory: ...; memory.peak_mb``. Shared pages are counted once (proportional set size)
-    where the system tells, else the resident sizes are added up."""
+    where the system tells, else the resident sizes are added up.
+
+    The exact size makes the kernel walk through every page of thirty processes and keeps the one that trains waiting
+    meanwhile: every second it took a fifth of a core. So it is asked for only when the resident sizes, which cost
+    nothing, have grown."""
 
     def __init__(self) -> None:
         self.peak_mb = 0.0
+        self._resident = 0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -30,17 +37,25 @@ class PeakMemory:
     def _watch(self) -> None:
         root = psutil.Process(os.getpid())
         while True:
-            self.peak_mb = max(self.peak_mb, _tree_mb(root))
+            self._look([root, *root.children(recursive=True)])
             if self._done.wait(_INTERVAL_S):
                 return
 
+    def _look(self, processes: list[psutil.Process]) -> None:
+        resident = sum(_of_each(processes, lambda process: process.memory_info().rss))
+        if resident > self._resident * _GROWN:
+            self._resident = resident
+            self.peak_mb = max(self.peak_mb, sum(_of_each(processes, _proportional)) / 2**20)
 
-def _tree_mb(root: psutil.Process) -> float:
-    total = 0
-    for process in [root, *root.children(recursive=True)]:
+
+def _proportional(process: psutil.Process) -> int:
+    memory = process.memory_full_info() if os.name == "posix" else process.memory_info()
+    return getattr(memory, "pss", 0) or memory.rss
+
+
+def _of_each(processes: list[psutil.Process], size: Callable[[psutil.Process], int]) -> Iterator[int]:
+    for process in processes:
         try:
-            memory = process.memory_full_info() if os.name == "posix" else process.memory_info()
-            total += getattr(memory, "pss", 0) or memory.rss
+            yield size(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):  # it ended meanwhile
             continue
-    return total / 2**20
