@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from recsys_ray.artifacts import software, write_json
-from recsys_ray.evaluation.hits import MAIN
+from recsys_ray.evaluation.hits import EVERY_TYPE, MAIN
 from recsys_ray.palette import PALETTE
 from recsys_ray.studies.judge import conclusions, overall
 from recsys_ray.studies.study import Facts, Outcome, Result, Study, Variant
@@ -123,6 +123,8 @@ def _figures(
     seeds: Sequence[int],
     verdict: Sequence[str],
 ) -> dict[str, Any]:
+    asked = {(o.comparison.item_type, segment) for o in outcomes for segment in o.comparison.segments}
+    asked.add((EVERY_TYPE, "warm"))
     return {
         "study": study.name,
         "seeds": list(seeds),
@@ -148,7 +150,10 @@ def _figures(
                 "label": variant.label,
                 "overrides": list(variant.overrides),
                 "seconds": {stage: list(each) for stage, each in results[variant.name].seconds.items()},
-                "rows": [list(rows) for rows in results[variant.name].rows],
+                "rows": [
+                    [row for row in rows if (row["item_type"], row["segment"]) in asked]
+                    for rows in results[variant.name].rows
+                ],
             }
             for variant in variants
             if variant.name in results

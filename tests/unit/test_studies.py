@@ -3,6 +3,7 @@ from the numbers, and every variant of every study is a configuration that exist
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -289,6 +290,8 @@ def test_the_page_holds_figures_plot_and_command(tmp_path):
         v.name: result_of(users, truths, **{"2t_hgnn": (rng.random(300) < share).tolist()})
         for v, share in zip(variants, (0.6, 0.3), strict=True)
     }
+    for result in results.values():  # rows that nobody asked for
+        result.rows[0].append({**result.rows[0][0], "segment": "tier1"})
     comparisons = [Comparison("without", Side("less"), Side("full"), expected="below", reported="-6 %")]
     study = Study("small", "Title", "Question?", "Reported.", lambda facts: variants, lambda facts, models: comparisons)
     outcomes = judge(comparisons, results, 200, 0)
@@ -299,4 +302,6 @@ def test_the_page_holds_figures_plot_and_command(tmp_path):
     for promised in ("Question?", "Reported.", "recsys-ray study small", "`hgnn.balanced=false`", "-6 %", "small.png"):
         assert promised in page
     assert (tmp_path / "small.png").read_bytes().startswith(b"\x89PNG")
-    assert '"verdict"' in (tmp_path / "small.json").read_text()
+    figures = json.loads((tmp_path / "small.json").read_text())
+    assert figures["verdict"] == verdict
+    assert [[row["segment"] for row in variant["rows"][0]] for variant in figures["variants"]] == [["warm"], ["warm"]]
