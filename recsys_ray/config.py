@@ -187,7 +187,9 @@ class TwoTowerConfig(Section):
     last_item: bool = Field(True, description="the user's last item, beside the mean of all")
     id_dim: int = Field(32, ge=0, description="learned vector of each item, beside text and HGNN embedding; 0: none")
     id_items: Positive = Field(200_000, description="items with a learned vector: those with the most examples")
-    id_dropout: Share = Field(0.5, description="share of learned vectors that a training step does without")
+    id_dropout: Share | None = Field(
+        None, description="share of learned vectors that a training step does without; null: by how often items occur"
+    )
     memory: bool = Field(True, description="beside the towers, edges of the graph raise scores as validation says")
     batch_size: Positive = 1024
     precision: Literal["auto", "fp32", "bf16"] = Field(

@@ -55,7 +55,7 @@ SPACE: tuple[Dimension, ...] = (
     Choice("two_tower.batch_size", (256, 512, 1024, 2048)),
     Choice("two_tower.layers", ([128], [512, 256, 128], [1024, 512, 256])),
     Choice("two_tower.id_dim", (0, 16, 32, 64)),
-    Range("two_tower.id_dropout", 0.0, 0.9),
+    Choice("two_tower.id_dropout", (None, 0.1, 0.3, 0.5, 0.8)),
     Range("hgnn.temperature", 0.03, 0.3, log=True),
     Range("hgnn.learning_rate", 3e-4, 1e-2, log=True),
     Choice("hgnn.max_steps", (50, 100, 200, 400)),

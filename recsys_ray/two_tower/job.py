@@ -36,7 +36,7 @@ from recsys_ray.two_tower.examples import (
 )
 from recsys_ray.two_tower.memory import Memory, memory_file
 from recsys_ray.two_tower.ridge import fit_memories
-from recsys_ray.two_tower.towers import TowerSpec, TwoTower
+from recsys_ray.two_tower.towers import ItemIds, TowerSpec, TwoTower
 from recsys_ray.two_tower.training import TowerTask, TowerTrainer, item_vectors, refit, start, train_epochs
 
 VARIANTS = {"hgnn": True, "text_only": False}  # folder -> with HGNN embeddings
@@ -328,6 +328,8 @@ def _train(
             vectors = item_vectors(model, client, task.catalogue, snapshot)
             save_arrays(out / "items" / f"{snapshot}.safetensors", {"vector": vectors.numpy()})
         save_file(model.state_dict(), out / "model.safetensors")
-        replace(task.spec, memory=state["memory"], ridge=state["ridge"]).save(out / "spec.json")
+        hidden = model.ids.dropout if isinstance(model.ids, ItemIds) else 0.0
+        spec = replace(task.spec, memory=state["memory"], ridge=state["ridge"], id_dropout=hidden)
+        spec.save(out / "spec.json")
         write_json(out / "metrics.json", state["history"])  # last: says that the variant is whole
     client.barrier()  # no rank looks for the next variant's files before this one's are there

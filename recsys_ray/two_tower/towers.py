@@ -58,7 +58,7 @@ class TowerSpec:
     id_dim: int = 0  # 0: items have no vectors of their own
     id_rows: int = 0  # how many have one
     num_items: int = 0
-    id_dropout: float = 0.0
+    id_dropout: float | None = 0.0  # None: training chooses
     last_item: bool = False
     memory: float = 0.0  # weight of the direct memory (memory.py); 0: none
     ridge: float = 0.0  # its ridge
@@ -230,7 +230,7 @@ class ItemIds(nn.Module):
 
     def __init__(self, spec: TowerSpec) -> None:
         super().__init__()
-        self.dropout = spec.id_dropout
+        self.dropout = spec.id_dropout or 0.0
         self.register_buffer("row", torch.zeros(spec.num_items, dtype=torch.int64))
         self.vector = nn.Embedding(spec.id_rows + 1, spec.id_dim, padding_idx=0)
         nn.init.normal_(self.vector.weight, std=_ID_START / _ID_SCALE)

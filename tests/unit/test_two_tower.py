@@ -19,7 +19,15 @@ from recsys_ray.two_tower.batches import batches_in, country_index, epoch_batche
 from recsys_ray.two_tower.inputs import UserInputs
 from recsys_ray.two_tower.loss import inclusion_log_q, paper_loss, sampled_softmax
 from recsys_ray.two_tower.towers import ItemIds, TwoTower, load_item_ids, load_towers, load_user_tower
-from recsys_ray.two_tower.training import Validated, item_vectors, refit, start, train_epochs, user_vectors
+from recsys_ray.two_tower.training import (
+    Validated,
+    item_vectors,
+    refit,
+    share_unknown,
+    start,
+    train_epochs,
+    user_vectors,
+)
 
 EMPTY = torch.empty(0, dtype=torch.int64)
 
@@ -364,6 +372,23 @@ def test_training_does_without_some_vectors_and_keeps_their_mean():
     drawn, whole = ids(gids), ids.eval()(gids[:1])
     assert set((drawn / whole).round(decimals=3).unique().tolist()) == {0.0, 2.0}
     assert torch.allclose(drawn.mean(0), whole[0], atol=0.1)
+
+
+def test_the_share_of_vectors_to_do_without_follows_from_how_often_items_occur():
+    task = board_task(id_dim=3)
+    task.spec = replace(task.spec, id_dropout=None)
+    model = TwoTower(task.spec)
+    start(model, task, seed=0)
+    counts = np.bincount(task.examples["target"], minlength=ITEMS)
+    each = 12 / (counts[task.examples["target"]] - 1 + 12)
+    assert model.ids.dropout == pytest.approx(each.mean())
+    assert share_unknown(torch.full((5,), 1000.0)) < 0.02
+    assert share_unknown(torch.tensor([1.0, 1.0, 0.0])) == 1.0
+    assert share_unknown(torch.zeros(3)) == 0.0
+    task.spec = replace(task.spec, id_dropout=0.4)
+    given = TwoTower(task.spec)
+    start(given, task, seed=0)
+    assert given.ids.dropout == 0.4
 
 
 def test_the_last_item_counts_beside_the_mean(someone):
