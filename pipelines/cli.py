@@ -244,7 +244,7 @@ def recommend(
         return
     console = Console(highlight=False)
     for past in recommender.history(user) if user else []:
-        console.print(f"  - {past.event} {past.item_type}: {past.title}", markup=False, soft_wrap=True)
+        console.print(f"  - {past.event} {past.item_type}: {past.title or past.item_id}", markup=False, soft_wrap=True)
     for place, found in enumerate(answer.items, 1):
         console.print(
             f"{place:>3}. {found.item_type}: {found.title}  [{found.item_id}]  {found.score:.3f}  ({found.reason})",

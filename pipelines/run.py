@@ -106,11 +106,11 @@ def show_user(recommender: Recommender, user_id: str, console: Console, k: int =
     console.print(f"\nuser {user_id}", style="bold", markup=False, soft_wrap=True)
     history = recommender.history(user_id, _SHOWN_HISTORY)
     for past in history:
-        console.print(f"  - {past.event} {past.item_type}: {past.title}", markup=False, soft_wrap=True)
+        console.print(f"  - {past.event} {past.item_type}: {past.title or past.item_id}", markup=False, soft_wrap=True)
     if not history:
         console.print("  no history in the window", markup=False)
     for place, item in enumerate(recommender.recommend(user_id=user_id, k=k), 1):
-        line = f"  {place:>2}. {item.item_type}: {item.title}"
+        line = f"  {place:>2}. {item.item_type}: {item.title or item.item_id}"
         console.print(f"{line}  ({item.reason})", markup=False, soft_wrap=True)
 
 

@@ -103,6 +103,10 @@ class Items:
     def title(self, gid: int) -> str:
         return self._titles[gid].as_py()
 
+    def name(self, gid: int) -> str:
+        """In sentences: the title, or the id of an item without one."""
+        return self.title(gid) or self.id(gid)
+
     def type(self, gid: int) -> str:
         return self.types[self.ntype[gid]]
 

@@ -202,7 +202,7 @@ class Recommender:
             raise UnknownItem("item_id", f"there is no item {item_id!r}")
         query = np.ascontiguousarray(self.vectors[gid], np.float32)
         scores, gids = search_types([self.indexes[t] for t in types], query, k, np.array([gid], np.int64))
-        reason = f'similar to "{self.items.title(gid)}"'
+        reason = f'similar to "{self.items.name(gid)}"'
         return [self._item(int(g), float(s), reason) for s, g in zip(scores, gids, strict=True)]
 
     def history(self, user_id: str, limit: int = 10) -> list[PastEvent]:
@@ -335,7 +335,7 @@ class Recommender:
         # of equally near ones the latest: stable over the reversed history
         nearest = len(profile.gids) - 1 - (found @ past.flip(0).T).argmax(1).numpy()
         names = self.artifact.counts["events"]
-        return [because(names[profile.events[place]], self.items.title(int(profile.gids[place]))) for place in nearest]
+        return [because(names[profile.events[place]], self.items.name(int(profile.gids[place]))) for place in nearest]
 
     def _item(self, gid: int, score: float, reason: str) -> Recommendation:
         return Recommendation(self.items.id(gid), self.items.type(gid), self.items.title(gid), score, reason)

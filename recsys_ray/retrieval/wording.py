@@ -23,7 +23,7 @@ def past_tense(event: str) -> str | None:
     name = event.strip().lower()
     if name in _PAST:
         return _PAST[name]
-    if not name.isalpha() or not name.isascii():
+    if not name.isalpha() or not name.isascii() or name.endswith("ion"):  # interaction, subscription
         return None
     if name.endswith("ed"):
         return name

@@ -371,9 +371,16 @@ def test_reasons_read_well():
     assert because("intent_to_pay", "Dune") == 'because you wanted to buy "Dune"'
     assert because("like", "Dune") == 'because you liked "Dune"'
     assert because("try", "Dune") == 'because you tried "Dune"'
+    assert because("interaction", "Dune") == 'because of "Dune" (interaction)'
     assert because("long_view", "Dune") == 'because of "Dune" (long view)'
     assert fits(["age", "country", "taste"]) == "fits your age, country and taste"
     assert fits(["age"]) == "fits your age"
+
+
+def test_an_item_without_a_title_is_named_by_its_id(world, recommender, monkeypatch):
+    monkeypatch.setattr(recommender.items, "title", lambda gid: "")
+    found = recommender.recommend(history=[{"item_id": world.item_ids[0]}])
+    assert found[0].reason == f'because you streamed "{world.item_ids[0]}"'
 
 
 def test_nothing_that_trains_is_imported():
