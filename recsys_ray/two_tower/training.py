@@ -77,8 +77,8 @@ def share_unknown(chosen: Float[Tensor, "items"]) -> float:
     """The share of own vectors that a training step does without, where none is given: how little the vector of an
     example's target can be known, k / (n + k) with n other examples of it, in the mean over all examples.
 
-    Half of them on Amazon's reviews, where an item has a dozen, a tenth in shops whose items have hundreds: towers that
-    are to serve new items must learn to do without, and only as often as they will have to.
+    Half of them on Amazon's reviews, where an item has a dozen, a sixth in a shop whose items have three dozen: towers
+    that are to serve new items must learn to do without, and only as often as they will have to.
 
     Args:
         chosen: how many examples each item is the target of.

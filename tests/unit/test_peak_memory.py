@@ -15,7 +15,7 @@ def test_a_child_that_holds_memory_for_a_while_counts():
         pass
     with PeakMemory() as memory:
         subprocess.run([sys.executable, "-c", script], check=True)
-    assert 290 < memory.peak_mb - before.peak_mb < 400
+    assert 250 < memory.peak_mb - before.peak_mb < 1000
 
 
 def test_the_peak_stays_when_the_memory_is_given_back():
@@ -26,4 +26,4 @@ def test_the_peak_stays_when_the_memory_is_given_back():
         time.sleep(2.5)
         del held
         time.sleep(1.5)
-    assert 290 < memory.peak_mb - before.peak_mb < 400
+    assert 250 < memory.peak_mb - before.peak_mb < 1000
