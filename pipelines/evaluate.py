@@ -43,10 +43,11 @@ def _evaluate(context: Context, spent: Callable[[], tuple[float, float]]) -> dic
     inputs = {name: artifact.path for name, artifact in context.inputs.items()}
     text = load_arrays(inputs["featurize"] / "text.safetensors")["vector"]
     hgnn = load_embeddings(inputs["hgnn"], "test", len(text)).numpy()
-    ntype = pl.read_parquet(inputs["ingest"] / "items.parquet", columns=["ntype"])["ntype"].cast(pl.Int64).to_numpy()
+    items = pl.read_parquet(inputs["ingest"] / "items.parquet", columns=["ntype", "available"])
+    ntype, available = items["ntype"].cast(pl.Int64).to_numpy(), items["available"].fill_null(True).to_numpy()
     moment = context.inputs["ingest"].counts["test_from"]
     towers = {
-        name: TrainedTower.open(inputs["two-tower"] / variant, text, hgnn, ntype, moment)
+        name: TrainedTower.open(inputs["two-tower"] / variant, text, hgnn, ntype, available, moment)
         for variant, name in NAMES.items()
         if (inputs["two-tower"] / variant / "metrics.json").exists()
     }

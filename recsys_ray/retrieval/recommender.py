@@ -34,7 +34,7 @@ from recsys_ray.retrieval.index import TypeIndex, check_metric, merge_best, sear
 from recsys_ray.retrieval.popularity import Popularity
 from recsys_ray.retrieval.tower import LoadTower, TowerRunner, load_user_tower
 from recsys_ray.retrieval.wording import because, fits
-from recsys_ray.two_tower.memory import TYPICAL, Memory, Recalled
+from recsys_ray.two_tower.memory import RIVALS, Memory, Recalled
 
 _DAY = 86_400
 HistoryEntry = Mapping[str, Any]  # item_id, event (optional), timestamp (optional, unix seconds)
@@ -301,16 +301,20 @@ class Recommender:
         """Scores and gids of a type with what the memory adds; the best ``k`` are among them. It adds to the history's
         neighbours and to blank items alone, and these are all here; any other item has ``k`` before it by inner product
         already."""
-        scores, gids = self.indexes[number].search(query, max(k, TYPICAL), barred)
-        weight = np.float32(self.tower.spec["memory"])
-        usual = weight * recalled.typical(gids[None, :TYPICAL])[0, 0]
+        scores, gids = self.indexes[number].search(query, max(k, RIVALS), barred)
         allowed = (self.items.ntype[recalled.gid] == number) & (self.items.available[recalled.gid] != 0)
         allowed &= ~np.isin(recalled.gid, barred)
-        raised, value = recalled.gid[allowed], weight * recalled.value[allowed, 0]
+        raised, value = recalled.gid[allowed], recalled.value[allowed, 0] * np.float32(self.tower.spec["memory"])
         blank = self.blank[number][~np.isin(self.blank[number], barred)]
-        others = ~np.isin(gids, raised) & ~memory.is_blank(gids)
-        parts = scores[others], self.vectors[raised] @ query + value, self.vectors[blank] @ query + usual
-        return np.concatenate(parts), np.concatenate([gids[others], raised, blank])
+        known = ~memory.is_blank(gids)
+        others = known & ~np.isin(gids, raised)
+        with_it = np.concatenate([scores[others], self.vectors[raised] @ query + value])
+        by_towers = self.vectors[blank] @ query
+        before = scores[:RIVALS][known[:RIVALS]]
+        after = np.sort(with_it)[::-1][: len(before)]
+        if len(before):
+            by_towers += np.interp(by_towers, before[::-1], (after - before)[::-1])
+        return np.concatenate([with_it, by_towers]), np.concatenate([gids[others], raised, blank])
 
     def _by_popularity(
         self, profile: Profile, types: list[int], k: int, barred: npt.NDArray[np.int64]

@@ -7,9 +7,8 @@ graph has these pairs, so its edges are also used as they are, like the wide par
     score(u, j) = <u, v_j> + w * log(1 + max(m_uj, 0) / SMALL),    m_uj = sum over i in history of u of a_ui * b_ij
     a_ui proportional to 2^(-places back / HALF_LIFE), their sum 1
 
-The memory knows no pair of an item that nobody had (``users`` 0): such a blank item is given what is usual among its
-rivals, the mean of what is added to the ``TYPICAL`` items of its type that the towers rank first for the user. Without
-this every new item would fall behind by what the others gain.
+The memory knows no pair of an item that nobody had (``users`` 0). Such a blank item keeps the place that the towers
+give it among the others of its type (:func:`place_kept`): else every new item would fall behind by what these gain.
 
 b_.j is the ridge regression of having item j on having its neighbours in the graph (recsys_ray/two_tower/ridge.py).
 How strong the ridge is and the weight w are chosen on the validation period (recsys_ray/two_tower/training.py); weight
@@ -27,7 +26,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+import torch
+from jaxtyping import Bool, Float, Int, Int64
+from torch import Tensor
 
 from recsys_ray.artifacts import load_arrays, save_arrays
 
@@ -35,7 +36,7 @@ RIDGES = (10.0, 30.0, 100.0, 300.0)  # which a validation chooses from
 WEIGHTS = (0.0, 0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 12.0)  # likewise; of the temperature
 HALF_LIFE = 4.0
 SMALL = 1e-2
-TYPICAL = 20
+RIVALS = 20  # best items of a user and type, by which a blank item's place is told
 NEIGHBOURS = 100  # that an item brings to mind, in each item type: those with the largest coefficients
 
 
@@ -46,18 +47,6 @@ class Recalled(NamedTuple):
     gid: Int[np.ndarray, "m"]
     value: Float[np.ndarray, "m ridges"]  # float32: log(1 + max(m, 0) / SMALL)
     items: int  # of the catalogue
-
-    def typical(self, best: Int[np.ndarray, "users best"]) -> Float[np.ndarray, "users ridges"]:
-        """The mean value of each user's ``best`` items (gids, -1 for none), 0 for those that are not here; float32.
-        Users are numbered from 0."""
-        if not len(self.user):
-            return np.zeros((len(best), self.value.shape[1]), np.float32)
-        key = self.user * self.items + self.gid
-        asked = np.arange(len(best))[:, None] * self.items + best
-        place = np.minimum(np.searchsorted(key, asked), len(key) - 1)
-        found = (key[place] == asked) & (best >= 0)
-        total = (self.value[place] * found[:, :, None]).sum(1)
-        return (total / np.maximum((best >= 0).sum(1), 1)[:, None]).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -173,6 +162,38 @@ class Memory:
         total = np.stack([np.bincount(where, part, minlength=len(key)) for part in parts.T], 1)
         value = np.log1p(np.maximum(total, 0) / SMALL).astype(np.float32)
         return Recalled(key // max(items, 1), key % max(items, 1), value, items)
+
+
+def place_kept(
+    score: Float[Tensor, "users n"], before: Float[Tensor, "users k"], after: Float[Tensor, "users k"]
+) -> Float[Tensor, "users n"]:
+    """What a blank item is given to keep its place: the rise from the others' j-th best score without the memory to
+    their j-th best with it, j where the item stands by the towers; linear in between, constant beyond the ends.
+
+    Args:
+        score: of blank items, by the towers.
+        before, after: the best scores of the others, best first; ``before`` ends in -inf where there are fewer, and
+            what ``after`` has there does not count.
+    """
+    there = torch.isfinite(before)
+    size = before.shape[1]
+    rise = torch.where(there, after - before, 0).flip(1)
+    knots = before.flip(1).contiguous()
+    lowest = (size - there.sum(1, keepdim=True)).clamp(max=size - 1)
+    above = torch.searchsorted(knots, score.contiguous())
+    low, high = torch.maximum(above - 1, lowest), torch.maximum(above.clamp(max=size - 1), lowest)
+    left, right = knots.gather(1, low), knots.gather(1, high)
+    share = torch.where(right > left, (score - left) / (right - left), 0)
+    return torch.lerp(rise.gather(1, low), rise.gather(1, high), share)
+
+
+def one_row_a_user(row: Int64[Tensor, "m"], value: Float[Tensor, "m"], users: int) -> Float[Tensor, "users most"]:
+    """The values of each row, which ascend, as rows of a matrix that -inf fills up."""
+    count = torch.bincount(row, minlength=users)
+    place = torch.arange(len(row)) - (count.cumsum(0) - count)[row]
+    matrix = torch.full((users, int(count.max()) if users else 0), -torch.inf)
+    matrix[row, place] = value
+    return matrix
 
 
 def memory_file(two_tower: Path, snapshot: str) -> Path:

@@ -15,7 +15,7 @@ from recsys_ray.artifacts import load_arrays
 from recsys_ray.snapshots import DAY
 from recsys_ray.two_tower.batches import country_index
 from recsys_ray.two_tower.inputs import ItemTables, UserInputs
-from recsys_ray.two_tower.memory import TYPICAL, Memory, memory_file
+from recsys_ray.two_tower.memory import RIVALS, Memory, Recalled, memory_file, one_row_a_user, place_kept
 from recsys_ray.two_tower.towers import UserTower, load_item_ids, load_user_tower
 
 if TYPE_CHECKING:
@@ -34,12 +34,15 @@ class TrainedTower:
     text: np.ndarray  # float16 [items, t]
     hgnn: np.ndarray | None  # float32 [items, h], as of the snapshot
     ntype: np.ndarray  # int64 [items]
+    available: np.ndarray  # bool [items]
     ids: np.ndarray | None  # float32 [items, d], the items' own vectors
     moment: int  # the snapshot's time: a history reaches back from here
     memory: Memory | None = None  # as of the snapshot; None: the towers alone
 
     @staticmethod
-    def open(folder: Path, text: np.ndarray, hgnn: np.ndarray | None, ntype: np.ndarray, moment: int) -> TrainedTower:
+    def open(
+        folder: Path, text: np.ndarray, hgnn: np.ndarray | None, ntype: np.ndarray, available: np.ndarray, moment: int
+    ) -> TrainedTower:
         """The towers of ``folder`` with the item vectors of the test snapshot.
 
         Raises:
@@ -50,7 +53,8 @@ class TrainedTower:
         memory = None
         if tower.spec.memory:
             memory = Memory.load(memory_file(folder.parent, "test")).at(tower.spec.ridge)
-        return TrainedTower(vectors, tower, text, hgnn if tower.spec.hgnn_dim else None, ntype, ids, moment, memory)
+        hgnn = hgnn if tower.spec.hgnn_dim else None
+        return TrainedTower(vectors, tower, text, hgnn, ntype, available, ids, moment, memory)
 
     @torch.no_grad()
     def user_vectors(self, users: UserBatch) -> Float[Tensor, "users d"]:
@@ -81,36 +85,49 @@ class TrainedTower:
             return None
         kept, weight = self._kept(users), self.tower.spec.memory
         memory, recalled = self.memory, self.memory.recall(users.rows[kept], users.gid[kept])
-        usual: dict[int, Tensor] = {}  # of each item type that was asked for
+        raise_of = weight * torch.from_numpy(recalled.value[:, 0])
+        bars: dict[int, tuple[Tensor, Tensor]] = {}  # of each item type that was asked for
 
         def add(first: int, last: int, scores: Tensor) -> None:
-            here = (recalled.gid >= first) & (recalled.gid < last)
-            row, column = recalled.user[here], recalled.gid[here] - first
-            scores[row, column] += weight * torch.from_numpy(recalled.value[here, 0])
             fresh = np.flatnonzero(memory.is_blank(np.arange(first, last)))
             if len(fresh):
                 kind = int(self.ntype[first])
-                if kind not in usual:
-                    best = self._best(users, vectors, kind)
-                    usual[kind] = weight * torch.from_numpy(recalled.typical(best))
-                scores[:, fresh] += usual[kind]
+                if kind not in bars:
+                    bars[kind] = self._bars(users, vectors, kind, recalled, raise_of)
+                scores[:, fresh] += place_kept(scores[:, fresh], *bars[kind])
+            here = (recalled.gid >= first) & (recalled.gid < last)
+            scores[recalled.user[here], recalled.gid[here] - first] += raise_of[here]
 
         return add
 
-    def _best(self, users: UserBatch, vectors: Float[Tensor, "users d"], kind: int) -> np.ndarray:
-        """int64 [users, TYPICAL]: the items of a type that the towers rank first, none of the user's own; -1: none."""
-        gids = np.flatnonzero(self.ntype == kind)
-        values, best = torch.full((len(users), 0), -torch.inf), torch.zeros((len(users), 0), dtype=torch.int64)
+    def _bars(
+        self, users: UserBatch, vectors: Float[Tensor, "users d"], kind: int, recalled: Recalled, raise_of: Tensor
+    ) -> tuple[Float[Tensor, "users k"], Float[Tensor, "users k"]]:
+        """The best scores of a type without and with the memory, as :func:`place_kept` wants them: of the ``RIVALS``
+        best by the towers those that are not blank, and as many with the memory."""
+        assert self.memory is not None
+        gids, rivals = np.flatnonzero(self.ntype == kind), list[Tensor]()
+        blank, not_raised = list[Tensor](), list[Tensor]()
+        with_it = torch.full((len(recalled.gid),), -torch.inf)
         for start in range(int(gids[0]), int(gids[-1]) + 1, _ITEMS):
             stop = min(start + _ITEMS, int(gids[-1]) + 1)
             scores = vectors @ torch.from_numpy(np.array(self.item_vectors[start:stop])).float().T
+            scores[:, ~self.available[start:stop]] = -torch.inf
             own = (users.gid >= start) & (users.gid < stop)
             scores[users.rows[own], users.gid[own] - start] = -torch.inf
-            top = scores.topk(min(TYPICAL, stop - start), dim=1)
-            values, best = torch.cat([values, top.values], 1), torch.cat([best, top.indices + start], 1)
-            top = values.topk(min(TYPICAL, values.shape[1]), dim=1)
-            values, best = top.values, best.gather(1, top.indices)
-        return np.where(torch.isfinite(values).numpy(), best.numpy(), -1)
+            top, fresh = scores.topk(min(RIVALS, stop - start), dim=1), self.memory.is_blank(np.arange(start, stop))
+            rivals.append(top.values)
+            blank.append(torch.from_numpy(fresh)[top.indices])
+            here = np.flatnonzero((recalled.gid >= start) & (recalled.gid < stop))
+            place = recalled.user[here], recalled.gid[here] - start
+            with_it[here] = scores[place] + raise_of[here]
+            scores[place], scores[:, fresh] = -torch.inf, -torch.inf
+            not_raised.append(scores.topk(min(RIVALS, stop - start), dim=1).values)
+        best = torch.cat(rivals, 1).topk(min(RIVALS, len(gids)), dim=1)
+        new = torch.cat(blank, 1).gather(1, best.indices)
+        raised = one_row_a_user(torch.from_numpy(recalled.user), with_it, len(users))
+        after = torch.cat([*not_raised, raised], 1).topk(best.values.shape[1], dim=1).values
+        return best.values.masked_fill(new, -torch.inf).sort(1, descending=True).values, after
 
     def _kept(self, users: UserBatch) -> np.ndarray:
         """bool [events]: the latest ones inside the window."""

@@ -28,7 +28,7 @@ from recsys_ray.two_tower.batches import (
 from recsys_ray.two_tower.examples import ABSENT
 from recsys_ray.two_tower.inputs import UserInputs
 from recsys_ray.two_tower.loss import inclusion_log_q, paper_loss, sampled_softmax
-from recsys_ray.two_tower.memory import RIDGES, TYPICAL, WEIGHTS, Memory, Recalled
+from recsys_ray.two_tower.memory import RIDGES, RIVALS, WEIGHTS, Memory, Recalled, one_row_a_user, place_kept
 from recsys_ray.two_tower.towers import ItemIds, TowerSpec, TwoTower
 
 _ITEM_CHUNK = 8192
@@ -227,11 +227,11 @@ def ranks_with_memory(
     row, column, value = (
         torch.from_numpy(part[here]) for part in (recalled.user, recalled.gid - first, recalled.value)
     )
-    top = scores.topk(min(TYPICAL, count), dim=1)
-    best = np.where(torch.isfinite(top.values).numpy(), top.indices.numpy() + first, -1)
-    usual = torch.from_numpy(recalled.typical(best))
+    best = scores.topk(min(RIVALS, count), dim=1)
+    before = best.values.masked_fill(blank[best.indices], -torch.inf).sort(1, descending=True).values
     own, raised, is_target = scores[everyone, target], scores[row, column], column == target[row]
     scores[row, column] = -torch.inf
+    not_raised = scores.gather(1, best.indices).masked_fill(blank[best.indices], -torch.inf)
     scores[everyone, target] = -torch.inf
     fresh = scores[:, blank].topk(min(2 * _DEPTH, int(blank.sum())), dim=1).values
     scores[:, blank] = -torch.inf
@@ -239,10 +239,13 @@ def ranks_with_memory(
     places = torch.zeros(len(target), len(weights), value.shape[1])
     for place, weight in enumerate(weights):
         for ridge in range(value.shape[1]):
-            bonus, shift = weight * value[:, ridge], weight * usual[:, ridge]
-            mine = (own + shift * blank[target]).index_add(0, row[is_target], bonus[is_target])
-            ahead = _before(rest, mine) + _before(fresh + shift[:, None], mine)
-            rival, limit = (raised + bonus)[~is_target], mine[row[~is_target]]
+            with_it = raised + weight * value[:, ridge]
+            others = torch.cat([not_raised, one_row_a_user(row, with_it, len(target))], dim=1)
+            after = others.topk(before.shape[1], dim=1).values
+            mine = own + place_kept(own[:, None], before, after).squeeze(1) * blank[target]
+            mine = mine.index_put((row[is_target],), with_it[is_target])
+            ahead = _before(rest, mine) + _before(fresh + place_kept(fresh, before, after), mine)
+            rival, limit = with_it[~is_target], mine[row[~is_target]]
             ahead = ahead.index_add(0, row[~is_target], (rival > limit).float() + (rival == limit) / 2)
             places[:, place, ridge] = ahead
     return places

@@ -12,7 +12,7 @@ from checkerboard import CHANCE, ITEMS, VALID, board_events, board_task, board_t
 from recsys_ray.evaluation.baselines.towers import Tower
 from recsys_ray.evaluation.recommenders import UserBatch
 from recsys_ray.two_tower.job import VARIANTS, write_specs
-from recsys_ray.two_tower.memory import HALF_LIFE, RIDGES, SMALL, TYPICAL, Memory, Recalled
+from recsys_ray.two_tower.memory import HALF_LIFE, RIDGES, RIVALS, SMALL, Memory, Recalled, one_row_a_user, place_kept
 from recsys_ray.two_tower.ridge import _ranges, solve
 from recsys_ray.two_tower.scorer import TrainedTower
 from recsys_ray.two_tower.towers import TowerSpec, UserTower
@@ -155,6 +155,17 @@ def test_recall_is_the_formula(memory):
 # -- what it is worth
 
 
+def risen(towers: np.ndarray, with_it: np.ndarray, blank: np.ndarray) -> torch.Tensor:
+    """What blank items rise by, user by user."""
+    rises = []
+    for before, after in zip(towers, with_it, strict=True):
+        best = np.argsort(-before, kind="stable")[:RIVALS]
+        known = before[best[~blank[best] & np.isfinite(before[best])]]
+        after = np.sort(after[~blank])[::-1][: len(known)]
+        rises.append(np.interp(before[blank], known[::-1], (after - known)[::-1]))
+    return torch.from_numpy(np.array(rises, np.float32))
+
+
 def test_places_are_those_of_a_dense_bonus():
     random = np.random.default_rng(0)
     first, users, items = 100, 400, 60
@@ -177,8 +188,8 @@ def test_places_are_those_of_a_dense_bonus():
     want = torch.zeros(users, 3, 2)
     for place, weight in enumerate(weights):
         for ridge in range(2):
-            usual = bonus[:, :, ridge].gather(1, scores.topk(TYPICAL).indices).mean(1, keepdim=True)
-            raised = scores + weight * torch.where(blank, usual, bonus[:, :, ridge])
+            raised = scores + weight * bonus[:, :, ridge]
+            raised[:, blank] += risen(scores.numpy(), raised.numpy(), blank.numpy())
             own = raised.gather(1, target[:, None])
             ahead = (raised > own).sum(1) + ((raised == own).sum(1) - 1) / 2
             want[:, place, ridge] = ahead
@@ -207,10 +218,22 @@ def test_the_smallest_weight_that_is_not_clearly_worse():
     assert chosen() == (1, 0)
 
 
-def test_what_is_usual_is_the_mean_over_the_best():
-    recalled = Recalled(np.array([0, 0, 2]), np.array([3, 5, 3]), np.array([[1.0], [2.0], [4.0]]), 9)
-    best = np.array([[3, 5, 7, -1], [3, 5, 7, 8], [-1, -1, -1, -1]])
-    assert recalled.typical(best).tolist() == [[1.0], [0.0], [0.0]]
+def test_a_blank_item_keeps_its_place_among_the_others():
+    random = np.random.default_rng(0)
+    before = torch.from_numpy(-np.sort(-random.normal(size=(50, RIVALS)))).float()
+    after = (before + torch.from_numpy(random.exponential(size=before.shape)).float()).sort(1, descending=True).values
+    blank = torch.from_numpy(random.normal(size=(50, 30))).float()
+    risen = blank + place_kept(blank, before, after)
+    place, kept = ((others[:, :, None] > own[:, None]).sum(1) for others, own in ((before, blank), (after, risen)))
+    assert torch.equal(place, kept) and len(place.unique()) == RIVALS + 1
+    assert torch.equal(blank.argsort(1), risen.argsort(1))
+    alone = torch.full((2, 3), -torch.inf)
+    alone[1, 0] = 1.0
+    found = place_kept(torch.tensor([[0.5, 3.0], [0.5, 3.0]]), alone, alone + torch.tensor([2.0, 0.0, 0.0]))
+    assert found.tolist() == [[0.0, 0.0], [2.0, 2.0]]  # no other item; one, which rises by 2
+    assert one_row_a_user(torch.tensor([0, 0, 2]), torch.tensor([1.0, 3.0, 2.0]), 4).tolist() == [
+        [1.0, 3.0], [-np.inf] * 2, [2.0, -np.inf], [-np.inf] * 2,
+    ]  # fmt: skip
 
 
 def _board_memory(true: bool) -> Memory:
@@ -238,15 +261,16 @@ def test_validation_weighs_the_memory_by_what_it_is_worth(true):
 
 
 def test_evaluation_adds_the_memory_to_the_scores():
-    """User 0 has item 0 of type 0 (items 0 to 29); items 40 and 41 of type 1 and item 7 are blank."""
+    """User 0 has item 0 of type 0 (items 0 to 29); items 40 and 41 of type 1 and item 7 are blank, 1 is not offered."""
     ntype = np.repeat([0, 1], [30, 20])
     users = np.ones(50, int)
     users[[7, 40, 41]] = 0
     src, dst, made = np.array([0, 0, 0, 5]), np.array([1, 35, 6, 2]), np.array([0.2, 0.1, 0.05, 0.3])[:, None]
     memory = Memory.of_edges(src, dst, made, users, ntype)
     spec = TowerSpec(2, ["stream"], 1, 0, 3, 0, 0, 0, {}, [4], memory=0.5)
+    available = np.arange(50) != 1
     vectors = torch.from_numpy(np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32))
-    towers = TrainedTower(vectors.numpy(), UserTower(spec), np.zeros((50, 1)), None, ntype, None, 0, memory)
+    towers = TrainedTower(vectors.numpy(), UserTower(spec), np.zeros((50, 1)), None, ntype, available, None, 0, memory)
     batch = UserBatch(np.arange(2), np.array([0, 1, 1]), np.array([0]), np.array([0]), np.array([0]))
     towers.user_vectors = lambda users: torch.ones(2, 4)
     score = Tower("t", towers).scorer(batch)
@@ -255,9 +279,9 @@ def test_evaluation_adds_the_memory_to_the_scores():
     added = np.zeros(50)
     added[[1, 35, 6]] = 0.5 * np.log1p(np.array([0.2, 0.1, 0.05]) / SMALL)
     want[0] += added
-    for kind, blank in ((0, [7]), (1, [40, 41])):
-        rivals = [gid for gid in np.argsort(-plain[0]) if ntype[gid] == kind and gid != 0][:TYPICAL]
-        want[0, blank] += added[rivals].mean()
+    for kind in range(2):
+        here = np.flatnonzero((ntype == kind) & available & (np.arange(50) != 0))
+        want[0, here[users[here] == 0]] += risen(plain[:1, here], want[:1, here], users[here] == 0)[0].numpy()
     found = np.concatenate([score(0, 12).numpy(), score(12, 30).numpy(), score(30, 50).numpy()], axis=1)
     np.testing.assert_allclose(found, want, rtol=1e-5)
     assert found[0, 7] > plain[0, 7] and found[1, 7] == plain[1, 7]

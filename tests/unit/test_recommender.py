@@ -19,7 +19,7 @@ from recsys_ray.retrieval.filters import RequestError, UnknownItem
 from recsys_ray.retrieval.histories import Histories, HistoryWriter, whole_users
 from recsys_ray.retrieval.recommender import Recommender
 from recsys_ray.retrieval.wording import because, fits
-from recsys_ray.two_tower.memory import TYPICAL
+from recsys_ray.two_tower.memory import RIVALS
 
 TYPES = ["audiobook", "music", "podcast"]
 
@@ -201,9 +201,14 @@ def test_answer_is_brute_force(world, recommender):
             value = dict(zip(gids.tolist(), 0.1 * values[:, 0], strict=True))
             for kind in range(len(TYPES)):
                 mine = [g for g in sorted(allowed, key=lambda g: -scores[g]) if world.ntype[g] == kind]
-                usual = np.mean([value.get(g, 0.0) for g in mine[:TYPICAL]])
-                blank = {g: usual for g in mine if recommender.memory.users[g] == 0}
-                scores |= {g: scores[g] + {**value, **blank}.get(g, 0.0) for g in mine}
+                blank = [g for g in mine if recommender.memory.users[g] == 0]
+                before = [scores[g] for g in mine[:RIVALS] if g not in blank]
+                after = sorted((scores[g] + value.get(g, 0.0) for g in mine if g not in blank), reverse=True)
+                rise = np.interp(
+                    [scores[g] for g in blank], before[::-1], np.subtract(after[: len(before)], before)[::-1]
+                )
+                scores |= {g: scores[g] + value.get(g, 0.0) for g in mine}
+                scores |= {g: scores[g] + more for g, more in zip(blank, rise, strict=True)}
         best = sorted(allowed, key=lambda g: -scores[g])
         raised += best[:10] != alone
         assert ids(recommender.recommend(world.user_ids[uid])) == [world.item_ids[g] for g in best[:10]]

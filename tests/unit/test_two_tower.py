@@ -14,17 +14,14 @@ from safetensors.torch import save_file
 
 from recsys_ray.checkpoint import load_checkpoint, save_checkpoint
 from recsys_ray.errors import ArtifactError
-from recsys_ray.graph.activity import UNTOUCHED
 from recsys_ray.two_tower.batches import batches_in, country_index, epoch_batches, make_batch, tables_for, user_inputs
 from recsys_ray.two_tower.inputs import UserInputs
 from recsys_ray.two_tower.loss import inclusion_log_q, paper_loss, sampled_softmax
-from recsys_ray.two_tower.towers import ItemIds, TwoTower, load_item_ids, load_towers, load_user_tower
+from recsys_ray.two_tower.towers import TwoTower, load_item_ids, load_towers, load_user_tower
 from recsys_ray.two_tower.training import (
     Validated,
     item_vectors,
     refit,
-    share_unknown,
-    start,
     train_epochs,
     user_vectors,
 )
@@ -327,68 +324,6 @@ def test_weights_are_averaged_over_steps():
     assert torch.allclose(trainer.averaged.item.kind.weight, start + 0.5)
     trainer.average(steps=0)  # early on the newest weights count for more
     assert torch.allclose(trainer.averaged.item.kind.weight, start + 0.95)
-
-
-# --- the items' own vectors -------------------------------------------------------------------------------------------
-
-
-def test_with_vectors_of_their_own_items_are_told_apart_where_nothing_else_does():
-    loss = []
-    for id_dim in (0, 8):
-        task = board_task("nowhere", id_dim=id_dim)
-        trainer, optimizer = board_trainer(task)
-        if id_dim:
-            trainer.model.ids.assign(torch.ones(ITEMS))
-        loss.append(train_epochs(trainer, optimizer, {})["history"][-1]["loss"])
-    assert loss[1] < loss[0] - 0.5
-
-
-def test_only_items_of_examples_have_vectors_and_the_most_frequent_come_first():
-    spec = replace(board_task().spec, id_dim=3, id_rows=2)
-    ids = ItemIds(spec).eval()
-    counts = torch.zeros(ITEMS)
-    counts[[4, 9, 7]] = torch.tensor([5.0, 2.0, 8.0])
-    ids.assign(counts)
-    vectors = ids(torch.arange(ITEMS))
-    assert vectors.abs().sum(1).nonzero().squeeze(1).tolist() == [4, 7]
-    assert not ids(torch.tensor([-1])).any()
-
-
-def test_an_item_that_nobody_had_touched_shows_no_vector_of_its_own():
-    task = board_task(id_dim=4)
-    task.catalogue.activity["cut0"][3, UNTOUCHED] = 1
-    gids = torch.tensor([2, 3])
-    assert tables_for(task.source, task.spec, task.catalogue, "cut0", gids).owners.tolist() == [2, -1]
-    assert tables_for(task.source, task.spec, task.catalogue, "cut1", gids).owners.tolist() == [2, 3]
-    features = task.source.features("text", gids)
-    assert task.catalogue.rows(gids, "cut0", features, None).owners.tolist() == [2, -1]
-
-
-def test_training_does_without_some_vectors_and_keeps_their_mean():
-    ids = ItemIds(replace(board_task().spec, id_dim=3, id_dropout=0.5))
-    ids.assign(torch.ones(ITEMS))
-    gids = torch.zeros(4000, dtype=torch.int64)
-    torch.manual_seed(0)
-    drawn, whole = ids(gids), ids.eval()(gids[:1])
-    assert set((drawn / whole).round(decimals=3).unique().tolist()) == {0.0, 2.0}
-    assert torch.allclose(drawn.mean(0), whole[0], atol=0.1)
-
-
-def test_the_share_of_vectors_to_do_without_follows_from_how_often_items_occur():
-    task = board_task(id_dim=3)
-    task.spec = replace(task.spec, id_dropout=None)
-    model = TwoTower(task.spec)
-    start(model, task, seed=0)
-    counts = np.bincount(task.examples["target"], minlength=ITEMS)
-    each = 12 / (counts[task.examples["target"]] - 1 + 12)
-    assert model.ids.dropout == pytest.approx(each.mean())
-    assert share_unknown(torch.full((5,), 1000.0)) < 0.02
-    assert share_unknown(torch.tensor([1.0, 1.0, 0.0])) == 1.0
-    assert share_unknown(torch.zeros(3)) == 0.0
-    task.spec = replace(task.spec, id_dropout=0.4)
-    given = TwoTower(task.spec)
-    start(given, task, seed=0)
-    assert given.ids.dropout == 0.4
 
 
 def test_the_last_item_counts_beside_the_mean(someone):
