@@ -17,6 +17,7 @@ from recsys_ray.ranks import seed_from
 from recsys_ray.snapshots import DAY, Snapshot
 from recsys_ray.two_tower.batches import ArrayFeatures, Catalogue
 from recsys_ray.two_tower.examples import HistoryRules, UserEvents, build_examples, build_queries, validation_examples
+from recsys_ray.two_tower.rows import take
 from recsys_ray.two_tower.towers import TowerSpec, TwoTower
 from recsys_ray.two_tower.training import TowerTask, TowerTrainer
 
@@ -84,7 +85,7 @@ def board_task(telling: str = "hgnn", with_hgnn: bool = True, rows: slice = slic
         count = len(table["target"])
         unknown = {"age": np.full(count, np.nan, np.float32), "country_index": np.full(count, -1)}
         table.update(unknown, taste_music=np.full((count, 3), np.nan, np.float32))
-    examples = {name: column[rows] for name, column in examples.items()}
+    examples = take(examples, np.arange(len(examples["target"]))[rows])
     spec = TowerSpec(
         num_types=TYPES, events=["stream", "preview"], text_dim=TEXT, hgnn_dim=HGNN, activity_dim=ACTIVITY,
         num_countries=2, num_languages=1, num_categories=2, tastes={"music": 3}, layers=list(CONFIG.layers), history=80,

@@ -29,13 +29,13 @@ from recsys_ray.evaluation.shards import known_before, read_events
 from recsys_ray.progress import Progress
 from recsys_ray.snapshots import Snapshot, snapshots_of, training_snapshot
 from recsys_ray.two_tower.examples import (
-    ABSENT,
     HistoryRules,
     UserEvents,
     build_queries,
     training_examples,
     validation_examples,
 )
+from recsys_ray.two_tower.rows import histories_of
 
 
 @dataclass(frozen=True)
@@ -225,9 +225,8 @@ def _check_history(events: UserEvents, examples: Mapping[str, np.ndarray], row: 
     gid, event, time = (column[first:last] for column in (events.gid, events.event, events.timestamp))
     before = time < moment
     past = Counter(zip(gid[before].tolist(), event[before].tolist(), strict=True))
-    there = examples["history"][row] != ABSENT
-    history = zip(examples["history"][row][there].tolist(), examples["history_event"][row][there].tolist(), strict=True)
-    for item, code in history:
+    history, codes, _ = histories_of(examples, np.array([row]))
+    for item, code in zip(history.tolist(), codes.tolist(), strict=True):
         if item == target:
             raise LeakError("its history holds the target itself")
         past[item, code] -= 1

@@ -12,11 +12,9 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from recsys_ray.graph.activity import UNTOUCHED
-from recsys_ray.two_tower.examples import ABSENT
 from recsys_ray.two_tower.inputs import ItemRows, ItemTables, UserInputs
+from recsys_ray.two_tower.rows import Examples, histories_of
 from recsys_ray.two_tower.towers import TowerSpec
-
-Examples = Mapping[str, np.ndarray]
 
 
 @runtime_checkable
@@ -85,15 +83,11 @@ def tables_for(
 
 def user_inputs(examples: Examples, rows: np.ndarray, spec: TowerSpec) -> UserInputs:
     """The users of these example rows; ``gids`` are still gids."""
-    history = torch.from_numpy(examples["history"][rows]).long()
-    event = torch.from_numpy(examples["history_event"][rows]).long()
-    there = history != ABSENT
-    offsets = torch.zeros(len(rows) + 1, dtype=torch.int64)
-    offsets[1:] = torch.cumsum(there.sum(1), 0)
+    history, event, offsets = (torch.from_numpy(part).long() for part in histories_of(examples, rows))
     tastes = {name: torch.from_numpy(examples[f"taste_{name}"][rows]) for name in spec.tastes}
     return UserInputs(
-        gids=history[there],
-        events=event[there],
+        gids=history,
+        events=event,
         offsets=offsets,
         age=torch.from_numpy(examples["age"][rows]),
         country=torch.from_numpy(examples["country_index"][rows]),

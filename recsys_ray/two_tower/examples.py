@@ -16,8 +16,10 @@ import pyarrow.parquet as pq
 from jaxtyping import Bool, Int
 
 from recsys_ray.snapshots import DAY, Snapshot, training_snapshot
+from recsys_ray.two_tower.rows import OFFSETS, offsets_of, spread
 
-ABSENT = -1  # fills the history of a user with fewer events
+_NONE = -1  # no snapshot
+_ROWS = 1 << 16  # whose histories are made at once
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,12 @@ def first_touches(events: UserEvents, positive: Bool[np.ndarray, "n"]) -> Int[np
 
 def histories(
     events: UserEvents, users: Int[np.ndarray, "m"], moments: Int[np.ndarray, "m"], rules: HistoryRules
-) -> Int[np.ndarray, "m length"]:
-    """Positions of the latest ``length`` events of each user with ``moment - window <= timestamp < moment``, oldest
-    first, filled with ABSENT on the left."""
+) -> tuple[Int[np.ndarray, "m"], Int[np.ndarray, "m"]]:
+    """Where the latest ``length`` events of each user with ``moment - window <= timestamp < moment`` begin, and how
+    many there are."""
     starts, ends = _ranges(events, users, moments, rules.window)
-    positions = ends[:, None] - rules.length + np.arange(rules.length)
-    return np.where(positions >= starts[:, None], positions, ABSENT)
+    starts = np.maximum(starts, ends - rules.length)
+    return starts, np.maximum(ends - starts, 0)
 
 
 def _ranges(events: UserEvents, users: np.ndarray, moments: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
@@ -92,31 +94,28 @@ def build_examples(
     """Examples of all snapshots that have an interval of them, each with the one snapshot that it may see.
 
     Returns:
-        uid int64 [m], target int32 [m], timestamp int64 [m], snapshot int16 [m], history int32 [m, length] (gids,
-        ABSENT on the left), history_event int8 [m, length].
+        uid int64 [m], target int32 [m], timestamp int64 [m], snapshot int16 [m], and the histories as
+        recsys_ray/two_tower/rows.py has them: history int32 [n], history_event int8 [n], offsets int64 [m + 1].
     """
     chosen = first_touches(events, np.isin(events.event, np.asarray(positives, events.event.dtype)))
-    snapshot = np.full(len(chosen), ABSENT, np.int16)
+    snapshot = np.full(len(chosen), _NONE, np.int16)
     for each in snapshots:
         if each.examples is not None:
             inside = (events.timestamp[chosen] >= each.examples[0]) & (events.timestamp[chosen] < each.examples[1])
             if each.without is not None:
                 inside &= each.without.has(events.uid[chosen])
             snapshot[inside] = each.index
-    chosen, snapshot = chosen[snapshot != ABSENT], snapshot[snapshot != ABSENT]
+    chosen, snapshot = chosen[snapshot != _NONE], snapshot[snapshot != _NONE]
     moments = events.timestamp[chosen]
     if rules.as_of == "window":
         last = {s.index: s.examples[1] for s in snapshots if s.examples is not None and s.name.startswith("cut")}
         moments = np.array([last.get(int(s), t) for s, t in zip(snapshot, moments, strict=True)], np.int64)
-    positions = histories(events, events.uid[chosen], moments, rules)
-    target = events.gid[chosen]
-    positions[(positions != ABSENT) & (events.gid[positions] == target[:, None])] = ABSENT
     return {
         "uid": events.uid[chosen].astype(np.int64),
-        "target": target.astype(np.int32),
+        "target": events.gid[chosen].astype(np.int32),
         "timestamp": events.timestamp[chosen].astype(np.int64),
         "snapshot": snapshot,
-        **_fill(events, positions),
+        **_past(events, chosen, moments, rules),
     }
 
 
@@ -151,11 +150,10 @@ def build_queries(
     chosen = chosen[(events.timestamp[chosen] >= start) & (events.timestamp[chosen] < end)]
     chosen = chosen[~_touched_before(events, chosen, start)]
     moments = np.full(len(chosen), start, np.int64)
-    positions = histories(events, events.uid[chosen], moments, rules)
     return {
         "uid": events.uid[chosen].astype(np.int64),
         "target": events.gid[chosen].astype(np.int32),
-        **_fill(events, positions),
+        **_past(events, chosen, moments, rules),
     }
 
 
@@ -166,13 +164,23 @@ def _touched_before(events: UserEvents, chosen: np.ndarray, start: int) -> np.nd
     return np.isin(pairs[chosen], pairs[events.timestamp < start])
 
 
-def _fill(events: UserEvents, positions: np.ndarray) -> dict[str, np.ndarray]:
-    there = positions != ABSENT
-    if not len(events.gid):
-        return {"history": positions.astype(np.int32), "history_event": positions.astype(np.int8)}
+def _past(
+    events: UserEvents, chosen: Int[np.ndarray, "m"], moments: Int[np.ndarray, "m"], rules: HistoryRules
+) -> dict[str, np.ndarray]:
+    """History of the events ``chosen`` before ``moments``, without the items of these events themselves."""
+    begin, length = histories(events, events.uid[chosen], moments, rules)
+    gids, codes, lengths = [np.zeros(0, np.int32)], [np.zeros(0, np.int8)], [np.zeros(0, np.int64)]
+    for start in range(0, len(chosen), _ROWS):
+        part = slice(start, start + _ROWS)
+        position, row = spread(begin[part], length[part]), np.repeat(np.arange(len(chosen[part])), length[part])
+        kept = events.gid[position] != events.gid[chosen[part]][row]
+        gids.append(events.gid[position[kept]].astype(np.int32))
+        codes.append(events.event[position[kept]].astype(np.int8))
+        lengths.append(np.bincount(row[kept], minlength=len(chosen[part])))
     return {
-        "history": np.where(there, events.gid[positions], ABSENT).astype(np.int32),
-        "history_event": np.where(there, events.event[positions], ABSENT).astype(np.int8),
+        "history": np.concatenate(gids),
+        "history_event": np.concatenate(codes),
+        OFFSETS: offsets_of(np.concatenate(lengths)),
     }
 
 

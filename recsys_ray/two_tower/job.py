@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -25,7 +26,7 @@ from recsys_ray.precision import choose_precision
 from recsys_ray.progress import Progress
 from recsys_ray.ranks import partition_client, rank_setup, run_ranks, seed_from
 from recsys_ray.snapshots import Snapshot, snapshots_of
-from recsys_ray.two_tower.batches import Catalogue, Examples, batches_in, country_index
+from recsys_ray.two_tower.batches import Catalogue, batches_in, country_index
 from recsys_ray.two_tower.examples import (
     HistoryRules,
     UserEvents,
@@ -36,6 +37,7 @@ from recsys_ray.two_tower.examples import (
 )
 from recsys_ray.two_tower.memory import Memory, memory_file
 from recsys_ray.two_tower.ridge import fit_memories
+from recsys_ray.two_tower.rows import Examples, from_table, join, take, to_table
 from recsys_ray.two_tower.towers import ItemIds, TowerSpec, TwoTower
 from recsys_ray.two_tower.training import TowerTask, TowerTrainer, item_vectors, refit, start, train_epochs
 
@@ -158,9 +160,8 @@ class _RowMaker:
         return {**part, **columns}
 
 
-def _make_rows(batch: Any, maker: _RowMaker, kind: str) -> dict[str, np.ndarray]:
-    parts = [maker.rows(UserEvents.read(str(shard)), kind) for shard in batch["shard"]]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+def _make_rows(batch: Any, maker: _RowMaker, kind: str) -> pa.Table:
+    return to_table(join([maker.rows(UserEvents.read(str(shard)), kind) for shard in batch["shard"]]))
 
 
 def _datasets(
@@ -201,12 +202,11 @@ def _collect(name: str, order: tuple[str, ...]) -> Examples:
     import ray.train
 
     shard = ray.train.get_dataset_shard(name)
-    parts = list(shard.iter_batches(batch_size=65_536, batch_format="numpy", prefetch_batches=1))
+    parts = list(shard.iter_batches(batch_size=65_536, batch_format="pyarrow", prefetch_batches=1))
     if not parts:
         return {}
-    joined = {key: np.concatenate([np.asarray(part[key]) for part in parts]) for key in parts[0]}
-    rows = np.lexsort([joined[key] for key in order[::-1]])
-    return {key: np.ascontiguousarray(column[rows]) for key, column in joined.items()}
+    joined = join([from_table(part) for part in parts])
+    return take(joined, np.lexsort([joined[key] for key in order[::-1]]))
 
 
 def load_catalogue(items: str | Path, activity: str | Path, languages: list[str], categories: list[str]) -> Catalogue:
@@ -274,8 +274,7 @@ def _train_rank(parameters: dict[str, Any]) -> None:
 def _sample(examples: Examples, count: int, seed: int) -> Examples:
     if not examples:
         return {"target": np.zeros(0, np.int32), "uid": np.zeros(0, np.int64)}
-    rows = np.sort(np.random.default_rng(seed).permutation(len(examples["uid"]))[:count])
-    return {name: column[rows] for name, column in examples.items()}
+    return take(examples, np.sort(np.random.default_rng(seed).permutation(len(examples["uid"]))[:count]))
 
 
 def _refit_steps(task: TowerTask, batch_size: int) -> int:

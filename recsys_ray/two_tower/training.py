@@ -17,7 +17,6 @@ from recsys_ray.ranks import largest_over_ranks, seed_from, sum_over_ranks
 from recsys_ray.two_tower.batches import (
     Batch,
     Catalogue,
-    Examples,
     FeatureSource,
     batches_in,
     epoch_batches,
@@ -25,10 +24,10 @@ from recsys_ray.two_tower.batches import (
     tables_for,
     user_inputs,
 )
-from recsys_ray.two_tower.examples import ABSENT
 from recsys_ray.two_tower.inputs import UserInputs
 from recsys_ray.two_tower.loss import inclusion_log_q, paper_loss, sampled_softmax
 from recsys_ray.two_tower.memory import RIDGES, RIVALS, WEIGHTS, Memory, Recalled, one_row_a_user, place_kept
+from recsys_ray.two_tower.rows import Examples, histories_of, join
 from recsys_ray.two_tower.towers import ItemIds, TowerSpec, TwoTower
 
 _ITEM_CHUNK = 8192
@@ -60,7 +59,7 @@ def start(model: TwoTower, task: TowerTask, seed: int) -> None:
     if isinstance(model.ids, ItemIds):
         items = len(task.catalogue.ntype)
         chosen = np.bincount(task.examples["target"], minlength=items)
-        touched = np.bincount(task.examples["history"].ravel() + 1, minlength=items + 1)[1:]  # -1: no item
+        touched = np.bincount(task.examples["history"], minlength=items)
         chosen, touched = sum_over_ranks(torch.from_numpy(np.stack([chosen, touched])).double())
         model.ids.assign(chosen + touched)
         if task.spec.id_dropout is None:
@@ -167,13 +166,12 @@ class TowerTrainer:
                 assert vectors is not None
                 users = user_vectors(self.averaged, task.source, task.catalogue, snapshot, queries, chunk)
                 scores = users @ vectors[columns].T
-                history = torch.from_numpy(queries["history"][chunk]).long() - columns[0]
-                inside = (history >= 0) & (history < len(columns))
-                seen_row, seen_column = inside.nonzero()[:, 0], history[inside]
-                scores[seen_row, seen_column] = -torch.inf
+                history, _, offsets = histories_of(queries, chunk)
+                row = np.repeat(np.arange(len(chunk)), np.diff(offsets))
+                inside = task.catalogue.ntype.numpy()[history] == kind
+                scores[row[inside], history[inside] - int(columns[0])] = -torch.inf
                 target = torch.from_numpy(queries["target"][chunk]).long() - columns[0]
-                row, place = np.nonzero(queries["history"][chunk] != ABSENT)
-                recalled = memory.recall(row, queries["history"][chunk][row, place])
+                recalled = memory.recall(row, history)
                 places = ranks_with_memory(scores, target, recalled, int(columns[0]), blank, scaled).flatten(1)
                 gain = ((places < _DEPTH) / torch.log2(places + 2)).double()
                 hits, gains, together = hits + (places < _TOP).sum(0), gains + gain.sum(0), together + gain.T @ gain
@@ -340,7 +338,7 @@ def refit(
     weights. Validation has chosen the number of epochs; what happened in it is the freshest there is, and new items
     have come with it. The baselines, too, are fitted to all that is before the test."""
     first, later = trainer.task.examples, trainer.task.later
-    everything = {name: np.concatenate([first[name], later[name]]) for name in later} or first
+    everything = join([first, later]) if later else first
     again = TowerTrainer(
         trainer.model,
         trainer.network,

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from recsys_ray.config import GraphConfig
 from recsys_ray.snapshots import DAY, Snapshot, plan_snapshots
 from recsys_ray.two_tower.examples import (
-    ABSENT,
     HistoryRules,
     UserEvents,
     build_examples,
@@ -21,6 +20,7 @@ from recsys_ray.two_tower.examples import (
     user_columns,
     validation_examples,
 )
+from recsys_ray.two_tower.rows import histories_of, take
 
 POSITIVES = [0, 2]  # 1 is a weak signal
 VALID, TEST = 20 * DAY, 26 * DAY
@@ -54,10 +54,8 @@ def history_of(rows, user, moment, rules, without):
 
 
 def example_history(examples, row):
-    there = examples["history"][row] != ABSENT
-    return list(
-        zip(examples["history"][row][there].tolist(), examples["history_event"][row][there].tolist(), strict=True)
-    )
+    mine = slice(*examples["offsets"][row : row + 2])
+    return list(zip(examples["history"][mine].tolist(), examples["history_event"][mine].tolist(), strict=True))
 
 
 def first_positives(rows):
@@ -85,9 +83,8 @@ def test_examples_are_those_of_brute_force(world, rules):
     assert sorted(found) == sorted(wanted)
     assert {name: column.dtype.name for name, column in made.items()} == {
         "uid": "int64", "target": "int32", "timestamp": "int64", "snapshot": "int16", "history": "int32",
-        "history_event": "int8",
+        "history_event": "int8", "offsets": "int64",
     }  # fmt: skip
-    assert made["history"].shape == made["history_event"].shape == (len(wanted), rules.length)
 
 
 @given(worlds(), st.integers(1, 6), st.one_of(st.none(), st.integers(1, 20)))
@@ -101,9 +98,8 @@ def test_an_example_does_not_change_when_the_future_does(world, length, window):
         past = UserEvents(*(column[known] for column in vars(events).values()))
         again = build_examples(past, POSITIVES, SNAPSHOTS, rules)
         (same,) = np.flatnonzero((again["uid"] == made["uid"][row]) & (again["target"] == made["target"][row]))
-        assert {name: column[same].tolist() for name, column in again.items()} == {
-            name: column[row].tolist() for name, column in made.items()
-        }
+        mine, same = (take(made, np.array([row])), take(again, np.array([same])))
+        assert {name: c.tolist() for name, c in same.items()} == {name: c.tolist() for name, c in mine.items()}
 
 
 @given(worlds(), rules)
@@ -111,15 +107,12 @@ def test_an_example_does_not_change_when_the_future_does(world, length, window):
 def test_no_event_of_a_history_is_at_or_after_its_moment(world, rules):
     events, _ = world
     chosen = first_touches(events, np.isin(events.event, POSITIVES))
-    positions = histories(events, events.uid[chosen], events.timestamp[chosen], rules)
-    there = positions != ABSENT
-    moments = np.broadcast_to(events.timestamp[chosen][:, None], positions.shape)
-    users = np.broadcast_to(events.uid[chosen][:, None], positions.shape)
-    assert (events.timestamp[positions[there]] < moments[there]).all()
-    assert (events.timestamp[positions[there]] >= moments[there] - rules.window).all()
-    assert (events.uid[positions[there]] == users[there]).all()
-    assert not (there[:, :-1] & ~there[:, 1:]).any()  # filled on the left
-    assert (np.diff(positions, axis=1)[there[:, :-1]] == 1).all()  # oldest first, none left out
+    begin, length = histories(events, events.uid[chosen], events.timestamp[chosen], rules)
+    assert (length <= rules.length).all()
+    for row, first, count in zip(chosen, begin, length, strict=True):
+        past, moment = slice(first, first + count), events.timestamp[row]
+        assert (events.timestamp[past] < moment).all() and (events.timestamp[past] >= moment - rules.window).all()
+        assert (events.uid[past] == events.uid[row]).all()
 
 
 @given(worlds(), rules)
@@ -161,18 +154,20 @@ def test_no_events_and_no_positives_make_no_examples():
     nothing = UserEvents(*(np.zeros(0, kind) for kind in (np.int64, np.int32, np.int8, np.int64)))
     weak = UserEvents(np.array([1]), np.array([3], np.int32), np.array([1], np.int8), np.array([10 * DAY]))
     for events in (nothing, weak):
-        assert build_examples(events, POSITIVES, SNAPSHOTS, HistoryRules(4, 7))["history"].shape == (0, 4)
-        assert build_queries(events, POSITIVES, VALID, TEST, HistoryRules(4, 7))["history"].shape == (0, 4)
+        assert build_examples(events, POSITIVES, SNAPSHOTS, HistoryRules(4, 7))["offsets"].tolist() == [0]
+        assert build_queries(events, POSITIVES, VALID, TEST, HistoryRules(4, 7))["offsets"].tolist() == [0]
 
 
 def test_a_user_with_100_000_events_is_one_of_many():
-    many = np.sort(np.random.default_rng(0).integers(8 * DAY, VALID, 100_000))
+    many = 8 * DAY + 10 * np.arange(100_000)
     events = UserEvents(
         np.full(len(many), 2**40), np.arange(len(many), dtype=np.int32), np.zeros(len(many), np.int8), many
     )
     made = build_examples(events, POSITIVES, SNAPSHOTS, HistoryRules(50, 90))
     assert len(made["target"]) == 100_000
-    assert (made["history"] < made["target"][:, None]).all()
+    history, _, offsets = histories_of(made, np.arange(60_000, 70_000))
+    assert (np.diff(offsets) == 50).all() and (np.diff(made["offsets"])[:60] == np.minimum(np.arange(60), 50)).all()
+    assert (history.reshape(-1, 50) == made["target"][60_000:70_000, None] - np.arange(50, 0, -1)).all()
 
 
 @pytest.fixture

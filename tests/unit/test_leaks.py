@@ -22,7 +22,7 @@ from recsys_ray.graph.cooccurrence import count_shard as count_pairs
 from recsys_ray.graph.cooccurrence import reduce_range
 from recsys_ray.graph.pairs import Window
 from recsys_ray.snapshots import DAY, Fold, Snapshot, plan_snapshots
-from recsys_ray.two_tower.examples import ABSENT, HistoryRules, UserEvents, build_queries, training_examples
+from recsys_ray.two_tower.examples import HistoryRules, UserEvents, build_queries, training_examples
 
 USERS, ITEMS = 30, 40
 VALID, TEST, END = 70 * DAY, 85 * DAY, 100 * DAY
@@ -72,10 +72,17 @@ def test_examples_as_they_are_made_do_not_leak(world):
     look(world, examples_of(world))
 
 
+def put_last(examples, row, gid, event):
+    """In the place of the last event of a history."""
+    assert examples["offsets"][row] < examples["offsets"][row + 1]
+    examples["history"][examples["offsets"][row + 1] - 1] = gid
+    examples["history_event"][examples["offsets"][row + 1] - 1] = event
+
+
 def later_event(world, examples):
     """(row, position): an example and a later event of its user, on another item that the user had not touched."""
     events = world[0]
-    for row in range(len(examples["target"])):
+    for row in np.flatnonzero(np.diff(examples["offsets"])):
         mine = np.flatnonzero(events.uid == examples["uid"][row])
         past = set(events.gid[mine[events.timestamp[mine] < examples["timestamp"][row]]].tolist())
         for at in mine[events.timestamp[mine] > examples["timestamp"][row]]:
@@ -88,8 +95,7 @@ def test_a_history_that_is_one_event_too_long(world):
     examples = examples_of(world)
     row, at = later_event(world, examples)
     events, words = world[0], world[3]
-    examples["history"][row] = [*examples["history"][row][1:], events.gid[at]]
-    examples["history_event"][row] = [*examples["history_event"][row][1:], events.event[at]]
+    put_last(examples, row, events.gid[at], events.event[at])
     named = rf'user "u{examples["uid"][row]}" for item "i{examples["target"][row]}".*item "i{events.gid[at]}", which '
     with pytest.raises(LeakError, match=named + rf"happened at {words.time(events.timestamp[at])}"):
         look(world, examples)
@@ -97,22 +103,24 @@ def test_a_history_that_is_one_event_too_long(world):
 
 def test_a_history_with_the_target_or_with_an_event_of_someone_else(world):
     examples = examples_of(world)
-    examples["history"][5][-1], examples["history_event"][5][-1] = examples["target"][5], 0
+    row = int(np.diff(examples["offsets"]).argmax())
+    put_last(examples, row, examples["target"][row], 0)
     with pytest.raises(LeakError, match="holds the target itself"):
         look(world, examples)
     examples = examples_of(world)
-    touched = world[0].gid[world[0].uid == examples["uid"][5]]
+    touched = world[0].gid[world[0].uid == examples["uid"][row]]
     stranger = next(g for g in range(ITEMS) if g not in touched)
-    examples["history"][5][-1], examples["history_event"][5][-1] = stranger, 0
+    put_last(examples, row, stranger, 0)
     with pytest.raises(LeakError, match="no event of the user"):
         look(world, examples)
 
 
 def test_an_event_that_counts_twice(world):
     examples = examples_of(world)
-    full = int(np.flatnonzero((examples["history"] != ABSENT).all(1))[0])
-    examples["history"][full] = examples["history"][full][-1]
-    examples["history_event"][full] = examples["history_event"][full][-1]
+    full = int(np.flatnonzero(np.diff(examples["offsets"]) == RULES.length)[0])
+    for name in ("history", "history_event"):
+        mine = examples[name][slice(*examples["offsets"][full : full + 2])]
+        mine[:] = mine[-1]
     with pytest.raises(LeakError, match=r"which (happened|is no event)"):
         look(world, examples)
 
@@ -148,7 +156,8 @@ def test_validation_queries(world):
     assert len(rows) > 3
     check_validation(events, queries, rows, valid, words)
     late = build_queries(events, [0], valid, test, RULES)
-    late["history"][0][-1], late["history_event"][0][-1] = late["target"][0], 0
+    row = int(np.diff(late["offsets"]).argmax())
+    put_last(late, row, late["target"][row], 0)
     with pytest.raises(LeakError, match=r"the validation query of user .*target itself"):
         check_validation(events, late, rows, valid, words)
 

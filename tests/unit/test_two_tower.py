@@ -17,11 +17,13 @@ from recsys_ray.errors import ArtifactError
 from recsys_ray.two_tower.batches import batches_in, country_index, epoch_batches, make_batch, tables_for, user_inputs
 from recsys_ray.two_tower.inputs import UserInputs
 from recsys_ray.two_tower.loss import inclusion_log_q, paper_loss, sampled_softmax
+from recsys_ray.two_tower.rows import histories_of
 from recsys_ray.two_tower.towers import TwoTower, load_item_ids, load_towers, load_user_tower
 from recsys_ray.two_tower.training import (
     Validated,
     item_vectors,
     refit,
+    start,
     train_epochs,
     user_vectors,
 )
@@ -136,7 +138,7 @@ def test_a_batch_masks_what_is_no_negative():
     candidates = batch.candidates.tolist()
     assert candidates == sorted(set(task.examples["target"][rows].tolist()))
     for place, row in enumerate(rows):
-        target, touched = task.examples["target"][row], set(task.examples["history"][row].tolist())
+        target, touched = task.examples["target"][row], set(histories_of(task.examples, np.array([row]))[0].tolist())
         assert candidates[batch.target[place]] == target
         wanted = [gid in touched or gid // (2 * LIKED) != target // (2 * LIKED) for gid in candidates]
         assert batch.not_negative[place].tolist() == wanted
@@ -150,9 +152,9 @@ def test_a_batch_holds_each_items_features_of_its_snapshot():
     batch = make_batch(task.examples, rows, task.spec, task.source, task.catalogue, task.snapshot_names)
     assert torch.equal(batch.rows.hgnn, task.source.tables["hgnn_cut0"][batch.candidates])
     assert torch.equal(batch.rows.text, task.source.tables["text"][batch.candidates])
-    history = torch.from_numpy(task.examples["history"][rows]).long()
-    assert torch.equal(batch.tables.hgnn[batch.inputs.gids], task.source.tables["hgnn_cut0"][history[history >= 0]])
-    assert batch.inputs.offsets.diff().tolist() == (history >= 0).sum(1).tolist()
+    history, _, offsets = histories_of(task.examples, rows)
+    assert torch.equal(batch.tables.hgnn[batch.inputs.gids], task.source.tables["hgnn_cut0"][history])
+    assert batch.inputs.offsets.tolist() == offsets.tolist()
 
 
 def test_categories_stay_with_their_items():
@@ -270,7 +272,7 @@ def test_countries_outside_the_vocabulary_are_absent():
 def test_examples_without_any_history_make_inputs():
     task = board_task()
     rows = np.arange(3)
-    examples = {**task.examples, "history": np.full_like(task.examples["history"], -1)}
+    examples = {**task.examples, "offsets": np.zeros_like(task.examples["offsets"])}
     inputs = user_inputs(examples, rows, task.spec)
     assert inputs.offsets.tolist() == [0, 0, 0, 0]
     batch = make_batch(examples, rows, task.spec, task.source, task.catalogue, task.snapshot_names)
@@ -287,17 +289,16 @@ def test_before_its_first_step_it_recommends_what_is_near(with_hgnn):
     start(model, task, seed=0)
     items = item_vectors(model, task.source, task.catalogue, "cut1")
     users = user_vectors(model, task.source, task.catalogue, "cut1", task.examples, np.arange(50))
-    history = torch.from_numpy(task.examples["history"][:50]).long()
-    there = (history >= 0).float()[:, :, None]
+    history, _, offsets = histories_of(task.examples, np.arange(50))
+    parts = np.split(history, offsets[1:-1])
 
     def near(vectors):
         centred = vectors - vectors.mean(0)
-        mean = (centred[history.clamp(min=0)] * there).sum(1) / there.sum(1).clamp(min=1)
-        return mean, centred
+        return torch.stack([centred[part].sum(0) / max(len(part), 1) for part in parts]), centred
 
-    parts = [near(task.source.tables["text"])] + ([near(task.source.tables["hgnn_cut1"])] if with_hgnn else [])
-    known = there.sum(1).squeeze(1) > 0
-    wanted = cosine(torch.cat([u for u, _ in parts], 1)[known], torch.cat([i for _, i in parts], 1))
+    means = [near(task.source.tables["text"])] + ([near(task.source.tables["hgnn_cut1"])] if with_hgnn else [])
+    known = torch.from_numpy(np.diff(offsets) > 0)
+    wanted = cosine(torch.cat([u for u, _ in means], 1)[known], torch.cat([i for _, i in means], 1))
     assert torch.allclose((users @ items.T)[known], wanted, atol=1e-4)
 
 
