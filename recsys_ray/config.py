@@ -183,7 +183,7 @@ class TwoTowerConfig(Section):
     temperature: float = Field(0.1, gt=0)
     log_q: float = Field(1.0, ge=0, le=1, description="strength of the log-Q correction: 1 full, 0 none")
     dropout: Share = Field(0.1, description="before every layer, while training")
-    history: Positive = Field(50, description="latest events of a user that make the user's features")
+    history: Positive = Field(200, description="latest events of a user that make the user's features")
     last_item: bool = Field(True, description="the user's last item, beside the mean of all")
     id_dim: int = Field(32, ge=0, description="learned vector of each item, beside text and HGNN embedding; 0: none")
     id_items: Positive = Field(200_000, description="items with a learned vector: those with the most examples")

@@ -51,7 +51,7 @@ SPACE: tuple[Dimension, ...] = (
     Range("two_tower.learning_rate", 1e-4, 5e-3, log=True),
     Range("two_tower.dropout", 0.0, 0.5),
     Range("two_tower.log_q", 0.0, 1.0),
-    Choice("two_tower.history", (20, 50, 100)),
+    Choice("two_tower.history", (50, 100, 200, 400)),
     Choice("two_tower.batch_size", (256, 512, 1024, 2048)),
     Choice("two_tower.layers", ([128], [512, 256, 128], [1024, 512, 256])),
     Choice("two_tower.id_dim", (0, 16, 32, 64)),

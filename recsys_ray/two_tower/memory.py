@@ -5,7 +5,7 @@ graph has these pairs, so its edges are also used as they are, like the wide par
 & Deep Learning for Recommender Systems, DLRS 2016; ours, not the papers'):
 
     score(u, j) = <u, v_j> + w * log(1 + max(m_uj, 0) / SMALL),    m_uj = sum over i in history of u of a_ui * b_ij
-    a_ui proportional to 2^(-places back / HALF_LIFE), their sum 1
+    a_ui proportional to 2^(-places back / HALF_LIFE), their sum 1; of the latest REACH items
 
 The memory knows no pair of an item that nobody had (``users`` 0). Such a blank item keeps the place that the towers
 give it among the others of its type (:func:`place_kept`): else every new item would fall behind by what these gain.
@@ -35,6 +35,7 @@ from recsys_ray.artifacts import load_arrays, save_arrays
 RIDGES = (10.0, 30.0, 100.0, 300.0)  # which a validation chooses from
 WEIGHTS = (0.0, 0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 12.0)  # likewise; of the temperature
 HALF_LIFE = 4.0
+REACH = 50  # items; what lies further back would weigh less than 1 in 5,000
 SMALL = 1e-2
 RIVALS = 20  # best items of a user and type, by which a blank item's place is told
 NEIGHBOURS = 100  # that an item brings to mind, in each item type: those with the largest coefficients
@@ -202,11 +203,12 @@ def memory_file(two_tower: Path, snapshot: str) -> Path:
 
 
 def _latest(user: np.ndarray, gid: np.ndarray, items: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Each user's distinct items with their weights a, by the last time that they occur."""
+    """Each user's latest distinct items with their weights a, by the last time that they occur."""
     backwards = (user * items + gid)[::-1]
     last = np.sort(len(user) - 1 - np.unique(backwards, return_index=True)[1])
     user, gid = user[last], gid[last]
     back = np.searchsorted(user, user, side="right") - np.arange(len(user)) - 1
+    user, gid, back = (part[back < REACH] for part in (user, gid, back))
     weight = 0.5 ** (back / HALF_LIFE)
     sums = np.bincount(user, weight, minlength=1) if len(user) else np.ones(1)
     return user, gid, weight / sums[user]

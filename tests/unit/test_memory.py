@@ -12,7 +12,18 @@ from checkerboard import CHANCE, ITEMS, VALID, board_events, board_task, board_t
 from recsys_ray.evaluation.baselines.towers import Tower
 from recsys_ray.evaluation.recommenders import UserBatch
 from recsys_ray.two_tower.job import VARIANTS, write_specs
-from recsys_ray.two_tower.memory import HALF_LIFE, RIDGES, RIVALS, SMALL, Memory, Recalled, one_row_a_user, place_kept
+from recsys_ray.two_tower.memory import (
+    HALF_LIFE,
+    REACH,
+    RIDGES,
+    RIVALS,
+    SMALL,
+    Memory,
+    Recalled,
+    _latest,
+    one_row_a_user,
+    place_kept,
+)
 from recsys_ray.two_tower.ridge import _ranges, solve
 from recsys_ray.two_tower.scorer import TrainedTower
 from recsys_ray.two_tower.towers import TowerSpec, UserTower
@@ -150,6 +161,23 @@ def test_recall_is_the_formula(memory):
     assert 0.0 in found[2]  # a negative sum is nothing
     nothing = memory.recall(np.zeros(0, np.int64), np.zeros(0, np.int64))
     assert [len(column) for column in nothing[:3]] == [0, 0, 0]
+
+
+def test_of_a_long_past_the_latest_items_are_recalled():
+    items = REACH + 3
+    memory = Memory.of_edges(
+        np.arange(items),
+        np.full(items, items),
+        np.full((items, 1), 0.1),
+        np.ones(items + 1, int),
+        np.zeros(items + 1, int),
+    )
+    gids = np.arange(items)
+    found, alone = (memory.recall(np.zeros(len(part), np.int64), part) for part in (gids, gids[3:]))
+    assert found.value == alone.value == pytest.approx(np.log1p(0.1 / SMALL))
+    assert len(memory.recall(np.zeros(4, np.int64), np.array([0, 1, 1, 0])).gid) == 1
+    weight = _latest(np.zeros(items, np.int64), gids, items + 1)
+    assert weight[1].tolist() == gids[3:].tolist() and 0 < weight[2][0] < 2e-4
 
 
 # -- what it is worth
