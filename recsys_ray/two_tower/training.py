@@ -35,7 +35,7 @@ _QUERY_CHUNK = 512
 _START_SAMPLE = 20_000  # items whose directions of variance the towers start with
 _TOP = 10
 _ENOUGH = 12  # examples of an item with which its own vector is as good as half known
-_DEPTH = 100  # places that gain something when the memory's weight is chosen
+DEPTH = 100  # places that gain something when the memory's weight is chosen
 
 
 @dataclass
@@ -173,7 +173,7 @@ class TowerTrainer:
                 target = torch.from_numpy(queries["target"][chunk]).long() - columns[0]
                 recalled = memory.recall(row, history)
                 places = ranks_with_memory(scores, target, recalled, int(columns[0]), blank, scaled).flatten(1)
-                gain = ((places < _DEPTH) / torch.log2(places + 2)).double()
+                gain = ((places < DEPTH) / torch.log2(places + 2)).double()
                 hits, gains, together = hits + (places < _TOP).sum(0), gains + gain.sum(0), together + gain.T @ gain
                 asked += len(chunk)
         hits, gains, together, asked = (sum_over_ranks(part) for part in (hits, gains, together, asked))
@@ -211,9 +211,9 @@ def ranks_with_memory(
     weights: Sequence[float],
 ) -> Float[Tensor, "B weights ridges"]:
     """The target's place, from 0, with each weight of the memory; look-alikes of a target stand before it by half: they
-    do not all rank first. Places from ``_DEPTH`` on are counted up to some number above it.
+    do not all rank first. Places from ``DEPTH`` on are counted up to some number above it.
 
-    Overwrites ``scores``. Of the items that no edge raises the best ``2 * _DEPTH`` are enough to know.
+    Overwrites ``scores``. Of the items that no edge raises the best ``2 * DEPTH`` are enough to know.
 
     Args:
         scores: of the towers; column 0 is the item with gid ``first``.
@@ -231,9 +231,9 @@ def ranks_with_memory(
     scores[row, column] = -torch.inf
     not_raised = scores.gather(1, best.indices).masked_fill(blank[best.indices], -torch.inf)
     scores[everyone, target] = -torch.inf
-    fresh = scores[:, blank].topk(min(2 * _DEPTH, int(blank.sum())), dim=1).values
+    fresh = scores[:, blank].topk(min(2 * DEPTH, int(blank.sum())), dim=1).values
     scores[:, blank] = -torch.inf
-    rest = scores.topk(min(2 * _DEPTH, count), dim=1).values
+    rest = scores.topk(min(2 * DEPTH, count), dim=1).values
     places = torch.zeros(len(target), len(weights), value.shape[1])
     for place, weight in enumerate(weights):
         for ridge in range(value.shape[1]):
