@@ -184,11 +184,8 @@ class TwoTowerConfig(Section):
     log_q: float = Field(1.0, ge=0, le=1, description="strength of the log-Q correction: 1 full, 0 none")
     dropout: Share = Field(0.1, description="before every layer, while training")
     history: Positive = Field(200, description="latest events of a user that make the user's features")
-    half_life: float | None = Field(
-        None,
-        ge=0,
-        description="places back at which an event counts half in a second, recent mean; 0: no such mean; "
-        "null: chosen on the validation period",
+    last_item: bool | None = Field(
+        None, description="the user's last item, beside the mean of all; null: chosen on the validation period"
     )
     id_dim: int = Field(32, ge=0, description="learned vector of each item, beside text and HGNN embedding; 0: none")
     id_items: Positive = Field(200_000, description="items with a learned vector: those with the most examples")

@@ -89,7 +89,7 @@ def board_task(telling: str = "hgnn", with_hgnn: bool = True, rows: slice = slic
     spec = TowerSpec(
         num_types=TYPES, events=["stream", "preview"], text_dim=TEXT, hgnn_dim=HGNN, activity_dim=ACTIVITY,
         num_countries=2, num_languages=1, num_categories=2, tastes={"music": 3}, layers=list(CONFIG.layers), history=80,
-        id_dim=id_dim, id_rows=ITEMS, num_items=ITEMS, id_dropout=0.2, half_life=1.0,
+        id_dim=id_dim, id_rows=ITEMS, num_items=ITEMS, id_dropout=0.2, last_item=True,
     )  # fmt: skip
     names = {s.index: s.name for s in SNAPSHOTS}
     spec = spec if with_hgnn else replace(spec, hgnn_dim=0)

@@ -36,7 +36,7 @@ from recsys_ray.two_tower.examples import (
     validation_examples,
 )
 from recsys_ray.two_tower.memory import Memory, memory_file
-from recsys_ray.two_tower.recency import choose_half_life
+from recsys_ray.two_tower.recency import last_items_tell
 from recsys_ray.two_tower.ridge import fit_memories
 from recsys_ray.two_tower.rows import Examples, from_table, join, take, to_table
 from recsys_ray.two_tower.towers import ItemIds, TowerSpec, TwoTower
@@ -126,7 +126,7 @@ def _spec(config: Config, ingest: Artifact, featurize: Artifact, hgnn: Artifact)
         id_rows=min(sum(facts["items_per_type"]), config.two_tower.id_items),
         num_items=sum(facts["items_per_type"]),
         id_dropout=config.two_tower.id_dropout,
-        half_life=config.two_tower.half_life,
+        last_item=config.two_tower.last_item,
         item_types=list(facts["item_types"]),
         countries=list(facts["countries"]),
         dropout=config.two_tower.dropout,
@@ -290,8 +290,8 @@ def _train(
 ) -> None:  # fmt: skip
     import ray.train.torch
 
-    if task.spec.half_life is None:
-        task.spec = replace(task.spec, half_life=choose_half_life(task, parameters["seed"]))
+    if task.spec.last_item is None:
+        task.spec = replace(task.spec, last_item=last_items_tell(task, parameters["seed"]))
     model = TwoTower(task.spec)
     model.train_in(parameters["precision"])
     start(model, task, parameters["seed"])

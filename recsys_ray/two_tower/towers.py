@@ -59,7 +59,7 @@ class TowerSpec:
     id_rows: int = 0  # how many have one
     num_items: int = 0
     id_dropout: float | None = 0.0  # None: training chooses
-    half_life: float | None = 0.0  # of the recent mean of the history, in places; 0: there is none, None: to be chosen
+    last_item: bool | None = False  # None: to be chosen before the towers are built
     memory: float = 0.0  # weight of the direct memory (memory.py); 0: none
     ridge: float = 0.0  # its ridge
     cold_start: bool = True  # trained on empty histories too: every user's first event is an example
@@ -143,8 +143,8 @@ def principal_directions(vectors: Float[Tensor, "N d"], count: int) -> Direction
 
 class UserTower(nn.Module):
     """A user is what they touched: the mean text vector, the mean HGNN embedding of all items and of those of each
-    type, the mean of the items' own vectors, the same with the latest items before all, how much of each type; and age,
-    country and taste vectors, each of which may be absent (zeros and a flag)."""
+    type, the mean of the items' own vectors, all three of the last item, how much of each type; and age, country and
+    taste vectors, each of which may be absent (zeros and a flag)."""
 
     def __init__(self, spec: TowerSpec) -> None:
         super().__init__()
@@ -152,8 +152,8 @@ class UserTower(nn.Module):
         self.event_weight = nn.Parameter(torch.zeros(len(spec.events)))  # log weight: a stream may say more
         self.country = _small_embedding(spec.num_countries + 1)
         self.event_weight.requires_grad_(len(spec.events) > 1)  # one event has nothing to be weighed against
-        means = 2 if spec.half_life else 1
-        width = means * (spec.text_dim + spec.hgnn_dim + spec.id_dim) + spec.num_types * spec.hgnn_dim
+        ends = 2 if spec.last_item else 1  # the mean, and the last item
+        width = ends * (spec.text_dim + spec.hgnn_dim + spec.id_dim) + spec.num_types * spec.hgnn_dim
         width += 2 * spec.num_types + 2 + _SMALL
         width += sum(dim + 1 for dim in spec.tastes.values())
         self.layers = _Layers(width, spec.layers, spec.dropout)
@@ -178,11 +178,8 @@ class UserTower(nn.Module):
         if self.spec.hgnn_dim:
             gids, weights = inputs.gids[known_n][order], weight_n[known_n][order]
             parts.append(_mean(*_sums(vectors[1], gids, weights, bag_n, users * kinds)).view(users, -1))
-        if self.spec.half_life:
-            recent_n = weight_n * recent_weights(inputs.offsets, self.spec.half_life)
-            late = recent_n > 0
-            late_events = inputs.gids[late], recent_n[late], row_n[late]
-            parts += [_mean(*_sums(table, *late_events, users)) for table in vectors]
+        if self.spec.last_item:
+            parts += [_last(table, inputs.gids, inputs.offsets) for table in vectors]
         counts = torch.bincount(bag_n, minlength=users * kinds).view(users, kinds).float()
         parts += [torch.log1p(counts), (counts > 0).float()]
         known = ~torch.isnan(inputs.age)
@@ -338,10 +335,14 @@ def _sums(
     return total, torch.zeros(bags).index_add(0, bag, weight)
 
 
-def recent_weights(offsets: Int64[Tensor, "users_plus_1"], half_life: float) -> Float[Tensor, "events"]:
-    """1 for a user's last event, half of it for the one ``half_life`` places before, nothing below 1 / 4096."""
-    back = torch.repeat_interleave(offsets[1:], offsets.diff()) - 1 - torch.arange(int(offsets[-1]))
-    return 0.5 ** (back / half_life) * (back <= 12 * half_life)
+def _last(
+    table: Float[Tensor, "N d"], gids: Int64[Tensor, "n"], offsets: Int64[Tensor, "bags_plus_1"]
+) -> Float[Tensor, "bags d"]:
+    """The table's row of each bag's last element; zeros for empty bags."""
+    last = torch.zeros(len(offsets) - 1, table.shape[1])
+    full = offsets.diff() > 0
+    last[full] = table[gids[offsets[1:][full] - 1]]
+    return last
 
 
 def _mean(total: Float[Tensor, "*bags d"], weight: Float[Tensor, "*bags"]) -> Float[Tensor, "*bags d"]:

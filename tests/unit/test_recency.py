@@ -1,4 +1,4 @@
-"""The recent mean of a history: its weights, and the half-life that nearest neighbours choose."""
+"""Whether the last item says more of the next one than the whole history: what nearest neighbours find."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from checkerboard import ITEMS, board_catalogue, board_task
 
 from recsys_ray.two_tower.batches import ArrayFeatures, tables_for, user_inputs
-from recsys_ray.two_tower.recency import HALF_LIVES, choose_half_life
+from recsys_ray.two_tower.recency import last_items_tell, recent_weights
 from recsys_ray.two_tower.rows import offsets_of
-from recsys_ray.two_tower.towers import TwoTower, recent_weights
+from recsys_ray.two_tower.towers import TwoTower
 
 QUERIES, PLACES, KINDS = 300, 12, 20  # items of both types are of twenty kinds, which the text tells apart
 
@@ -21,20 +21,19 @@ def test_weights_halve_with_the_places():
     offsets = torch.tensor([0, 4, 4, 6])
     assert recent_weights(offsets, 1.0).tolist() == [0.125, 0.25, 0.5, 1.0, 0.5, 1.0]
     assert recent_weights(offsets, 2.0)[:4].tolist() == pytest.approx([0.5**1.5, 0.5, 0.5**0.5, 1.0])
-    assert recent_weights(torch.tensor([0, 20]), 1.0).count_nonzero() == 13
 
 
-def test_only_with_a_half_life_the_order_counts():
+def test_only_with_the_last_item_the_order_counts():
     task = board_task()
-    for half_life in (0.0, 0.5):
+    for last_item in (False, True):
         torch.manual_seed(0)
-        model = TwoTower(replace(task.spec, half_life=half_life)).eval()
+        model = TwoTower(replace(task.spec, last_item=last_item)).eval()
         inputs = user_inputs(task.examples, np.array([200]), task.spec)
         gids, place = torch.unique(inputs.gids, return_inverse=True)
         tables = tables_for(task.source, task.spec, task.catalogue, "cut0", gids)
         there, back = (model.users(replace(inputs, gids=p), tables) for p in (place, place.flip(0)))
         assert len(gids) > 3
-        assert torch.allclose(there, back, atol=1e-5) == (half_life == 0)
+        assert torch.allclose(there, back, atol=1e-5) != last_item
 
 
 def queries_of(recent: bool):
@@ -58,19 +57,16 @@ def queries_of(recent: bool):
 
 
 @pytest.mark.parametrize("recent", [True, False])
-def test_the_half_life_is_the_datas(recent):
+def test_the_data_say_whether_the_last_item_tells(recent):
     task = board_task(with_hgnn=False)
     kinds = torch.eye(KINDS)[torch.arange(ITEMS) % KINDS]
     task = replace(task, source=ArrayFeatures(text=kinds), catalogue=board_catalogue(), queries=queries_of(recent))
-    chosen = choose_half_life(task, seed=0)
-    assert chosen == choose_half_life(task, seed=0)
-    assert chosen in ((0.25, 1.0) if recent else (0.0,))
+    assert last_items_tell(task, seed=0) == last_items_tell(task, seed=0) == recent
 
 
-def test_without_a_query_there_is_no_recent_mean():
+def test_without_a_history_that_is_asked_for_the_last_item_tells_nothing():
     task = board_task()
     nobody = {"target": np.zeros(0, np.int32), "uid": np.zeros(0, np.int64)}
-    assert choose_half_life(replace(task, queries=nobody), seed=0) == 0.0
-    lonely = {**task.queries, "offsets": np.zeros_like(task.queries["offsets"])}  # nobody has a history
-    assert choose_half_life(replace(task, queries=lonely), seed=0) == 0.0
-    assert set(HALF_LIVES) >= {0.0, 0.25}
+    assert not last_items_tell(replace(task, queries=nobody), seed=0)
+    lonely = {**task.queries, "offsets": np.zeros_like(task.queries["offsets"])}
+    assert not last_items_tell(replace(task, queries=lonely), seed=0)

@@ -327,6 +327,15 @@ def test_weights_are_averaged_over_steps():
     assert torch.allclose(trainer.averaged.item.kind.weight, start + 0.95)
 
 
+def test_the_last_item_counts_beside_the_mean(someone):
+    _, model, inputs, tables = someone
+    same_last = replace(inputs, gids=torch.tensor([150, 3, 3]), events=torch.tensor([1, 0, 1]))
+    base = model.users(inputs, tables)[0]
+    assert torch.allclose(model.users(same_last, tables)[0], base, atol=1e-6)  # the mean knows no order
+    other_last = replace(inputs, gids=torch.tensor([3, 3, 150]), events=torch.tensor([0, 1, 1]))
+    assert not torch.allclose(model.users(other_last, tables)[0], base, atol=1e-4)
+
+
 def test_a_type_that_came_later_counts_in_the_means_over_all_types(someone):
     task, model, inputs, tables = someone
     later = replace(tables, ntype=tables.ntype.where(tables.ntype == 0, TYPES))  # items of type 1 are of a new one
