@@ -20,7 +20,7 @@ from recsys_ray.two_tower.batches import tables_for
 from recsys_ray.two_tower.rows import histories_of
 from recsys_ray.two_tower.training import DEPTH, TowerTask, smallest_as_good
 
-HALF_LIVES = (None, 8.0, 4.0, 2.0, 1.0, 0.25)  # places back at which an event counts half; None: all alike
+HALF_LIVES = (None, 4.0, 2.0, 1.0, 0.25)  # places back at which an event counts half; None: all alike
 _QUERIES = 4_000  # of each rank
 _ITEMS = 20_000  # a sample that targets are ranked among
 _CHUNK = 256  # queries at once
