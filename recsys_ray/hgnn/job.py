@@ -64,7 +64,13 @@ def train_hgnn(
     with progress.task("training and embedding", unit="steps") as task:
         run_ranks(_train_rank, parameters, workers, per_worker, out / SCRATCH, task)
     history = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
-    return {"epochs": len(history), "workers": workers, "out_dim": config.hgnn.out_dim, "last": history[-1:]}
+    return {
+        "epochs": len(history),
+        "training_seconds": round(sum(epoch["seconds"] for epoch in history), 1),
+        "workers": workers,
+        "out_dim": config.hgnn.out_dim,
+        "last": history[-1:],
+    }
 
 
 def _take_weights(config: HgnnConfig, text_dim: int, types: int, out: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -177,7 +178,7 @@ def train_epochs(
     for epoch in range(len(state["history"]), config.epochs):
         if state["bad"] >= config.patience:
             break
-        total = 0.0
+        total, started = 0.0, time.monotonic()
         trainer.network.train()
         for step, (anchors, positives, generator) in enumerate(trainer.epoch(task, epoch, rank)):
             loss = trainer.loss(anchors, positives, task, generator)
@@ -186,12 +187,14 @@ def train_epochs(
             optimizer.step()
             total += loss.item()
             on_step(epoch, step, total / (step + 1))
+        seconds = time.monotonic() - started
         means = sum_over_ranks(torch.tensor([total / max(task.steps, 1), 1.0], dtype=torch.float64))
         trainer.network.eval()
         valid = trainer.validate(task)
         watched = valid if valid == valid else float(means[0] / means[1])  # no held-out edges: the training loss
         better = state["best"] is None or watched < state["best"]
         state["best"], state["bad"] = (watched, 0) if better else (state["best"], state["bad"] + 1)
-        state["history"].append({"epoch": epoch, "loss": float(means[0] / means[1]), "valid_loss": valid})
+        loss_of_epoch = float(means[0] / means[1])
+        state["history"].append({"epoch": epoch, "loss": loss_of_epoch, "valid_loss": valid, "seconds": seconds})
         on_epoch(state, better)
     return state
