@@ -28,6 +28,7 @@ from recsys_ray.snapshots import snapshots_of, training_snapshot
 
 _CHECKPOINT = "checkpoint.safetensors"
 _BEST = "best.safetensors"
+_SECONDS = "seconds.json"
 _REPORT_EVERY = 5  # steps
 
 
@@ -66,7 +67,7 @@ def train_hgnn(
     history = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     return {
         "epochs": len(history),
-        "training_seconds": round(sum(epoch["seconds"] for epoch in history), 1),
+        "training_seconds": json.loads((out / SCRATCH / _SECONDS).read_text(encoding="utf-8")),
         "workers": workers,
         "out_dim": config.hgnn.out_dim,
         "last": history[-1:],
@@ -85,6 +86,8 @@ def _take_weights(config: HgnnConfig, text_dim: int, types: int, out: Path) -> N
             "hidden_dim, out_dim, signature_dim and weights_by must be those that it was trained with"
         ) from error
     save_file(model.state_dict(), out / "model.safetensors")
+    (out / SCRATCH).mkdir(exist_ok=True)
+    write_json(out / SCRATCH / _SECONDS, 0.0)
     write_json(out / "metrics.json", [])
 
 
@@ -161,6 +164,7 @@ class _RankRun:
             load_checkpoint(scratch / _BEST, self.model)
         if self.rank == 0:
             save_file(self.model.state_dict(), self.out / "model.safetensors")
+            write_json(scratch / _SECONDS, round(state["seconds"], 1))  # not in the output: made again it is the same
             write_json(self.out / "metrics.json", state["history"])
 
     def embed(self, name: str, index: int) -> None:

@@ -174,6 +174,7 @@ def train_epochs(
     state.setdefault("history", [])
     state.setdefault("best", None)
     state.setdefault("bad", 0)
+    state.setdefault("seconds", 0.0)  # of the steps alone
     config = trainer.config
     for epoch in range(len(state["history"]), config.epochs):
         if state["bad"] >= config.patience:
@@ -187,14 +188,13 @@ def train_epochs(
             optimizer.step()
             total += loss.item()
             on_step(epoch, step, total / (step + 1))
-        seconds = time.monotonic() - started
+        state["seconds"] += time.monotonic() - started
         means = sum_over_ranks(torch.tensor([total / max(task.steps, 1), 1.0], dtype=torch.float64))
         trainer.network.eval()
         valid = trainer.validate(task)
         watched = valid if valid == valid else float(means[0] / means[1])  # no held-out edges: the training loss
         better = state["best"] is None or watched < state["best"]
         state["best"], state["bad"] = (watched, 0) if better else (state["best"], state["bad"] + 1)
-        loss_of_epoch = float(means[0] / means[1])
-        state["history"].append({"epoch": epoch, "loss": loss_of_epoch, "valid_loss": valid, "seconds": seconds})
+        state["history"].append({"epoch": epoch, "loss": float(means[0] / means[1]), "valid_loss": valid})
         on_epoch(state, better)
     return state

@@ -22,6 +22,7 @@ from recsys_ray.graph.activity import ACTIVITY
 from recsys_ray.progress import Progress
 from recsys_ray.snapshots import Snapshot, snapshots_of
 from recsys_ray.two_tower.examples import HistoryRules, UserEvents, build_queries, training_examples
+from recsys_ray.two_tower.rows import join, take
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_local")]
 DAY, NOW = 86_400, 1_700_006_400  # NOW is a midnight
@@ -85,13 +86,13 @@ def features(config: Config) -> tuple[list[Snapshot], dict[str, bytes], dict[str
     valid, test = counts["valid_from"], counts["test_from"]
     parts = [training_examples(events, [0], snapshots, valid, RULES) for events in shards]
     asked = [build_queries(events, [0], valid, test, RULES) for events in shards]
-    examples, queries = ({k: np.concatenate([part[k] for part in group]) for k in group[0]} for group in (parts, asked))
-    return snapshots, seen, examples, queries
+    return snapshots, seen, join(parts), join(asked)
 
 
 def rows_of(columns: dict[str, np.ndarray], chosen: np.ndarray) -> list[Any]:
     """Rows as comparable values: every feature of each, to the bit."""
-    return sorted(tuple(columns[name][row].tobytes() for name in sorted(columns)) for row in np.flatnonzero(chosen))
+    rows = [take(columns, np.array([row])) for row in np.flatnonzero(chosen)]
+    return sorted(tuple(row[name].tobytes() for name in sorted(row)) for row in rows)
 
 
 def shuffle_items(events: pl.DataFrame, late: np.ndarray) -> pl.DataFrame:
