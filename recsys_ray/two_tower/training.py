@@ -35,7 +35,7 @@ _QUERY_CHUNK = 512
 _START_SAMPLE = 20_000  # items whose directions of variance the towers start with
 _TOP = 10
 _ENOUGH = 12  # examples of an item with which its own vector is as good as half known
-DEPTH = 100  # places that gain something when the memory's weight is chosen
+DEPTH = 100  # places that gain something when something is chosen by validation
 
 
 @dataclass
