@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -81,11 +83,24 @@ def test_unfinished_and_foreign_folders(tmp_path):
         open_artifact(tmp_path)
 
 
-def test_fingerprints_depend_on_configuration_inputs_and_data(tmp_path):
+def test_fingerprints_depend_on_configuration_and_inputs():
     base = fingerprint("graph", {"a": 1}, {"ingest": "x"})
     assert base == fingerprint("graph", {"a": 1}, {"ingest": "x"})
     assert len({base, fingerprint("graph", {"a": 2}, {"ingest": "x"}), fingerprint("graph", {"a": 1}, {})}) == 3
-    (tmp_path / "part.csv").write_text("a\n")
-    before = source_fingerprint(tmp_path)
-    (tmp_path / "part.csv").write_text("ab\n")
-    assert source_fingerprint(tmp_path) != before
+
+
+def test_a_table_is_known_by_its_names_and_contents_wherever_it_lies(tmp_path):
+    table, copy = tmp_path / "one" / "items", tmp_path / "another" / "items"
+    (table / "day=1").mkdir(parents=True)
+    (table / "day=1" / "part.csv").write_text("abc\n")
+    shutil.copytree(table, copy)
+    os.utime(copy / "day=1" / "part.csv", (0, 0))
+    assert source_fingerprint(copy) == source_fingerprint(table)
+    assert source_fingerprint(copy / "day=1" / "part.csv") == source_fingerprint(table / "day=1" / "part.csv")
+
+    before = {source_fingerprint(table)}
+    (table / "day=1" / "part.csv").write_text("abd\n")  # of the same length
+    before.add(source_fingerprint(table))
+    (table / "day=1").rename(table / "day=2")
+    before.add(source_fingerprint(table))
+    assert len(before) == 3
