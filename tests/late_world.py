@@ -89,7 +89,7 @@ def make_late(root: Path) -> Late:
     gid, event, moment = (whole.events[:, column] for column in (1, 2, 3))
     counts, first = count_events(gid, event, moment, END, [EVENTS.index("stream")], size)
     dates = np.array([published(name) or NEVER for name in whole.item_ids])
-    activity = describe(counts, first, dates, END).astype(np.float16)
+    activity = describe(counts, first, dates, whole.ntype, END).astype(np.float16)
 
     torch.manual_seed(1)
     src, dst, _ = true_edges(whole, size)

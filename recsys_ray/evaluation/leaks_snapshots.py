@@ -69,7 +69,7 @@ def check_snapshots(run: FinishedRun, sample: int, words: Words, progress: Progr
             edges += check_edges(
                 run.shards, snapshot, stored, some, ntype, codes, run.graph_config, allowed, seed, words
             )
-            check_activity(run.shards, snapshot, activity[snapshot.name], published, run.positives, words)
+            check_activity(run.shards, snapshot, activity[snapshot.name], published, ntype, run.positives, words)
             task.advance(detail=snapshot.name)
     on = f"on {len(run.snapshots)} snapshots"
     yield f"{edges:,} edges into {len(some):,} items {on}: made by the events before each"
@@ -149,6 +149,7 @@ def check_activity(
     snapshot: Snapshot,
     stored: np.ndarray,
     published: np.ndarray,
+    ntype: np.ndarray,
     positives: Sequence[int],
     words: Words,
 ) -> None:
@@ -159,7 +160,7 @@ def check_activity(
             _, gid, event, time = events_before(shard, snapshot)
             yield count_events(gid, event, time, snapshot.time, positives, len(published))
 
-    made = describe(*add_counts(counts()), published, snapshot.time).astype(np.float16)
+    made = describe(*add_counts(counts()), published, ntype, snapshot.time).astype(np.float16)
     if not np.array_equal(made, stored):
         gid, column = np.argwhere(made != stored)[0]
         raise LeakError(

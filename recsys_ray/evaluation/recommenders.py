@@ -18,6 +18,7 @@ import torch
 
 from recsys_ray.evaluation.metrics import CUTOFF, DEPTH, find_hits
 from recsys_ray.evaluation.segments import SEGMENTS, Catalogue, Events, Queries
+from recsys_ray.ragged import offsets_of, spread
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -54,10 +55,11 @@ class UserBatch:
     def take(self, rows: np.ndarray) -> UserBatch:
         """The batch of these users, in this order."""
         length = np.diff(self.offsets)[rows]
-        offsets = np.concatenate([[0], np.cumsum(length)]).astype(np.int64)
-        chosen = np.repeat(self.offsets[rows] - offsets[:-1], length) + np.arange(offsets[-1])
+        chosen = spread(self.offsets[rows], length)
         users = self.users.take(rows) if self.users is not None else None
-        return UserBatch(self.uid[rows], offsets, self.gid[chosen], self.event[chosen], self.timestamp[chosen], users)
+        return UserBatch(
+            self.uid[rows], offsets_of(length), self.gid[chosen], self.event[chosen], self.timestamp[chosen], users
+        )
 
     def latest_items(self, limit: int) -> tuple[np.ndarray, np.ndarray]:
         """(row, gid) of the ``limit`` items that each user touched last, each item once."""
@@ -80,10 +82,8 @@ def batch_of(uids: np.ndarray, history: Events, users: pa.Table | None = None) -
     """
     first = np.searchsorted(history.uid, uids, side="left")
     length = np.searchsorted(history.uid, uids, side="right") - first
-    offsets = np.concatenate([[0], np.cumsum(length)]).astype(np.int64)
-    chosen = np.repeat(first - offsets[:-1], length) + np.arange(offsets[-1])
-    events = history.select(chosen)
-    return UserBatch(np.asarray(uids), offsets, events.gid, events.event, events.timestamp, users)
+    events = history.select(spread(first, length))
+    return UserBatch(np.asarray(uids), offsets_of(length), events.gid, events.event, events.timestamp, users)
 
 
 def stranger_name(model: str) -> str:

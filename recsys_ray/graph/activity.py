@@ -3,7 +3,8 @@
 Columns of the table (all at most a few units large, so that towers can read them as they are):
 
 * ``log(1 + c / mean)`` of the positives ``c`` of the last 7, 30 and 90 days, and of all days; ``mean`` is over the
-  items that had any event, so that a platform that doubles does not shift every item's value;
+  items of the same type that had any event, so that a platform that doubles does not shift every item's value, and
+  what is popular in a type that has only begun shows as in one that has long been there;
 * the same of all events, weak signals included, of the last 30 days;
 * ``log(1 + days)`` since the item's first event, and a flag for items that had none;
 * ``log(1 + days)`` since publication, and a flag for items whose date is known (and not after the snapshot).
@@ -58,7 +59,7 @@ def write_activity(
     if (out / ACTIVITY).exists():
         return
     facts = open_artifact(ingest_dir).counts
-    published = read_published(ingest_dir, facts)
+    published, ntype = read_published(ingest_dir, facts), read_types(ingest_dir)
     names = list(facts["events"])
     codes = [names.index(name) for name in config.events.positives if name in names]
     shards = sorted((ingest_dir / "interactions").glob("shard-*.parquet"))
@@ -66,7 +67,7 @@ def write_activity(
     with progress.task("counting activity", len(snapshots), "snapshots") as shown:
         for snapshot in snapshots:
             counts, first = add_counts(_count_all(shards, snapshot, codes, len(published)))
-            tables[snapshot.name] = describe(counts, first, published, snapshot.time).astype(np.float16)
+            tables[snapshot.name] = describe(counts, first, published, ntype, snapshot.time).astype(np.float16)
             shown.advance(1)
     save_arrays(out / ACTIVITY, tables)
 
@@ -76,6 +77,11 @@ def read_published(ingest_dir: Path, facts: Mapping[str, Any]) -> Int[np.ndarray
     column = pq.read_table(ingest_dir / "items.parquet", columns=["published_at"]).column("published_at")
     published = column.cast(pa.int64()).fill_null(NEVER).to_numpy()
     return np.full_like(published, NEVER) if is_leave_one_out(facts) else published
+
+
+def read_types(ingest_dir: Path) -> Int[np.ndarray, "items"]:
+    """Number of each item's type."""
+    return pq.read_table(ingest_dir / "items.parquet", columns=["ntype"])["ntype"].to_numpy()
 
 
 def _count_all(shards: Sequence[Path], snapshot: Snapshot, codes: list[int], items: int) -> Iterator[Counts]:
@@ -135,12 +141,14 @@ def describe(
     counts: Int[np.ndarray, "5 items"],
     first: Int[np.ndarray, "items"],
     published: Int[np.ndarray, "items"],
+    ntype: Int[np.ndarray, "items"],
     moment: int,
 ) -> Float[np.ndarray, "items columns"]:
     """The table of one snapshot, float32. Nothing that happened at or after ``moment`` enters."""
     touched = first < moment
-    mean = counts.sum(1, keepdims=True) / max(int(touched.sum()), 1)
-    columns = list(np.log1p(counts / np.maximum(mean, 1e-9)))
+    items = np.maximum(np.bincount(ntype, touched), 1)
+    mean = np.stack([np.bincount(ntype, row) / items for row in counts])
+    columns = list(np.log1p(counts / np.maximum(mean, 1e-9)[:, ntype]))
     out = published <= moment
     age, shelf_life = np.where(touched, _log_days(moment, first), 0), np.where(out, _log_days(moment, published), 0)
     return np.stack([*columns, age, ~touched, shelf_life, out], axis=1).astype(np.float32)

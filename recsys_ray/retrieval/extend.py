@@ -152,7 +152,7 @@ class _Extension:
         histories = Histories(self.source.path / "histories.safetensors")
         codes = self._codes(self.config.events.edges)
         edges, users = arriving_edges(known, new, trickle, histories, codes, self.config, Window(start, end))
-        self._write_vectors(known, new, edges, self._write_activity(new, trickle, end))
+        self._write_vectors(known, new, edges, self._write_activity(known, new, trickle, end))
         self._write_memory(known, new, edges, users)
         self._write_items(new)
         self._write_people(new, trickle, start, end)
@@ -268,7 +268,7 @@ class _Extension:
             towers.ids = GivenIds(ids)
         return item_vectors(towers, features, catalogue, "serve").numpy()
 
-    def _write_activity(self, new: Arrivals, trickle: Trickle, end: int) -> Array:
+    def _write_activity(self, known: Known, new: Arrivals, trickle: Trickle, end: int) -> Array:
         """Add what the trickle says of the arriving items; the table of all items, float16 [items, columns].
 
         A publication after the bundle's end moves the moment on: the item is out, and that is known. A model of
@@ -291,7 +291,7 @@ class _Extension:
         dates[new.gid] = published
         save_arrays(self.work / "activity.safetensors", {"counts": counts, "first": first, "published": dates})
         known_dates = np.full(size, NEVER) if timeless else dates
-        return describe(counts, first, known_dates, moment).astype(np.float16)
+        return describe(counts, first, known_dates, with_arrivals(known, new), moment).astype(np.float16)
 
     def _grow(self, file: str, new: Arrivals, only: Array | None = None, **arrays: Array) -> None:
         """The bundle's arrays with the rows of the arriving items (or of ``only`` some) put in their places."""

@@ -15,8 +15,9 @@ import polars as pl
 import pyarrow.parquet as pq
 from jaxtyping import Bool, Int
 
+from recsys_ray.ragged import offsets_of, spread
 from recsys_ray.snapshots import DAY, Snapshot, training_snapshot
-from recsys_ray.two_tower.rows import OFFSETS, offsets_of, spread
+from recsys_ray.two_tower.rows import OFFSETS
 
 _NONE = -1  # no snapshot
 _ROWS = 1 << 16  # whose histories are made at once

@@ -31,6 +31,7 @@ from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
 from recsys_ray.artifacts import load_arrays, save_arrays
+from recsys_ray.ragged import spread
 
 RIDGES = (10.0, 30.0, 100.0, 300.0)  # which a validation chooses from
 WEIGHTS = (0.0, 0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 12.0)  # likewise; of the temperature
@@ -156,7 +157,7 @@ class Memory:
         items = len(self.begin) - 1
         user, gid, weight = _latest(user.astype(np.int64), gid.astype(np.int64), items)
         start, count = self.begin[gid], self.begin[gid + 1] - self.begin[gid]
-        place = np.repeat(start - (np.cumsum(count) - count), count) + np.arange(int(count.sum()))
+        place = spread(start, count)
         key = np.repeat(user, count) * items + self.gid[place]
         key, where = np.unique(key, return_inverse=True)
         parts = self.coefficient[place] * np.repeat(weight, count)[:, None]

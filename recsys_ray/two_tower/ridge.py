@@ -24,6 +24,7 @@ from recsys_ray.artifacts import Artifact
 from recsys_ray.config import Config
 from recsys_ray.graph.pairs import Window, latest_items
 from recsys_ray.progress import Progress
+from recsys_ray.ragged import spread
 from recsys_ray.snapshots import Snapshot
 from recsys_ray.tasks import in_parallel, result_of
 from recsys_ray.two_tower.memory import RIDGES, Memory, memory_file
@@ -107,7 +108,7 @@ def solve(edges: Edges, users: Int[np.ndarray, "items"], begin: int, end: int) -
         place[near] = np.arange(len(near))
         gram = np.zeros((len(near), len(near)))
         lengths = start[near + 1] - start[near]  # the neighbours' own neighbours: which of them are mine, too?
-        edge = np.repeat(start[near] - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
+        edge = spread(start[near], lengths)
         row, column = place[src[edge]], np.repeat(np.arange(len(near)), lengths)
         row, column, shared = row[row >= 0], column[row >= 0], support[edge[row >= 0]]
         gram[row, column] = gram[column, row] = shared

@@ -13,20 +13,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Int
 
+from recsys_ray.ragged import offsets_of, spread
+
 Examples = Mapping[str, np.ndarray]
 
 OFFSETS = "offsets"
 FLAT = ("history", "history_event")
-
-
-def offsets_of(lengths: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n_plus_1"]:
-    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-
-
-def spread(begin: Int[np.ndarray, "n"], lengths: Int[np.ndarray, "n"]) -> Int[np.ndarray, "total"]:
-    """``begin[k] .. begin[k] + lengths[k] - 1`` of each k, one after the other."""
-    offsets = offsets_of(lengths)
-    return np.repeat(begin - offsets[:-1], lengths) + np.arange(offsets[-1])
 
 
 def take(examples: Examples, rows: Int[np.ndarray, "m"]) -> dict[str, np.ndarray]:

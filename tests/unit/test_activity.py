@@ -9,6 +9,7 @@ from recsys_ray.graph.activity import COLUMNS, add_counts, count_shard, describe
 from recsys_ray.snapshots import DAY, Fold
 
 ITEMS, NOW = 6, 500 * DAY
+TYPES = np.array([0, 0, 1, 1, 1, 1], np.int16)
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def test_counts_of_shards_add_up_to_those_of_all_events(shards):
 def test_what_happens_at_or_after_the_snapshot_does_not_enter(shards):
     published = np.array([NOW - 10 * DAY, NOW + DAY, np.iinfo(np.int64).max, 0, 0, 0])
     counts, first = add_counts(count_shard(path, NOW, [0], ITEMS) for path in shards)
-    table = describe(counts, first, published, NOW)
+    table = describe(counts, first, published, TYPES, NOW)
     assert table.shape == (ITEMS, COLUMNS)
     assert np.isfinite(table).all()
     assert table[5, :6].tolist() == [0] * 6
@@ -53,14 +54,25 @@ def test_what_happens_at_or_after_the_snapshot_does_not_enter(shards):
 def test_a_platform_that_grows_does_not_shift_every_item(shards):
     counts, first = add_counts(count_shard(path, NOW, [0], ITEMS) for path in shards)
     published = np.zeros(ITEMS, np.int64)
-    assert np.allclose(describe(counts, first, published, NOW), describe(7 * counts, first, published, NOW))
+    assert np.allclose(
+        describe(counts, first, published, TYPES, NOW), describe(7 * counts, first, published, TYPES, NOW)
+    )
+
+
+def test_what_is_popular_in_a_small_type_shows_as_in_a_large_one():
+    """Type 1 has a hundredth of the events of type 0, shared in the same way between its items."""
+    small, first = np.array([[4, 2, 0]] * 5), np.array([NOW - DAY] * 3 + [NOW - DAY] * 3)
+    counts, ntype = np.concatenate([100 * small, small], axis=1), np.array([0, 0, 0, 1, 1, 1])
+    table = describe(counts, first, np.zeros(6, np.int64), ntype, NOW)
+    assert np.array_equal(table[:3], table[3:])
+    assert (table[0, :5] > table[1, :5]).all()
 
 
 def test_no_event_at_all_makes_zeros(tmp_path):
     empty = {"gid": pa.array([], pa.int32()), "event": pa.array([], pa.int8()), "timestamp": pa.array([], pa.int64())}
     pq.write_table(pa.table(empty), tmp_path / "shard.parquet")
     counts, first = count_shard(tmp_path / "shard.parquet", NOW, [0], ITEMS)
-    table = describe(counts, first, np.zeros(ITEMS, np.int64), NOW)
+    table = describe(counts, first, np.zeros(ITEMS, np.int64), TYPES, NOW)
     assert not table[:, :6].any()
     assert table[:, 6].all()
 

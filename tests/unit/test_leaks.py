@@ -234,13 +234,13 @@ def test_activity_of_other_events(world, name):
     _, counts, plan, words, folder = world
     snapshot = next(s for s in plan if s.name == name)
     shards = sorted(folder.glob("shard-*.parquet"))
-    published = np.full(ITEMS, np.iinfo(np.int64).max)
+    published, ntype = np.full(ITEMS, np.iinfo(np.int64).max), np.zeros(ITEMS, np.int16)
 
     def table(of: Snapshot) -> np.ndarray:
         found = add_counts(count_shard(shard, of.time, [0], ITEMS, of.without) for shard in shards)
-        return describe(*found, published, of.time).astype(np.float16)
+        return describe(*found, published, ntype, of.time).astype(np.float16)
 
-    check_activity(shards, snapshot, table(snapshot), published, [0], words)
+    check_activity(shards, snapshot, table(snapshot), published, ntype, [0], words)
     for wrong in wrong_ways(snapshot, counts):
         with pytest.raises(LeakError, match=rf'snapshot {name}, before .*: the activity of item "i\d+" \('):
-            check_activity(shards, snapshot, table(wrong), published, [0], words)
+            check_activity(shards, snapshot, table(wrong), published, ntype, [0], words)

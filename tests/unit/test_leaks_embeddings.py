@@ -72,7 +72,7 @@ def run(tmp_path) -> FinishedRun:
         target = folders["graph"] / "edges" / f"{s.name}.parquet"
         reduce_range(tmp_path / "s", s.name, 0, ntype, 1, CONFIG.graph.max_neighbors, 0, target)
         found = add_counts(iter([count_shard(shard, s.time, [0], ITEMS)]))
-        activity[s.name] = describe(*found, np.full(ITEMS, np.iinfo(np.int64).max), s.time).astype(np.float16)
+        activity[s.name] = describe(*found, np.full(ITEMS, np.iinfo(np.int64).max), ntype, s.time).astype(np.float16)
     save_arrays(folders["graph"] / ACTIVITY, activity)
     write_embeddings(folders, snapshots, ids, torch.from_numpy(text.astype(np.float32)))
     write_towers(folders, text)

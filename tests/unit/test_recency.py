@@ -9,9 +9,9 @@ import pytest
 import torch
 from checkerboard import ITEMS, board_catalogue, board_task
 
+from recsys_ray.ragged import offsets_of
 from recsys_ray.two_tower.batches import ArrayFeatures, tables_for, user_inputs
 from recsys_ray.two_tower.recency import last_items_tell, recent_weights
-from recsys_ray.two_tower.rows import offsets_of
 from recsys_ray.two_tower.towers import TwoTower
 
 QUERIES, PLACES, KINDS = 300, 12, 20  # items of both types are of twenty kinds, which the text tells apart

@@ -7,7 +7,8 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recsys_ray.two_tower.rows import from_table, histories_of, join, offsets_of, take, to_table
+from recsys_ray.ragged import offsets_of
+from recsys_ray.two_tower.rows import from_table, histories_of, join, take, to_table
 
 entry = st.tuples(st.integers(0, 2**31 - 1), st.integers(0, 9))
 tables = st.lists(st.tuples(st.integers(0, 2**40), st.lists(entry, max_size=5)), max_size=8)

@@ -16,6 +16,7 @@ import torch
 
 from recsys_ray.errors import DataError
 from recsys_ray.evaluation.recommenders import Scorer, UserBatch, as_tensor
+from recsys_ray.ragged import spread
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -82,7 +83,7 @@ class ReadyLists:
         begin = self.offsets[np.searchsorted(self.key, users.uid * self.types)]
         length = self.offsets[np.searchsorted(self.key, (users.uid + 1) * self.types)] - begin
         row = np.repeat(np.arange(len(users)), length)
-        place = np.repeat(begin - (np.cumsum(length) - length), length) + np.arange(length.sum())
+        place = spread(begin, length)
         gid = self.gid[place]
 
         def score(first: int, last: int) -> Tensor:
