@@ -3,8 +3,9 @@
 Columns of the table (all at most a few units large, so that towers can read them as they are):
 
 * ``log(1 + c / mean)`` of the positives ``c`` of the last 7, 30 and 90 days, and of all days; ``mean`` is over the
-  items of the same type that had any event, so that a platform that doubles does not shift every item's value, and
-  what is popular in a type that has only begun shows as in one that has long been there;
+  items of the same type that are on the shelf (not published after the snapshot, as far as is known), so that a
+  platform that doubles does not shift every item's value, and what is popular in a type that has only begun shows as
+  in one that has long been there;
 * the same of all events, weak signals included, of the last 30 days;
 * ``log(1 + days)`` since the item's first event, and a flag for items that had none;
 * ``log(1 + days)`` since publication, and a flag for items whose date is known (and not after the snapshot).
@@ -146,10 +147,10 @@ def describe(
 ) -> Float[np.ndarray, "items columns"]:
     """The table of one snapshot, float32. Nothing that happened at or after ``moment`` enters."""
     touched = first < moment
-    items = np.maximum(np.bincount(ntype, touched), 1)
+    out = published <= moment
+    items = np.maximum(np.bincount(ntype, touched | out | (published == NEVER)), 1)
     mean = np.stack([np.bincount(ntype, row) / items for row in counts])
     columns = list(np.log1p(counts / np.maximum(mean, 1e-9)[:, ntype]))
-    out = published <= moment
     age, shelf_life = np.where(touched, _log_days(moment, first), 0), np.where(out, _log_days(moment, published), 0)
     return np.stack([*columns, age, ~touched, shelf_life, out], axis=1).astype(np.float32)
 

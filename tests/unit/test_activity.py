@@ -59,13 +59,22 @@ def test_a_platform_that_grows_does_not_shift_every_item(shards):
     )
 
 
-def test_what_is_popular_in_a_small_type_shows_as_in_a_large_one():
+def test_what_is_popular_in_a_type_that_has_only_begun_shows_as_in_an_old_one():
     """Type 1 has a hundredth of the events of type 0, shared in the same way between its items."""
-    small, first = np.array([[4, 2, 0]] * 5), np.array([NOW - DAY] * 3 + [NOW - DAY] * 3)
+    small, first = np.array([[4, 2, 0]] * 5), np.full(6, NOW - DAY)
     counts, ntype = np.concatenate([100 * small, small], axis=1), np.array([0, 0, 0, 1, 1, 1])
     table = describe(counts, first, np.zeros(6, np.int64), ntype, NOW)
     assert np.array_equal(table[:3], table[3:])
     assert (table[0, :5] > table[1, :5]).all()
+
+
+@pytest.mark.parametrize(("published", "items"), [(0, 4), (np.iinfo(np.int64).max, 4), (NOW + DAY, 3)])
+def test_the_mean_is_over_the_items_that_are_on_the_shelf(published, items):
+    """One item is touched, two are out and untouched, the fourth may be: out, of unknown date, or of tomorrow."""
+    counts, first = np.zeros((5, 4), np.int64), np.array([NOW - DAY, *[np.iinfo(np.int64).max] * 3])
+    counts[:, 0] = 6
+    table = describe(counts, first, np.array([0, 0, 0, published]), np.zeros(4, np.int16), NOW)
+    assert np.allclose(table[0, :5], np.log1p(items))
 
 
 def test_no_event_at_all_makes_zeros(tmp_path):
