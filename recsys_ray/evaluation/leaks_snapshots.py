@@ -27,6 +27,7 @@ from recsys_ray.graph.activity import (
     count_events,
     describe,
     read_published,
+    read_types,
 )
 from recsys_ray.graph.pairs import Counted, PairCounter, Window
 from recsys_ray.hgnn.embeddings import load_embeddings
@@ -55,7 +56,7 @@ Columns = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # uid, gid, eve
 
 def check_snapshots(run: FinishedRun, sample: int, words: Words, progress: Progress) -> Iterator[str]:
     """Edges, activity, embeddings and the test's item vectors; yields a line for each."""
-    ntype = pq.read_table(run.ingest.path / "items.parquet", columns=["ntype"])["ntype"].to_numpy().astype(np.int16)
+    ntype = read_types(run.ingest.path).astype(np.int16)
     random = np.random.default_rng(run.config.seed)
     some = np.sort(random.permutation(len(ntype))[: min(sample, _ITEMS_AT_MOST)])
     codes, seed = run.codes(run.graph.manifest["config"]["edges"]), run.graph.manifest["config"]["seed"]
