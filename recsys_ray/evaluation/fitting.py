@@ -26,7 +26,7 @@ from recsys_ray.evaluation.segments import SEGMENTS, Events, Queries, find_queri
 from recsys_ray.evaluation.shards import Setting, read_events
 
 _TUNING_USERS = 5_000  # warm users of the validation period by whom parameters are chosen
-_PATIENCE = 3  # epochs without a better HR@10 before a trial stops
+_PATIENCE = 5  # epochs without a better HR@10 before a trial stops: some models rank by popularity alone at first
 
 
 @dataclass(frozen=True)

@@ -98,12 +98,13 @@ def _made(folder: Path, attempt=bowl):
 
 
 class TestWatcher:
-    def test_stops_after_epochs_without_a_better_score(self):
-        scores = iter([0.1, 0.3, 0.2, 0.3, 0.1, 0.9])
+    def test_goes_on_over_a_plateau_and_stops_after_epochs_without_a_better_score(self):
+        rise = [0.016, 0.009, 0.012, 0.012, 0.013, 0.020]  # a transformer's: at first it ranks what is popular
+        scores = iter([*rise, 0.02, 0.01, 0.02, 0.02, 0.01, 0.9])
         watcher = Watcher(lambda model: next(scores), float("inf"))
-        stopped = [watcher(epoch, lambda: None) for epoch in range(1, 6)]
-        assert stopped == [False, False, False, False, True]
-        assert watcher.best_epoch == 2 and not watcher.out_of_time
+        stopped = [watcher(epoch, lambda: None) for epoch in range(1, 12)]
+        assert stopped == [False] * 10 + [True]
+        assert watcher.best_epoch == len(rise) and not watcher.out_of_time
 
     def test_stops_when_out_of_time(self):
         watcher = Watcher(lambda model: 0.5, time.monotonic() - 1)

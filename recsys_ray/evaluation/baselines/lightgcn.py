@@ -31,7 +31,7 @@ from recsys_ray.ranks import generator_for
 if TYPE_CHECKING:
     from torch import Tensor
 
-_EPOCHS = 40
+_EPOCHS = 100
 _BATCH = 16_384
 _NEGATIVES = 512
 _INIT = 0.1

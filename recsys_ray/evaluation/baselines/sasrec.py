@@ -26,10 +26,10 @@ from recsys_ray.ranks import seed_from
 if TYPE_CHECKING:
     from torch import Tensor
 
-_EPOCHS = 40
+_EPOCHS = 100
 _LENGTH = 50  # latest items of a user that the model reads, as in the paper for data like these
 _HEADS = 2
-_TOKENS = 8_192  # a batch, at most
+_TOKENS = 1_024  # a batch, at most; with several thousand it needs five times the epochs, and as long
 _NEGATIVES = 512
 _PAD = 0  # token 0; item gid is token gid + 1
 
@@ -155,7 +155,7 @@ def _space(config: Config) -> Space:
         "width": Choice(64, (32, 64, 128)),
         "blocks": Whole(2, 1, 3),
         "dropout": Real(0.2, 0.0, 0.6),
-        "learning_rate": Real(1e-3, 3e-4, 1e-2, log=True),
+        "learning_rate": Real(3e-3, 3e-4, 1e-2, log=True),
         "decay": Real(1e-5, 1e-6, 1e-1, log=True),
     }
 
