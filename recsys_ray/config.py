@@ -133,7 +133,13 @@ class GraphConfig(Section):
     )
     min_support: Positive = Field(1, description="users that must share a pair of items to make an edge")
     max_history: Positive = Field(100, description="latest items of one user that make pairs")
-    max_neighbors: Positive = Field(30, description="neighbours kept per item and relation, the best supported first")
+    pair_half_life: float | None = Field(
+        24,
+        gt=0,
+        description="places between two items of a user at which their pair counts half (from the later item to the "
+        "earlier one half of that); null: all pairs alike",
+    )
+    max_neighbors: Positive = Field(30, description="neighbours kept per item and relation, the weightiest first")
     partitions: int | None = Field(None, gt=0, description="DGL partitions; default: one per host of the cluster")
 
 

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from toy_graph import ToyGraph
 
 from recsys_ray.artifacts import publish, save_arrays, work_folder
-from recsys_ray.config import HgnnConfig, TextConfig
+from recsys_ray.config import HgnnConfig, TextConfig, load_config
 from recsys_ray.graph.activity import COLUMNS, NEVER, count_events, describe
-from recsys_ray.graph.pairs import PairCounter, Window, keep_best
+from recsys_ray.graph.pairs import ONE, PairCounter, Window, keep_best
 from recsys_ray.hgnn.embedding import LocalStore, embed_items
 from recsys_ray.hgnn.model import HGNN, ItemTypes
 from recsys_ray.hgnn.signature import SignedSource, item_signatures
@@ -31,7 +31,7 @@ from recsys_ray.text.featurize import encode_alike
 from recsys_ray.two_tower.batches import ArrayFeatures
 from recsys_ray.two_tower.job import catalogue_of
 from recsys_ray.two_tower.memory import RIDGES, Memory, memory_file
-from recsys_ray.two_tower.ridge import solve
+from recsys_ray.two_tower.ridge import Edges, solve
 from recsys_ray.two_tower.towers import TowerSpec, TwoTower
 from recsys_ray.two_tower.training import item_vectors
 
@@ -67,14 +67,14 @@ class Late:
         return pa.table({**rows, **changes})
 
 
-def true_edges(world: World, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """src, dst, support of the serve snapshot, by the graph stage's rules."""
+def true_edges(world: World, size: int) -> Edges:
+    """Of the serve snapshot, by the graph stage's rules."""
     events = world.events[world.events[:, 2] == EVENTS.index("stream")]
-    counter = PairCounter(size, Window(END - 90 * DAY, END), 100)
+    counter = PairCounter(size, Window(END - 90 * DAY, END), 100, load_config().graph.pair_half_life)
     parts = list(counter.add(*(np.ascontiguousarray(events[:, column]) for column in (0, 1, 3))))
     assert not parts
     kept = keep_best(counter.flush(), world.ntype.astype(np.int16), 1, 30, 0)
-    return kept.src.astype(np.int64), kept.dst.astype(np.int64), kept.support
+    return Edges(kept.src.astype(np.int64), kept.dst.astype(np.int64), kept.support, kept.weight / ONE)
 
 
 def make_late(root: Path) -> Late:
@@ -92,7 +92,7 @@ def make_late(root: Path) -> Late:
     activity = describe(counts, first, dates, whole.ntype, END).astype(np.float16)
 
     torch.manual_seed(1)
-    src, dst, _ = true_edges(whole, size)
+    src, dst = true_edges(whole, size)[:2]
     types = ItemTypes(torch.from_numpy(np.cumsum([0, *SIZES])))
     model = HGNN(384, HGNN_CONFIG, types)
     for parameter in model.parameters():

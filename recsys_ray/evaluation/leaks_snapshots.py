@@ -120,29 +120,38 @@ def check_edges(
         codes: events that make edges.
         allowed: bool [types, types], the pairs of item types that make edges.
     """
-    items, parts = len(ntype), [Counted(*(np.zeros(0, np.int32) for _ in range(4)))]
+    items, parts = len(ntype), [Counted.none()]
     for shard in shards:
         uid, gid, event, time = events_before(shard, snapshot)
         wanted = np.isin(event, codes) & np.isin(uid, np.unique(uid[np.isin(gid, some)]))
-        counter = PairCounter(items, Window(snapshot.start, snapshot.time), config.max_history)
+        counter = PairCounter(items, Window(snapshot.start, snapshot.time), config.max_history, config.pair_half_life)
         for counted in (*counter.add(uid[wanted], gid[wanted], time[wanted]), counter.flush()):
             parts.append(counted.take(np.isin(counted.dst, some)))
     made = pairs.merge(parts, items)
     made = made.take(allowed[ntype[made.src], ntype[made.dst]])
     made = pairs.keep_best(made, ntype, config.min_support, config.max_neighbors, seed)
-    table = pq.read_table(stored, columns=["src", "dst", "support"])
-    src, dst, support = (column.to_numpy() for column in table.columns)
+    table = pq.read_table(stored, columns=["src", "dst", "support", "weight"])
+    src, dst, support, weight = (column.to_numpy() for column in table.columns)
     mine = np.isin(dst, some)
-    there = dict(zip(zip(dst[mine].tolist(), src[mine].tolist(), strict=True), support[mine].tolist(), strict=True))
-    wanted_edges = dict(zip(zip(made.dst.tolist(), made.src.tolist(), strict=True), made.support.tolist(), strict=True))
+    there = _by_edge(src[mine], dst[mine], support[mine], weight[mine])
+    wanted_edges = _by_edge(made.src, made.dst, made.support, (made.weight / pairs.ONE).astype(np.float32))
     for to, of in sorted(there.keys() | wanted_edges.keys()):
-        found, expected = there.get((to, of), 0), wanted_edges.get((to, of), 0)
+        found, expected = (edges.get((to, of), (0, 0.0)) for edges in (there, wanted_edges))
         if found != expected:
             raise LeakError(
                 f"snapshot {snapshot.name}, before {words.time(snapshot.time)}: the edge from {words.item(of)} to "
-                f"{words.item(to)} is of {found} users, but of {expected} by the events that the snapshot may know"
+                f"{words.item(to)} is of {found[0]} users and weighs {found[1]:.4g}, but of {expected[0]} and "
+                f"{expected[1]:.4g} by the events that the snapshot may know"
             )
     return len(there)
+
+
+def _by_edge(
+    src: np.ndarray, dst: np.ndarray, support: np.ndarray, weight: np.ndarray
+) -> dict[tuple[int, int], tuple[int, float]]:
+    """(dst, src) -> users and weight."""
+    edges = zip(dst.tolist(), src.tolist(), strict=True)
+    return dict(zip(edges, zip(support.tolist(), weight.tolist(), strict=True), strict=True))
 
 
 def check_activity(

@@ -16,7 +16,7 @@ import torch
 from recsys_ray.evaluation.metrics import bootstrap_interval
 from recsys_ray.evaluation.segments import Catalogue
 from recsys_ray.evaluation.shards import read_events
-from recsys_ray.graph.pairs import Window, edge_hash, latest_items, pair_keys, recency_bits
+from recsys_ray.graph.pairs import Window, edge_hash, key_bits, latest_items, pair_keys
 
 CUTOFFS = (10, 100)
 _CELLS = 1 << 25  # scores held at once: 128 MB
@@ -46,7 +46,7 @@ def shared_pairs(shard: Path, period: Period, catalogue: Catalogue, limit: int) 
     latest = latest_items(events.uid, events.gid.astype(np.int64), events.timestamp, window, period.max_history, items)
     found = np.empty((2, 0), np.int64)
     for keys in pair_keys(*latest, window, items):
-        pair = np.stack(np.divmod(np.unique(keys >> recency_bits(items)), items))
+        pair = np.stack(np.divmod(np.unique(keys >> sum(key_bits(items))), items))
         found = merge_pairs([found, pair[:, catalogue.type_of(pair[0]) == catalogue.type_of(pair[1])]], limit, period)
     return found
 

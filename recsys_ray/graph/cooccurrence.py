@@ -27,8 +27,8 @@ from recsys_ray.graph.pairs import Counted, PairCounter, Window
 from recsys_ray.progress import Progress
 from recsys_ray.snapshots import Snapshot
 
-_COUNTED = pa.schema([(name, pa.int32()) for name in ("src", "dst", "support", "recency")])
-_EDGES = pa.schema([(name, pa.int32()) for name in ("src", "dst", "support")])
+_COUNTED = pa.schema([(name, pa.int64() if name == "weight" else pa.int32()) for name in pairs.COLUMNS])
+_EDGES = pa.schema([*((name, pa.int32()) for name in ("src", "dst", "support")), ("weight", pa.float32())])
 _ROWS = 1_000_000  # events that a task reads at a time
 
 
@@ -41,7 +41,7 @@ def build_edges(
     out: Path,
     progress: Progress,
 ) -> dict[str, dict[str, int]]:
-    """Write ``out/<snapshot>.parquet`` (src, dst, support; sorted by dst, src) for every snapshot.
+    """Write ``out/<snapshot>.parquet`` (src, dst, support, weight; sorted by dst, src) for every snapshot.
 
     What an interrupted call finished is kept, down to single tasks (below ``_scratch`` beside ``out``).
 
@@ -84,7 +84,7 @@ def _count(
 ) -> None:
     windows = {s.name: Window(s.start, s.time, s.without) for s in snapshots}
     work = [
-        (shard, scratch / shard.stem, windows, codes, bounds, config.graph.max_history)
+        (shard, scratch / shard.stem, windows, codes, bounds, config.graph.max_history, config.graph.pair_half_life)
         for shard in shards
         if not _is_done(scratch / shard.stem, windows)
     ]
@@ -144,8 +144,9 @@ def _collect(waiting: list[Any], shown: Any) -> list[Any]:
 
 
 def count_shard(
-    shard: Path, folder: Path, windows: dict[str, Window], codes: list[int], bounds: list[int], max_history: int
-) -> None:
+    shard: Path, folder: Path, windows: dict[str, Window], codes: list[int], bounds: list[int], max_history: int,
+    half_life: float | None,
+) -> None:  # fmt: skip
     """Count the pairs of one shard's users in every window, into ``folder/<snapshot>-<n>.parquet``.
 
     Each file holds one row group per range of destinations (``bounds``: the ranges' ends), sorted by (dst, src).
@@ -154,7 +155,7 @@ def count_shard(
     folder.mkdir(parents=True)
     items = bounds[-1]
     hold = pairs.HOLD // len(windows)
-    counters = {name: PairCounter(items, window, max_history, hold) for name, window in windows.items()}
+    counters = {name: PairCounter(items, window, max_history, half_life, hold) for name, window in windows.items()}
     files = dict.fromkeys(windows, 0)
 
     def write(name: str, counted: Counted) -> None:
@@ -197,7 +198,7 @@ def _write_ranges(counted: Counted, bounds: Sequence[int], path: Path) -> None:
         begin = 0
         for end in ends.tolist():
             part = counted.take(slice(begin, end))
-            table = pa.table([part.src, part.dst, part.support, part.recency], schema=_COUNTED)
+            table = pa.table(list(vars(part).values()), schema=_COUNTED)
             writer.write_table(table, row_group_size=max(1, len(part)))
             begin = end
 
@@ -208,7 +209,7 @@ def reduce_range(
 ) -> None:  # fmt: skip
     """Merge range ``r`` of every shard's counts, keep the best edges of the allowed relations (bool [types, types];
     default: all), write them to ``out``."""
-    parts = [Counted(*(np.zeros(0, np.int32) for _ in range(4)))]
+    parts = [Counted.none()]
     for path in sorted(scratch.glob(f"shard-*/{snapshot}-*.parquet")):
         with pq.ParquetFile(path) as file:
             table = file.read_row_group(r)
@@ -218,7 +219,8 @@ def reduce_range(
         edges = edges.take(allowed[ntype[edges.src], ntype[edges.dst]])
     edges = pairs.keep_best(edges, ntype, min_support, max_neighbors, seed)
     out.parent.mkdir(parents=True, exist_ok=True)
-    table = pa.table([edges.src, edges.dst, edges.support.astype(np.int32)], schema=_EDGES)
+    weight = (edges.weight / pairs.ONE).astype(np.float32)
+    table = pa.table([edges.src, edges.dst, edges.support.astype(np.int32), weight], schema=_EDGES)
     aside = out.with_suffix(".tmp")
     pq.write_table(table, aside, compression="zstd")
     aside.replace(out)

@@ -1,13 +1,23 @@
 """Counting which items users share, with bounded memory: plain NumPy, no Ray.
 
-A pair is counted as one integer, ``(a * items + b) << bits | recency`` with a < b, so that one sort of integers gives
-the number of users that share it and the latest time at which it was shared.
+A pair counts for less the further apart its items lie in the user's history, and from the later item to the earlier one
+for half:
+
+    weight of a -> b = sum over users that have both of 2^(-(places from a to b - 1) / half_life)   where b came later
+                                                    half of that                                    where b came first
+
+so that what is chosen soon after an item ranks before what is chosen by the same people (ours, not the papers').
+
+A pair of one user is one integer with a < b, ``(a * items + b) << bits | recency | order | places``: one sort of
+integers gives the number of users that share it, its weight in both directions and the latest time at which it was
+shared.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,7 +26,9 @@ from recsys_ray.hashing import splitmix64
 from recsys_ray.snapshots import Fold
 
 PAIRS_AT_ONCE = 2_000_000  # pairs that are expanded and sorted together; 8 bytes each, a few times over
-HOLD = 12_000_000  # counted pairs that one task holds before it writes them out, over all windows; 24 bytes each
+HOLD = 8_000_000  # counted pairs that one task holds before it writes them out, over all windows; 40 bytes each
+ONE = 256  # of Counted.weight: whole numbers add up to the same in any order
+_PLACE_BITS = 8  # of a key: which of both came first, and how many places lie between; more than 127 count as 127
 
 
 @dataclass(frozen=True)
@@ -35,27 +47,39 @@ class Window:
 
 @dataclass(frozen=True)
 class Counted:
-    """Directed edges: src, dst int32, support int32 (users), recency int32 (grows with time)."""
+    """Directed edges: src, dst int32, support int32 (users), weight int64 (in parts of ``ONE``), recency int32 (grows
+    with time)."""
 
     src: np.ndarray
     dst: np.ndarray
     support: np.ndarray
+    weight: np.ndarray
     recency: np.ndarray
 
     def __len__(self) -> int:
         return len(self.src)
 
     def take(self, index: np.ndarray | slice) -> Counted:
-        return Counted(self.src[index], self.dst[index], self.support[index], self.recency[index])
+        return Counted(*(column[index] for column in vars(self).values()))
+
+    @staticmethod
+    def none() -> Counted:
+        return Counted(*(np.zeros(0, np.int64 if name == "weight" else np.int32) for name in COLUMNS))
 
     @staticmethod
     def concatenate(parts: list[Counted]) -> Counted:
-        return Counted(*(np.concatenate([getattr(p, n) for p in parts]) for n in ("src", "dst", "support", "recency")))
+        return Counted(*(np.concatenate([getattr(p, n) for p in parts]) for n in COLUMNS))
 
 
-def recency_bits(items: int) -> int:
-    """Bits that are left for the time of a pair beside both its items; at most 16."""
-    return max(0, min(16, 63 - 2 * max(1, (items - 1).bit_length())))
+COLUMNS = tuple(Counted.__dataclass_fields__)
+
+
+def key_bits(items: int) -> tuple[int, int]:
+    """Bits that are left beside both items of a pair: for its time (at most 16), and for order and places (at least
+    one: gids are int32)."""
+    left = 63 - 2 * max(1, (items - 1).bit_length())
+    places = min(_PLACE_BITS, left)
+    return min(16, left - places), places
 
 
 def latest_items(
@@ -92,9 +116,9 @@ def pair_keys(
     """
     starts = np.flatnonzero(np.r_[True, uid[1:] != uid[:-1]]) if len(uid) else np.zeros(0, np.int64)
     sizes = np.diff(np.r_[starts, len(uid)])
-    bits = recency_bits(items)
+    time_bits, place_bits = key_bits(items)
     age = np.maximum(0, timestamp - window.start)
-    step = max(1, -(-(window.time - window.start) // (1 << bits)))
+    step = max(1, -(-(window.time - window.start) // (1 << time_bits)))
     total = np.cumsum(sizes * (sizes - 1) // 2)
     begin = 0
     while begin < len(starts):
@@ -106,36 +130,66 @@ def pair_keys(
         left = np.repeat(np.arange(low, high), followers)
         right = left + 1 + np.arange(len(left)) - np.repeat(np.cumsum(followers) - followers, followers)
         a, b = np.minimum(gid[left], gid[right]).astype(np.int64), np.maximum(gid[left], gid[right])
-        recent = np.maximum(age[left], age[right]) // step
-        yield ((a * items + b) << bits) | recent
+        key = ((a * items + b) << time_bits) | np.maximum(age[left], age[right]) // step
+        key = (key << 1) | (gid[left] > gid[right])
+        yield (key << (place_bits - 1)) | np.minimum(right - left, (1 << (place_bits - 1)) - 1)
         begin = end
 
 
-def count_keys(keys: np.ndarray, items: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Distinct pairs (``a * items + b``, ascending), users that share each, and the latest recency."""
+class Pairs(NamedTuple):
+    """Counted unordered pairs."""
+
+    key: np.ndarray  # int64, ascending: a * items + b with a < b
+    support: np.ndarray  # int64: users
+    forth: np.ndarray  # int64: weight of a -> b, in parts of ONE
+    back: np.ndarray  # int64: of b -> a
+    recency: np.ndarray  # int64
+
+
+def count_keys(keys: np.ndarray, items: int, half_life: float | None) -> Pairs:
+    """The distinct pairs among the keys of :func:`pair_keys`. ``half_life``: in places; None: all pairs weigh 1 in both
+    directions."""
     keys = np.sort(keys)
-    bits = recency_bits(items)
-    pair = keys >> bits
-    last = np.flatnonzero(np.r_[pair[1:] != pair[:-1], True]) if len(pair) else np.zeros(0, np.int64)
-    support = np.diff(np.r_[-1, last])
-    return pair[last], support, keys[last] & ((1 << bits) - 1)
+    time_bits, place_bits = key_bits(items)
+    pair = keys >> (time_bits + place_bits)
+    starts = np.flatnonzero(np.r_[True, pair[1:] != pair[:-1]]) if len(pair) else np.zeros(0, np.int64)
+    last = np.r_[starts[1:], len(pair)][: len(starts)] - 1
+    order_and_places = keys & ((1 << place_bits) - 1)
+    if len(starts) == 0:
+        return Pairs(*(np.zeros(0, np.int64) for _ in Pairs._fields))
+    forth, back = (np.add.reduceat(table[order_and_places], starts) for table in _weights(place_bits, half_life))
+    recency = (keys[last] >> place_bits) & ((1 << time_bits) - 1)
+    return Pairs(pair[starts], last - starts + 1, forth, back, recency)
+
+
+def _weights(place_bits: int, half_life: float | None) -> tuple[np.ndarray, np.ndarray]:
+    """Weights of a -> b and of b -> a, int64 [2^place_bits], by the lowest bits of a key."""
+    codes = np.arange(1 << place_bits)
+    if half_life is None:
+        return np.full(len(codes), ONE), np.full(len(codes), ONE)
+    b_first = codes >> (place_bits - 1) == 1
+    places = np.maximum(codes & ((1 << (place_bits - 1)) - 1), 1)
+    weight = ONE * 0.5 ** ((places - 1) / half_life)
+    forth, back = (np.rint(weight * np.where(early, 1.0, 0.5)).astype(np.int64) for early in (~b_first, b_first))
+    return forth, back
 
 
 class PairCounter:
     """Counts the pairs of many chunks of users; hands out what it holds when that becomes too much."""
 
-    def __init__(self, items: int, window: Window, max_history: int, hold: int = HOLD) -> None:
+    def __init__(self, items: int, window: Window, max_history: int, half_life: float | None, hold: int = HOLD) -> None:
         self._items, self._window, self._max_history, self._hold = items, window, max_history, hold
-        self._held: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self._half_life = half_life
+        self._held: list[Pairs] = []
         self._size = 0
 
     def add(self, uid: np.ndarray, gid: np.ndarray, timestamp: np.ndarray) -> Iterator[Counted]:
         """Count events [n] of whole users (ascending by uid); yields full holds, as :meth:`flush` does."""
         latest = latest_items(uid, gid, timestamp, self._window, self._max_history, self._items)
         for keys in pair_keys(*latest, self._window, self._items):
-            counted = count_keys(keys, self._items)
+            counted = count_keys(keys, self._items, self._half_life)
             self._held.append(counted)
-            self._size += len(counted[0])
+            self._size += len(counted.key)
             if self._size > self._hold:
                 self._merge()
                 if self._size > self._hold // 2:  # merging did not help: the pairs are mostly distinct
@@ -144,38 +198,44 @@ class PairCounter:
     def flush(self) -> Counted:
         """What is held, as directed edges in both directions sorted by (dst, src); empties the counter."""
         self._merge()
-        pair, support, recency = self._held.pop() if self._held else (np.zeros(0, np.int64),) * 3
+        if not self._held:
+            return Counted.none()
+        found = self._held.pop()
         self._size = 0
-        a, b = (pair // self._items).astype(np.int32), (pair % self._items).astype(np.int32)
+        a, b = (found.key // self._items).astype(np.int32), (found.key % self._items).astype(np.int32)
         both = Counted(
             np.concatenate([a, b]),
             np.concatenate([b, a]),
-            np.concatenate([support, support]).astype(np.int32),
-            np.concatenate([recency, recency]).astype(np.int32),
+            np.concatenate([found.support, found.support]).astype(np.int32),
+            np.concatenate([found.forth, found.back]),
+            np.concatenate([found.recency, found.recency]).astype(np.int32),
         )
         return both.take(np.argsort(both.dst.astype(np.int64) * self._items + both.src))
 
     def _merge(self) -> None:
         if len(self._held) > 1:
-            pair, support, recency = (np.concatenate(column) for column in zip(*self._held, strict=True))
-            self._held = [_sum_by_key(pair, support, recency)]
-        self._size = sum(len(held[0]) for held in self._held)
+            key, *sums, recency = (np.concatenate(column) for column in zip(*self._held, strict=True))
+            self._held = [Pairs(*_sum_by_key(key, sums, recency))]
+        self._size = sum(len(held.key) for held in self._held)
 
 
-def _sum_by_key(key: np.ndarray, support: np.ndarray, recency: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _sum_by_key(key: np.ndarray, sums: Sequence[np.ndarray], recency: np.ndarray) -> list[np.ndarray]:
+    """Distinct keys, ascending, the sums of each column, and the latest recency."""
     order = np.argsort(key, kind="stable")
-    key, support, recency = key[order], support[order], recency[order]
+    key = key[order]
     first = np.flatnonzero(np.r_[True, key[1:] != key[:-1]]) if len(key) else np.zeros(0, np.int64)
     if len(first) == 0:
-        return key, support, recency
-    return key[first], np.add.reduceat(support, first), np.maximum.reduceat(recency, first)
+        return [key, *sums, recency]
+    added = [np.add.reduceat(column[order], first) for column in sums]
+    return [key[first], *added, np.maximum.reduceat(recency[order], first)]
 
 
 def merge(parts: list[Counted], items: int) -> Counted:
     """Sum what several tasks counted of the same edges; sorted by (dst, src)."""
     whole = Counted.concatenate(parts)
-    key, support, recency = _sum_by_key(whole.dst.astype(np.int64) * items + whole.src, whole.support, whole.recency)
-    return Counted((key % items).astype(np.int32), (key // items).astype(np.int32), support, recency)
+    key = whole.dst.astype(np.int64) * items + whole.src
+    key, support, weight, recency = _sum_by_key(key, [whole.support, whole.weight], whole.recency)
+    return Counted((key % items).astype(np.int32), (key // items).astype(np.int32), support, weight, recency)
 
 
 def allowed_relations(relations: str | Sequence[tuple[str, str]], item_types: Sequence[str]) -> np.ndarray:
@@ -200,7 +260,7 @@ def allowed_relations(relations: str | Sequence[tuple[str, str]], item_types: Se
 def keep_best(edges: Counted, ntype: np.ndarray, min_support: int, max_neighbors: int, seed: int) -> Counted:
     """Drop edges below ``min_support``, then keep of each (dst, type of src) the ``max_neighbors`` best.
 
-    Better is more support, then more recent, then a hash of the pair and the seed (any order by id would favour items
+    Better is more weight, then more recent, then a hash of the pair and the seed (any order by id would favour items
     that happen to come first). The result does not depend on how the work was split.
     """
     edges = edges.take(edges.support >= min_support)
@@ -221,12 +281,12 @@ def keep_best(edges: Counted, ntype: np.ndarray, min_support: int, max_neighbors
 
 def _best_first(edges: Counted, group: np.ndarray, seed: int) -> np.ndarray:
     """Order of edges (sorted by dst, src) by group, then from the best to the worst."""
-    support, recency = edges.support.max() - edges.support, edges.recency.max() - edges.recency
+    weight, recency = edges.weight.max() - edges.weight, edges.recency.max() - edges.recency.astype(np.int64)
     tie = (edge_hash(edges.src, edges.dst, seed) >> np.uint64(48)).astype(np.int64)  # 16 bits; then by src
-    bits = [int(column.max()).bit_length() for column in (group, support, recency)]
+    bits = [int(column.max()).bit_length() for column in (group, weight, recency)]
     if sum(bits) + 16 > 63:
-        return np.lexsort((tie, recency, support, group))
-    key = (group << bits[1]) | support  # all in one integer: one sort instead of four
+        return np.lexsort((tie, recency, weight, group))
+    key = (group << bits[1]) | weight  # all in one integer: one sort instead of four
     return np.argsort((((key << bits[2]) | recency) << 16) | tie, kind="stable")
 
 

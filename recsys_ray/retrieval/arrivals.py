@@ -238,10 +238,10 @@ def arriving_edges(
     codes: Sequence[int],
     config: Config,
     window: Window,
-) -> tuple[Counted, Longs]:
-    """What sends to the arriving items, by the rules of the graph stage, and users of all items, which are whole for
-    the arriving ones. Of the bundle's users the stored latest events count, whatever their kind: where these are cut,
-    so are the edges.
+) -> tuple[Counted, Counted, Longs]:
+    """What sends to the arriving items, by the rules of the graph stage; the same pairs in both directions; and users
+    of all items, which are whole for the arriving ones. Of the bundle's users the stored latest events count, whatever
+    their kind: where these are cut, so are the edges.
 
     Args:
         histories: of the bundle that is extended.
@@ -255,13 +255,16 @@ def arriving_edges(
     both = Events(*(np.concatenate(pair) for pair in zip(vars(old).values(), vars(mine).values(), strict=True)))
     both = both.where(np.isin(both.event, codes))
     both = both.where(np.lexsort((both.timestamp, both.uid)))  # stable: of equal times the stored ones first
-    counter, parts = PairCounter(size, window, rules.max_history), list[Counted]()
+    counter, parts = PairCounter(size, window, rules.max_history, rules.pair_half_life), list[Counted]()
     for counted in (*counter.add(both.uid, both.gid, both.timestamp), counter.flush()):
-        parts.append(counted.take(np.isin(counted.dst, new.gid)))
+        parts.append(counted.take(np.isin(counted.dst, new.gid) | np.isin(counted.src, new.gid)))
     ntype = with_arrivals(known, new)
     allowed = allowed_relations(rules.relations, new.types)
-    edges = merge(parts, size)
-    edges = edges.take(allowed[ntype[edges.src], ntype[edges.dst]])
+    whole = merge(parts, size)
+    whole = whole.take(allowed[ntype[whole.src], ntype[whole.dst]])
+    edges = whole.take(np.isin(whole.dst, new.gid))
     edges = keep_best(edges, ntype, rules.min_support, rules.max_neighbors, config.data_seed)
+    there, back = edges.dst.astype(np.int64) * size + edges.src, edges.src.astype(np.int64) * size + edges.dst
+    directions = whole.take(np.isin(whole.dst.astype(np.int64) * size + whole.src, np.concatenate([there, back])))
     _, latest, _ = latest_items(both.uid, both.gid, both.timestamp, window, rules.max_history, size)
-    return edges, np.bincount(latest, minlength=size)
+    return edges, directions, np.bincount(latest, minlength=size)

@@ -40,7 +40,7 @@ from recsys_ray.data.schema import nearest
 from recsys_ray.data.split import is_leave_one_out
 from recsys_ray.data.validate import Catalogue, EventRules
 from recsys_ray.graph.activity import NEVER, count_events, describe
-from recsys_ray.graph.pairs import Counted, Window
+from recsys_ray.graph.pairs import ONE, Counted, Window
 from recsys_ray.hgnn.inductive import Surroundings, embed_inductively
 from recsys_ray.progress import Progress
 from recsys_ray.retrieval.arrivals import (
@@ -151,9 +151,11 @@ class _Extension:
         start = 0 if counts["window_days"] is None else end - counts["window_days"] * DAY
         histories = Histories(self.source.path / "histories.safetensors")
         codes = self._codes(self.config.events.edges)
-        edges, users = arriving_edges(known, new, trickle, histories, codes, self.config, Window(start, end))
+        edges, directions, users = arriving_edges(
+            known, new, trickle, histories, codes, self.config, Window(start, end)
+        )
         self._write_vectors(known, new, edges, self._write_activity(known, new, trickle, end))
-        self._write_memory(known, new, edges, users)
+        self._write_memory(known, new, directions, users)
         self._write_items(new)
         self._write_people(new, trickle, start, end)
         recall, exact = self._write_indexes(new)
@@ -237,11 +239,11 @@ class _Extension:
         self._grow("hgnn.safetensors", new, embedding=embedding.numpy())
         self._grow("vectors.safetensors", new, vector=vectors)
 
-    def _write_memory(self, known: Known, new: Arrivals, edges: Counted, users: Array) -> None:
+    def _write_memory(self, known: Known, new: Arrivals, directions: Counted, users: Array) -> None:
         if (self.source.path / MEMORY).exists():
             ridge = TowerSpec.load(self.source.path / "user_tower" / "spec.json").ridge
             memory, ntype = Memory.load(self.source.path / MEMORY), with_arrivals(known, new)
-            columns = edges.src, edges.dst, edges.support
+            columns = directions.src, directions.dst, directions.weight / ONE
             memory.extended(*columns, users, new.gid, ntype, ridge).save(self.work / MEMORY)
 
     def _encode(self, new: Arrivals) -> Array:

@@ -96,18 +96,18 @@ class Memory:
         self,
         src: Int[np.ndarray, "n"],
         dst: Int[np.ndarray, "n"],
-        support: Int[np.ndarray, "n"],
+        weight: Float[np.ndarray, "n"],
         users: Int[np.ndarray, "items"],
         anew: Int[np.ndarray, "m"],
         ntype: Int[np.ndarray, "items"],
         ridge: float,
     ) -> Memory:
-        """With the edges of the items ``anew`` in the place of those that they have here, in both directions.
+        """With the edges of the items ``anew`` in the place of those that they have here.
 
-        Nothing is solved: b_ij = c_ij / (users of i + ridge), as if the neighbours had no user in common.
+        Nothing is solved: b_ij = w_ij / (users of i + ridge), as if the neighbours had no user in common.
 
         Args:
-            src, dst, support: edges into ``anew``.
+            src, dst, weight: edges into ``anew`` and out of it, each once.
             users: of the items, whole for ``anew``; of others at least those who made the edges.
             ntype: of all items.
         """
@@ -117,15 +117,12 @@ class Memory:
         known[: len(self.users)] = self.users
         known[fresh] = 0
         known = np.maximum(known, users)  # what now has an edge is blank no more
-        key = np.concatenate([src.astype(np.int64) * len(ntype) + dst, dst.astype(np.int64) * len(ntype) + src])
-        key, first = np.unique(key, return_index=True)
-        new_src, new_dst = key // len(ntype), key % len(ntype)
-        made = support[first % max(len(support), 1)] / (known[new_src] + ridge)
+        made = weight / (known[src] + ridge)
         old_src = np.repeat(np.arange(len(self.users)), np.diff(self.begin))
         kept = ~fresh[old_src] & ~fresh[self.gid]
         return Memory.of_edges(
-            np.concatenate([old_src[kept], new_src]),
-            np.concatenate([self.gid[kept], new_dst]),
+            np.concatenate([old_src[kept], src]),
+            np.concatenate([self.gid[kept], dst]),
             np.concatenate([self.coefficient[kept], made[:, None]]),
             known,
             ntype,

@@ -1,12 +1,15 @@
 """Fits the direct memory: for each item a ridge regression on its neighbours in the co-interaction graph.
 
-    b_.j = argmin over b of sum over users of (x_uj - sum over i in N_j of x_ui b_i)^2 + ridge * |b|^2
-         = (G + ridge I)^-1 g,    G_ik = users of i and k,  g_i = users of i and j,  i and k in N_j
+    b_.j = (G + ridge I)^-1 g,    G_ik = users of i and k,  g_i = weight of the edge i -> j,  i and k in N_j
 
-x_ui says whether u had i, and N_j are j's neighbours in a snapshot: EASE^R (Steck, WWW 2019) kept to the graph, with a
-system of a few dozen numbers an item instead of one of the whole catalogue; SLIM with the neighbours as selected
-features (Ning and Karypis, ICDM 2011), without its L1 term. A pair i, k that the graph dropped counts as 0 users; G may
-then have negative eigenvalues, and coefficients that a small ridge lets grow without measure are cut at -1 and 1.
+N_j are j's neighbours in a snapshot. Were g_i the users of i and j, b_.j would be the ridge regression of having j on
+having its neighbours: EASE^R (Steck, WWW 2019) kept to the graph, with a system of a few dozen numbers an item instead
+of one of the whole catalogue; SLIM with the neighbours as selected features (Ning and Karypis, ICDM 2011), without its
+L1 term. The weight counts a user for less the further back i lies before j, and for less still where j came first
+(recsys_ray/graph/pairs.py): it is a regression on choosing j soon.
+
+A pair i, k that the graph dropped counts as 0 users; G may then have negative eigenvalues, and coefficients that a
+small ridge lets grow without measure are cut at -1 and 1.
 
 One task a shard of interactions counts users, one a range of items solves.
 """
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -29,8 +33,16 @@ from recsys_ray.snapshots import Snapshot
 from recsys_ray.tasks import in_parallel, result_of
 from recsys_ray.two_tower.memory import RIDGES, Memory, memory_file
 
-Edges = tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"], Int[np.ndarray, "n"]]  # src, dst, support; sorted by dst
 _RANGES = 8  # of items, whose systems are solved by one task each
+
+
+class Edges(NamedTuple):
+    """Of a snapshot; sorted by dst."""
+
+    src: Int[np.ndarray, "n"]
+    dst: Int[np.ndarray, "n"]
+    support: Int[np.ndarray, "n"]  # users
+    weight: Float[np.ndarray, "n"]
 
 
 def fit_memories(
@@ -59,10 +71,10 @@ def fit_memories(
             edges = read_edges(graph / "edges" / f"{snapshot.name}.parquet")
             shared, remote = (ray.put(edges), ray.put(users)), ray.remote(num_cpus=1)(solve)
             parts = []
-            for part in [remote.remote(*shared, begin, end) for begin, end in _ranges(edges[1])]:
+            for part in [remote.remote(*shared, begin, end) for begin, end in _ranges(edges.dst)]:
                 parts.append(result_of(part))
                 task.advance()
-            memory = Memory.of_edges(*edges[:2], np.concatenate(parts), users, ntype)
+            memory = Memory.of_edges(edges.src, edges.dst, np.concatenate(parts), users, ntype)
             memory.save(memory_file(out, snapshot.name))
 
 
@@ -74,9 +86,7 @@ def _ranges(dst: Int[np.ndarray, "n"]) -> list[tuple[int, int]]:
 
 
 def read_edges(path: Path) -> Edges:
-    table = pq.read_table(path, columns=["src", "dst", "support"])
-    src, dst, support = (column.to_numpy() for column in table.columns)
-    return src, dst, support
+    return Edges(*(column.to_numpy() for column in pq.read_table(path, columns=list(Edges._fields)).columns))
 
 
 def count_users(
@@ -98,7 +108,7 @@ def solve(edges: Edges, users: Int[np.ndarray, "items"], begin: int, end: int) -
         edges: all of them.
         users: of each item.
     """
-    (src, dst, support), items = edges, len(users)
+    (src, dst, support, weight), items = edges, len(users)
     start = np.searchsorted(dst, np.arange(items + 1))
     solved = np.zeros((end - begin, len(RIDGES)), np.float32)
     place = np.full(items, -1)
@@ -114,7 +124,7 @@ def solve(edges: Edges, users: Int[np.ndarray, "items"], begin: int, end: int) -
         gram[row, column] = gram[column, row] = shared
         systems = np.repeat(gram[None], len(RIDGES), axis=0)
         np.einsum("rnn->rn", systems)[:] = users[near] + np.array(RIDGES)[:, None]
-        right = np.broadcast_to(support[mine].astype(np.float64)[:, None], (len(RIDGES), len(near), 1))
+        right = np.broadcast_to(weight[mine].astype(np.float64)[:, None], (len(RIDGES), len(near), 1))
         solved[mine.start - begin : mine.stop - begin] = _solutions(systems, right)[:, :, 0].T
         place[near] = -1
     return solved

@@ -24,18 +24,25 @@ WIDE = Window(0, 10_000)
 Event = tuple[int, int, int]  # uid, gid, timestamp
 
 
-def brute_force(events: list[Event], window: Window, max_history: int) -> dict[tuple[int, int], tuple[int, int]]:
-    """(src, dst) -> (support, time at which the pair was last made)."""
+HALF_LIFE = 3.0
+Edges = dict[tuple[int, int], tuple[int, float]]  # (src, dst) -> (support, weight)
+
+
+def brute_force(events: list[Event], window: Window, max_history: int, half_life: float | None = HALF_LIFE) -> Edges:
+    """The way the formula of pairs.py reads, in 256ths."""
     latest: dict[int, dict[int, int]] = defaultdict(dict)
     for uid, gid, timestamp in events:
         if window.start <= timestamp < window.time:
             latest[uid][gid] = max(timestamp, latest[uid].get(gid, 0))
-    edges: dict[tuple[int, int], tuple[int, int]] = {}
+    edges: Edges = {}
     for items in latest.values():
         kept = sorted(items.items(), key=lambda item: (item[1], item[0]))[-max_history:]
-        for (a, time_a), (b, time_b) in permutations(kept, 2):
-            support, time = edges.get((a, b), (0, 0))
-            edges[a, b] = (support + 1, max(time, time_a, time_b))
+        for (place_a, (a, _)), (place_b, (b, _)) in permutations(enumerate(kept), 2):
+            weight = 1.0
+            if half_life is not None:
+                weight = 0.5 ** ((abs(place_b - place_a) - 1) / half_life) * (1 if place_a < place_b else 0.5)
+            support, total = edges.get((a, b), (0, 0.0))
+            edges[a, b] = (support + 1, total + round(256 * weight) / 256)
     return edges
 
 
@@ -60,23 +67,24 @@ def sharded(
     min_support: int = 1,
     max_neighbors: int = 1000,
     allowed: np.ndarray | None = None,
-) -> dict[str, dict[tuple[int, int], int]]:
-    """The tasks of build_edges, without Ray: snapshot -> (src, dst) -> support."""
+    half_life: float | None = HALF_LIFE,
+) -> dict[str, Edges]:
+    """The tasks of build_edges, without Ray: the edges of each snapshot."""
     bounds = [items * r // ranges for r in range(1, ranges + 1)]
     ntype = np.zeros(items, np.int16) if ntype is None else ntype
     for shard in range(shards):
         file = folder / f"shard-{shard:05d}.parquet"
         write_shard(file, [row for row in events if row[0] % shards == shard])
-        count_shard(file, folder / "scratch" / file.stem, windows, [0], bounds, max_history)
-    found: dict[str, dict[tuple[int, int], int]] = {}
+        count_shard(file, folder / "scratch" / file.stem, windows, [0], bounds, max_history, half_life)
+    found: dict[str, Edges] = {}
     for name in windows:
         found[name] = {}
         for r in range(ranges):
             out = folder / "out" / f"{name}-{r}.parquet"
             reduce_range(folder / "scratch", name, r, ntype, min_support, max_neighbors, 0, out, allowed)
-            src, dst, support = (column.to_pylist() for column in pq.read_table(out).columns)
+            src, dst, *values = (column.to_pylist() for column in pq.read_table(out).columns)
             assert list(zip(dst, src, strict=True)) == sorted(zip(dst, src, strict=True))
-            found[name].update(zip(zip(src, dst, strict=True), support, strict=True))
+            found[name].update(zip(zip(src, dst, strict=True), zip(*values, strict=True), strict=True))
     return found
 
 
@@ -92,14 +100,13 @@ def test_sharded_counts_equal_brute_force(
     folder = tmp_path_factory.mktemp("pairs")
     found = sharded(folder, events, 9, windows, shards, ranges, max_history)
     for name, window in windows.items():
-        expected = brute_force(events, window, max_history)
-        assert found[name] == {edge: support for edge, (support, _) in expected.items()}
+        assert found[name] == brute_force(events, window, max_history)
 
 
 def test_window_is_half_open(tmp_path: Path) -> None:
     events = [(0, 0, 10), (0, 1, 20), (1, 0, 9), (1, 1, 15), (2, 2, 19), (2, 3, 10)]
     found = sharded(tmp_path, events, 4, {"w": Window(10, 20)})
-    assert found["w"] == {(2, 3): 1, (3, 2): 1}
+    assert found["w"] == {(3, 2): (1, 1.0), (2, 3): (1, 0.5)}  # item 3 came first
 
 
 @settings(max_examples=40, deadline=None)
@@ -112,13 +119,13 @@ def test_a_fold_makes_no_edge_of_the_graph_without_it(
     found = sharded(tmp_path_factory.mktemp("folds"), events, 9, windows)
     for name, fold in folds.items():
         others = [row for row in events if not fold.has(np.array([row[0]]))[0]]
-        assert found[name] == {edge: support for edge, (support, _) in brute_force(others, WIDE, 100).items()}
+        assert found[name] == brute_force(others, WIDE, 100)
 
 
 def test_an_interrupted_count_is_kept_for_the_same_fold_only(tmp_path: Path) -> None:
     write_shard(tmp_path / "shard-00000.parquet", [(uid, gid, 1) for uid in range(9) for gid in range(3)])
     windows = [{"w": Window(0, 2, Fold(k, 2, 0))} for k in range(2)]
-    count_shard(tmp_path / "shard-00000.parquet", tmp_path / "s", windows[0], [0], [3], 10)
+    count_shard(tmp_path / "shard-00000.parquet", tmp_path / "s", windows[0], [0], [3], 10, None)
     assert [_is_done(tmp_path / "s", each) for each in windows] == [True, False]
 
 
@@ -128,7 +135,7 @@ def test_pairs_of_a_window_without_beginning_are_equally_recent() -> None:
     times = np.r_[-1, 1, np.arange(-998, 2)]
     for items in (1000, 2**22):
         keys = np.concatenate(list(pairs.pair_keys(uid, gid, times, Window(-(1 << 40), 2), items)))
-        _, _, recency = pairs.count_keys(keys, items)
+        recency = pairs.count_keys(keys, items, None).recency
         assert len(set(recency.tolist())) == 1
 
 
@@ -145,7 +152,7 @@ def test_a_user_with_100_000_events_costs_its_cap(tmp_path: Path, monkeypatch: p
     events = [(0, 1, 1), (0, 2, 2), *heavy, (2, 1, 3), (2, 2, 4)]
     found = sharded(tmp_path, events, 5_000, {"w": Window(0, 200_000)}, shards=1, max_history=50)
     assert len(found["w"]) in {50 * 49, 50 * 49 + 2}
-    assert found["w"][1, 2] >= 2
+    assert found["w"][1, 2][0] >= 2
 
 
 def test_spilling_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,17 +170,44 @@ def test_spilling_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_other_events_make_no_edges(tmp_path: Path) -> None:
     write_shard(tmp_path / "shard-00000.parquet", [(0, 0, 1), (0, 1, 2)], event=1)
-    count_shard(tmp_path / "shard-00000.parquet", tmp_path / "s" / "shard-00000", {"w": WIDE}, [0, 2], [2], 10)
+    count_shard(tmp_path / "shard-00000.parquet", tmp_path / "s" / "shard-00000", {"w": WIDE}, [0, 2], [2], 10, None)
     assert not list((tmp_path / "s").rglob("w-*.parquet"))
 
 
 def test_min_support(tmp_path: Path) -> None:
     events = [(0, 0, 1), (0, 1, 2), (1, 0, 1), (1, 1, 2), (2, 1, 1), (2, 2, 2)]
-    assert sharded(tmp_path, events, 3, {"w": WIDE}, min_support=2)["w"] == {(0, 1): 2, (1, 0): 2}
+    found = sharded(tmp_path, events, 3, {"w": WIDE}, min_support=2)["w"]
+    assert {edge: support for edge, (support, _) in found.items()} == {(0, 1): 2, (1, 0): 2}
+
+
+@pytest.mark.parametrize("half_life", [None, 0.5, 24.0])
+def test_pairs_further_apart_weigh_less_and_backwards_half(tmp_path: Path, half_life: float | None) -> None:
+    events = [(user, gid, 10 * place) for user in range(3) for place, gid in enumerate([7, 2, 5, 0, 9])]
+    found = sharded(tmp_path, events, 10, {"w": WIDE}, half_life=half_life)["w"]
+    assert found == brute_force(events, WIDE, 100, half_life)
+    weight = {edge: weight for edge, (_, weight) in found.items()}
+    if half_life is None:
+        assert set(weight.values()) == {3.0}
+    else:
+        assert weight[7, 2] == 3.0 == 2 * weight[2, 7]
+        assert weight[7, 0] == pytest.approx(3 * 0.5 ** (2 / half_life), rel=0.03)
+
+
+def test_what_came_just_before_is_kept_rather_than_what_more_people_had_long_before(tmp_path: Path) -> None:
+    """Before item 2: item 0 of five users, twenty places back, and item 1 of three users, at once."""
+    rows = []
+    for user in range(5):
+        others = [100 + 20 * user + k for k in range(20)]
+        rows += [(user, gid, place) for place, gid in enumerate([0, *others, *([1] if user < 3 else []), 2])]
+    for half_life, best in ((None, 0), (4.0, 1)):
+        found = sharded(tmp_path / str(best), rows, 200, {"w": WIDE}, max_neighbors=1, half_life=half_life)["w"]
+        assert [src for src, dst in found if dst == 2] == [best]
 
 
 def counted(rows: list[tuple[int, int, int, int]]) -> Counted:
-    return Counted(*(np.array(column, np.int32) for column in zip(*rows, strict=True)))
+    """Rows (src, dst, support, recency); weights are the supports."""
+    src, dst, support, recency = (np.array(column, np.int32) for column in zip(*rows, strict=True))
+    return Counted(src, dst, support, support.astype(np.int64) * pairs.ONE, recency)
 
 
 def kept(edges: Counted) -> set[tuple[int, int]]:
@@ -202,7 +236,8 @@ def test_keys_hold_every_pair(items: int) -> None:
     uid = np.zeros(3, np.int64)
     gid = np.array([0, items - 2, items - 1], np.int32)
     keys = np.concatenate(list(pairs.pair_keys(uid, gid, np.array([5, 6, 9_999]), WIDE, items)))
-    pair, support, recency = pairs.count_keys(keys, items)
+    pair, support, forth, back, recency = pairs.count_keys(keys, items, 8.0)
+    assert (np.abs(forth - 2 * back) <= 1).all() and forth[0] == forth[2] == pairs.ONE > forth[1]
     assert [divmod(p, items) for p in pair.tolist()] == [(0, items - 2), (0, items - 1), (items - 2, items - 1)]
     assert support.tolist() == [1, 1, 1]
     assert recency[1] == recency[2] >= recency[0] >= 0

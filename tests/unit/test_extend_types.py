@@ -71,7 +71,7 @@ def stages_embedding(late: Late) -> np.ndarray:
     events = late.whole.events.copy()
     events[:, 1] = np.argsort(order)[events[:, 1]]
     ntype = np.append(late.whole.ntype[order[:-1]], 3)
-    src, dst, _ = true_edges(replace(late.whole, events=events, ntype=ntype), size)
+    src, dst = true_edges(replace(late.whole, events=events, ntype=ntype), size)[:2]
     assert len(np.unique(ntype[src[dst == size - 1]])) == 3  # it hears from every type
     arrays = [mapped_arrays(bundle / f"{name}.safetensors") for name in ("text", "hidden")]
     text, hidden = arrays[0]["vector"][order].float(), arrays[1]["hidden"][order].float()

@@ -195,7 +195,7 @@ def write_edges(folder: Path, shards: list[Path], snapshot: Snapshot) -> Path:
     """The file of a snapshot, as the graph stage makes it."""
     windows = {snapshot.name: Window(snapshot.start, snapshot.time, snapshot.without)}
     for shard in shards:
-        count_pairs(shard, folder / shard.stem, windows, [0], [ITEMS], GRAPH.max_history)
+        count_pairs(shard, folder / shard.stem, windows, [0], [ITEMS], GRAPH.max_history, GRAPH.pair_half_life)
     out = folder / f"{snapshot.name}.parquet"
     ntype = np.zeros(ITEMS, np.int16)
     reduce_range(folder, snapshot.name, 0, ntype, GRAPH.min_support, GRAPH.max_neighbors, 0, out)

@@ -68,7 +68,8 @@ def run(tmp_path) -> FinishedRun:
     save_arrays(folders["featurize"] / "text.safetensors", {"vector": text})
     activity = {}
     for s in snapshots:
-        count_pairs(shard, tmp_path / "s" / shard.stem, {s.name: Window(s.start, s.time)}, [0], [ITEMS], 100)
+        windows = {s.name: Window(s.start, s.time)}
+        count_pairs(shard, tmp_path / "s" / shard.stem, windows, [0], [ITEMS], 100, CONFIG.graph.pair_half_life)
         target = folders["graph"] / "edges" / f"{s.name}.parquet"
         reduce_range(tmp_path / "s", s.name, 0, ntype, 1, CONFIG.graph.max_neighbors, 0, target)
         found = add_counts(iter([count_shard(shard, s.time, [0], ITEMS)]))

@@ -24,7 +24,7 @@ from recsys_ray.two_tower.memory import (
     one_row_a_user,
     place_kept,
 )
-from recsys_ray.two_tower.ridge import _ranges, solve
+from recsys_ray.two_tower.ridge import Edges, _ranges, solve
 from recsys_ray.two_tower.scorer import TrainedTower
 from recsys_ray.two_tower.towers import TowerSpec, UserTower
 from recsys_ray.two_tower.training import ranks_with_memory, smallest_as_good, train_epochs
@@ -59,7 +59,7 @@ def test_coefficients_are_ridge_regressions_on_the_neighbours():
     src, dst = np.array(edges).T
     support = shared[src, dst].astype(np.int64)
     shared[(np.add.outer(np.arange(SIZE), np.arange(SIZE)) % 3) == 0] = 0  # pairs that the graph does not have
-    solved = solve((src, dst, support), had.sum(0).astype(int), 0, len(src))
+    solved = solve(Edges(src, dst, support, support), had.sum(0).astype(int), 0, len(src))
     assert solved.shape == (len(src), len(RIDGES))
     for item in range(SIZE):
         near = src[dst == item]
@@ -69,7 +69,8 @@ def test_coefficients_are_ridge_regressions_on_the_neighbours():
             np.testing.assert_allclose(gram @ solved[dst == item, column], had[:, near].T @ had[:, item], rtol=1e-5)
     whole = [(s, d) for d in range(4) for s in range(4) if s != d]  # a graph with every pair of four items
     src, dst = np.array(whole).T
-    solved = solve((src, dst, (had.T @ had)[src, dst].astype(int)), had.sum(0).astype(int), 0, len(src))
+    support = (had.T @ had)[src, dst].astype(int)
+    solved = solve(Edges(src, dst, support, support), had.sum(0).astype(int), 0, len(src))
     for item in range(4):
         near = src[dst == item]
         tall = np.vstack([had[:, near], np.sqrt(RIDGE) * np.eye(3)])
@@ -81,21 +82,23 @@ def test_pairs_that_the_graph_dropped_make_no_wild_coefficient():
     """Items 0 and 1 share more users than the graph says that they have: singular with the first ridge."""
     src, dst = np.array([1, 2, 0, 2, 0, 1]), np.array([0, 0, 1, 1, 2, 2])
     support = np.array([10, 3, 10, 4, 3, 4])
-    solved = solve((src, dst, support), np.array([0, 0, 5]), 0, 6)
+    solved = solve(Edges(src, dst, support, support), np.array([0, 0, 5]), 0, 6)
     assert np.isfinite(solved).all() and np.abs(solved).max() <= 1
 
 
 def test_a_range_of_edges_is_solved_as_in_the_whole():
     random = np.random.default_rng(1)
     src, dst = np.array([(s, d) for d in range(SIZE) for s in range(SIZE) if s != d]).T
-    edges = src, dst, random.integers(1, 20, len(src))
+    edges = Edges(src, dst, random.integers(1, 20, len(src)), random.random(len(src)))
     users = np.full(SIZE, 60)
     whole = solve(edges, users, 0, len(src))
     ranges = _ranges(dst)
     assert [a for a, _ in ranges[1:]] == [b for _, b in ranges[:-1]] and (ranges[0][0], ranges[-1][1]) == (0, len(src))
     parts = [solve(edges, users, begin, end) for begin, end in ranges]
     np.testing.assert_array_equal(np.concatenate(parts), whole)
-    assert _ranges(np.zeros(0, np.int64)) == [(0, 0)] * 8 and solve(tuple(np.zeros((3, 0), int)), users, 0, 0).size == 0
+    assert (
+        _ranges(np.zeros(0, np.int64)) == [(0, 0)] * 8 and solve(Edges(*np.zeros((4, 0), int)), users, 0, 0).size == 0
+    )
 
 
 def test_a_hub_remembers_its_largest_items_of_each_type(monkeypatch):
@@ -120,12 +123,12 @@ def test_new_items_bring_their_edges_and_replaced_ones_change_theirs(memory):
     """Item 7 is new and item 2 is replaced; pairs of the others stay as they are."""
     users = np.zeros(SIZE + 1, int)
     users[[2, 7]] = 9, 4
-    edges = np.array([0, 4]), np.array([7, 2]), np.array([3, 5])
+    edges = np.array([0, 7, 4, 2]), np.array([7, 0, 2, 4]), np.array([3, 1.5, 5, 2.5])
     grown = memory.extended(*edges, users, np.array([2, 7]), np.arange(SIZE + 1), RIDGE)
     found = pairs_of(grown)
     assert set(found) == {pair for pair in PAIRS if 2 not in pair} | {(0, 7), (7, 0), (4, 2), (2, 4)}
-    assert found[0, 7] == pytest.approx(3 / (3 + RIDGE)) and found[7, 0] == pytest.approx(3 / (4 + RIDGE))
-    assert found[2, 4] == pytest.approx(5 / (9 + RIDGE)) and found[0, 1] == pytest.approx(0.4)
+    assert found[0, 7] == pytest.approx(3 / (3 + RIDGE)) and found[7, 0] == pytest.approx(1.5 / (4 + RIDGE))
+    assert found[2, 4] == pytest.approx(2.5 / (9 + RIDGE)) and found[0, 1] == pytest.approx(0.4)
     assert grown.users.tolist() == [3, 4, 9, 6, 7, 8, 9, 4]
 
 
@@ -134,7 +137,8 @@ def test_an_item_that_is_met_with_a_new_one_is_blank_no_more(memory):
     silent = replace(memory, users=np.array([0, *memory.users[1:]], np.int32))
     users = np.zeros(SIZE + 1, int)
     users[[0, 7]] = 2, 2
-    grown = silent.extended(*(np.array([n]) for n in (0, 7, 2)), users, np.array([7]), np.zeros(SIZE + 1, int), RIDGE)
+    edges = np.array([0, 7]), np.array([7, 0]), np.array([2.0, 1.0])
+    grown = silent.extended(*edges, users, np.array([7]), np.zeros(SIZE + 1, int), RIDGE)
     assert (0, 7) in pairs_of(grown) and not grown.is_blank(np.array([0, 7])).any()
 
 
