@@ -65,6 +65,7 @@ SPACE: tuple[Dimension, ...] = (
     Choice("graph.max_neighbors", (15, 30, 60)),
     Choice("graph.cuts", (3, 5, 8)),
     Choice("graph.min_support", (1, 2)),
+    Choice("graph.pair_half_life", (4, 24, None)),
 )
 
 
