@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -222,7 +223,13 @@ def test_edges_of_other_events(world, name):
     def look(path: Path) -> int:
         return check_edges(shards, snapshot, path, some, ntype, [0], GRAPH, np.ones((2, 2), bool), 0, words)
 
-    assert look(write_edges(folder / "right", shards, snapshot)) > 50
+    right = write_edges(folder / "right", shards, snapshot)
+    assert look(right) > 50
+    table = pq.read_table(right)  # the right users, in an order that they had at another time
+    changed = table.set_column(3, table.schema.field(3), pc.multiply(table["weight"], pa.scalar(2, pa.float32())))
+    pq.write_table(changed, folder / "order.parquet")
+    with pytest.raises(LeakError, match=r"of (\d+) users and weighs .*, but of \1 and"):
+        look(folder / "order.parquet")
     for number, wrong in enumerate(wrong_ways(snapshot, counts)):
         stored = write_edges(folder / f"wrong-{number}", shards, wrong)
         with pytest.raises(LeakError, match=rf'snapshot {name}, before .*: the edge from item "i\d+" to item "i\d+"'):
