@@ -56,7 +56,7 @@ def test_every_end_and_choice_of_the_space_is_valid():
 
 def test_part_of_the_space_and_a_name_that_is_none():
     space = space_for(load_config(), ["two_tower.drop", "graph"])
-    assert {d.name.split(".")[0] for d in space} == {"two_tower", "graph"} and len(space) == 4
+    assert {d.name.split(".")[0] for d in space} == {"two_tower", "graph"} and len(space) == 5
     with pytest.raises(ConfigError, match=r"did you mean 'hgnn\.temperature'"):
         space_for(load_config(), ["hgn.temperature"])
 
