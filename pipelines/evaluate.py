@@ -51,9 +51,8 @@ def _evaluate(context: Context, spent: Callable[[], tuple[float, float]]) -> dic
         for variant, name in NAMES.items()
         if (inputs["two-tower"] / variant / "metrics.json").exists()
     }
-    served = towers[NAMES["hgnn"]]
-    if served.memory is not None:
-        towers = {WITHOUT_MEMORY: replace(served, memory=None), **towers}
+    if context.config.two_tower.memory:  # also where validation gave it no weight: another seed may give it some
+        towers = {WITHOUT_MEMORY: replace(towers[NAMES["hgnn"]], memory=None), **towers}
     return evaluate(
         context.config,
         inputs["ingest"],

@@ -57,7 +57,7 @@ def test_one_command_makes_everything(undisturbed):
         assert (run / stage.folder / "manifest.json").exists()
     rows = metrics_of(run)
     remembers = json.loads((run / "two_tower" / "hgnn" / "spec.json").read_text(encoding="utf-8"))["memory"] > 0
-    models = BASELINES | set(NAMES.values()) | ({WITHOUT_MEMORY} if remembers else set())
+    models = BASELINES | set(NAMES.values()) | {WITHOUT_MEMORY}
     assert {row["model"] for row in rows} == models
     assert (run / "bundles" / "current" / "memory.safetensors").exists() == remembers
     assert {row["item_type"] for row in rows} == {"all", "audiobook", "music", "podcast"}
