@@ -134,7 +134,7 @@ class GraphConfig(Section):
     min_support: Positive = Field(1, description="users that must share a pair of items to make an edge")
     max_history: Positive = Field(100, description="latest items of one user that make pairs")
     pair_half_life: float | None = Field(
-        24,
+        24.0,
         gt=0,
         description="places between two items of a user at which their pair counts half (from the later item to the "
         "earlier one half of that); null: all pairs alike",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from recsys_ray.config import load_config
+from recsys_ray.config import Config, changed, load_config
 from recsys_ray.errors import ConfigError
 
 PRESETS = sorted(p for p in (Path(__file__).parents[2] / "configs").glob("*.yaml") if p.name != "serve.yaml")
@@ -72,3 +72,10 @@ def test_missing_and_malformed_presets(tmp_path):
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(ConfigError, match="not valid YAML"):
         load_config(tmp_path / "bad.yaml")
+
+
+def test_defaults_are_written_as_they_are_read():
+    """A variant's configuration is read from the run's: 24 here and 24.0 there would be two fingerprints."""
+    config = load_config()
+    assert changed(config, []).model_dump_json() == config.model_dump_json()
+    assert Config.model_validate(config.model_dump()).model_dump_json() == config.model_dump_json()
