@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from recsys_ray.config import Config, changed, load_config
+from recsys_ray.config import changed, load_config
 from recsys_ray.errors import ConfigError
 
 PRESETS = sorted(p for p in (Path(__file__).parents[2] / "configs").glob("*.yaml") if p.name != "serve.yaml")
@@ -77,5 +77,4 @@ def test_missing_and_malformed_presets(tmp_path):
 def test_defaults_are_written_as_they_are_read():
     """A variant's configuration is read from the run's: 24 here and 24.0 there would be two fingerprints."""
     config = load_config()
-    assert changed(config, []).model_dump_json() == config.model_dump_json()
-    assert Config.model_validate(config.model_dump()).model_dump_json() == config.model_dump_json()
+    assert repr(changed(config, []).model_dump()) == repr(config.model_dump())
