@@ -104,7 +104,7 @@ class Memory:
     ) -> Memory:
         """With the edges of the items ``anew`` in the place of those that they have here.
 
-        Nothing is solved: b_ij = w_ij / (users of i + ridge), as if the neighbours had no user in common.
+        Nothing is solved: b_ij = weight of i -> j / (users of i + ridge), as if the neighbours had no user in common.
 
         Args:
             src, dst, weight: edges into ``anew`` and out of it, each once.
