@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from bundle_world import DAY, END, POPULAR_DAYS, publish_arrays
-from late_world import QUIET, TYPES, Late, extend, make_late, rows_of
+from late_world import QUIET, TYPES, Late, extend, make_late, rows_of, true_edges
 from toy_graph import ToyGraph
 
 from recsys_ray.artifacts import open_artifact
@@ -29,6 +29,7 @@ from recsys_ray.retrieval.extend import extend_bundle
 from recsys_ray.retrieval.histories import mapped_arrays
 from recsys_ray.retrieval.recommender import Recommender
 from recsys_ray.two_tower.memory import Memory
+from recsys_ray.two_tower.towers import TowerSpec
 from serve.app import create_app
 
 
@@ -181,8 +182,14 @@ def test_the_memory_holds_the_edges_of_new_items_in_both_directions(late, extend
     gid = Recommender.load(extended).items.find(late.linked)
     near = new.gid[new.begin[gid] : new.begin[gid + 1]]
     assert len(near) > 3
+    ids, edges = late.whole.item_ids, true_edges(late.whole, len(late.whole.item_ids))
+    into = edges.dst == ids.index(late.linked)
+    weight = {ids[src]: w for src, w in zip(edges.src[into].tolist(), edges.weight[into].tolist(), strict=True)}
+    ridge = TowerSpec.load(extended / "user_tower" / "spec.json").ridge
     for item in near.tolist():
         row = new.gid[new.begin[item] : new.begin[item + 1]].tolist()
+        sent = new.coefficient[new.begin[item] + row.index(gid), 0]  # from the other item to the new one
+        assert sent == pytest.approx(weight[late.world.item_ids[item]] / (new.users[item] + ridge))
         before = old.gid[old.begin[item] : old.begin[item + 1]].tolist() if item < len(old.users) else []
         assert gid in row and set(before) <= set(row)
     untouched = next(u for u in late.world.user_ids if u not in late.trickle["user_id"].to_pylist())
