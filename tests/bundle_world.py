@@ -57,7 +57,7 @@ class World:
 
 def make_world(
     root: Path, per_type: Sequence[int] = (30, 40, 50), users: int = 60, dim: int = 8, text: int = 16, seed: int = 0,
-    memory: float = 0.0,
+    memory: float = 0.0, trained_types: list[int] | None = None,
 ) -> World:  # fmt: skip
     random = np.random.default_rng(seed)
     types = ["audiobook", "music", "podcast"][: len(per_type)]
@@ -90,7 +90,7 @@ def make_world(
     }
     parts["model.safetensors"] = {"nothing": np.zeros(1, np.float32)}  # serving does not open it
     publish_arrays(root / "hgnn", parts, config={"hgnn": {}})
-    _write_towers(root / "two_tower", world, types, text, dim, memory)
+    _write_towers(root / "two_tower", world, types, text, dim, memory, trained_types)
     return world
 
 
@@ -196,7 +196,9 @@ def some_memory(items: int) -> Memory:
     return Memory.of_edges(src, dst, made, np.arange(items) % 9, np.zeros(items, int))
 
 
-def _write_towers(target: Path, world: World, types: list[str], text: int, dim: int, memory: float) -> None:
+def _write_towers(
+    target: Path, world: World, types: list[str], text: int, dim: int, memory: float, trained_types: list[int] | None
+) -> None:
     from safetensors.torch import save_file
 
     from recsys_ray.two_tower.towers import TowerSpec, TwoTower
@@ -207,6 +209,7 @@ def _write_towers(target: Path, world: World, types: list[str], text: int, dim: 
         num_types=len(types), events=EVENTS, text_dim=text, hgnn_dim=dim, activity_dim=3, num_countries=2,
         num_languages=0, num_categories=1, tastes={"music": TASTE}, layers=[16, dim], item_types=types,
         countries=["DE", "SE"], history=50, window_days=90, memory=memory, ridge=RIDGES[2],
+        temperature=0.3, trained_types=trained_types,
     )  # fmt: skip
     if memory:
         some_memory(len(world.item_ids)).save(memory_file(work, "serve"))

@@ -35,6 +35,7 @@ from recsys_ray.retrieval.popularity import Popularity
 from recsys_ray.retrieval.tower import LoadTower, TowerRunner, load_user_tower
 from recsys_ray.retrieval.wording import because, fits
 from recsys_ray.two_tower.memory import RIVALS, Memory, Recalled
+from recsys_ray.two_tower.newcomers import share_of_blank, shift_of_blank
 
 _DAY = 86_400
 HistoryEntry = Mapping[str, Any]  # item_id, event (optional), timestamp (optional, unix seconds)
@@ -91,6 +92,7 @@ class Recommender:
     vectors: npt.NDArray[np.float32]
     memory: Memory | None = None  # of pairs of items; None: validation gave it no weight
     blank: list[npt.NDArray[np.int64]] = field(default_factory=list)  # of each type the items it knows nothing of
+    untrained: frozenset[int] = frozenset()  # types that training had no example of
     _country_of: dict[str, int] = field(default_factory=dict)
 
     @classmethod
@@ -128,6 +130,9 @@ class Recommender:
             made.memory = Memory(**{name: table.numpy() for name, table in mapped_arrays(folder / MEMORY).items()})
             offered = [items.offered(number).astype(np.int64) for number in range(len(items.types))]
             made.blank = [gids[made.memory.is_blank(gids)] for gids in offered]
+            trained = tower.spec.get("trained_types")
+            known = range(tower.spec["num_types"]) if trained is None else trained
+            made.untrained = frozenset(range(len(items.types))) - frozenset(known)
         if warm:
             made._warm_up()
         return made
@@ -301,7 +306,11 @@ class Recommender:
         """Scores and gids of a type with what the memory adds; the best ``k`` are among them. It adds to the history's
         neighbours and to blank items alone, and these are all here; any other item has ``k`` before it by inner product
         already."""
-        scores, gids = self.indexes[number].search(query, max(k, RIVALS), barred)
+        shift = np.float32(0)
+        if number in self.untrained:
+            scores, gids, shift = self._search_untrained(memory, number, query, barred)
+        else:
+            scores, gids = self.indexes[number].search(query, max(k, RIVALS), barred)
         allowed = (self.items.ntype[recalled.gid] == number) & (self.items.available[recalled.gid] != 0)
         allowed &= ~np.isin(recalled.gid, barred)
         raised, value = recalled.gid[allowed], recalled.value[allowed, 0] * np.float32(self.tower.spec["memory"])
@@ -309,12 +318,28 @@ class Recommender:
         known = ~memory.is_blank(gids)
         others = known & ~np.isin(gids, raised)
         with_it = np.concatenate([scores[others], self.vectors[raised] @ query + value])
-        by_towers = self.vectors[blank] @ query
+        by_towers = self.vectors[blank] @ query + shift
         before = scores[:RIVALS][known[:RIVALS]]
         after = np.sort(with_it)[::-1][: len(before)]
         if len(before):
             by_towers += np.interp(by_towers, before[::-1], (after - before)[::-1])
         return np.concatenate([with_it, by_towers]), np.concatenate([gids[others], raised, blank])
+
+    def _search_untrained(
+        self, memory: Memory, number: int, query: npt.NDArray[np.float32], barred: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64], np.float32]:
+        """All items of a type that training knew nothing of, best first, and what its blank items have been given
+        (newcomers.py): it takes the sum over the whole type, which no index gives."""
+        whole = self.items.offered(number).astype(np.int64)
+        gids = whole[~np.isin(whole, barred)]
+        scores, blank = self.vectors[gids] @ query, memory.is_blank(gids)
+        temperature = self.tower.spec.get("temperature", 0.1)  # bundles of before it was noted have the default
+        of_blank, of_others = (torch.from_numpy(scores[part] / temperature) for part in (blank, ~blank))
+        share = share_of_blank(memory.users[self.items.ntype == number])
+        shift = shift_of_blank(of_blank.logsumexp(0)[None], of_others.logsumexp(0)[None], share, temperature)[0].numpy()
+        scores[blank] += shift
+        order = np.argsort(-scores, kind="stable")
+        return scores[order], gids[order], np.float32(shift)
 
     def _by_popularity(
         self, profile: Profile, types: list[int], k: int, barred: npt.NDArray[np.int64]

@@ -127,6 +127,7 @@ def _spec(config: Config, ingest: Artifact, featurize: Artifact, hgnn: Artifact)
         num_items=sum(facts["items_per_type"]),
         id_dropout=config.two_tower.id_dropout,
         last_item=config.two_tower.last_item,
+        temperature=config.two_tower.temperature,
         item_types=list(facts["item_types"]),
         countries=list(facts["countries"]),
         dropout=config.two_tower.dropout,
@@ -331,7 +332,8 @@ def _train(
             save_arrays(out / "items" / f"{snapshot}.safetensors", {"vector": vectors.numpy()})
         save_file(model.state_dict(), out / "model.safetensors")
         hidden = model.ids.dropout if isinstance(model.ids, ItemIds) else 0.0
-        spec = replace(task.spec, memory=state["memory"], ridge=state["ridge"], id_dropout=hidden)
+        chosen = {"memory": state["memory"], "ridge": state["ridge"], "id_dropout": hidden}
+        spec = replace(task.spec, trained_types=trainer.trained_types, **chosen)
         spec.save(out / "spec.json")
         write_json(out / "metrics.json", state["history"])  # last: says that the variant is whole
     client.barrier()  # no rank looks for the next variant's files before this one's are there

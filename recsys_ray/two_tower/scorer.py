@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from recsys_ray.snapshots import DAY
 from recsys_ray.two_tower.batches import country_index
 from recsys_ray.two_tower.inputs import ItemTables, UserInputs
 from recsys_ray.two_tower.memory import RIVALS, Memory, Recalled, memory_file, one_row_a_user, place_kept
+from recsys_ray.two_tower.newcomers import share_of_blank, shift_of_blank
 from recsys_ray.two_tower.towers import UserTower, load_item_ids, load_user_tower
 
 if TYPE_CHECKING:
@@ -86,36 +88,67 @@ class TrainedTower:
         kept, weight = self._kept(users), self.tower.spec.memory
         memory, recalled = self.memory, self.memory.recall(users.rows[kept], users.gid[kept])
         raise_of = weight * torch.from_numpy(recalled.value[:, 0])
-        bars: dict[int, tuple[Tensor, Tensor]] = {}  # of each item type that was asked for
+        shifts: dict[int, Tensor] = {}  # of each item type that was asked for
+        bars: dict[int, tuple[Tensor, Tensor]] = {}  # likewise
 
         def add(first: int, last: int, scores: Tensor) -> None:
             fresh = np.flatnonzero(memory.is_blank(np.arange(first, last)))
             if len(fresh):
                 kind = int(self.ntype[first])
                 if kind not in bars:
-                    bars[kind] = self._bars(users, vectors, kind, recalled, raise_of)
+                    shifts[kind] = self._shift(users, vectors, kind)
+                    bars[kind] = self._bars(users, vectors, kind, recalled, raise_of, shifts[kind])
+                scores[:, fresh] += shifts[kind][:, None]
                 scores[:, fresh] += place_kept(scores[:, fresh], *bars[kind])
             here = (recalled.gid >= first) & (recalled.gid < last)
             scores[recalled.user[here], recalled.gid[here] - first] += raise_of[here]
 
         return add
 
-    def _bars(
-        self, users: UserBatch, vectors: Float[Tensor, "users d"], kind: int, recalled: Recalled, raise_of: Tensor
-    ) -> tuple[Float[Tensor, "users k"], Float[Tensor, "users k"]]:
-        """The best scores of a type without and with the memory, as :func:`place_kept` wants them: of the ``RIVALS``
-        best by the towers those that are not blank, and as many with the memory."""
-        assert self.memory is not None
-        gids, rivals = np.flatnonzero(self.ntype == kind), list[Tensor]()
-        blank, not_raised = list[Tensor](), list[Tensor]()
-        with_it = torch.full((len(recalled.gid),), -torch.inf)
+    def _scores(self, users: UserBatch, vectors: Float[Tensor, "users d"], kind: int) -> Iterator[tuple[int, Tensor]]:
+        """The towers' scores of a type, range by range with the range's first gid; -inf where an item may not come."""
+        gids = np.flatnonzero(self.ntype == kind)
         for start in range(int(gids[0]), int(gids[-1]) + 1, _ITEMS):
             stop = min(start + _ITEMS, int(gids[-1]) + 1)
             scores = vectors @ torch.from_numpy(np.array(self.item_vectors[start:stop])).float().T
             scores[:, ~self.available[start:stop]] = -torch.inf
             own = (users.gid >= start) & (users.gid < stop)
             scores[users.rows[own], users.gid[own] - start] = -torch.inf
-            top, fresh = scores.topk(min(RIVALS, stop - start), dim=1), self.memory.is_blank(np.arange(start, stop))
+            yield start, scores
+
+    def _shift(self, users: UserBatch, vectors: Float[Tensor, "users d"], kind: int) -> Float[Tensor, "users"]:
+        """What blank items are given in a type that training knew nothing of (newcomers.py)."""
+        assert self.memory is not None
+        spec = self.tower.spec
+        if spec.has_trained(kind):
+            return torch.zeros(len(users))
+        sums = torch.full((2, len(users)), -torch.inf)  # of the others and of blank items
+        for start, scores in self._scores(users, vectors, kind):
+            blank = torch.from_numpy(self.memory.is_blank(np.arange(start, start + scores.shape[1])))
+            for place, part in enumerate((~blank, blank)):
+                sums[place] = torch.logaddexp(sums[place], (scores[:, part] / spec.temperature).logsumexp(1))
+        share = share_of_blank(self.memory.users[self.ntype == kind])
+        return shift_of_blank(sums[1], sums[0], share, spec.temperature)
+
+    def _bars(
+        self,
+        users: UserBatch,
+        vectors: Float[Tensor, "users d"],
+        kind: int,
+        recalled: Recalled,
+        raise_of: Tensor,
+        shift: Float[Tensor, "users"],
+    ) -> tuple[Float[Tensor, "users k"], Float[Tensor, "users k"]]:
+        """The best scores of a type without and with the memory, as :func:`place_kept` wants them: of the ``RIVALS``
+        best by the towers, blank ones shifted, those that are not blank, and as many with the memory."""
+        assert self.memory is not None
+        rivals, blank, not_raised = list[Tensor](), list[Tensor](), list[Tensor]()
+        with_it = torch.full((len(recalled.gid),), -torch.inf)
+        for start, scores in self._scores(users, vectors, kind):
+            stop = start + scores.shape[1]
+            fresh = self.memory.is_blank(np.arange(start, stop))
+            scores[:, fresh] += shift[:, None]
+            top = scores.topk(min(RIVALS, stop - start), dim=1)
             rivals.append(top.values)
             blank.append(torch.from_numpy(fresh)[top.indices])
             here = np.flatnonzero((recalled.gid >= start) & (recalled.gid < stop))
@@ -123,7 +156,8 @@ class TrainedTower:
             with_it[here] = scores[place] + raise_of[here]
             scores[place], scores[:, fresh] = -torch.inf, -torch.inf
             not_raised.append(scores.topk(min(RIVALS, stop - start), dim=1).values)
-        best = torch.cat(rivals, 1).topk(min(RIVALS, len(gids)), dim=1)
+        candidates = torch.cat(rivals, 1)
+        best = candidates.topk(min(RIVALS, candidates.shape[1]), dim=1)
         new = torch.cat(blank, 1).gather(1, best.indices)
         raised = one_row_a_user(torch.from_numpy(recalled.user), with_it, len(users))
         after = torch.cat([*not_raised, raised], 1).topk(best.values.shape[1], dim=1).values

@@ -100,6 +100,7 @@ class TowerTrainer:
     Attributes:
         model: the weights that the optimizer moves.
         averaged: their exponential moving average: steadier than any one step's, and what is validated and kept.
+        trained_types: numbers of the item types that have examples, on any rank.
     """
 
     def __init__(
@@ -110,6 +111,8 @@ class TowerTrainer:
         self.seed, self.rank = seed, rank
         self.steps = largest_over_ranks(batches_in(task.examples["snapshot"], config.batch_size))
         self.share = {index: self._share(index) for index in sorted(task.snapshot_names)}
+        chosen = torch.stack(list(self.share.values())).amax(0) > 0
+        self.trained_types: list[int] = torch.unique(task.catalogue.ntype[chosen]).tolist()
 
     def _share(self, snapshot: int) -> Float[Tensor, "items"]:
         """Each item's share of a snapshot's examples, over all ranks: batches are of one snapshot, so this is how

@@ -24,9 +24,14 @@ from recsys_ray.two_tower.memory import RIVALS
 TYPES = ["audiobook", "music", "podcast"]
 
 
-@pytest.fixture(scope="module", params=[0.0, 0.1], ids=["towers alone", "memory"])
+@pytest.fixture(
+    scope="module",
+    params=[(0.0, None), (0.1, None), (0.1, [0, 2])],
+    ids=["towers alone", "memory", "a type that training did not know"],
+)
 def world(request, tmp_path_factory) -> World:
-    made = make_world(tmp_path_factory.mktemp("world"), memory=request.param)
+    memory, trained_types = request.param
+    made = make_world(tmp_path_factory.mktemp("world"), memory=memory, trained_types=trained_types)
     made.bundle()
     return made
 
@@ -187,7 +192,7 @@ def test_answer_is_brute_force(world, recommender):
     """The tower's vector against every allowed item, and what the memory adds."""
     from recsys_ray.retrieval.histories import user_inputs
 
-    raised = 0
+    raised = shifted = 0
 
     for uid in (0, 1, 5, 11):
         profile = recommender.users.traits(uid, recommender.histories.recent(uid))
@@ -202,6 +207,17 @@ def test_answer_is_brute_force(world, recommender):
             for kind in range(len(TYPES)):
                 mine = [g for g in sorted(allowed, key=lambda g: -scores[g]) if world.ntype[g] == kind]
                 blank = [g for g in mine if recommender.memory.users[g] == 0]
+                if kind in recommender.untrained:
+                    had = recommender.memory.users[world.ntype == kind]
+                    assert sum(had == 1) > 0 < len(blank)
+                    odds = (sum(had == 1) + 0.5) / (sum(had) + 0.5 - sum(had == 1))
+                    weight = {g: np.exp(scores[g] / 0.3) for g in mine}
+                    others = sum(weight[g] for g in mine if g not in blank)
+                    scores |= {
+                        g: scores[g] + 0.3 * np.log(odds * others / sum(weight[b] for b in blank)) for g in blank
+                    }
+                    mine.sort(key=lambda g: -scores[g])
+                    shifted += 1
                 before = [scores[g] for g in mine[:RIVALS] if g not in blank]
                 after = sorted((scores[g] + value.get(g, 0.0) for g in mine if g not in blank), reverse=True)
                 rise = np.interp(
@@ -214,7 +230,7 @@ def test_answer_is_brute_force(world, recommender):
         assert ids(recommender.recommend(world.user_ids[uid])) == [world.item_ids[g] for g in best[:10]]
         found = {item.item_id: item.score for item in recommender.recommend(world.user_ids[uid], k=len(best))}
         assert found == pytest.approx({world.item_ids[g]: scores[g] for g in best}, abs=1e-5)
-    assert (raised > 0) == (recommender.memory is not None)
+    assert (raised > 0) == (recommender.memory is not None) and (shifted > 0) == bool(recommender.untrained)
 
 
 def test_only_the_touched_rows_matter(recommender):
