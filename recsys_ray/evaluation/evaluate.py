@@ -25,7 +25,7 @@ from recsys_ray.evaluation.baselines import Baseline, chosen_baselines
 from recsys_ray.evaluation.baselines.popularity import Popularity
 from recsys_ray.evaluation.baselines.towers import ORACLE, ReadyLists, Tower, TowerScorer, read_oracle
 from recsys_ray.evaluation.embedding_map import MAP, draw_map, item_spaces, sample_items
-from recsys_ray.evaluation.fitting import Job, fit_for_test, prepare_validation
+from recsys_ray.evaluation.fitting import PATIENCE, Job, fit_for_test, prepare_validation
 from recsys_ray.evaluation.gallery import write_gallery
 from recsys_ray.evaluation.hits import DIFFERENCES, HITS, MAIN, against_all
 from recsys_ray.evaluation.recommenders import Recommender, Stranger, rank_queries, stranger_name
@@ -181,6 +181,7 @@ def _baseline_folder(job: Job, baseline: Baseline, kept: Path) -> Path:
         "max_history": config.graph.max_history,
         "seed": config.seed if baseline.seeded else None,
         "data_seed": config.data_seed,
+        **({"patience": PATIENCE} if baseline.max_epochs else {}),
     }
     key = fingerprint(baseline.name, decisive, prints)[:16]
     return kept / f"{baseline.name}-{key}"

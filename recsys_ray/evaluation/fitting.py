@@ -26,7 +26,7 @@ from recsys_ray.evaluation.segments import SEGMENTS, Events, Queries, find_queri
 from recsys_ray.evaluation.shards import Setting, read_events
 
 _TUNING_USERS = 5_000  # warm users of the validation period by whom parameters are chosen
-_PATIENCE = 5  # epochs without a better HR@10 before a trial stops: some models rank by popularity alone at first
+PATIENCE = 5  # epochs without a better HR@10 before a trial stops: some models rank by popularity alone at first
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Watcher:
     def __call__(self, epoch: int, model: Callable[[], Recommender]) -> bool:
         self.curve.append(self.score(model()))
         self.out_of_time = time.monotonic() > self.deadline
-        return self.out_of_time or len(self.curve) - self.best_epoch >= _PATIENCE
+        return self.out_of_time or len(self.curve) - self.best_epoch >= PATIENCE
 
     @property
     def best_epoch(self) -> int:
