@@ -57,7 +57,7 @@ class World:
 
 def make_world(
     root: Path, per_type: Sequence[int] = (30, 40, 50), users: int = 60, dim: int = 8, text: int = 16, seed: int = 0,
-    memory: float = 0.0, trained_types: list[int] | None = None,
+    memory: float = 0.0, shifts: list[float | None] | None = None,
 ) -> World:  # fmt: skip
     random = np.random.default_rng(seed)
     types = ["audiobook", "music", "podcast"][: len(per_type)]
@@ -90,7 +90,7 @@ def make_world(
     }
     parts["model.safetensors"] = {"nothing": np.zeros(1, np.float32)}  # serving does not open it
     publish_arrays(root / "hgnn", parts, config={"hgnn": {}})
-    _write_towers(root / "two_tower", world, types, text, dim, memory, trained_types)
+    _write_towers(root / "two_tower", world, types, text, dim, memory, shifts)
     return world
 
 
@@ -197,7 +197,7 @@ def some_memory(items: int) -> Memory:
 
 
 def _write_towers(
-    target: Path, world: World, types: list[str], text: int, dim: int, memory: float, trained_types: list[int] | None
+    target: Path, world: World, types: list[str], text: int, dim: int, memory: float, shifts: list[float | None] | None
 ) -> None:
     from safetensors.torch import save_file
 
@@ -209,9 +209,10 @@ def _write_towers(
         num_types=len(types), events=EVENTS, text_dim=text, hgnn_dim=dim, activity_dim=3, num_countries=2,
         num_languages=0, num_categories=1, tastes={"music": TASTE}, layers=[16, dim], item_types=types,
         countries=["DE", "SE"], history=50, window_days=90, memory=memory, ridge=RIDGES[2],
-        temperature=0.3, trained_types=trained_types,
+        temperature=0.3, blank_share=shifts and [shift and 0.1 for shift in shifts],
+        blank_shift={"serve": [shift or 0.0 for shift in shifts or []]},
     )  # fmt: skip
-    if memory:
+    if memory or shifts:
         some_memory(len(world.item_ids)).save(memory_file(work, "serve"))
     torch.manual_seed(0)
     save_file(TwoTower(spec).state_dict(), work / "hgnn" / "model.safetensors")

@@ -248,7 +248,7 @@ def _write_items(work: Path, sources: _Sources) -> None:
     ids = load_item_ids(sources.two_tower.path / VARIANT)
     if ids is not None:
         save_arrays(work / "ids.safetensors", {"vector": ids})
-    if sources.spec.get("memory"):
+    if sources.spec.get("memory") or sources.spec.get("blank_share"):
         Memory.load(memory_file(sources.two_tower.path, "serve")).at(sources.spec["ridge"]).save(work / MEMORY)
     (work / "user_tower").mkdir(exist_ok=True)
     for name in ("model.safetensors", "spec.json"):

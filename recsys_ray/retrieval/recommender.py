@@ -34,8 +34,8 @@ from recsys_ray.retrieval.index import TypeIndex, check_metric, merge_best, sear
 from recsys_ray.retrieval.popularity import Popularity
 from recsys_ray.retrieval.tower import LoadTower, TowerRunner, load_user_tower
 from recsys_ray.retrieval.wording import because, fits
+from recsys_ray.two_tower.blank import known_shift, share_of_events, shift_of_each
 from recsys_ray.two_tower.memory import RIVALS, Memory, Recalled
-from recsys_ray.two_tower.newcomers import share_of_blank, shift_of_blank
 
 _DAY = 86_400
 HistoryEntry = Mapping[str, Any]  # item_id, event (optional), timestamp (optional, unix seconds)
@@ -92,7 +92,7 @@ class Recommender:
     vectors: npt.NDArray[np.float32]
     memory: Memory | None = None  # of pairs of items; None: validation gave it no weight
     blank: list[npt.NDArray[np.int64]] = field(default_factory=list)  # of each type the items it knows nothing of
-    untrained: frozenset[int] = frozenset()  # types that training had no example of
+    shifts: list[float | None] = field(default_factory=list)  # of each type what these are given; None: by the user
     _country_of: dict[str, int] = field(default_factory=dict)
 
     @classmethod
@@ -130,9 +130,8 @@ class Recommender:
             made.memory = Memory(**{name: table.numpy() for name, table in mapped_arrays(folder / MEMORY).items()})
             offered = [items.offered(number).astype(np.int64) for number in range(len(items.types))]
             made.blank = [gids[made.memory.is_blank(gids)] for gids in offered]
-            trained = tower.spec.get("trained_types")
-            known = range(tower.spec["num_types"]) if trained is None else trained
-            made.untrained = frozenset(range(len(items.types))) - frozenset(known)
+            given = tower.spec.get("blank_share"), tower.spec.get("blank_shift", {}), "serve"
+            made.shifts = [known_shift(*given, number) for number in range(len(items.types))]
         if warm:
             made._warm_up()
         return made
@@ -306,40 +305,46 @@ class Recommender:
         """Scores and gids of a type with what the memory adds; the best ``k`` are among them. It adds to the history's
         neighbours and to blank items alone, and these are all here; any other item has ``k`` before it by inner product
         already."""
-        shift = np.float32(0)
-        if number in self.untrained:
-            scores, gids, shift = self._search_untrained(memory, number, query, barred)
-        else:
-            scores, gids = self.indexes[number].search(query, max(k, RIVALS), barred)
+        blank = self.blank[number][~np.isin(self.blank[number], barred)]
+        by_towers, shift = self.vectors[blank] @ query, self.shifts[number]
+        if shift is None:
+            scores, gids, shift = self._known_of_untrained(memory, number, query, by_towers, barred)
+        else:  # shifted ones must not take the others' places
+            scores, gids = self.indexes[number].search(query, max(k, RIVALS), np.union1d(barred, blank))
+        by_towers += np.float32(shift)
         allowed = (self.items.ntype[recalled.gid] == number) & (self.items.available[recalled.gid] != 0)
         allowed &= ~np.isin(recalled.gid, barred)
         raised, value = recalled.gid[allowed], recalled.value[allowed, 0] * np.float32(self.tower.spec["memory"])
-        blank = self.blank[number][~np.isin(self.blank[number], barred)]
-        known = ~memory.is_blank(gids)
-        others = known & ~np.isin(gids, raised)
+        others = ~np.isin(gids, raised)
         with_it = np.concatenate([scores[others], self.vectors[raised] @ query + value])
-        by_towers = self.vectors[blank] @ query + shift
-        before = scores[:RIVALS][known[:RIVALS]]
+        before = scores[:RIVALS]
+        rivals = np.concatenate([before, by_towers])
+        if len(rivals) > RIVALS:
+            before = before[before >= np.partition(rivals, -RIVALS)[-RIVALS]]
         after = np.sort(with_it)[::-1][: len(before)]
         if len(before):
             by_towers += np.interp(by_towers, before[::-1], (after - before)[::-1])
         return np.concatenate([with_it, by_towers]), np.concatenate([gids[others], raised, blank])
 
-    def _search_untrained(
-        self, memory: Memory, number: int, query: npt.NDArray[np.float32], barred: npt.NDArray[np.int64]
-    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64], np.float32]:
-        """All items of a type that training knew nothing of, best first, and what its blank items have been given
-        (newcomers.py): it takes the sum over the whole type, which no index gives."""
-        whole = self.items.offered(number).astype(np.int64)
-        gids = whole[~np.isin(whole, barred)]
-        scores, blank = self.vectors[gids] @ query, memory.is_blank(gids)
-        temperature = self.tower.spec.get("temperature", 0.1)  # bundles of before it was noted have the default
-        of_blank, of_others = (torch.from_numpy(scores[part] / temperature) for part in (blank, ~blank))
-        share = share_of_blank(memory.users[self.items.ntype == number])
-        shift = shift_of_blank(of_blank.logsumexp(0)[None], of_others.logsumexp(0)[None], share, temperature)[0].numpy()
-        scores[blank] += shift
+    def _known_of_untrained(
+        self,
+        memory: Memory,
+        number: int,
+        query: npt.NDArray[np.float32],
+        by_towers: npt.NDArray[np.float32],
+        barred: npt.NDArray[np.int64],
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64], float]:
+        """Of a type without training examples: scores and gids of all items that are not blank, best first, and what
+        blank ones are given, whose scores are ``by_towers``. It takes the sum over the whole type, which no index
+        gives (recsys_ray/two_tower/blank.py)."""
+        gids = self.items.offered(number).astype(np.int64)
+        gids = gids[~memory.is_blank(gids) & ~np.isin(gids, barred)]
+        scores = self.vectors[gids] @ query
         order = np.argsort(-scores, kind="stable")
-        return scores[order], gids[order], np.float32(shift)
+        temperature = self.tower.spec["temperature"]
+        blank, others = (torch.from_numpy(part / temperature).logsumexp(0)[None] for part in (by_towers, scores))
+        share = share_of_events(memory.users[self.items.ntype == number])
+        return scores[order], gids[order], float(shift_of_each(blank, others, share, temperature))
 
     def _by_popularity(
         self, profile: Profile, types: list[int], k: int, barred: npt.NDArray[np.int64]

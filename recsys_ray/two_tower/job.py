@@ -40,7 +40,16 @@ from recsys_ray.two_tower.recency import last_items_tell
 from recsys_ray.two_tower.ridge import fit_memories
 from recsys_ray.two_tower.rows import Examples, from_table, join, take, to_table
 from recsys_ray.two_tower.towers import ItemIds, TowerSpec, TwoTower
-from recsys_ray.two_tower.training import TowerTask, TowerTrainer, item_vectors, refit, start, train_epochs
+from recsys_ray.two_tower.training import (
+    TowerTask,
+    TowerTrainer,
+    blank_shares,
+    blank_shifts,
+    item_vectors,
+    refit,
+    start,
+    train_epochs,
+)
 
 VARIANTS = {"hgnn": True, "text_only": False}  # folder -> with HGNN embeddings
 _CHECKPOINT = "checkpoint.safetensors"
@@ -88,11 +97,18 @@ def train_two_tower(
         "out": str(out.resolve()),
         "variants": variants,
         "snapshots": [(s.name, s.index) for s in snapshots],
+        "blank_shares": _knows_blank(config),
     }
     with progress.task("two-tower", unit="steps") as task:
         run_ranks(_train_rank, parameters, workers, per_worker, out / SCRATCH, task, datasets)
     last = {v: json.loads((out / v / "metrics.json").read_text(encoding="utf-8"))[-1:] for v in variants}
     return {"workers": workers, "precision": parameters["precision"], **counts, "last": last}
+
+
+def _knows_blank(config: Config) -> bool:
+    """Whether examples tell how many go to items that nobody had: not where features are of a time when the target was
+    had already, and only a softmax has shares."""
+    return config.two_tower.memory and config.two_tower.loss == "softmax" and config.graph.features_as_of == "example"
 
 
 def write_specs(out: Path, variants: Sequence[str], spec: TowerSpec) -> None:
@@ -325,15 +341,20 @@ def _train(
     load_checkpoint(scratch / _BEST, model, optimizer)
     if config.refit:
         model = refit(trainer, optimizer, len(state["history"]), on_step)
+    shares = blank_shares(task) if parameters["blank_shares"] and state["ridge"] else None  # 0: nothing was validated
     if rank == 0:
         model.eval()
+        shifts = {}
         for snapshot in ("test", "serve"):
             vectors = item_vectors(model, client, task.catalogue, snapshot)
             save_arrays(out / "items" / f"{snapshot}.safetensors", {"vector": vectors.numpy()})
+            if shares:
+                blank = Memory.load(memory_file(out.parent, snapshot)).users == 0
+                shifts[snapshot] = blank_shifts(model, task, snapshot, vectors, torch.from_numpy(blank), shares)
         save_file(model.state_dict(), out / "model.safetensors")
         hidden = model.ids.dropout if isinstance(model.ids, ItemIds) else 0.0
         chosen = {"memory": state["memory"], "ridge": state["ridge"], "id_dropout": hidden}
-        spec = replace(task.spec, trained_types=trainer.trained_types, **chosen)
+        spec = replace(task.spec, blank_share=shares, blank_shift=shifts, **chosen)
         spec.save(out / "spec.json")
         write_json(out / "metrics.json", state["history"])  # last: says that the variant is whole
     client.barrier()  # no rank looks for the next variant's files before this one's are there

@@ -15,9 +15,9 @@ from torch import Tensor
 from recsys_ray.artifacts import load_arrays
 from recsys_ray.snapshots import DAY
 from recsys_ray.two_tower.batches import country_index
+from recsys_ray.two_tower.blank import known_shift, share_of_events, shift_of_each
 from recsys_ray.two_tower.inputs import ItemTables, UserInputs
 from recsys_ray.two_tower.memory import RIVALS, Memory, Recalled, memory_file, one_row_a_user, place_kept
-from recsys_ray.two_tower.newcomers import share_of_blank, shift_of_blank
 from recsys_ray.two_tower.towers import UserTower, load_item_ids, load_user_tower
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class TrainedTower:
         vectors = load_arrays(folder / "items" / "test.safetensors")["vector"]
         tower, ids = load_user_tower(folder), load_item_ids(folder)
         memory = None
-        if tower.spec.memory:
+        if tower.spec.memory or tower.spec.blank_share:
             memory = Memory.load(memory_file(folder.parent, "test")).at(tower.spec.ridge)
         hgnn = hgnn if tower.spec.hgnn_dim else None
         return TrainedTower(vectors, tower, text, hgnn, ntype, available, ids, moment, memory)
@@ -117,18 +117,19 @@ class TrainedTower:
             yield start, scores
 
     def _shift(self, users: UserBatch, vectors: Float[Tensor, "users d"], kind: int) -> Float[Tensor, "users"]:
-        """What blank items are given in a type that training knew nothing of (newcomers.py)."""
+        """What blank items of a type are given (blank.py)."""
         assert self.memory is not None
         spec = self.tower.spec
-        if spec.has_trained(kind):
-            return torch.zeros(len(users))
+        shift = known_shift(spec.blank_share, spec.blank_shift, "test", kind)
+        if shift is not None:
+            return torch.full((len(users),), shift)
         sums = torch.full((2, len(users)), -torch.inf)  # of the others and of blank items
         for start, scores in self._scores(users, vectors, kind):
             blank = torch.from_numpy(self.memory.is_blank(np.arange(start, start + scores.shape[1])))
             for place, part in enumerate((~blank, blank)):
                 sums[place] = torch.logaddexp(sums[place], (scores[:, part] / spec.temperature).logsumexp(1))
-        share = share_of_blank(self.memory.users[self.ntype == kind])
-        return shift_of_blank(sums[1], sums[0], share, spec.temperature)
+        share = share_of_events(self.memory.users[self.ntype == kind])
+        return shift_of_each(sums[1], sums[0], share, spec.temperature)
 
     def _bars(
         self,

@@ -63,12 +63,9 @@ class TowerSpec:
     memory: float = 0.0  # weight of the direct memory (memory.py); 0: none
     ridge: float = 0.0  # its ridge
     temperature: float = 0.1  # of the softmax that the scores were trained in
-    trained_types: list[int] | None = None  # numbers of the types that training had examples of; None: all
+    blank_share: list[float | None] | None = None  # of each type, and what items that nobody had are
+    blank_shift: dict[str, list[float]] = field(default_factory=dict)  # given, by snapshot (blank.py)
     cold_start: bool = True  # trained on empty histories too: every user's first event is an example
-
-    def has_trained(self, kind: int) -> bool:
-        """Whether training had examples of an item type; of one that came later it had none."""
-        return kind < self.num_types and (self.trained_types is None or kind in self.trained_types)
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

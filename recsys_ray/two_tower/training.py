@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from recsys_ray.config import TwoTowerConfig
+from recsys_ray.graph.activity import UNTOUCHED
 from recsys_ray.ranks import largest_over_ranks, seed_from, sum_over_ranks
 from recsys_ray.two_tower.batches import (
     Batch,
@@ -24,6 +25,7 @@ from recsys_ray.two_tower.batches import (
     tables_for,
     user_inputs,
 )
+from recsys_ray.two_tower.blank import Shares, shares_of_examples, shift_of_all
 from recsys_ray.two_tower.inputs import UserInputs
 from recsys_ray.two_tower.loss import inclusion_log_q, paper_loss, sampled_softmax
 from recsys_ray.two_tower.memory import RIDGES, RIVALS, WEIGHTS, Memory, Recalled, one_row_a_user, place_kept
@@ -32,6 +34,7 @@ from recsys_ray.two_tower.towers import ItemIds, TowerSpec, TwoTower
 
 _ITEM_CHUNK = 8192
 _QUERY_CHUNK = 512
+_SHIFT_SAMPLE = 2_000  # users by whom it is told what blank items are given
 _START_SAMPLE = 20_000  # items whose directions of variance the towers start with
 _TOP = 10
 _ENOUGH = 12  # examples of an item with which its own vector is as good as half known
@@ -86,6 +89,34 @@ def share_unknown(chosen: Float[Tensor, "items"]) -> float:
     return float(unknown.sum() / chosen.sum().clamp(min=1))
 
 
+def blank_shares(task: TowerTask) -> list[float | None]:
+    """Of each type the share of the last snapshot's examples, over all ranks, whose target nobody had by then."""
+    snapshot = largest_over_ranks(int(max(task.examples["snapshot"], default=0)))
+    targets = torch.from_numpy(task.examples["target"][task.examples["snapshot"] == snapshot]).long()
+    blank = task.catalogue.activity[task.snapshot_names[snapshot]][targets, UNTOUCHED] > 0
+    kinds = task.catalogue.ntype[targets]
+    counts = [torch.bincount(part, minlength=task.spec.num_types) for part in (kinds, kinds[blank])]
+    return shares_of_examples(*sum_over_ranks(torch.stack(counts).double()))
+
+
+@torch.no_grad()
+def blank_shifts(
+    model: TwoTower,
+    task: TowerTask,
+    snapshot: str,
+    vectors: Float[Tensor, "N D"],
+    blank: Bool[Tensor, "N"],
+    shares: Shares,
+) -> list[float]:
+    """What blank items of each type are given as of a snapshot (:func:`shift_of_all`), for a sample of the validation
+    queries' users."""
+    rows = np.arange(len(task.queries["target"]))[:: -(-len(task.queries["target"]) // _SHIFT_SAMPLE) or 1]
+    parts = np.array_split(rows, -(-len(rows) // _QUERY_CHUNK)) if len(rows) else []
+    found = [user_vectors(model, task.source, task.catalogue, snapshot, task.queries, part) for part in parts]
+    users = torch.cat(found) if found else torch.zeros(0, vectors.shape[1])
+    return shift_of_all(users, vectors, blank, task.catalogue.ntype, shares, task.spec.temperature)
+
+
 class Validated(NamedTuple):
     """HR@10 (NaN where there is no query) with the memory's weight and ridge that are to be used, and these."""
 
@@ -100,7 +131,6 @@ class TowerTrainer:
     Attributes:
         model: the weights that the optimizer moves.
         averaged: their exponential moving average: steadier than any one step's, and what is validated and kept.
-        trained_types: numbers of the item types that have examples, on any rank.
     """
 
     def __init__(
@@ -111,8 +141,6 @@ class TowerTrainer:
         self.seed, self.rank = seed, rank
         self.steps = largest_over_ranks(batches_in(task.examples["snapshot"], config.batch_size))
         self.share = {index: self._share(index) for index in sorted(task.snapshot_names)}
-        chosen = torch.stack(list(self.share.values())).amax(0) > 0
-        self.trained_types: list[int] = torch.unique(task.catalogue.ntype[chosen]).tolist()
 
     def _share(self, snapshot: int) -> Float[Tensor, "items"]:
         """Each item's share of a snapshot's examples, over all ranks: batches are of one snapshot, so this is how

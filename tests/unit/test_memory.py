@@ -292,8 +292,8 @@ def test_validation_weighs_the_memory_by_what_it_is_worth(true):
     assert alone.validate().hit_rate < 0.1 * CHANCE and alone.validate().memory == 0
 
 
-@pytest.mark.parametrize("trained", [None, [0]])
-def test_evaluation_adds_the_memory_to_the_scores(trained):
+@pytest.mark.parametrize("shares", [None, [0.1, None]])
+def test_evaluation_adds_the_memory_to_the_scores(shares):
     """User 0 has item 0 of type 0 (items 0 to 29); items 40 and 41 of type 1 and item 7 are blank, 1 is not offered."""
     ntype = np.repeat([0, 1], [30, 20])
     users = np.ones(50, int)
@@ -301,7 +301,8 @@ def test_evaluation_adds_the_memory_to_the_scores(trained):
     src, dst, made = np.array([0, 0, 0, 5]), np.array([1, 35, 6, 2]), np.array([0.2, 0.1, 0.05, 0.3])[:, None]
     memory = Memory.of_edges(src, dst, made, users, ntype)
     spec = TowerSpec(
-        2, ["stream"], 1, 0, 3, 0, 0, 0, {}, [4], memory=0.5, temperature=0.3, trained_types=trained
+        2, ["stream"], 1, 0, 3, 0, 0, 0, {}, [4], memory=0.5, temperature=0.3, blank_share=shares,
+        blank_shift={"test": [0.7, 0.0]},
     )  # fmt: skip
     available = np.arange(50) != 1
     vectors = torch.from_numpy(np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32))
@@ -310,7 +311,8 @@ def test_evaluation_adds_the_memory_to_the_scores(trained):
     towers.user_vectors = lambda users: torch.ones(2, 4)
     score = Tower("t", towers).scorer(batch)
     plain = (torch.ones(2, 4) @ vectors.T).numpy()
-    if trained:  # of type 1's 18 events each was its item's only one: 18.5 to .5
+    if shares:  # of type 1's 18 events each was its item's only one: 18.5 to .5
+        plain[:, 7] += 0.7
         weight = np.exp(plain[:, 30:] / 0.3)
         fresh = weight[:, 10:12].sum(1)
         plain[:, 40:42] += 0.3 * np.log(37 * (weight.sum(1) - fresh) / fresh)[:, None]

@@ -26,12 +26,12 @@ TYPES = ["audiobook", "music", "podcast"]
 
 @pytest.fixture(
     scope="module",
-    params=[(0.0, None), (0.1, None), (0.1, [0, 2])],
-    ids=["towers alone", "memory", "a type that training did not know"],
+    params=[(0.0, None), (0.1, None), (0.1, [0.4, None, -0.5]), (0.0, [-0.2, None, 0.3])],
+    ids=["towers alone", "memory", "blank items shifted, and memory", "blank items shifted"],
 )
 def world(request, tmp_path_factory) -> World:
-    memory, trained_types = request.param
-    made = make_world(tmp_path_factory.mktemp("world"), memory=memory, trained_types=trained_types)
+    memory, shifts = request.param
+    made = make_world(tmp_path_factory.mktemp("world"), memory=memory, shifts=shifts)
     made.bundle()
     return made
 
@@ -203,21 +203,22 @@ def test_answer_is_brute_force(world, recommender):
         alone = sorted(allowed, key=lambda g: -scores[g])[:10]
         if recommender.memory is not None:
             _, gids, values, _ = recommender.memory.recall(np.zeros(len(profile.gids), np.int64), profile.gids)
-            value = dict(zip(gids.tolist(), 0.1 * values[:, 0], strict=True))
+            weight = recommender.tower.spec["memory"]
+            value = dict(zip(gids.tolist(), weight * values[:, 0], strict=True))
             for kind in range(len(TYPES)):
                 mine = [g for g in sorted(allowed, key=lambda g: -scores[g]) if world.ntype[g] == kind]
                 blank = [g for g in mine if recommender.memory.users[g] == 0]
-                if kind in recommender.untrained:
+                shift = recommender.shifts[kind]
+                if shift is None:  # of the type without examples
                     had = recommender.memory.users[world.ntype == kind]
                     assert sum(had == 1) > 0 < len(blank)
                     odds = (sum(had == 1) + 0.5) / (sum(had) + 0.5 - sum(had == 1))
-                    weight = {g: np.exp(scores[g] / 0.3) for g in mine}
-                    others = sum(weight[g] for g in mine if g not in blank)
-                    scores |= {
-                        g: scores[g] + 0.3 * np.log(odds * others / sum(weight[b] for b in blank)) for g in blank
-                    }
-                    mine.sort(key=lambda g: -scores[g])
-                    shifted += 1
+                    power = {g: np.exp(scores[g] / 0.3) for g in mine}
+                    others = sum(power[g] for g in mine if g not in blank)
+                    shift = 0.3 * np.log(odds * others / sum(power[b] for b in blank))
+                scores |= {g: scores[g] + shift for g in blank}
+                mine.sort(key=lambda g: -scores[g])
+                shifted += shift != 0
                 before = [scores[g] for g in mine[:RIVALS] if g not in blank]
                 after = sorted((scores[g] + value.get(g, 0.0) for g in mine if g not in blank), reverse=True)
                 rise = np.interp(
@@ -230,7 +231,7 @@ def test_answer_is_brute_force(world, recommender):
         assert ids(recommender.recommend(world.user_ids[uid])) == [world.item_ids[g] for g in best[:10]]
         found = {item.item_id: item.score for item in recommender.recommend(world.user_ids[uid], k=len(best))}
         assert found == pytest.approx({world.item_ids[g]: scores[g] for g in best}, abs=1e-5)
-    assert (raised > 0) == (recommender.memory is not None) and (shifted > 0) == bool(recommender.untrained)
+    assert (raised > 0) == (recommender.memory is not None) and (shifted > 0) == any(s != 0 for s in recommender.shifts)
 
 
 def test_only_the_touched_rows_matter(recommender):

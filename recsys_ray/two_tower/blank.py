@@ -1,0 +1,109 @@
+"""How much goes to items that nobody had: blank ones.
+
+What share of a type's consumption goes to items that were new is a steady thing, however many of them lie on the shelf.
+Towers do not know it. In-batch training shows them no item that nobody chooses, so where the shelf is full of these
+they overrate each; and where the last new items of a catalogue are about to be found, they underrate them. So in the
+softmax of a user's scores over a type, which the towers are trained as, blank items are given a share together, and
+keep their order (ours):
+
+* of a type with training examples, in the mean over users: that of the last cut's examples whose target was blank at
+  the cut. One number a type and snapshot is added to the scores of its blank items. Users differ as the towers say;
+* of a type without, for each user: that which the type's events tell (Good, The population frequencies of species and
+  the estimation of population parameters, Biometrika 1953): the next event is as likely about a blank item as one of
+  them is its item's only one. What the towers carry over from other types, where a blank item is a novelty that some
+  users like best, does not hold where nearly every item is one.
+
+Imports neither dgl nor transformers: it is used in a serving replica.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, Int64
+from scipy.optimize import brentq
+from torch import Tensor
+
+Shares = Sequence[float | None]  # of each item type; None: it has no examples
+_CELLS = 1 << 24  # scores held at once
+_FAR = 60.0  # log-odds beyond any share
+
+
+def share_of_events(users: Int[np.ndarray, "n"]) -> float:
+    """Good's share; never 0 or 1.
+
+    Args:
+        users: how many had each of the type's items.
+    """
+    return float(((users == 1).sum() + 0.5) / (users.sum() + 1))
+
+
+def shares_of_examples(
+    counted: Float[Tensor, "types"], blank: Float[Tensor, "types"]
+) -> list[float | None]:  # fmt: skip
+    """Each type's share, from how many examples it has and how many of their targets were blank; never 0 or 1."""
+    pairs = zip(counted.tolist(), blank.tolist(), strict=True)
+    return [(new + 0.5) / (examples + 1) if examples else None for examples, new in pairs]
+
+
+def shift_of_each(
+    blank: Float[Tensor, "B"], others: Float[Tensor, "B"], share: float, temperature: float
+) -> Float[Tensor, "B"]:
+    """What is added to the scores of blank items so that each user's have ``share``; 0 where there are only blank
+    items, or none.
+
+    Args:
+        blank, others: log of the sum of exp(score / temperature) over the blank items, and over the others.
+    """
+    shift = temperature * (np.log(share / (1 - share)) + others - blank)
+    return shift.where(torch.isfinite(shift), 0)
+
+
+def shift_of_all(
+    users: Float[Tensor, "B d"],
+    vectors: Float[Tensor, "N d"],
+    blank: Bool[Tensor, "N"],
+    ntype: Int64[Tensor, "N"],
+    shares: Shares,
+    temperature: float,
+) -> list[float]:
+    """Of each type what is added to the scores of blank items so that they have their share in the mean over ``users``;
+    0 where there are only blank items, or none, or no share is known."""
+    found = []
+    for kind, share in enumerate(shares):
+        mine, new = vectors[ntype == kind], blank[ntype == kind]
+        if share is None or not len(users) or not new.any() or new.all():
+            found.append(0.0)
+            continue
+        odds = []
+        for part in users.split(max(1, _CELLS // len(mine))):
+            scores = part @ mine.T / temperature
+            odds.append(scores[:, new].logsumexp(1) - scores[:, ~new].logsumexp(1))
+        found.append(temperature * _to_reach(share, torch.cat(odds).double()))
+    return found
+
+
+def _to_reach(share: float, log_odds: Float[Tensor, "B"]) -> float:
+    """What is added to all of these log-odds so that the mean of their probabilities is ``share``."""
+
+    def excess(added: float) -> float:
+        return float(torch.sigmoid(log_odds + added).mean()) - share
+
+    return float(brentq(excess, -_FAR, _FAR))
+
+
+def known_shift(
+    shares: Shares | None, shifts: Mapping[str, Sequence[float]], snapshot: str, kind: int
+) -> float | None:  # fmt: skip
+    """What blank items of a type are given as of a snapshot; None: each user's own, by :func:`share_of_events`.
+
+    Args:
+        shares: None: of towers of before, which leave blank items alone.
+    """
+    if shares is None:
+        return 0.0
+    if kind >= len(shares) or shares[kind] is None:
+        return None
+    return shifts[snapshot][kind]

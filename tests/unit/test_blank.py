@@ -1,0 +1,108 @@
+"""How much goes to items that nobody had: shares from examples and from events, and what gives them to blank items."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from checkerboard import ITEMS, TYPES, board_task, board_trainer
+
+from recsys_ray.config import load_config
+from recsys_ray.graph.activity import UNTOUCHED
+from recsys_ray.two_tower.blank import (
+    known_shift,
+    share_of_events,
+    shares_of_examples,
+    shift_of_all,
+    shift_of_each,
+)
+from recsys_ray.two_tower.job import _knows_blank
+from recsys_ray.two_tower.rows import take
+from recsys_ray.two_tower.training import blank_shares, blank_shifts, item_vectors
+
+
+def test_each_users_blank_items_get_the_share():
+    random = np.random.default_rng(0)
+    scores, blank = torch.from_numpy(random.normal(size=(50, 30))), torch.arange(30) < 20
+    sums = [(scores[:, part] / 0.2).logsumexp(1) for part in (blank, ~blank)]
+    shifted = scores + shift_of_each(*sums, 0.7, 0.2)[:, None] * blank
+    torch.testing.assert_close(shifted.div(0.2).softmax(1)[:, blank].sum(1), torch.full((50,), 0.7).double())
+
+
+@pytest.mark.parametrize("which", [(0, 3), (3, 3), (0, 0)])
+def test_nothing_is_shifted_where_there_is_nothing_to_compare_with(which):
+    """None of the items is blank; all are; there is no item at all."""
+    first, last = which
+    sums = torch.randn(4, last)[:, :first].logsumexp(1), torch.randn(4, last)[:, first:].logsumexp(1)
+    assert shift_of_each(*sums, 0.7, 0.1).tolist() == [0.0] * 4
+    blank, users = torch.arange(last) < first, torch.randn(4, 8)
+    assert shift_of_all(users, torch.randn(last, 8), blank, torch.zeros(last, dtype=int), [0.7], 0.1) == [0.0]
+
+
+def test_blank_items_of_a_type_get_its_share_in_the_mean(monkeypatch):
+    """Of three types, the last without a share; in parts of a few users."""
+    monkeypatch.setattr("recsys_ray.two_tower.blank._CELLS", 300)
+    generator = torch.Generator().manual_seed(0)
+    users, items = torch.randn(70, 8, generator=generator), torch.randn(90, 8, generator=generator)
+    ntype, blank = torch.arange(90) // 30, torch.arange(90) % 4 == 0
+    found = shift_of_all(users, items, blank, ntype, [0.02, 0.6, None], 0.5)
+    scores = users @ items.T + torch.tensor(found)[ntype] * blank
+    for kind, share in enumerate((0.02, 0.6)):
+        mine = (scores[:, ntype == kind] / 0.5).softmax(1)[:, blank[ntype == kind]].sum(1)
+        assert mine.mean() == pytest.approx(share, abs=1e-5) and mine.std() > 0.001
+    assert found[2] == 0.0 and shift_of_all(users[:0], items, blank, ntype, [0.5] * 3, 0.5) == [0.0] * 3
+
+
+def test_the_share_of_events_is_that_of_items_with_one():
+    """Good and Turing: against the next event of a world with known probabilities."""
+    random = np.random.default_rng(0)
+    chance = random.dirichlet(np.full(2000, 0.3))
+    told, true = [], []
+    for _ in range(200):
+        users = random.multinomial(500, chance)
+        told.append(share_of_events(users))
+        true.append(chance[users == 0].sum())
+    assert np.mean(told) == pytest.approx(np.mean(true), abs=0.01) and 0.3 < np.mean(true) < 0.7
+    assert share_of_events(np.zeros(5, int)) == 0.5 and 0 < share_of_events(np.array([9, 0])) < 0.1
+    assert share_of_events(np.array([1, 1, 0])) < 1
+
+
+def test_the_share_of_examples_is_that_of_the_last_snapshot():
+    """Half of the items are blank as of the last snapshot, all as of the first; type 0 has no example in the last."""
+    task = board_task()
+    for name, table in task.catalogue.activity.items():
+        table[:, UNTOUCHED] = 1.0 if name != "cut1" else (torch.arange(ITEMS) % 2 == 0).float()
+    ntype, last = task.catalogue.ntype.numpy(), task.examples["snapshot"] == 1
+    assert task.snapshot_names[1] == "cut1" and 0 < last.sum() < len(last)
+    rows = np.flatnonzero((ntype[task.examples["target"]] != 0) | ~last)
+    found = blank_shares(replace(task, examples=take(task.examples, rows)))
+    assert found[0] is None and len(found) == TYPES > 1
+    for kind in range(1, TYPES):
+        mine = task.examples["target"][last & (ntype[task.examples["target"]] == kind)]
+        assert found[kind] == pytest.approx(((mine % 2 == 0).sum() + 0.5) / (len(mine) + 1))
+    assert shares_of_examples(torch.tensor([0.0, 9.0, 9.0]), torch.tensor([0.0, 0.0, 9.0])) == [None, 0.05, 0.95]
+
+
+def test_training_gives_blank_items_their_share_among_the_validations_users():
+    task = board_task()
+    trainer, _ = board_trainer(task)
+    vectors = item_vectors(trainer.averaged, task.source, task.catalogue, "valid")
+    blank, shares = torch.arange(ITEMS) % 5 == 0, [0.3, *[None] * (TYPES - 1)]
+    shifts = blank_shifts(trainer.averaged, task, "valid", vectors, blank, shares)
+    assert shifts[0] != 0 and shifts[1:] == [0.0] * (TYPES - 1)
+    nobody = replace(task, queries=take(task.queries, np.zeros(0, int)))
+    assert blank_shifts(trainer.averaged, nobody, "valid", vectors, blank, shares) == [0.0] * TYPES
+
+
+def test_which_shift_a_type_has():
+    shares, shifts = [0.1, None], {"test": [0.2, 0.0], "serve": [0.3, 0.0]}
+    assert [known_shift(shares, shifts, "serve", kind) for kind in range(3)] == [0.3, None, None]
+    assert known_shift(shares, shifts, "test", 0) == 0.2 and known_shift(None, {}, "test", 5) == 0.0
+
+
+def test_shares_are_asked_for_only_where_examples_tell_them():
+    told = {name: _knows_blank(load_config(overrides=name)) for name in ((), ("graph.features_as_of=window",),
+            ("two_tower.loss=paper",), ("two_tower.memory=false",))}  # fmt: skip
+    assert list(told.values()) == [True, False, False, False]
