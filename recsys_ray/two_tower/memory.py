@@ -8,8 +8,8 @@ graph has these pairs, so its edges are also used as they are, like the wide par
     a_ui proportional to 2^(-places back / HALF_LIFE), their sum 1; of the latest REACH items
 
 The memory knows no pair of an item that nobody had (``users`` 0). Such a blank item is given what
-recsys_ray/two_tower/blank.py says, and then keeps its place among the others of its type (:func:`place_kept`): else every
-new item would fall behind by what these gain.
+recsys_ray/two_tower/blank.py says, and then keeps its place among the others of its type (:func:`place_kept`): else
+every new item would fall behind by what these gain.
 
 b_.j is the ridge regression of having item j on having its neighbours in the graph (recsys_ray/two_tower/ridge.py).
 How strong the ridge is and the weight w are chosen on the validation period (recsys_ray/two_tower/training.py); weight
