@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from recsys_ray.config import TwoTowerConfig
-from recsys_ray.graph.activity import UNTOUCHED
+from recsys_ray.graph.activity import CHOSEN
 from recsys_ray.ranks import largest_over_ranks, seed_from, sum_over_ranks
 from recsys_ray.two_tower.batches import (
     Batch,
@@ -93,7 +93,7 @@ def blank_shares(task: TowerTask) -> list[float | None]:
     """Of each type the share of the last snapshot's examples, over all ranks, whose target nobody had by then."""
     snapshot = largest_over_ranks(int(max(task.examples["snapshot"], default=0)))
     targets = torch.from_numpy(task.examples["target"][task.examples["snapshot"] == snapshot]).long()
-    blank = task.catalogue.activity[task.snapshot_names[snapshot]][targets, UNTOUCHED] > 0
+    blank = task.catalogue.activity[task.snapshot_names[snapshot]][targets, CHOSEN] == 0
     kinds = task.catalogue.ntype[targets]
     counts = [torch.bincount(part, minlength=task.spec.num_types) for part in (kinds, kinds[blank])]
     return shares_of_examples(*sum_over_ranks(torch.stack(counts).double()))

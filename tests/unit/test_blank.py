@@ -10,7 +10,7 @@ import torch
 from checkerboard import ITEMS, TYPES, board_task, board_trainer
 
 from recsys_ray.config import load_config
-from recsys_ray.graph.activity import UNTOUCHED
+from recsys_ray.graph.activity import CHOSEN
 from recsys_ray.two_tower.blank import (
     known_shift,
     share_of_events,
@@ -73,7 +73,7 @@ def test_the_share_of_examples_is_that_of_the_last_snapshot():
     """Half of the items are blank as of the last snapshot, all as of the first; type 0 has no example in the last."""
     task = board_task()
     for name, table in task.catalogue.activity.items():
-        table[:, UNTOUCHED] = 1.0 if name != "cut1" else (torch.arange(ITEMS) % 2 == 0).float()
+        table[:, CHOSEN] = 0.0 if name != "cut1" else (torch.arange(ITEMS) % 2).float()
     ntype, last = task.catalogue.ntype.numpy(), task.examples["snapshot"] == 1
     assert task.snapshot_names[1] == "cut1" and 0 < last.sum() < len(last)
     rows = np.flatnonzero((ntype[task.examples["target"]] != 0) | ~last)
