@@ -1,13 +1,13 @@
 """How much goes to items that nobody had: blank ones.
 
-What share of a type's consumption goes to items that were new is a steady thing, however many of them lie on the shelf.
-Towers do not know it. In-batch training shows them no item that nobody chooses, so where the shelf is full of these
-they overrate each; and where the last new items of a catalogue are about to be found, they underrate them. So in the
-softmax of a user's scores over a type, which the towers are trained as, blank items are given a share together, and
-keep their order (ours):
+Of what will be chosen in a period, a share goes to items that nobody had at its beginning. Towers do not know it:
+in-batch training shows them no item that nobody chooses, so where the shelf is full of these they overrate each; and
+where the last new items of a catalogue are about to be found, they underrate them. So in the softmax of a user's scores
+over a type, which the towers are trained as, blank items are given a share together, and keep their order (ours):
 
-* of a type with training examples, in the mean over users: that of the last cut's examples whose target was blank at
-  the cut. One number a type and snapshot is added to the scores of its blank items. Users differ as the towers say;
+* of a type with training examples, in the mean over users: what the past tells of a period as long as the one ahead
+  (:func:`share_ahead`). One number a type and snapshot is added to the scores of its blank items. Users differ as the
+  towers say;
 * of a type without, for each user: that which the type's events tell (Good, The population frequencies of species and
   the estimation of population parameters, Biometrika 1953): the next event is as likely about a blank item as one of
   them is its item's only one. What the towers carry over from other types, where a blank item is a novelty that some
@@ -19,6 +19,7 @@ Imports neither dgl nor transformers: it is used in a serving replica.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,12 +41,35 @@ def share_of_events(users: Int[np.ndarray, "n"]) -> float:
     return float(((users == 1).sum() + 0.5) / (users.sum() + 1))
 
 
-def shares_of_examples(
-    counted: Float[Tensor, "types"], blank: Float[Tensor, "types"]
-) -> list[float | None]:  # fmt: skip
-    """Each type's share, from how many examples it has and how many of their targets were blank; never 0 or 1."""
-    pairs = zip(counted.tolist(), blank.tolist(), strict=True)
-    return [(new + 0.5) / (examples + 1) if examples else None for examples, new in pairs]
+class Period(NamedTuple):
+    """A stretch of the past, and of each type how many targets it has and how many of these were blank as it began."""
+
+    seconds: int
+    targets: Float[Tensor, "types"]
+    blank: Float[Tensor, "types"]
+
+    def share(self, kind: int) -> float:
+        """Never 0 or 1."""
+        return (float(self.blank[kind]) + 0.5) / (float(self.targets[kind]) + 1)
+
+
+def share_ahead(seconds: int, lately: Period, before: Period) -> list[float | None]:
+    """Each type's share in the period to come: the longer it is, the more goes to items that nobody had as it began. So
+    it is taken from that of two periods which is as long, linear in between, constant beyond.
+
+    Args:
+        seconds: how long the period to come is.
+        lately: the validation period.
+        before: from the last cut to validation; a type without targets in it is not known.
+    """
+    longer = before.seconds - lately.seconds
+    part = min(max((seconds - lately.seconds) / longer, 0.0), 1.0) if longer > 0 else 0.0
+    found: list[float | None] = []
+    for kind in range(len(before.targets)):
+        of_before = before.share(kind)
+        of_lately = lately.share(kind) if lately.targets[kind] else of_before
+        found.append(of_lately + part * (of_before - of_lately) if before.targets[kind] else None)
+    return found
 
 
 def shift_of_each(

@@ -25,7 +25,7 @@ from recsys_ray.graph.activity import ACTIVITY, COLUMNS
 from recsys_ray.precision import choose_precision
 from recsys_ray.progress import Progress
 from recsys_ray.ranks import partition_client, rank_setup, run_ranks, seed_from
-from recsys_ray.snapshots import Snapshot, snapshots_of
+from recsys_ray.snapshots import Snapshot, snapshots_of, training_snapshot
 from recsys_ray.two_tower.batches import Catalogue, batches_in, country_index
 from recsys_ray.two_tower.examples import (
     HistoryRules,
@@ -97,7 +97,7 @@ def train_two_tower(
         "out": str(out.resolve()),
         "variants": variants,
         "snapshots": [(s.name, s.index) for s in snapshots],
-        "blank_shares": _knows_blank(config),
+        "periods": _periods(config, ingest.counts, snapshots),
     }
     with progress.task("two-tower", unit="steps") as task:
         run_ranks(_train_rank, parameters, workers, per_worker, out / SCRATCH, task, datasets)
@@ -105,10 +105,14 @@ def train_two_tower(
     return {"workers": workers, "precision": parameters["precision"], **counts, "last": last}
 
 
-def _knows_blank(config: Config) -> bool:
-    """Whether examples tell how many go to items that nobody had: not where features are of a time when the target was
-    had already, and only a softmax has shares."""
-    return config.two_tower.memory and config.two_tower.loss == "softmax" and config.graph.features_as_of == "example"
+def _periods(config: Config, counts: Mapping[str, Any], snapshots: Sequence[Snapshot]) -> tuple[int, int, int] | None:
+    """Seconds of the test period, of validation and from the last cut to it; None where examples do not tell how many
+    go to items that nobody had: features are of a time when the target was had already, or the loss knows no shares."""
+    if not config.two_tower.memory or config.two_tower.loss != "softmax" or config.graph.features_as_of != "example":
+        return None
+    last = training_snapshot(snapshots)
+    valid, test = counts["valid_from"], counts["test_from"]
+    return counts["end"] - test, test - valid, valid - last.time
 
 
 def write_specs(out: Path, variants: Sequence[str], spec: TowerSpec) -> None:
@@ -341,7 +345,9 @@ def _train(
     load_checkpoint(scratch / _BEST, model, optimizer)
     if config.refit:
         model = refit(trainer, optimizer, len(state["history"]), on_step)
-    shares = blank_shares(task) if parameters["blank_shares"] and state["ridge"] else None  # 0: nothing was validated
+    shares = None
+    if parameters["periods"] and state["ridge"]:  # 0: nothing was validated
+        shares = blank_shares(task, *parameters["periods"])
     if rank == 0:
         model.eval()
         shifts = {}

@@ -25,7 +25,7 @@ from recsys_ray.two_tower.batches import (
     tables_for,
     user_inputs,
 )
-from recsys_ray.two_tower.blank import Shares, shares_of_examples, shift_of_all
+from recsys_ray.two_tower.blank import Period, Shares, share_ahead, shift_of_all
 from recsys_ray.two_tower.inputs import UserInputs
 from recsys_ray.two_tower.loss import inclusion_log_q, paper_loss, sampled_softmax
 from recsys_ray.two_tower.memory import RIDGES, RIVALS, WEIGHTS, Memory, Recalled, one_row_a_user, place_kept
@@ -89,14 +89,24 @@ def share_unknown(chosen: Float[Tensor, "items"]) -> float:
     return float(unknown.sum() / chosen.sum().clamp(min=1))
 
 
-def blank_shares(task: TowerTask) -> list[float | None]:
-    """Of each type the share of the last snapshot's examples, over all ranks, whose target nobody had by then."""
+def blank_shares(task: TowerTask, ahead: int, lately: int, before: int) -> list[float | None]:
+    """Of each type the share of what is to come that goes to items that nobody had (:func:`share_ahead`): by the
+    examples of the last snapshot and the validation queries, of all ranks.
+
+    Args:
+        ahead, lately, before: seconds of the period to come, of validation, and from the last snapshot to validation.
+    """
     snapshot = largest_over_ranks(int(max(task.examples["snapshot"], default=0)))
-    targets = torch.from_numpy(task.examples["target"][task.examples["snapshot"] == snapshot]).long()
-    blank = task.catalogue.activity[task.snapshot_names[snapshot]][targets, CHOSEN] == 0
-    kinds = task.catalogue.ntype[targets]
-    counts = [torch.bincount(part, minlength=task.spec.num_types) for part in (kinds, kinds[blank])]
-    return shares_of_examples(*sum_over_ranks(torch.stack(counts).double()))
+    latest = task.examples["target"][task.examples["snapshot"] == snapshot]
+
+    def period(seconds: int, target: np.ndarray, moment: str) -> Period:
+        targets = torch.from_numpy(target).long()
+        kinds, new = task.catalogue.ntype[targets], task.catalogue.activity[moment][targets, CHOSEN] == 0
+        counts = [torch.bincount(part, minlength=task.spec.num_types) for part in (kinds, kinds[new])]
+        return Period(seconds, *sum_over_ranks(torch.stack(counts).double()))
+
+    of_before = period(before, latest, task.snapshot_names[snapshot])
+    return share_ahead(ahead, period(lately, task.queries["target"], "valid"), of_before)
 
 
 @torch.no_grad()

@@ -11,14 +11,9 @@ from checkerboard import ITEMS, TYPES, board_task, board_trainer
 
 from recsys_ray.config import load_config
 from recsys_ray.graph.activity import CHOSEN
-from recsys_ray.two_tower.blank import (
-    known_shift,
-    share_of_events,
-    shares_of_examples,
-    shift_of_all,
-    shift_of_each,
-)
-from recsys_ray.two_tower.job import _knows_blank
+from recsys_ray.snapshots import Fold, Snapshot
+from recsys_ray.two_tower.blank import Period, known_shift, share_ahead, share_of_events, shift_of_all, shift_of_each
+from recsys_ray.two_tower.job import _periods
 from recsys_ray.two_tower.rows import take
 from recsys_ray.two_tower.training import blank_shares, blank_shifts, item_vectors
 
@@ -69,20 +64,35 @@ def test_the_share_of_events_is_that_of_items_with_one():
     assert share_of_events(np.array([1, 1, 0])) < 1
 
 
-def test_the_share_of_examples_is_that_of_the_last_snapshot():
-    """Half of the items are blank as of the last snapshot, all as of the first; type 0 has no example in the last."""
+def test_the_share_to_come_is_that_of_a_period_as_long():
+    """Of four types: one in both periods, one that is not in validation, one that is only there, one in neither."""
+    lately = Period(14, torch.tensor([9.0, 0, 9, 0]), torch.tensor([0.0, 0, 9, 0]))
+    before = Period(44, torch.tensor([19.0, 19, 0, 0]), torch.tensor([9.0, 9, 0, 0]))
+    told = [(1, 0.05), (14, 0.05), (24, 0.05 + (0.475 - 0.05) / 3), (44, 0.475), (99, 0.475)]
+    for ahead, share in told:
+        assert share_ahead(ahead, lately, before) == [pytest.approx(share), 0.475, None, None]
+    for seconds in (0, 14):  # the other is no longer than validation, or times are logical: validation alone tells
+        assert share_ahead(30, lately, before._replace(seconds=seconds))[0] == 0.05
+
+
+def test_shares_are_those_of_the_last_snapshot_and_of_validation():
+    """Every second item is blank as of the last cut, every third as of validation; type 0 has no example in the last
+    cut."""
     task = board_task()
     for name, table in task.catalogue.activity.items():
-        table[:, CHOSEN] = 0.0 if name != "cut1" else (torch.arange(ITEMS) % 2).float()
+        step = {"cut1": 2, "valid": 3}.get(name, 1)
+        table[:, CHOSEN] = (torch.arange(ITEMS) % step).float()
     ntype, last = task.catalogue.ntype.numpy(), task.examples["snapshot"] == 1
     assert task.snapshot_names[1] == "cut1" and 0 < last.sum() < len(last)
     rows = np.flatnonzero((ntype[task.examples["target"]] != 0) | ~last)
-    found = blank_shares(replace(task, examples=take(task.examples, rows)))
-    assert found[0] is None and len(found) == TYPES > 1
-    for kind in range(1, TYPES):
-        mine = task.examples["target"][last & (ntype[task.examples["target"]] == kind)]
-        assert found[kind] == pytest.approx(((mine % 2 == 0).sum() + 0.5) / (len(mine) + 1))
-    assert shares_of_examples(torch.tensor([0.0, 9.0, 9.0]), torch.tensor([0.0, 0.0, 9.0])) == [None, 0.05, 0.95]
+    task = replace(task, examples=take(task.examples, rows))
+    last = task.examples["snapshot"] == 1
+    for ahead, table, every in ((10, task.examples["target"][last], 2), (1, task.queries["target"], 3)):
+        found = blank_shares(task, ahead, 2, 9)
+        assert found[0] is None and len(found) == TYPES > 1
+        for kind in range(1, TYPES):
+            mine = table[ntype[table] == kind]
+            assert found[kind] == pytest.approx(((mine % every == 0).sum() + 0.5) / (len(mine) + 1))
 
 
 def test_training_gives_blank_items_their_share_among_the_validations_users():
@@ -102,7 +112,12 @@ def test_which_shift_a_type_has():
     assert known_shift(shares, shifts, "test", 0) == 0.2 and known_shift(None, {}, "test", 5) == 0.0
 
 
-def test_shares_are_asked_for_only_where_examples_tell_them():
-    told = {name: _knows_blank(load_config(overrides=name)) for name in ((), ("graph.features_as_of=window",),
-            ("two_tower.loss=paper",), ("two_tower.memory=false",))}  # fmt: skip
-    assert list(told.values()) == [True, False, False, False]
+def test_periods_are_known_only_where_examples_tell_shares():
+    counts = {"valid_from": 70, "test_from": 90, "end": 100}
+    fold = Fold(0, 2, 0)
+    cuts = [Snapshot("cut0", 0, 20, 0), Snapshot("cut1", 1, 40, 0), Snapshot("valid", 2, 70, 0)]
+    folds = [Snapshot("cut0", 0, 70, 0, None, fold), Snapshot("valid", 1, 70, 0)]
+    assert _periods(load_config(), counts, cuts) == (10, 20, 30)
+    assert _periods(load_config(), counts, folds) == (10, 20, 0)
+    for override in ("graph.features_as_of=window", "two_tower.loss=paper", "two_tower.memory=false"):
+        assert _periods(load_config(overrides=[override]), counts, cuts) is None
