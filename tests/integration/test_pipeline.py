@@ -56,7 +56,8 @@ def test_one_command_makes_everything(undisturbed):
         assert f"{stage.name}: {stage.summary}" in done.stderr
         assert (run / stage.folder / "manifest.json").exists()
     rows = metrics_of(run)
-    remembers = json.loads((run / "two_tower" / "hgnn" / "spec.json").read_text(encoding="utf-8"))["memory"] > 0
+    spec = json.loads((run / "two_tower" / "hgnn" / "spec.json").read_text(encoding="utf-8"))
+    remembers = spec["memory"] > 0 or spec["blank_share"] is not None
     models = BASELINES | set(NAMES.values()) | {WITHOUT_MEMORY}
     assert {row["model"] for row in rows} == models
     assert (run / "bundles" / "current" / "memory.safetensors").exists() == remembers
