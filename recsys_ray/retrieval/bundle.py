@@ -8,8 +8,8 @@ Layout of ``bundles/<version>/``:
 - ``vectors.safetensors``: ``vector`` float32 [items, d], what the item tower made of every item
 - ``text.safetensors``, ``hgnn.safetensors``, ``ids.safetensors`` (the items' own learned vectors; not where the towers
   have none): the user tower's item tables
-- ``memory.safetensors``: what is remembered of pairs of items (recsys_ray/two_tower/memory.py); not where validation
-  gave that no weight
+- ``memory.safetensors``: what is remembered of pairs of items (recsys_ray/two_tower/memory.py) and which items
+  nobody had; not where neither counts
 - ``index/t{i}.faiss``: the available items of type number i, in order of gid
 - ``user_tower/``: ``model.safetensors``, ``spec.json``
 - ``user_ids.arrow`` (id ascending, uid), ``users.safetensors`` (age, country, taste.<name>; row = uid)

@@ -90,7 +90,7 @@ class Recommender:
     indexes: list[TypeIndex]
     tower: TowerRunner
     vectors: npt.NDArray[np.float32]
-    memory: Memory | None = None  # of pairs of items; None: validation gave it no weight
+    memory: Memory | None = None  # of pairs of items; None: the towers alone answer
     blank: list[npt.NDArray[np.int64]] = field(default_factory=list)  # of each type the items it knows nothing of
     shifts: list[float | None] = field(default_factory=list)  # of each type what these are given; None: by the user
     _country_of: dict[str, int] = field(default_factory=dict)
