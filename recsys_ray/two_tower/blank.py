@@ -118,9 +118,7 @@ def _to_reach(share: float, log_odds: Float[Tensor, "B"]) -> float:
     return float(brentq(excess, -_FAR, _FAR))
 
 
-def known_shift(
-    shares: Shares | None, shifts: Mapping[str, Sequence[float]], snapshot: str, kind: int
-) -> float | None:  # fmt: skip
+def known_shift(shares: Shares | None, shifts: Mapping[str, Sequence[float]], snapshot: str, kind: int) -> float | None:
     """What blank items of a type are given as of a snapshot; None: each user's own, by :func:`share_of_events`.
 
     Args:

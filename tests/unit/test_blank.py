@@ -15,7 +15,7 @@ from recsys_ray.snapshots import Fold, Snapshot
 from recsys_ray.two_tower.blank import Period, known_shift, share_ahead, share_of_events, shift_of_all, shift_of_each
 from recsys_ray.two_tower.job import _periods
 from recsys_ray.two_tower.rows import take
-from recsys_ray.two_tower.training import blank_shares, blank_shifts, item_vectors
+from recsys_ray.two_tower.training import blank_shares, blank_shifts, item_vectors, user_vectors
 
 
 def test_each_users_blank_items_get_the_share():
@@ -101,6 +101,12 @@ def test_training_gives_blank_items_their_share_among_the_validations_users():
     vectors = item_vectors(trainer.averaged, task.source, task.catalogue, "valid")
     blank, shares = torch.arange(ITEMS) % 5 == 0, [0.3, *[None] * (TYPES - 1)]
     shifts = blank_shifts(trainer.averaged, task, "valid", vectors, blank, shares)
+    users = user_vectors(
+        trainer.averaged, task.source, task.catalogue, "valid", task.queries, np.arange(len(task.queries["target"]))
+    )
+    mine = task.catalogue.ntype == 0
+    scores = (users @ vectors[mine].T + shifts[0] * blank[mine]) / task.spec.temperature
+    assert scores.softmax(1)[:, blank[mine]].sum(1).mean() == pytest.approx(0.3, abs=1e-5)
     assert shifts[0] != 0 and shifts[1:] == [0.0] * (TYPES - 1)
     nobody = replace(task, queries=take(task.queries, np.zeros(0, int)))
     assert blank_shifts(trainer.averaged, nobody, "valid", vectors, blank, shares) == [0.0] * TYPES
