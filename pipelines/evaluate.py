@@ -28,6 +28,7 @@ def _settings(config: Config) -> dict[str, Any]:
         "window_days": config.graph.window_days,
         "max_history": config.graph.max_history,
         "history": config.two_tower.history,
+        "popular_days": config.index.popular_days,
         "seed": config.seed,
         "data_seed": config.data_seed,
     }

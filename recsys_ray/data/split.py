@@ -31,6 +31,11 @@ def calendar_end(counts: Mapping[str, Any]) -> int:
     return int(counts.get("last_event", counts["end"] - 1)) + 1
 
 
+def popular_days(counts: Mapping[str, Any], days: int | None) -> int | None:
+    """``index.popular_days``, unless the split is leave-one-out, which knows no days: then all counts (None)."""
+    return None if is_leave_one_out(counts) else days
+
+
 def logical_times(uid: np.ndarray, gid: np.ndarray, positive: np.ndarray) -> np.ndarray:
     """Leave-one-out: int64 [n], ascending for each user.
 

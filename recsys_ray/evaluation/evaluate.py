@@ -206,7 +206,7 @@ def _models(
         arguments = (fit_for_test, job, baseline.name, tuned[baseline.name].params, threads)
         models[baseline.name] = partial(alone, *arguments, cpus=threads)
     for name, tower in towers.items():
-        models[name] = partial(Tower, name, tower)
+        models[name] = partial(Tower, name, tower, survey.popular)
     for days, count in survey.windows.items():
         models[f"popularity_{days}"] = partial(Popularity, count, f"popularity_{days}")
     if job.config.data.oracle:

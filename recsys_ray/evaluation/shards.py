@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from recsys_ray.artifacts import SCRATCH, load_arrays, save_arrays
 from recsys_ray.config import Config
+from recsys_ray.data.split import popular_days
 from recsys_ray.errors import ArtifactError
 from recsys_ray.evaluation.segments import Catalogue, Events, ItemFacts, Queries, find_queries, popularity_tiers
 from recsys_ray.snapshots import DAY
@@ -38,6 +39,7 @@ class Setting:
     batch_size: int
     seed: int
     data_seed: int
+    popular_days: int | None = None  # what users get of whom nothing is known; None: all that was before the test
     windows: tuple[int, ...] = ()  # days of further popularity windows
     places: Mapping[str, Path] = field(default_factory=dict)  # folders of models whose results outlast this evaluation
 
@@ -68,6 +70,7 @@ def prepare(config: Config, ingest: Path, out: Path) -> Setting:
         batch_size=config.evaluate.batch_size,
         seed=config.seed,
         data_seed=config.data_seed,
+        popular_days=popular_days(counts, config.index.popular_days),
         windows=tuple(config.evaluate.popularity_days),
     )
 
@@ -102,9 +105,14 @@ def survey_shard(setting: Setting, shard: Path) -> None:
     items = setting.catalogue.items
     before = events.timestamp < setting.test_from
     positive = before & setting.positive[events.event]
+    lately = positive
+    if setting.popular_days is not None:
+        lately = positive & (events.timestamp >= setting.test_from - setting.popular_days * DAY)
+    chosen = np.unique(events.uid[lately] * items + events.gid[lately]) % items  # once for each user
     arrays = {
         "positives": np.bincount(events.gid[positive], minlength=items),
         "trained": np.bincount(events.gid[events.timestamp < setting.valid_from], minlength=items),
+        "popular": np.bincount(chosen, minlength=items),
     }
     for days in setting.windows:
         inside = positive & (events.timestamp >= setting.test_from - days * DAY)
@@ -131,12 +139,13 @@ class Survey:
     query_offset: dict[Path, int]
     truth_offset: dict[Path, int]
     facts: ItemFacts
+    popular: np.ndarray  # int64 [items]: users who chose them in ``Setting.popular_days``, as a bundle counts them
     windows: dict[int, np.ndarray]  # days -> int64 [items]: positive events in a further popularity window
 
 
 def merge_survey(setting: Setting, shards: list[Path], max_users: int | None) -> Survey:
     """Add the surveys up; keep a seeded sample of ``max_users`` users that have queries."""
-    names = ("positives", "trained", *(f"recent_{days}" for days in setting.windows))
+    names = ("positives", "trained", "popular", *(f"recent_{days}" for days in setting.windows))
     totals = {name: np.zeros(setting.catalogue.items, np.int64) for name in names}
     found: dict[Path, Queries] = {}
     for shard in shards:
@@ -159,4 +168,4 @@ def merge_survey(setting: Setting, shards: list[Path], max_users: int | None) ->
     merged = Queries.from_arrays({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
     facts = ItemFacts(totals["trained"] == 0, popularity_tiers(totals["positives"], setting.catalogue))
     windows = {days: totals[f"recent_{days}"] for days in setting.windows}
-    return Survey(merged, users, query_offset, truth_offset, facts, windows)
+    return Survey(merged, users, query_offset, truth_offset, facts, totals["popular"], windows)

@@ -53,7 +53,7 @@ from recsys_ray.artifacts import (
     write_json,
 )
 from recsys_ray.config import Config, IndexConfig
-from recsys_ray.data.split import calendar_end, is_leave_one_out
+from recsys_ray.data.split import calendar_end, is_leave_one_out, popular_days
 from recsys_ray.errors import ArtifactError
 from recsys_ray.graph.activity import NEVER, Counts, add_counts, count_events
 from recsys_ray.progress import Progress
@@ -111,10 +111,6 @@ class _Sources:
         """First moment of the window before the data's end, unix seconds."""
         days = self.spec.get("window_days", config.graph.window_days)
         return 0 if days is None else calendar_end(self.ingest.counts) - days * _DAY
-
-    def popular_days(self, config: Config) -> int | None:
-        """How far back popularity counts; leave-one-out has no days."""
-        return None if is_leave_one_out(self.ingest.counts) else config.index.popular_days
 
 
 def bundle_fingerprint(config: Config, prints: Mapping[str, str]) -> str:
@@ -209,7 +205,7 @@ def _counts(config: Config, sources: _Sources, version: str) -> dict[str, Any]:
         "protocol": counts.get("protocol", "time"),
         "history": sources.history,
         "window_days": spec.get("window_days", config.graph.window_days),
-        "popular_days": sources.popular_days(config),
+        "popular_days": popular_days(sources.ingest.counts, config.index.popular_days),
         "cold_start": bool(spec.get("cold_start", False)),
         "ef_search": config.index.ef_search,
         "text": {"config": sources.featurize.manifest["config"]["text"]}
@@ -307,7 +303,7 @@ def _write_events(work: Path, config: Config, sources: _Sources, progress: Progr
     """Histories, popularity and activity, in one pass over the interactions."""
     counts, items = sources.ingest.counts, sum(_per_type(sources.ingest.counts))
     start, users = sources.start(config), int(counts["users"])
-    days = sources.popular_days(config)
+    days = popular_days(counts, config.index.popular_days)
     since = 0 if days is None else calendar_end(counts) - days * _DAY
     writer = HistoryWriter(work / SCRATCH, users, items, start, sources.history)
     names = list(counts["events"])

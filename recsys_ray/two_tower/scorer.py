@@ -81,6 +81,15 @@ class TrainedTower:
         )
         return self.tower(inputs, tables)
 
+    def unknown(self, users: UserBatch) -> np.ndarray:
+        """See ``TowerScorer``."""
+        age, country, tastes = self._traits(users)
+        nothing = torch.isnan(age) & (country < 0)
+        for taste in tastes.values():
+            nothing &= torch.isnan(taste).all(1)
+        lengths = np.bincount(users.rows[self._kept(users)], minlength=len(users))
+        return nothing.numpy() & (lengths == 0)
+
     def remember(self, users: UserBatch, vectors: Float[Tensor, "users d"]) -> Remember | None:
         """See ``TowerScorer``."""
         if self.memory is None:

@@ -44,6 +44,9 @@ class ColourTower:
 
     item_vectors = np.eye(2, dtype=np.float32)[np.arange(ITEMS) % 2]
 
+    def unknown(self, users: UserBatch) -> np.ndarray:
+        return users.empty
+
     def remember(self, users: UserBatch, vectors: torch.Tensor) -> None:
         return None
 
@@ -164,6 +167,9 @@ def test_table(ray_local, run, log):
     cold = sum(user % 6 == 0 for user in range(USERS))
     assert found["2t_hgnn", "all", "cold"]["users"] == cold
     assert found["2t_hgnn", "all", "warm"]["users"] == USERS - cold
+    # Of cold users the tower knows nothing, so they get what is popular.
+    for figure in ("hr_at_10", "mrr_at_100", "coverage_at_100"):
+        assert found["2t_hgnn", "all", "cold"][figure] == found["popularity", "all", "cold"][figure]
     strangers = sum(user % 6 != 0 and user % 8 == 0 for user in range(USERS))
     assert found["llm_knn", "song", "new_to_type"]["users"] == strangers
     assert ("llm_knn", "book", "new_to_type") not in found
@@ -375,7 +381,10 @@ def test_nothing_to_evaluate(ray_local, run):
 
 def test_further_popularity_windows_and_strangers(ray_local, run):
     """Colours are personal: with another user's history the right answer is a coin's. Popularity is not."""
-    counts = go(run, configuration(run, "evaluate.popularity_days=[1,30]", "evaluate.strangers=true"))
+    windows = ("evaluate.popularity_days=[1,30]", "index.popular_days=1")
+    counts = go(run, configuration(run, *windows, "evaluate.strangers=true"))
+    cold = {model: row["mrr_at_100"] for (model, *place), row in table(run).items() if place == ["all", "cold"]}
+    assert cold["2t_hgnn"] == cold["popularity_1"] != cold["popularity_30"]
     found = {model: row for (model, *place), row in table(run).items() if place == ["all", "warm"]}
     assert {"popularity_1", "popularity_30", "2t_hgnn_for_a_stranger", "llm_knn_for_a_stranger"} <= set(
         counts["models"]

@@ -309,7 +309,8 @@ def test_evaluation_adds_the_memory_to_the_scores(shares):
     towers = TrainedTower(vectors.numpy(), UserTower(spec), np.zeros((50, 1)), None, ntype, available, None, 0, memory)
     batch = UserBatch(np.arange(2), np.array([0, 1, 1]), np.array([0]), np.array([0]), np.array([0]))
     towers.user_vectors = lambda users: torch.ones(2, 4)
-    score = Tower("t", towers).scorer(batch)
+    towers.unknown = lambda users: np.zeros(2, bool)
+    score = Tower("t", towers, np.zeros(50)).scorer(batch)
     plain = (torch.ones(2, 4) @ vectors.T).numpy()
     if shares:  # of type 1's 18 events each was its item's only one: 18.5 to .5
         plain[:, 7] += 0.7

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import torch
 
 from recsys_ray.errors import DataError
+from recsys_ray.evaluation.baselines.histories import popular_where
 from recsys_ray.evaluation.recommenders import Scorer, UserBatch, as_tensor
 from recsys_ray.ragged import spread
 
@@ -39,6 +40,10 @@ class TowerScorer(Protocol):
         """Vectors of users as of the start of the test period."""
         ...
 
+    def unknown(self, users: UserBatch) -> np.ndarray:
+        """bool [users]: nothing is known of them, neither history nor a trait."""
+        ...
+
     def remember(self, users: UserBatch, vectors: Float[Tensor, "users d"]) -> Remember | None:
         """What adds the memory to the scores of a range of items of one type; None: there is no memory."""
         ...
@@ -46,10 +51,12 @@ class TowerScorer(Protocol):
 
 @dataclass(frozen=True)
 class Tower:
-    """A two-tower model: user vectors times item vectors, and what its memory adds."""
+    """A two-tower model: user vectors times item vectors, and what its memory adds. Users of whom nothing is known get
+    what is popular, as in serving."""
 
     name: str
     model: TowerScorer
+    popular: np.ndarray  # [items]
 
     def scorer(self, users: UserBatch) -> Scorer:
         with torch.no_grad():
@@ -62,7 +69,7 @@ class Tower:
                 remember(first, last, scores)
             return scores
 
-        return score
+        return popular_where(self.model.unknown(users), score, self.popular)
 
 
 @dataclass(frozen=True)
