@@ -1,22 +1,14 @@
-"""Bundle and recommender over a world whose stage outputs are written by hand."""
+"""Answers over a world whose stage outputs are written by hand."""
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
-
-import bundle_world
 import numpy as np
 import pytest
 from bundle_world import DAY, END, EVENTS, FORGOTTEN, LONELY, POPULAR_DAYS, STRANGE_IDS, World, make_world
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recsys_ray.artifacts import open_artifact
-from recsys_ray.errors import ArtifactError
-from recsys_ray.retrieval.bundle import find_bundle, set_current
 from recsys_ray.retrieval.filters import RequestError, UnknownItem
-from recsys_ray.retrieval.histories import Histories, HistoryWriter, whole_users
 from recsys_ray.retrieval.recommender import Recommender
 from recsys_ray.retrieval.wording import because, fits
 from recsys_ray.two_tower.memory import RIVALS
@@ -43,149 +35,6 @@ def recommender(world) -> Recommender:
 
 def ids(items) -> list[str]:
     return [item.item_id for item in items]
-
-
-# ---- bundle
-
-
-def test_bundle_is_whole_and_current(world):
-    link = world.root / "bundles" / "current"
-    assert not link.readlink().is_absolute()
-    bundle = open_artifact(link, verify=True)
-    assert bundle.counts["version"] == link.readlink().name == find_bundle(world.root).name
-    assert bundle.counts["recall_at_10"] == dict.fromkeys(TYPES, 1.0)
-    assert not [path for path in bundle.path.rglob("*") if path.suffix in (".pkl", ".pt", ".npy")]
-
-
-def test_same_inputs_make_the_same_version_and_are_kept(world):
-    before = (find_bundle(world.root) / "manifest.json").stat().st_mtime_ns
-    assert world.bundle().path.name == find_bundle(world.root).name
-    assert (find_bundle(world.root) / "manifest.json").stat().st_mtime_ns == before
-
-
-def test_current_moves_in_one_step(tmp_path):
-    for version in ("a", "b"):
-        (tmp_path / version).mkdir()
-        set_current(tmp_path, version)
-        assert (tmp_path / "current").readlink() == Path(version)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "current"]
-
-
-def test_histories_are_those_of_the_events(world, recommender):
-    for uid, user_id in enumerate(world.user_ids):
-        events = world.events[world.events[:, 0] == uid]
-        seen = recommender.histories.seen(recommender.users.find(user_id))
-        assert seen.tolist() == sorted(set(events[:, 1].tolist()))
-        recent = recommender.histories.recent(uid)
-        expected = events[events[:, 3] >= END - 90 * DAY][-50:]
-        assert np.array_equal(np.stack([recent.gids, recent.events, recent.timestamps], 1), expected[:, 1:])
-
-
-@pytest.mark.parametrize("rows", [1, 7, 10_000])
-def test_no_batch_cuts_a_user_in_two(world, rows, tmp_path):
-    writer = HistoryWriter(tmp_path, len(world.user_ids), len(world.item_ids), END - 90 * DAY, 50)
-    uids = []
-    for batch in whole_users(world.root / "ingest" / "interactions", rows):
-        uids += np.unique(batch.uid).tolist()
-        writer.add(batch)
-    assert uids == sorted(set(world.events[:, 0].tolist()))
-    writer.close(tmp_path / "histories.safetensors")
-    made, kept = (
-        Histories(tmp_path / "histories.safetensors"),
-        Histories(find_bundle(world.root) / "histories.safetensors"),
-    )
-    for uid in range(len(world.user_ids)):
-        assert np.array_equal(made.seen(uid), kept.seen(uid))
-        assert np.array_equal(made.recent(uid).gids, kept.recent(uid).gids)
-
-
-def test_users_and_items_are_found(world, recommender):
-    for uid, user_id in enumerate(world.user_ids):
-        assert recommender.users.find(user_id) == uid
-        traits = recommender.users.traits(uid, recommender.histories.recent(uid))
-        assert ("age" in traits.known_traits) == (uid % 4 != 0 and uid != 3)
-        assert ("taste" in traits.known_traits) == (uid % 3 != 0)
-    for gid, item_id in enumerate(world.item_ids):
-        assert recommender.items.find(item_id) == gid and recommender.items.id(gid) == item_id
-    for nobody in ("", "zzz", "\x00", "\ud800", "日本"):
-        assert recommender.users.find(nobody) is None and recommender.items.find(nobody) is None
-
-
-def test_popularity_counts_users_of_its_own_days(world, recommender):
-    events = world.events[
-        (world.events[:, 3] >= END - POPULAR_DAYS * DAY) & (world.events[:, 2] == EVENTS.index("stream"))
-    ]
-    pairs = np.unique(events[:, :2], axis=0)
-    expected = np.bincount(pairs[:, 1], minlength=len(world.item_ids))
-    assert np.array_equal(recommender.popularity.world, expected)
-
-
-def test_poor_recall_is_not_published(tmp_path):
-    world = make_world(tmp_path, per_type=(30, 40, 3_000))
-    poor = {"exact_up_to": 10, "hnsw_links": 2, "ef_construction": 2, "ef_search": 1}
-    bad = World(**{**vars(world), "config": world.config.model_validate({"index": poor})})
-    with pytest.raises(ArtifactError, match=r"index of '.*' finds 0\.\d+ .*min_recall=0.9"):
-        bad.bundle()
-    assert not (tmp_path / "bundles" / "current").exists()
-    good = World(**{**vars(world), "config": world.config.model_validate({"index": {"exact_up_to": 10}})})
-    counts = good.bundle().counts
-    assert counts["exact"] == dict.fromkeys(TYPES, False) and min(counts["recall_at_10"].values()) > 0.9
-    assert len(Recommender.load(tmp_path).recommend(world.user_ids[5], k=500)) == 500
-
-
-@pytest.mark.parametrize("change", ["metric", "norm", "embedding", "rows"])
-def test_inputs_that_do_not_fit_are_refused(tmp_path, change, monkeypatch):
-    world = make_world(tmp_path)
-    monkeypatch.setattr("recsys_ray.retrieval.bundle.open_artifact", _unchecked)
-    towers, save = tmp_path / "two_tower" / "hgnn", bundle_world.save_arrays
-    if change == "metric":
-        spec = towers / "spec.json"
-        spec.write_text(spec.read_text().replace("inner_product", "l2"))
-    elif change == "norm":
-        save(towers / "items" / "serve.safetensors", {"vector": world.vectors * 2})
-    elif change == "rows":
-        save(towers / "items" / "serve.safetensors", {"vector": world.vectors[1:]})
-    else:
-        (tmp_path / "hgnn" / "embeddings" / "serve" / "part-00001.safetensors").unlink()
-    sentences = {"metric": "metric 'l2'", "norm": "length 2", "embedding": "each of the 120", "rows": "119 rows"}
-    with pytest.raises(ArtifactError, match=sentences[change]):
-        world.bundle()
-    assert not (tmp_path / "bundles" / "current").exists()
-
-
-def _unchecked(path: Path, verify: bool = False):
-    import json
-
-    from recsys_ray.artifacts import Artifact
-
-    return Artifact(path, json.loads((path / "manifest.json").read_text()))
-
-
-def test_any_damaged_or_missing_file_is_one_sentence(world, tmp_path):
-    healthy = find_bundle(world.root)
-    for name in open_artifact(healthy).manifest["files"]:
-        for damage in (_flip, _cut, Path.unlink):
-            copy = tmp_path / "copy"
-            shutil.copytree(healthy, copy)
-            damage(copy / name)
-            with pytest.raises(ArtifactError):
-                Recommender.load(copy)
-            shutil.rmtree(copy)
-    with pytest.raises(ArtifactError, match="is no bundle"):
-        Recommender.load(tmp_path)
-
-
-def _flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 0xFF
-    path.write_bytes(content)
-
-
-def _cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-# ---- answers
 
 
 def test_answer_is_brute_force(world, recommender):
