@@ -203,7 +203,7 @@ class TwoTowerConfig(Section):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="of the layers while they train; auto: bf16 where the hardware has it"
     )
-    epochs: Positive = 20
+    epochs: Positive = 40
     patience: Positive = Field(3, description="epochs without a better validation HR@10 before stopping")
     learning_rate: float = Field(5e-4, gt=0)
     refit: bool = Field(True, description="after the best epoch, one more with the validation period's examples too")

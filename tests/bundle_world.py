@@ -209,7 +209,7 @@ def _write_towers(
         num_types=len(types), events=EVENTS, text_dim=text, hgnn_dim=dim, activity_dim=3, num_countries=2,
         num_languages=0, num_categories=1, tastes={"music": TASTE}, layers=[16, dim], item_types=types,
         countries=["DE", "SE"], history=50, window_days=90, memory=memory, ridge=RIDGES[2],
-        temperature=0.3, blank_share=shifts and [shift and 0.1 for shift in shifts],
+        half_life=2.0, temperature=0.3, blank_share=shifts and [shift and 0.1 for shift in shifts],
         blank_shift={"serve": [shift or 0.0 for shift in shifts or []]},
     )  # fmt: skip
     if memory or shifts:

@@ -285,7 +285,8 @@ class Recommender:
         if self.memory is None:
             scores, gids = search_types([self.indexes[t] for t in types], query, k, barred)
         else:
-            recalled = self.memory.recall(np.zeros(len(profile.gids), np.int64), profile.gids)
+            half_life = self.tower.spec.get("half_life", 4.0)  # bundles of before have none
+            recalled = self.memory.recall(np.zeros(len(profile.gids), np.int64), profile.gids, half_life)
             found = [self._remember(self.memory, recalled, number, query, k, barred) for number in types]
             scores, gids = merge_best(found, k)
         return [

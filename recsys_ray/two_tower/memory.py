@@ -5,17 +5,17 @@ graph has these pairs, so its edges are also used as they are, like the wide par
 & Deep Learning for Recommender Systems, DLRS 2016; ours, not the papers'):
 
     score(u, j) = <u, v_j> + w * log(1 + max(m_uj, 0) / SMALL),    m_uj = sum over i in history of u of a_ui * b_ij
-    a_ui proportional to 2^(-places back / HALF_LIFE), their sum 1; of the latest REACH items
+    a_ui proportional to 2^(-places back / half-life), their sum 1; of the latest REACH items
 
 The memory knows no pair of an item that nobody had (``users`` 0). Such a blank item is given what
 recsys_ray/two_tower/blank.py says, and then keeps its place among the others of its type (:func:`place_kept`): else
 every new item would fall behind by what these gain.
 
 b_.j is the ridge regression of having item j on having its neighbours in the graph (recsys_ray/two_tower/ridge.py).
-How strong the ridge is and the weight w are chosen on the validation period (recsys_ray/two_tower/training.py); weight
-0 leaves the towers alone. Lists still come from the ANN search: to an item that is neither blank nor a neighbour of the
-history nothing is added, so that the best by inner product, these neighbours and the blank items hold the exact list
-(recsys_ray/retrieval/recommender.py).
+How strong the ridge is and the weight w are chosen on the validation period (recsys_ray/two_tower/training.py), the
+half-life before training (recsys_ray/two_tower/recency.py); weight 0 leaves the towers alone. Lists still come from the
+ANN search: to an item that is neither blank nor a neighbour of the history nothing is added, so that the best by inner
+product, these neighbours and the blank items hold the exact list (recsys_ray/retrieval/recommender.py).
 
 Imports neither dgl nor transformers: it is used in a serving replica.
 """
@@ -36,8 +36,8 @@ from recsys_ray.ragged import spread
 
 RIDGES = (10.0, 30.0, 100.0, 300.0)  # which a validation chooses from
 WEIGHTS = (0.0, 0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 12.0)  # likewise; of the temperature
-HALF_LIFE = 4.0
-REACH = 50  # items; what lies further back would weigh less than 1 in 5,000
+HALF_LIVES = (1.0, 4.0, 16.0)  # places; likewise
+REACH = 50  # items, which bounds an answer's time; with 16 places a ninth of the weights would lie further back
 SMALL = 1e-2
 RIVALS = 20  # best items of a user and type, by which a blank item's place is told
 NEIGHBOURS = 100  # that an item brings to mind, in each item type: those with the largest coefficients
@@ -143,17 +143,18 @@ class Memory:
     def save(self, path: Path) -> None:
         save_arrays(path, vars(self))
 
-    def recall(self, user: Int[np.ndarray, "n"], gid: Int[np.ndarray, "n"]) -> Recalled:
+    def recall(self, user: Int[np.ndarray, "n"], gid: Int[np.ndarray, "n"], half_life: float) -> Recalled:
         """What histories bring to mind.
 
         Args:
             user, gid: the events of all histories; of each user in one piece, oldest first.
+            half_life: how many places back an item counts half of the last one.
 
         Returns:
             Every pair with an edge.
         """
         items = len(self.begin) - 1
-        user, gid, weight = _latest(user.astype(np.int64), gid.astype(np.int64), items)
+        user, gid, weight = _latest(user.astype(np.int64), gid.astype(np.int64), items, half_life)
         start, count = self.begin[gid], self.begin[gid + 1] - self.begin[gid]
         place = spread(start, count)
         key = np.repeat(user, count) * items + self.gid[place]
@@ -201,13 +202,15 @@ def memory_file(two_tower: Path, snapshot: str) -> Path:
     return two_tower / "memory" / f"{snapshot}.safetensors"
 
 
-def _latest(user: np.ndarray, gid: np.ndarray, items: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _latest(
+    user: np.ndarray, gid: np.ndarray, items: int, half_life: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Each user's latest distinct items with their weights a, by the last time that they occur."""
     backwards = (user * items + gid)[::-1]
     last = np.sort(len(user) - 1 - np.unique(backwards, return_index=True)[1])
     user, gid = user[last], gid[last]
     back = np.searchsorted(user, user, side="right") - np.arange(len(user)) - 1
     user, gid, back = (part[back < REACH] for part in (user, gid, back))
-    weight = 0.5 ** (back / HALF_LIFE)
+    weight = 0.5 ** (back / half_life)
     sums = np.bincount(user, weight, minlength=1) if len(user) else np.ones(1)
     return user, gid, weight / sums[user]

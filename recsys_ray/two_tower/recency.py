@@ -1,8 +1,10 @@
-"""How much of a taste is of the moment: decides whether the user tower reads the last item beside the mean of all.
+"""How much of a taste is of the moment: decides whether the user tower reads the last item beside the mean of all, and
+how fast the memory forgets.
 
-Where the next choice follows the last ones (shops, sessions) it tells much; where tastes are steady it only adds what
-can be learned by heart. Which of both the data are, nearest neighbours can say before anything is trained: they rank
-for validation queries by the plain mean of the history and by means in which the latest events count for more.
+Where the next choice follows the last ones (shops, sessions) the last item tells much; where tastes are steady it only
+adds what can be learned by heart. Which of both the data are can be said before anything is trained: nearest neighbours
+rank for validation queries by the plain mean of the history and by means in which the latest events count for more, and
+the memory ranks alone, with several half-lives.
 """
 
 from __future__ import annotations
@@ -17,8 +19,11 @@ from torch import Tensor
 
 from recsys_ray.ranks import seed_from, sum_over_ranks
 from recsys_ray.two_tower.batches import tables_for
+from recsys_ray.two_tower.memory import HALF_LIVES as OF_THE_MEMORY
+from recsys_ray.two_tower.memory import RIDGES, Memory
+from recsys_ray.two_tower.ranking import asked_by_type, gain_of, ranks_with_memory
 from recsys_ray.two_tower.rows import histories_of
-from recsys_ray.two_tower.training import DEPTH, TowerTask, smallest_as_good
+from recsys_ray.two_tower.training import TowerTask
 
 HALF_LIVES = (None, 4.0, 2.0, 1.0, 0.25)  # places back at which an event counts half; None: all alike
 _QUERIES = 4_000  # of each rank
@@ -32,15 +37,49 @@ def last_items_tell(task: TowerTask, seed: int, snapshot: str = "valid") -> bool
     standard error of the difference or more. False where there is no query; the same on every rank."""
     choices = len(HALF_LIVES)
     gains, together = torch.zeros(choices, dtype=torch.float64), torch.zeros(choices, choices, dtype=torch.float64)
-    lengths = np.diff(task.queries["offsets"]) if len(task.queries["target"]) else np.zeros(0)
-    asked = np.random.default_rng(seed_from(seed, "last item")).permutation(np.flatnonzero(lengths))[:_QUERIES]
+    asked = _sample(task, seed)
     sample = np.random.default_rng(seed_from(seed, "start")).permutation(len(task.catalogue.ntype))[:_ITEMS]
     for rows in np.array_split(asked, -(-len(asked) // _CHUNK)) if len(asked) else []:
         places = _places(task, np.sort(rows), sample, snapshot)
-        gain = ((places < DEPTH) / torch.log2(places + 2)).double()
+        gain = gain_of(places)
         gains, together = gains + gain.sum(0), together + gain.T @ gain
     gains, together = sum_over_ranks(gains), sum_over_ranks(together)
-    return smallest_as_good(gains[:, None], together[:, None, :, None])[0] > 0
+    return first_as_good(gains, together) > 0
+
+
+def memory_half_life(task: TowerTask, memory: Memory, seed: int) -> float:
+    """With which half-life of the history the memory alone ranks best (NDCG@100), with the ridge that suits it; the
+    longest of equal ones. The same on every rank."""
+    gains = torch.zeros(len(OF_THE_MEMORY), len(RIDGES), dtype=torch.float64)
+    for asked in asked_by_type(task.queries, _sample(task, seed), task.catalogue.ntype.numpy()):
+        blank = torch.from_numpy(memory.is_blank(asked.gids))
+        for place, half_life in enumerate(OF_THE_MEMORY):
+            scores = asked.without_history(torch.zeros(len(asked.rows), asked.count))
+            recalled = memory.recall(asked.user, asked.history, half_life)
+            places = ranks_with_memory(scores, asked.target, recalled, asked.first, blank, (1.0,))
+            gains[place] += gain_of(places)[:, 0].sum(0)
+    best = sum_over_ranks(gains).amax(1)
+    return OF_THE_MEMORY[int((best == best.max()).nonzero()[-1])]
+
+
+def _sample(task: TowerTask, seed: int) -> np.ndarray:
+    """Some validation queries with a history."""
+    lengths = np.diff(task.queries["offsets"]) if len(task.queries["target"]) else np.zeros(0)
+    return np.random.default_rng(seed_from(seed, "last item")).permutation(np.flatnonzero(lengths))[:_QUERIES]
+
+
+def first_as_good(gains: Float[Tensor, "choices"], together: Float[Tensor, "choices choices"]) -> int:
+    """The first choice whose gain is less than one standard error behind the most: the rule of Breiman et al.
+    (Classification and Regression Trees, 1984), with the error of the difference between two choices on the same
+    queries.
+
+    Args:
+        gains: sum over the queries with each choice.
+        together: sum over the queries of the product of two choices' gains.
+    """
+    best, squares = int(gains.argmax()), together.diagonal()
+    error = (squares + squares[best] - 2 * together[best]).clamp(min=0).sqrt()
+    return int((gains[best] - gains <= error).nonzero()[0])
 
 
 def _places(task: TowerTask, rows: np.ndarray, sample: np.ndarray, snapshot: str) -> Float[Tensor, "queries choices"]:

@@ -95,7 +95,7 @@ class TrainedTower:
         if self.memory is None:
             return None
         kept, weight = self._kept(users), self.tower.spec.memory
-        memory, recalled = self.memory, self.memory.recall(users.rows[kept], users.gid[kept])
+        memory, recalled = self.memory, self.memory.recall(users.rows[kept], users.gid[kept], self.tower.spec.half_life)
         raise_of = weight * torch.from_numpy(recalled.value[:, 0])
         shifts: dict[int, Tensor] = {}  # of each item type that was asked for
         bars: dict[int, tuple[Tensor, Tensor]] = {}  # likewise

@@ -62,6 +62,7 @@ class TowerSpec:
     last_item: bool | None = False  # None: to be chosen before the towers are built
     memory: float = 0.0  # weight of the direct memory (memory.py); 0: none
     ridge: float = 0.0  # its ridge
+    half_life: float = 4.0  # of the history in it, places
     temperature: float = 0.1  # of the softmax that the scores were trained in
     blank_share: list[float | None] | None = None  # of each type, and what items that nobody had are
     blank_shift: dict[str, list[float]] = field(default_factory=dict)  # given, by snapshot (blank.py)

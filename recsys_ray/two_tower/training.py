@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from recsys_ray.config import TwoTowerConfig
@@ -28,8 +28,9 @@ from recsys_ray.two_tower.batches import (
 from recsys_ray.two_tower.blank import Period, Shares, share_ahead, shift_of_all
 from recsys_ray.two_tower.inputs import UserInputs
 from recsys_ray.two_tower.loss import inclusion_log_q, paper_loss, sampled_softmax
-from recsys_ray.two_tower.memory import RIDGES, RIVALS, WEIGHTS, Memory, Recalled, one_row_a_user, place_kept
-from recsys_ray.two_tower.rows import Examples, histories_of, join
+from recsys_ray.two_tower.memory import RIDGES, WEIGHTS, Memory
+from recsys_ray.two_tower.ranking import asked_by_type, gain_of, ranks_with_memory
+from recsys_ray.two_tower.rows import Examples, join
 from recsys_ray.two_tower.towers import ItemIds, TowerSpec, TwoTower
 
 _ITEM_CHUNK = 8192
@@ -38,7 +39,6 @@ _SHIFT_SAMPLE = 2_000  # users by whom it is told what blank items are given
 _START_SAMPLE = 20_000  # items whose directions of variance the towers start with
 _TOP = 10
 _ENOUGH = 12  # examples of an item with which its own vector is as good as half known
-DEPTH = 100  # places that gain something when something is chosen by validation
 
 
 @dataclass
@@ -189,109 +189,27 @@ class TowerTrainer:
     def validate(self, snapshot: str = "valid") -> Validated:
         """HR@10 of the validation queries, full ranking inside the target's type, seen items left out; each query
         is one new item of a user. Over all ranks. A memory's weight and ridge are chosen by NDCG@100, to which several
-        times as many queries contribute: the smallest weight that is not clearly worse (:func:`smallest_as_good`)."""
+        times as many queries contribute."""
         queries, task = self.task.queries, self.task
         memory = task.memory or Memory.nothing(len(task.catalogue.ntype))
         weights, ridges = (WEIGHTS, RIDGES) if task.memory is not None else ((0.0,), (0.0,))
         scaled = [self.config.temperature * weight for weight in weights]
-        choices = len(weights) * len(ridges)
-        hits, gains = torch.zeros(2, choices, dtype=torch.float64)
-        together, asked = torch.zeros(choices, choices, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        hits, gains = torch.zeros(2, len(weights), len(ridges), dtype=torch.float64)
         vectors = item_vectors(self.averaged, task.source, task.catalogue, snapshot) if len(queries["target"]) else None
-        order = np.lexsort((queries["uid"], task.catalogue.ntype.numpy()[queries["target"]]))
-        for kind in range(task.spec.num_types):
-            rows = order[task.catalogue.ntype.numpy()[queries["target"][order]] == kind]
-            columns = (task.catalogue.ntype == kind).nonzero().squeeze(1)
-            blank = torch.from_numpy(memory.is_blank(columns.numpy()))
-            for chunk in np.array_split(rows, -(-len(rows) // _QUERY_CHUNK)) if len(rows) else []:
-                assert vectors is not None
-                users = user_vectors(self.averaged, task.source, task.catalogue, snapshot, queries, chunk)
-                scores = users @ vectors[columns].T
-                history, _, offsets = histories_of(queries, chunk)
-                row = np.repeat(np.arange(len(chunk)), np.diff(offsets))
-                inside = task.catalogue.ntype.numpy()[history] == kind
-                scores[row[inside], history[inside] - int(columns[0])] = -torch.inf
-                target = torch.from_numpy(queries["target"][chunk]).long() - columns[0]
-                recalled = memory.recall(row, history)
-                places = ranks_with_memory(scores, target, recalled, int(columns[0]), blank, scaled).flatten(1)
-                gain = ((places < DEPTH) / torch.log2(places + 2)).double()
-                hits, gains, together = hits + (places < _TOP).sum(0), gains + gain.sum(0), together + gain.T @ gain
-                asked += len(chunk)
-        hits, gains, together, asked = (sum_over_ranks(part) for part in (hits, gains, together, asked))
-        if not asked:
+        for asked in asked_by_type(queries, np.arange(len(queries["target"])), task.catalogue.ntype.numpy()):
+            assert vectors is not None
+            users = user_vectors(self.averaged, task.source, task.catalogue, snapshot, queries, asked.rows)
+            scores = asked.without_history(users @ vectors[asked.first : asked.first + asked.count].T)
+            recalled = memory.recall(asked.user, asked.history, task.spec.half_life)
+            blank = torch.from_numpy(memory.is_blank(asked.gids))
+            places = ranks_with_memory(scores, asked.target, recalled, asked.first, blank, scaled)
+            hits, gains = hits + (places < _TOP).sum(0), gains + gain_of(places).sum(0)
+        number = torch.tensor(float(len(queries["target"])), dtype=torch.float64)
+        hits, gains, number = (sum_over_ranks(part) for part in (hits, gains, number))
+        if not number:
             return Validated(float("nan"), 0.0, 0.0)
-        shape = len(weights), len(ridges)
-        weight, ridge = smallest_as_good(gains.reshape(shape), together.reshape(*shape, *shape))
-        return Validated(float(hits.reshape(shape)[weight, ridge] / asked), scaled[weight], ridges[ridge])
-
-
-def smallest_as_good(
-    gains: Float[Tensor, "weights ridges"], together: Float[Tensor, "weights ridges weights ridges"]
-) -> tuple[int, int]:
-    """The smallest weight, with its best ridge, whose gain is less than one standard error behind the most: the rule
-    of Breiman et al. (Classification and Regression Trees, 1984), here with the error of the difference between two
-    choices on the same queries. More weight than the queries can tell apart only costs: edges know no new item.
-
-    Args:
-        gains: sum over the queries with each choice (weight, ridge).
-        together: sum over the queries of the product of two choices' gains.
-    """
-    best = divmod(int(gains.argmax()), gains.shape[1])
-    squares = together.flatten(2).flatten(0, 1).diagonal().reshape(gains.shape)
-    error = (squares + squares[best] - 2 * together[best]).clamp(min=0).sqrt()
-    weight = int((gains[best] - gains <= error).any(1).nonzero()[0])
-    return weight, int(gains[weight].argmax())
-
-
-def ranks_with_memory(
-    scores: Float[Tensor, "B N"],
-    target: Int64[Tensor, "B"],
-    recalled: Recalled,
-    first: int,
-    blank: Bool[Tensor, "N"],
-    weights: Sequence[float],
-) -> Float[Tensor, "B weights ridges"]:
-    """The target's place, from 0, with each weight of the memory; look-alikes of a target stand before it by half: they
-    do not all rank first. Places from ``DEPTH`` on are counted up to some number above it.
-
-    Overwrites ``scores``. Of the items that no edge raises the best ``2 * DEPTH`` are enough to know.
-
-    Args:
-        scores: of the towers; column 0 is the item with gid ``first``.
-        target: columns.
-        blank: columns of the items that nobody had.
-    """
-    everyone, count = torch.arange(len(target)), scores.shape[1]
-    here = (recalled.gid >= first) & (recalled.gid < first + count)
-    row, column, value = (
-        torch.from_numpy(part[here]) for part in (recalled.user, recalled.gid - first, recalled.value)
-    )
-    best = scores.topk(min(RIVALS, count), dim=1)
-    before = best.values.masked_fill(blank[best.indices], -torch.inf).sort(1, descending=True).values
-    own, raised, is_target = scores[everyone, target], scores[row, column], column == target[row]
-    scores[row, column] = -torch.inf
-    not_raised = scores.gather(1, best.indices).masked_fill(blank[best.indices], -torch.inf)
-    scores[everyone, target] = -torch.inf
-    fresh = scores[:, blank].topk(min(2 * DEPTH, int(blank.sum())), dim=1).values
-    scores[:, blank] = -torch.inf
-    rest = scores.topk(min(2 * DEPTH, count), dim=1).values
-    places = torch.zeros(len(target), len(weights), value.shape[1])
-    for place, weight in enumerate(weights):
-        for ridge in range(value.shape[1]):
-            with_it = raised + weight * value[:, ridge]
-            others = torch.cat([not_raised, one_row_a_user(row, with_it, len(target))], dim=1)
-            after = others.topk(before.shape[1], dim=1).values
-            mine = own + place_kept(own[:, None], before, after).squeeze(1) * blank[target]
-            mine = mine.index_put((row[is_target],), with_it[is_target])
-            ahead = _before(rest, mine) + _before(fresh + place_kept(fresh, before, after), mine)
-            rival, limit = with_it[~is_target], mine[row[~is_target]]
-            ahead = ahead.index_add(0, row[~is_target], (rival > limit).float() + (rival == limit) / 2)
-            places[:, place, ridge] = ahead
-    return places
-
-
-def _before(scores: Float[Tensor, "B k"], limit: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
-    return (scores > limit[:, None]).sum(1) + (scores == limit[:, None]).sum(1) / 2
+        weight, ridge = (gains == gains.max()).nonzero()[0].tolist()  # of equal ones the smallest
+        return Validated(float(hits[weight, ridge] / number), scaled[weight], ridges[ridge])
 
 
 def item_vectors(model: TwoTower, source: FeatureSource, catalogue: Catalogue, snapshot: str) -> Float[Tensor, "N D"]:

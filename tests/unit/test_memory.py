@@ -13,7 +13,6 @@ from recsys_ray.evaluation.baselines.towers import Tower
 from recsys_ray.evaluation.recommenders import UserBatch
 from recsys_ray.two_tower.job import VARIANTS, write_specs
 from recsys_ray.two_tower.memory import (
-    HALF_LIFE,
     REACH,
     RIDGES,
     RIVALS,
@@ -24,10 +23,11 @@ from recsys_ray.two_tower.memory import (
     one_row_a_user,
     place_kept,
 )
+from recsys_ray.two_tower.ranking import ranks_with_memory
 from recsys_ray.two_tower.ridge import Edges, _ranges, solve
 from recsys_ray.two_tower.scorer import TrainedTower
 from recsys_ray.two_tower.towers import TowerSpec, UserTower
-from recsys_ray.two_tower.training import ranks_with_memory, smallest_as_good, train_epochs
+from recsys_ray.two_tower.training import train_epochs
 
 RIDGE = RIDGES[1]
 PAIRS = {(0, 1): 0.4, (1, 0): 0.2, (2, 0): 0.1, (3, 4): -0.3, (4, 3): 0.3, (0, 5): 0.05}  # from, to: b
@@ -145,9 +145,9 @@ def test_an_item_that_is_met_with_a_new_one_is_blank_no_more(memory):
 # -- what comes to mind
 
 
-def expected(history: list[int]) -> dict[int, float]:
+def expected(history: list[int], half_life: float) -> dict[int, float]:
     latest = [item for place, item in enumerate(history) if item not in history[place + 1 :]]
-    weight = {item: 0.5 ** (back / HALF_LIFE) for back, item in enumerate(reversed(latest))}
+    weight = {item: 0.5 ** (back / half_life) for back, item in enumerate(reversed(latest))}
     total: dict[int, float] = {}
     for (a, b), value in PAIRS.items():
         if a in weight:
@@ -155,15 +155,16 @@ def expected(history: list[int]) -> dict[int, float]:
     return {item: np.log1p(max(value, 0) / SMALL) for item, value in total.items()}
 
 
-def test_recall_is_the_formula(memory):
+@pytest.mark.parametrize("half_life", [1.0, 4.0])
+def test_recall_is_the_formula(memory, half_life):
     histories = {0: [3, 0, 1], 2: [6], 3: [0, 2, 0, 0], 7: [4]}  # user 2's item has no edge
     user = np.repeat(list(histories), [len(h) for h in histories.values()])
-    found = memory.recall(user, np.concatenate(list(histories.values())))
-    want = [(u, item, value) for u, h in histories.items() for item, value in sorted(expected(h).items())]
+    found = memory.recall(user, np.concatenate(list(histories.values())), half_life)
+    want = [(u, item, value) for u, h in histories.items() for item, value in sorted(expected(h, half_life).items())]
     assert list(zip(*(column.tolist() for column in found[:2]), strict=True)) == [w[:2] for w in want]
     np.testing.assert_allclose(found[2][:, 0], [w[2] for w in want], rtol=1e-5)
     assert 0.0 in found[2]  # a negative sum is nothing
-    nothing = memory.recall(np.zeros(0, np.int64), np.zeros(0, np.int64))
+    nothing = memory.recall(np.zeros(0, np.int64), np.zeros(0, np.int64), half_life)
     assert [len(column) for column in nothing[:3]] == [0, 0, 0]
 
 
@@ -177,10 +178,10 @@ def test_of_a_long_past_the_latest_items_are_recalled():
         np.zeros(items + 1, int),
     )
     gids = np.arange(items)
-    found, alone = (memory.recall(np.zeros(len(part), np.int64), part) for part in (gids, gids[3:]))
+    found, alone = (memory.recall(np.zeros(len(part), np.int64), part, 4.0) for part in (gids, gids[3:]))
     assert found.value == alone.value == pytest.approx(np.log1p(0.1 / SMALL))
-    assert len(memory.recall(np.zeros(4, np.int64), np.array([0, 1, 1, 0])).gid) == 1
-    weight = _latest(np.zeros(items, np.int64), gids, items + 1)
+    assert len(memory.recall(np.zeros(4, np.int64), np.array([0, 1, 1, 0]), 4.0).gid) == 1
+    weight = _latest(np.zeros(items, np.int64), gids, items + 1, 4.0)
     assert weight[1].tolist() == gids[3:].tolist() and 0 < weight[2][0] < 2e-4
 
 
@@ -227,27 +228,6 @@ def test_places_are_those_of_a_dense_bonus():
             want[:, place, ridge] = ahead
     assert torch.equal(ranks_with_memory(scores, target, recalled, first, blank, weights), want)
     assert len(want.sum(0).unique()) > 3
-
-
-def test_the_smallest_weight_that_is_not_clearly_worse():
-    """Of 1,000 queries, three weights and two ridges; the third weight is the best, with 140 hits that gain .5 each."""
-    hits = torch.zeros(1000, 3, 2, dtype=torch.float64)
-    hits[:140, 2, 1] = 1
-    hits[:120, 1] = hits[:138, 2, 0] = 1
-    hits[200:205, 1, 0] = 1  # 15 fewer, and 25 that one of the two has alone: three standard errors
-    hits[140:260, 0, 0] = hits[140:270, 0, 1] = 1  # others altogether: 20 fewer of 260, 1.2 errors; 10 fewer, .6
-
-    def chosen() -> tuple[int, int]:
-        gains = hits / 2
-        return smallest_as_good(gains.sum(0), torch.einsum("qab,qcd->abcd", gains, gains))
-
-    assert chosen() == (0, 1)
-    hits[250:270, 0, 1] = 0  # 30 fewer: 1.9 errors
-    assert chosen() == (2, 1)
-    hits[205:213, 1, 0] = 1  # 7 fewer, 33 alone: 1.2 errors
-    assert chosen() == (2, 1)
-    hits[213:215, 1, 0] = 1  # 5 fewer, 35 alone: .8
-    assert chosen() == (1, 0)
 
 
 def test_a_blank_item_keeps_its_place_among_the_others():

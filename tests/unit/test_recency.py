@@ -1,4 +1,4 @@
-"""Whether the last item says more of the next one than the whole history: what nearest neighbours find."""
+"""Whether the last items say more of the next one than the whole history: what neighbours and the memory find."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from checkerboard import ITEMS, board_catalogue, board_task
 
 from recsys_ray.ragged import offsets_of
 from recsys_ray.two_tower.batches import ArrayFeatures, tables_for, user_inputs
-from recsys_ray.two_tower.recency import last_items_tell, recent_weights
+from recsys_ray.two_tower.memory import HALF_LIVES, RIDGES, Memory
+from recsys_ray.two_tower.recency import first_as_good, last_items_tell, memory_half_life, recent_weights
 from recsys_ray.two_tower.towers import TwoTower
 
 QUERIES, PLACES, KINDS = 300, 12, 20  # items of both types are of twenty kinds, which the text tells apart
@@ -62,6 +63,36 @@ def test_the_data_say_whether_the_last_item_tells(recent):
     kinds = torch.eye(KINDS)[torch.arange(ITEMS) % KINDS]
     task = replace(task, source=ArrayFeatures(text=kinds), catalogue=board_catalogue(), queries=queries_of(recent))
     assert last_items_tell(task, seed=0) == last_items_tell(task, seed=0) == recent
+
+
+@pytest.mark.parametrize("recent", [True, False])
+def test_the_data_say_how_fast_the_memory_forgets(recent):
+    """Items of one kind and type bring each other to mind."""
+    gids, catalogue = np.arange(ITEMS), board_catalogue()
+    src, dst = np.nonzero((gids % KINDS)[:, None] == gids % KINDS)
+    near = src != dst
+    made = np.full((near.sum(), len(RIDGES)), 0.1)
+    memory = Memory.of_edges(src[near], dst[near], made, np.ones(ITEMS, int), catalogue.ntype.numpy())
+    task = replace(board_task(), catalogue=catalogue, queries=queries_of(recent))
+    found = memory_half_life(task, memory, seed=0)
+    assert found == memory_half_life(task, memory, seed=0) == (HALF_LIVES[0] if recent else HALF_LIVES[-1])
+
+
+def test_the_first_choice_that_is_not_clearly_worse():
+    """Of 1,000 queries and three choices; the third is the best, with 140 hits that gain .5 each."""
+    hits = torch.zeros(1000, 3, dtype=torch.float64)
+    hits[:140, 2] = hits[:120, 1] = 1
+    hits[140:270, 0] = 1  # others altogether: 10 fewer of 270, .6 standard errors
+
+    def chosen() -> int:
+        gains = hits / 2
+        return first_as_good(gains.sum(0), gains.T @ gains)
+
+    assert chosen() == 0
+    hits[250:270, 0] = 0  # 30 fewer: 1.9 errors; of the second choice 20 are missing, 4.5 errors
+    assert chosen() == 2
+    hits[200:219, 1] = 1  # 1 fewer, and 39 that one of the two has alone: .2
+    assert chosen() == 1
 
 
 def test_without_a_history_that_is_asked_for_the_last_item_tells_nothing():

@@ -51,7 +51,7 @@ def test_answer_is_brute_force(world, recommender):
         scores = {g: float(world.vectors[g] @ query) for g in allowed}
         alone = sorted(allowed, key=lambda g: -scores[g])[:10]
         if recommender.memory is not None:
-            _, gids, values, _ = recommender.memory.recall(np.zeros(len(profile.gids), np.int64), profile.gids)
+            _, gids, values, _ = recommender.memory.recall(np.zeros(len(profile.gids), np.int64), profile.gids, 2.0)
             weight = recommender.tower.spec["memory"]
             value = dict(zip(gids.tolist(), weight * values[:, 0], strict=True))
             for kind in range(len(TYPES)):
