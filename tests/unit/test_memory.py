@@ -274,20 +274,21 @@ def test_validation_weighs_the_memory_by_what_it_is_worth(true):
 
 @pytest.mark.parametrize("shares", [None, [0.1, None]])
 def test_evaluation_adds_the_memory_to_the_scores(shares):
-    """User 0 has item 0 of type 0 (items 0 to 29); items 40 and 41 of type 1 and item 7 are blank, 1 is not offered."""
+    """User 0 has item 0 of type 0 (items 0 to 29) and then 3, which has no edge; items 40 and 41 of type 1 and item 7
+    are blank, 1 is not offered."""
     ntype = np.repeat([0, 1], [30, 20])
     users = np.ones(50, int)
     users[[7, 40, 41]] = 0
     src, dst, made = np.array([0, 0, 0, 5]), np.array([1, 35, 6, 2]), np.array([0.2, 0.1, 0.05, 0.3])[:, None]
     memory = Memory.of_edges(src, dst, made, users, ntype)
     spec = TowerSpec(
-        2, ["stream"], 1, 0, 3, 0, 0, 0, {}, [4], memory=0.5, temperature=0.3, blank_share=shares,
+        2, ["stream"], 1, 0, 3, 0, 0, 0, {}, [4], memory=0.5, half_life=1.0, temperature=0.3, blank_share=shares,
         blank_shift={"test": [0.7, 0.0]},
     )  # fmt: skip
     available = np.arange(50) != 1
     vectors = torch.from_numpy(np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32))
     towers = TrainedTower(vectors.numpy(), UserTower(spec), np.zeros((50, 1)), None, ntype, available, None, 0, memory)
-    batch = UserBatch(np.arange(2), np.array([0, 1, 1]), np.array([0]), np.array([0]), np.array([0]))
+    batch = UserBatch(np.arange(2), np.array([0, 2, 2]), np.array([0, 3]), np.zeros(2, int), np.arange(2))
     towers.user_vectors = lambda users: torch.ones(2, 4)
     towers.unknown = lambda users: np.zeros(2, bool)
     score = Tower("t", towers, np.zeros(50)).scorer(batch)
@@ -299,10 +300,10 @@ def test_evaluation_adds_the_memory_to_the_scores(shares):
         plain[:, 40:42] += 0.3 * np.log(37 * (weight.sum(1) - fresh) / fresh)[:, None]
     want = plain.copy()
     added = np.zeros(50)
-    added[[1, 35, 6]] = 0.5 * np.log1p(np.array([0.2, 0.1, 0.05]) / SMALL)
+    added[[1, 35, 6]] = 0.5 * np.log1p(np.array([0.2, 0.1, 0.05]) / 3 / SMALL)
     want[0] += added
     for kind in range(2):
-        here = np.flatnonzero((ntype == kind) & available & (np.arange(50) != 0))
+        here = np.flatnonzero((ntype == kind) & available & ~np.isin(np.arange(50), [0, 3]))
         want[0, here[users[here] == 0]] += risen(plain[:1, here], want[:1, here], users[here] == 0)[0].numpy()
     found = np.concatenate([score(0, 12).numpy(), score(12, 30).numpy(), score(30, 50).numpy()], axis=1)
     np.testing.assert_allclose(found, want, rtol=1e-5)
