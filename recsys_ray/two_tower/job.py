@@ -36,7 +36,7 @@ from recsys_ray.two_tower.examples import (
     validation_examples,
 )
 from recsys_ray.two_tower.memory import Memory, memory_file
-from recsys_ray.two_tower.recency import last_items_tell, memory_half_life
+from recsys_ray.two_tower.recency import with_recency
 from recsys_ray.two_tower.ridge import fit_memories
 from recsys_ray.two_tower.rows import Examples, from_table, join, take, to_table
 from recsys_ray.two_tower.towers import ItemIds, TowerSpec, TwoTower
@@ -311,10 +311,7 @@ def _train(
 ) -> None:  # fmt: skip
     import ray.train.torch
 
-    if task.spec.last_item is None:
-        task.spec = replace(task.spec, last_item=last_items_tell(task, parameters["seed"]))
-    if task.memory is not None:
-        task.spec = replace(task.spec, half_life=memory_half_life(task, task.memory, parameters["seed"]))
+    task.spec = with_recency(task, parameters["seed"])
     model = TwoTower(task.spec)
     model.train_in(parameters["precision"])
     start(model, task, parameters["seed"])

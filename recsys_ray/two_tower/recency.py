@@ -10,6 +10,7 @@ the memory ranks alone, with several half-lives.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -23,12 +24,23 @@ from recsys_ray.two_tower.memory import HALF_LIVES as OF_THE_MEMORY
 from recsys_ray.two_tower.memory import RIDGES, Memory
 from recsys_ray.two_tower.ranking import asked_by_type, gain_of, ranks_with_memory
 from recsys_ray.two_tower.rows import histories_of
+from recsys_ray.two_tower.towers import TowerSpec
 from recsys_ray.two_tower.training import TowerTask
 
 HALF_LIVES = (None, 4.0, 2.0, 1.0, 0.25)  # places back at which an event counts half; None: all alike
 _QUERIES = 4_000  # of each rank
 _ITEMS = 20_000  # a sample that targets are ranked among
 _CHUNK = 256  # queries at once
+
+
+def with_recency(task: TowerTask, seed: int) -> TowerSpec:
+    """The task's spec with what its data say of both; a given ``last_item`` stays. The same on every rank."""
+    spec = task.spec
+    if spec.last_item is None:
+        spec = replace(spec, last_item=last_items_tell(task, seed))
+    if task.memory is not None:
+        spec = replace(spec, half_life=memory_half_life(task, task.memory, seed))
+    return spec
 
 
 @torch.no_grad()

@@ -7,13 +7,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from checkerboard import ITEMS, board_catalogue, board_task
+from checkerboard import ITEMS, board_catalogue, board_task, board_trainer
 
 from recsys_ray.ragged import offsets_of
 from recsys_ray.two_tower.batches import ArrayFeatures, tables_for, user_inputs
 from recsys_ray.two_tower.memory import HALF_LIVES, RIDGES, Memory
-from recsys_ray.two_tower.recency import first_as_good, last_items_tell, memory_half_life, recent_weights
+from recsys_ray.two_tower.recency import (
+    first_as_good,
+    last_items_tell,
+    memory_half_life,
+    recent_weights,
+    with_recency,
+)
 from recsys_ray.two_tower.towers import TwoTower
+from recsys_ray.two_tower.training import TowerTask
 
 QUERIES, PLACES, KINDS = 300, 12, 20  # items of both types are of twenty kinds, which the text tells apart
 
@@ -65,17 +72,37 @@ def test_the_data_say_whether_the_last_item_tells(recent):
     assert last_items_tell(task, seed=0) == last_items_tell(task, seed=0) == recent
 
 
-@pytest.mark.parametrize("recent", [True, False])
-def test_the_data_say_how_fast_the_memory_forgets(recent):
-    """Items of one kind and type bring each other to mind."""
+def task_with_memory(recent: bool) -> TowerTask:
+    """Items of one kind and type bring each other to mind; nothing else tells anything."""
     gids, catalogue = np.arange(ITEMS), board_catalogue()
     src, dst = np.nonzero((gids % KINDS)[:, None] == gids % KINDS)
     near = src != dst
     made = np.full((near.sum(), len(RIDGES)), 0.1)
     memory = Memory.of_edges(src[near], dst[near], made, np.ones(ITEMS, int), catalogue.ntype.numpy())
-    task = replace(board_task(), catalogue=catalogue, queries=queries_of(recent))
-    found = memory_half_life(task, memory, seed=0)
-    assert found == memory_half_life(task, memory, seed=0) == (HALF_LIVES[0] if recent else HALF_LIVES[-1])
+    return replace(board_task("nowhere"), catalogue=catalogue, queries=queries_of(recent), memory=memory)
+
+
+@pytest.mark.parametrize("recent", [True, False])
+def test_the_data_say_how_fast_the_memory_forgets(recent):
+    task = task_with_memory(recent)
+    found = memory_half_life(task, task.memory, seed=0)
+    assert found == memory_half_life(task, task.memory, seed=0) == (HALF_LIVES[0] if recent else HALF_LIVES[-1])
+    undecided = replace(task, spec=replace(task.spec, last_item=None))
+    assert with_recency(undecided, seed=0) == replace(task.spec, last_item=False, half_life=found)
+    without = replace(task, memory=None)
+    assert with_recency(without, seed=0) == without.spec
+
+
+@pytest.mark.parametrize("recent", [True, False])
+def test_validation_recalls_with_the_half_life_of_the_spec(recent, monkeypatch):
+    monkeypatch.setattr("recsys_ray.two_tower.training._TOP", 3)  # of the four of a kind and type
+    task, found = task_with_memory(recent), []
+    nobody = {"age": np.full(QUERIES, np.nan, np.float32), "country_index": np.full(QUERIES, -1)}
+    task.queries.update(nobody, taste_music=np.full((QUERIES, 3), np.nan, np.float32))
+    for half_life in HALF_LIVES:
+        trainer, _ = board_trainer(replace(task, spec=replace(task.spec, half_life=half_life)))
+        found.append(trainer.validate().hit_rate)
+    assert found == sorted(found, reverse=recent) and abs(found[0] - found[-1]) > 0.1
 
 
 def test_the_first_choice_that_is_not_clearly_worse():
