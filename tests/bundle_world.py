@@ -211,6 +211,7 @@ def _write_towers(
         countries=["DE", "SE"], history=50, window_days=90, memory=memory, ridge=RIDGES[2],
         half_life=2.0, temperature=0.3, blank_share=shifts and [shift and 0.1 for shift in shifts],
         blank_shift={"serve": [shift or 0.0 for shift in shifts or []]},
+        mean_user={"serve": (np.random.default_rng(2).normal(size=dim) / dim).tolist()} if shifts else {},
     )  # fmt: skip
     if memory or shifts:
         some_memory(len(world.item_ids)).save(memory_file(work, "serve"))

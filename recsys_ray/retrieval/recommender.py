@@ -34,7 +34,7 @@ from recsys_ray.retrieval.index import TypeIndex, check_metric, merge_best, sear
 from recsys_ray.retrieval.popularity import Popularity
 from recsys_ray.retrieval.tower import LoadTower, TowerRunner, load_user_tower
 from recsys_ray.retrieval.wording import because, fits
-from recsys_ray.two_tower.blank import known_shift, share_of_events, shift_of_each
+from recsys_ray.two_tower.blank import known_shift, share_of_events, shift_of_each, shift_of_touched
 from recsys_ray.two_tower.memory import RIVALS, Memory, Recalled
 
 _DAY = 86_400
@@ -93,6 +93,8 @@ class Recommender:
     memory: Memory | None = None  # of pairs of items; None: the towers alone answer
     blank: list[npt.NDArray[np.int64]] = field(default_factory=list)  # of each type the items it knows nothing of
     shifts: list[float | None] = field(default_factory=list)  # of each type what these are given; None: by the user
+    popular: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))  # what items of types
+    # without training examples are given, row = gid
     _country_of: dict[str, int] = field(default_factory=dict)
 
     @classmethod
@@ -132,6 +134,7 @@ class Recommender:
             made.blank = [gids[made.memory.is_blank(gids)] for gids in offered]
             given = tower.spec.get("blank_share"), tower.spec.get("blank_shift", {}), "serve"
             made.shifts = [known_shift(*given, number) for number in range(len(items.types))]
+            made.popular = made._popular_where_untrained(made.memory.users)
         if warm:
             made._warm_up()
         return made
@@ -317,7 +320,7 @@ class Recommender:
         allowed &= ~np.isin(recalled.gid, barred)
         raised, value = recalled.gid[allowed], recalled.value[allowed, 0] * np.float32(self.tower.spec["memory"])
         others = ~np.isin(gids, raised)
-        with_it = np.concatenate([scores[others], self.vectors[raised] @ query + value])
+        with_it = np.concatenate([scores[others], self.vectors[raised] @ query + self.popular[raised] + value])
         before = scores[:RIVALS]
         rivals = np.concatenate([before, by_towers])
         if len(rivals) > RIVALS:
@@ -326,6 +329,15 @@ class Recommender:
         if len(before):
             by_towers += np.interp(by_towers, before[::-1], (after - before)[::-1])
         return np.concatenate([with_it, by_towers]), np.concatenate([gids[others], raised, blank])
+
+    def _popular_where_untrained(self, had: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+        """What items are given because of how many had them: in types without training examples (blank.py)."""
+        popular, mean_user = np.zeros(len(had), np.float32), self.tower.spec.get("mean_user", {}).get("serve")
+        for number in [n for n, shift in enumerate(self.shifts) if shift is None and mean_user]:
+            mine = np.flatnonzero(self.items.ntype == number)
+            vectors, mean = torch.from_numpy(self.vectors[mine]), torch.tensor(mean_user)
+            popular[mine] = shift_of_touched(vectors, had[mine], mean, self.tower.spec["temperature"]).numpy()
+        return popular
 
     def _known_of_untrained(
         self,
@@ -340,7 +352,7 @@ class Recommender:
         gives (recsys_ray/two_tower/blank.py)."""
         gids = self.items.offered(number).astype(np.int64)
         gids = gids[~memory.is_blank(gids) & ~np.isin(gids, barred)]
-        scores = self.vectors[gids] @ query
+        scores = self.vectors[gids] @ query + self.popular[gids]
         order = np.argsort(-scores, kind="stable")
         temperature = self.tower.spec["temperature"]
         blank, others = (torch.from_numpy(part / temperature).logsumexp(0)[None] for part in (by_towers, scores))

@@ -1,4 +1,4 @@
-"""How much goes to items that nobody had: blank ones.
+"""How much goes to items that nobody had, blank ones, and in a type without training examples to each other item.
 
 Of what will be chosen in a period, a share goes to items that nobody had at its beginning. Towers do not know it:
 in-batch training shows them no item that nobody chooses, so where the shelf is full of these they overrate each; and
@@ -11,7 +11,9 @@ over a type, which the towers are trained as, blank items are given a share toge
 * of a type without, for each user: that which the type's events tell (Good, The population frequencies of species and
   the estimation of population parameters, Biometrika 1953): the next event is as likely about a blank item as one of
   them is its item's only one. What the towers carry over from other types, where a blank item is a novelty that some
-  users like best, does not hold where nearly every item is one.
+  users like best, does not hold where nearly every item is one. Nor do the towers know what is popular there. So the
+  other items are given what makes the mean user's softmax over them how often each was had
+  (:func:`shift_of_touched`); how a user differs from the mean user stays the towers'.
 
 Imports neither dgl nor transformers: it is used in a serving replica.
 """
@@ -83,6 +85,22 @@ def shift_of_each(
     """
     shift = temperature * (np.log(share / (1 - share)) + others - blank)
     return shift.where(torch.isfinite(shift), 0)
+
+
+def shift_of_touched(
+    vectors: Float[Tensor, "N d"], users: Int[np.ndarray, "N"], mean_user: Float[Tensor, "d"], temperature: float
+) -> Float[Tensor, "N"]:
+    """What is added to the scores of a type's items so that the mean user's softmax over those that somebody had is in
+    proportion to how many had each; 0 for blank items.
+
+    Args:
+        users: how many had each item.
+    """
+    had = torch.from_numpy(users > 0)
+    shift = torch.zeros(len(users))
+    share = torch.from_numpy(users[users > 0] / max(users.sum(), 1)).float()
+    shift[had] = temperature * (share.log() - (vectors[had] @ mean_user / temperature).log_softmax(0))
+    return shift
 
 
 def shift_of_all(

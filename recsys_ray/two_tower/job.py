@@ -27,6 +27,7 @@ from recsys_ray.progress import Progress
 from recsys_ray.ranks import partition_client, rank_setup, run_ranks, seed_from
 from recsys_ray.snapshots import Snapshot, snapshots_of, training_snapshot
 from recsys_ray.two_tower.batches import Catalogue, batches_in, country_index
+from recsys_ray.two_tower.blank import shift_of_all
 from recsys_ray.two_tower.examples import (
     HistoryRules,
     UserEvents,
@@ -44,9 +45,9 @@ from recsys_ray.two_tower.training import (
     TowerTask,
     TowerTrainer,
     blank_shares,
-    blank_shifts,
     item_vectors,
     refit,
+    some_users,
     start,
     train_epochs,
 )
@@ -349,17 +350,20 @@ def _train(
         shares = blank_shares(task, *parameters["periods"])
     if rank == 0:
         model.eval()
-        shifts = {}
+        shifts, means = dict[str, list[float]](), dict[str, list[float]]()
         for snapshot in ("test", "serve"):
             vectors = item_vectors(model, client, task.catalogue, snapshot)
             save_arrays(out / "items" / f"{snapshot}.safetensors", {"vector": vectors.numpy()})
             if shares:
                 blank = Memory.load(memory_file(out.parent, snapshot)).users == 0
-                shifts[snapshot] = blank_shifts(model, task, snapshot, vectors, torch.from_numpy(blank), shares)
+                given = torch.from_numpy(blank), task.catalogue.ntype, shares, config.temperature
+                users = some_users(model, task, snapshot)
+                shifts[snapshot] = shift_of_all(users, vectors, *given)
+                means |= {snapshot: users.mean(0).tolist()} if len(users) else {}
         save_file(model.state_dict(), out / "model.safetensors")
         hidden = model.ids.dropout if isinstance(model.ids, ItemIds) else 0.0
         chosen = {"memory": state["memory"], "ridge": state["ridge"], "id_dropout": hidden}
-        spec = replace(task.spec, blank_share=shares, blank_shift=shifts, **chosen)
+        spec = replace(task.spec, blank_share=shares, blank_shift=shifts, mean_user=means, **chosen)
         spec.save(out / "spec.json")
         write_json(out / "metrics.json", state["history"])  # last: says that the variant is whole
     client.barrier()  # no rank looks for the next variant's files before this one's are there

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from recsys_ray.artifacts import load_arrays
 from recsys_ray.snapshots import DAY
 from recsys_ray.two_tower.batches import country_index
-from recsys_ray.two_tower.blank import known_shift, share_of_events, shift_of_each
+from recsys_ray.two_tower.blank import known_shift, share_of_events, shift_of_each, shift_of_touched
 from recsys_ray.two_tower.inputs import ItemTables, UserInputs
 from recsys_ray.two_tower.memory import RIVALS, Memory, Recalled, memory_file, one_row_a_user, place_kept
 from recsys_ray.two_tower.towers import UserTower, load_item_ids, load_user_tower
@@ -40,6 +40,7 @@ class TrainedTower:
     ids: np.ndarray | None  # float32 [items, d], the items' own vectors
     moment: int  # the snapshot's time: a history reaches back from here
     memory: Memory | None = None  # as of the snapshot; None: the towers alone
+    popular: dict[int, Tensor | None] = field(default_factory=dict, init=False, repr=False)  # by type, see _popular
 
     @staticmethod
     def open(
@@ -101,6 +102,9 @@ class TrainedTower:
         bars: dict[int, tuple[Tensor, Tensor]] = {}  # likewise
 
         def add(first: int, last: int, scores: Tensor) -> None:
+            popular, start = self._popular(int(self.ntype[first])), np.searchsorted(self.ntype, self.ntype[first])
+            if popular is not None:
+                scores += popular[first - start : last - start]
             fresh = np.flatnonzero(memory.is_blank(np.arange(first, last)))
             if len(fresh):
                 kind = int(self.ntype[first])
@@ -114,12 +118,29 @@ class TrainedTower:
 
         return add
 
+    def _popular(self, kind: int) -> Float[Tensor, "N"] | None:
+        """What the items of a type without training examples are given (blank.py); None: of any other type."""
+        if kind not in self.popular:
+            spec, mine, popular = self.tower.spec, self.ntype == kind, None
+            untrained = known_shift(spec.blank_share, spec.blank_shift, "test", kind) is None
+            if self.memory is not None and untrained and "test" in spec.mean_user:
+                items, mean_user = (
+                    torch.from_numpy(self.item_vectors[mine]).float(),
+                    torch.tensor(spec.mean_user["test"]),
+                )
+                popular = shift_of_touched(items, self.memory.users[mine], mean_user, spec.temperature)
+            self.popular[kind] = popular
+        return self.popular[kind]
+
     def _scores(self, users: UserBatch, vectors: Float[Tensor, "users d"], kind: int) -> Iterator[tuple[int, Tensor]]:
-        """The towers' scores of a type, range by range with the range's first gid; -inf where an item may not come."""
-        gids = np.flatnonzero(self.ntype == kind)
+        """The scores of a type before the memory, range by range with the range's first gid; -inf where an item may not
+        come."""
+        gids, popular = np.flatnonzero(self.ntype == kind), self._popular(kind)
         for start in range(int(gids[0]), int(gids[-1]) + 1, _ITEMS):
             stop = min(start + _ITEMS, int(gids[-1]) + 1)
             scores = vectors @ torch.from_numpy(np.array(self.item_vectors[start:stop])).float().T
+            if popular is not None:
+                scores += popular[start - int(gids[0]) : stop - int(gids[0])]
             scores[:, ~self.available[start:stop]] = -torch.inf
             own = (users.gid >= start) & (users.gid < stop)
             scores[users.rows[own], users.gid[own] - start] = -torch.inf

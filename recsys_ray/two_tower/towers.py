@@ -66,6 +66,7 @@ class TowerSpec:
     temperature: float = 0.1  # of the softmax that the scores were trained in
     blank_share: list[float | None] | None = None  # of each type, and what items that nobody had are
     blank_shift: dict[str, list[float]] = field(default_factory=dict)  # given, by snapshot (blank.py)
+    mean_user: dict[str, list[float]] = field(default_factory=dict)  # mean vector of users, by snapshot (blank.py)
     cold_start: bool = True  # trained on empty histories too: every user's first event is an example
 
     def save(self, path: Path) -> None:

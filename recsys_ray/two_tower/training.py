@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from recsys_ray.config import TwoTowerConfig
@@ -25,7 +25,7 @@ from recsys_ray.two_tower.batches import (
     tables_for,
     user_inputs,
 )
-from recsys_ray.two_tower.blank import Period, Shares, share_ahead, shift_of_all
+from recsys_ray.two_tower.blank import Period, share_ahead
 from recsys_ray.two_tower.inputs import UserInputs
 from recsys_ray.two_tower.loss import inclusion_log_q, paper_loss, sampled_softmax
 from recsys_ray.two_tower.memory import RIDGES, WEIGHTS, Memory
@@ -109,22 +109,13 @@ def blank_shares(task: TowerTask, ahead: int, lately: int, before: int) -> list[
     return share_ahead(ahead, period(lately, task.queries["target"], "valid"), of_before)
 
 
-@torch.no_grad()
-def blank_shifts(
-    model: TwoTower,
-    task: TowerTask,
-    snapshot: str,
-    vectors: Float[Tensor, "N D"],
-    blank: Bool[Tensor, "N"],
-    shares: Shares,
-) -> list[float]:
-    """What blank items of each type are given as of a snapshot (:func:`shift_of_all`), for a sample of the validation
-    queries' users."""
+def some_users(model: TwoTower, task: TowerTask, snapshot: str) -> Float[Tensor, "B D"]:
+    """Vectors as of a snapshot of a sample of the validation queries' users, by whom it is told what items of each type
+    are given (blank.py)."""
     rows = np.arange(len(task.queries["target"]))[:: -(-len(task.queries["target"]) // _SHIFT_SAMPLE) or 1]
     parts = np.array_split(rows, -(-len(rows) // _QUERY_CHUNK)) if len(rows) else []
     found = [user_vectors(model, task.source, task.catalogue, snapshot, task.queries, part) for part in parts]
-    users = torch.cat(found) if found else torch.zeros(0, vectors.shape[1])
-    return shift_of_all(users, vectors, blank, task.catalogue.ntype, shares, task.spec.temperature)
+    return torch.cat(found) if found else torch.zeros(0, task.spec.layers[-1])
 
 
 class Validated(NamedTuple):

@@ -12,10 +12,18 @@ from checkerboard import ITEMS, TYPES, board_task, board_trainer
 from recsys_ray.config import load_config
 from recsys_ray.graph.activity import CHOSEN
 from recsys_ray.snapshots import Fold, Snapshot
-from recsys_ray.two_tower.blank import Period, known_shift, share_ahead, share_of_events, shift_of_all, shift_of_each
+from recsys_ray.two_tower.blank import (
+    Period,
+    known_shift,
+    share_ahead,
+    share_of_events,
+    shift_of_all,
+    shift_of_each,
+    shift_of_touched,
+)
 from recsys_ray.two_tower.job import _periods
 from recsys_ray.two_tower.rows import take
-from recsys_ray.two_tower.training import blank_shares, blank_shifts, item_vectors, user_vectors
+from recsys_ray.two_tower.training import blank_shares, item_vectors, some_users, user_vectors
 
 
 def test_each_users_blank_items_get_the_share():
@@ -48,6 +56,22 @@ def test_blank_items_of_a_type_get_its_share_in_the_mean(monkeypatch):
         mine = (scores[:, ntype == kind] / 0.5).softmax(1)[:, blank[ntype == kind]].sum(1)
         assert mine.mean() == pytest.approx(share, abs=1e-5) and mine.std() > 0.001
     assert found[2] == 0.0 and shift_of_all(users[:0], items, blank, ntype, [0.5] * 3, 0.5) == [0.0] * 3
+
+
+def test_the_mean_user_gets_what_is_popular_and_others_what_they_differ_by():
+    generator = torch.Generator().manual_seed(0)
+    items, users = torch.randn(40, 8, generator=generator), np.arange(40) % 5
+    mean_user, other = torch.randn(2, 8, generator=generator)
+    had = users > 0
+    shift = shift_of_touched(items, users, mean_user, 0.3)
+    assert (shift[~had] == 0).all() and shift.dtype == torch.float32
+    chances = ((items @ mean_user + shift) / 0.3)[had].softmax(0)
+    torch.testing.assert_close(chances, torch.from_numpy(users[had] / users.sum()).float())
+    before, after = ((items @ mean_user)[had] / 0.3).exp(), ((items @ mean_user + shift)[had] / 0.3).exp()
+    assert after.sum() == pytest.approx(float(before.sum()), rel=1e-5)  # other types have no less of the mean user
+    odds = ((items @ other + shift) / 0.3)[had].softmax(0) / chances
+    torch.testing.assert_close(odds / odds.sum(), ((items @ (other - mean_user)) / 0.3)[had].softmax(0))
+    assert shift_of_touched(items, np.zeros(40, int), mean_user, 0.3).tolist() == [0.0] * 40
 
 
 def test_the_share_of_events_is_that_of_items_with_one():
@@ -100,7 +124,8 @@ def test_training_gives_blank_items_their_share_among_the_validations_users():
     trainer, _ = board_trainer(task)
     vectors = item_vectors(trainer.averaged, task.source, task.catalogue, "valid")
     blank, shares = torch.arange(ITEMS) % 5 == 0, [0.3, *[None] * (TYPES - 1)]
-    shifts = blank_shifts(trainer.averaged, task, "valid", vectors, blank, shares)
+    sample = some_users(trainer.averaged, task, "valid")
+    shifts = shift_of_all(sample, vectors, blank, task.catalogue.ntype, shares, task.spec.temperature)
     users = user_vectors(
         trainer.averaged, task.source, task.catalogue, "valid", task.queries, np.arange(len(task.queries["target"]))
     )
@@ -109,7 +134,7 @@ def test_training_gives_blank_items_their_share_among_the_validations_users():
     assert scores.softmax(1)[:, blank[mine]].sum(1).mean() == pytest.approx(0.3, abs=1e-5)
     assert shifts[0] != 0 and shifts[1:] == [0.0] * (TYPES - 1)
     nobody = replace(task, queries=take(task.queries, np.zeros(0, int)))
-    assert blank_shifts(trainer.averaged, nobody, "valid", vectors, blank, shares) == [0.0] * TYPES
+    assert some_users(trainer.averaged, nobody, "valid").shape == (0, vectors.shape[1])
 
 
 def test_which_shift_a_type_has():

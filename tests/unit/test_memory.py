@@ -283,7 +283,7 @@ def test_evaluation_adds_the_memory_to_the_scores(shares):
     memory = Memory.of_edges(src, dst, made, users, ntype)
     spec = TowerSpec(
         2, ["stream"], 1, 0, 3, 0, 0, 0, {}, [4], memory=0.5, half_life=1.0, temperature=0.3, blank_share=shares,
-        blank_shift={"test": [0.7, 0.0]},
+        blank_shift={"test": [0.7, 0.0]}, mean_user={"test": [0.2, -0.1, 0.0, 0.3]},
     )  # fmt: skip
     available = np.arange(50) != 1
     vectors = torch.from_numpy(np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32))
@@ -295,6 +295,9 @@ def test_evaluation_adds_the_memory_to_the_scores(shares):
     plain = (torch.ones(2, 4) @ vectors.T).numpy()
     if shares:  # of type 1's 18 events each was its item's only one: 18.5 to .5
         plain[:, 7] += 0.7
+        had = np.r_[30:40, 42:50]  # of type 1: each by one user
+        of_mean = np.exp(vectors[had].numpy() @ [0.2, -0.1, 0.0, 0.3] / 0.3)
+        plain[:, had] += 0.3 * np.log(of_mean.sum() / 18 / of_mean).astype(np.float32)
         weight = np.exp(plain[:, 30:] / 0.3)
         fresh = weight[:, 10:12].sum(1)
         plain[:, 40:42] += 0.3 * np.log(37 * (weight.sum(1) - fresh) / fresh)[:, None]

@@ -60,6 +60,11 @@ def test_answer_is_brute_force(world, recommender):
                 shift = recommender.shifts[kind]
                 if shift is None:  # of the type without examples
                     had = recommender.memory.users[world.ntype == kind]
+                    mean_user = world.vectors @ np.array(recommender.tower.spec["mean_user"]["serve"])
+                    touched = np.flatnonzero((world.ntype == kind) & (recommender.memory.users > 0))
+                    of_mean = np.exp(mean_user[touched] / 0.3)
+                    popular = 0.3 * np.log(recommender.memory.users[touched] / sum(had) * of_mean.sum() / of_mean)
+                    scores |= {g: scores[g] + more for g, more in zip(touched, popular, strict=True) if g in scores}
                     assert sum(had == 1) > 0 < len(blank)
                     odds = (sum(had == 1) + 0.5) / (sum(had) + 0.5 - sum(had == 1))
                     power = {g: np.exp(scores[g] / 0.3) for g in mine}
