@@ -124,10 +124,8 @@ class TrainedTower:
             spec, mine, popular = self.tower.spec, self.ntype == kind, None
             untrained = known_shift(spec.blank_share, spec.blank_shift, "test", kind) is None
             if self.memory is not None and untrained and "test" in spec.mean_user:
-                items, mean_user = (
-                    torch.from_numpy(self.item_vectors[mine]).float(),
-                    torch.tensor(spec.mean_user["test"]),
-                )
+                items = torch.from_numpy(self.item_vectors[mine]).float()
+                mean_user = torch.tensor(spec.mean_user["test"])
                 popular = shift_of_touched(items, self.memory.users[mine], mean_user, spec.temperature)
             self.popular[kind] = popular
         return self.popular[kind]
