@@ -58,6 +58,7 @@ def test_one_command_makes_everything(undisturbed):
     rows = metrics_of(run)
     spec = json.loads((run / "two_tower" / "hgnn" / "spec.json").read_text(encoding="utf-8"))
     assert spec["last_item"] is not None  # the data were asked, how fast the memory forgets too
+    assert bool(spec["mean_user"]) == (spec["blank_share"] is not None)
     remembers = spec["memory"] > 0 or spec["blank_share"] is not None
     models = BASELINES | set(NAMES.values()) | {WITHOUT_MEMORY}
     assert {row["model"] for row in rows} == models

@@ -308,7 +308,8 @@ def test_evaluation_adds_the_memory_to_the_scores(shares):
     for kind in range(2):
         here = np.flatnonzero((ntype == kind) & available & ~np.isin(np.arange(50), [0, 3]))
         want[0, here[users[here] == 0]] += risen(plain[:1, here], want[:1, here], users[here] == 0)[0].numpy()
-    found = np.concatenate([score(0, 12).numpy(), score(12, 30).numpy(), score(30, 50).numpy()], axis=1)
+    parts = [(0, 12), (12, 30), (30, 38), (38, 50)]
+    found = np.concatenate([score(first, last).numpy() for first, last in parts], axis=1)
     np.testing.assert_allclose(found, want, rtol=1e-5)
     assert found[0, 7] > plain[0, 7] and found[1, 7] == plain[1, 7]
 
