@@ -19,11 +19,14 @@ _LINE_EVERY_S = 10.0
 class Task:
     """One countable piece of work inside a stage."""
 
-    def __init__(self, report: Progress, description: str, total: int | None, unit: str) -> None:
+    def __init__(self, report: Progress, description: str, total: int | None, unit: str, may_stop_early: bool) -> None:
         self._report, self._description, self._total, self._unit = report, description, total, unit
+        self._bound = "at most " if may_stop_early else ""
         self._done, self._started, self._shown = 0, time.monotonic(), time.monotonic()
         self._first: int | None = None
-        self._bar = report.bars.add_task(description, total=total, rate="", detail="") if report.bars else None
+        self._bar = None
+        if report.bars:
+            self._bar = report.bars.add_task(description, total=total, rate="", bound=self._bound, detail="")
 
     def update(self, done: int, total: int | None = None, detail: str = "") -> None:
         """``done`` so far, of ``total`` if that changed; ``detail`` is shown beside (a loss, a count)."""
@@ -38,7 +41,7 @@ class Task:
             self._report.bars.update(self._bar, completed=done, total=self._total, rate=text, detail=detail)
         elif not self._report.quiet and now - self._shown >= _LINE_EVERY_S:
             self._shown = now
-            left = f", {(self._total - done) / rate:,.0f} s left" if self._total and rate > 0 else ""
+            left = f", {self._bound}{(self._total - done) / rate:,.0f} s left" if self._total and rate > 0 else ""
             of = f" of {self._total:,}" if self._total else ""
             self._report.say(f"    {self._description}: {done:,}{of} {self._unit}, {text}{left}  {detail}".rstrip())
 
@@ -58,13 +61,16 @@ class Progress:
         self.console.print(text, markup=False)
 
     @contextmanager
-    def task(self, description: str, total: int | None = None, unit: str = "rows") -> Iterator[Task]:
-        """Show a piece of work while the block runs."""
+    def task(
+        self, description: str, total: int | None = None, unit: str = "rows", may_stop_early: bool = False
+    ) -> Iterator[Task]:
+        """Show a piece of work while the block runs; of work that ``may_stop_early`` the time left is a bound."""
         outermost = self.bars is None and self.console.is_terminal and not self.quiet
         if outermost:
             columns = ("    {task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[rate]}")
             self.bars = Bars(
                 *(TextColumn(c) if isinstance(c, str) else c for c in columns),
+                TextColumn("{task.fields[bound]}"),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[detail]}"),
                 console=self.console,
@@ -72,7 +78,7 @@ class Progress:
             )
             self.bars.start()
         try:
-            yield Task(self, description, total, unit)
+            yield Task(self, description, total, unit, may_stop_early)
         finally:
             if outermost and self.bars is not None:
                 self.bars.stop()

@@ -62,7 +62,7 @@ def train_hgnn(
         "trained": bool(config.hgnn.weights),
         "train_on": training_snapshot(snapshots).index,
     }
-    with progress.task("training and embedding", unit="steps") as task:
+    with progress.task("training and embedding", unit="steps", may_stop_early=True) as task:
         run_ranks(_train_rank, parameters, workers, per_worker, out / SCRATCH, task)
     history = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     return {

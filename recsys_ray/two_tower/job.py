@@ -100,7 +100,7 @@ def train_two_tower(
         "snapshots": [(s.name, s.index) for s in snapshots],
         "periods": _periods(config, ingest.counts, snapshots),
     }
-    with progress.task("two-tower", unit="steps") as task:
+    with progress.task("two-tower", unit="steps", may_stop_early=True) as task:
         run_ranks(_train_rank, parameters, workers, per_worker, out / SCRATCH, task, datasets)
     last = {v: json.loads((out / v / "metrics.json").read_text(encoding="utf-8"))[-1:] for v in variants}
     return {"workers": workers, "precision": parameters["precision"], **counts, "last": last}
