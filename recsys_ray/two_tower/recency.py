@@ -1,10 +1,11 @@
-"""How much of a taste is of the moment: decides whether the user tower reads the last item beside the mean of all, and
-how fast the memory forgets.
+"""How much of a taste is of the moment: decides whether the user tower reads the last item and means of the latest
+beside the mean of all, and how fast the memory forgets.
 
 Where the next choice follows the last ones (shops, sessions) the last item tells much; where tastes are steady it only
 adds what can be learned by heart. Which of both the data are can be said before anything is trained: nearest neighbours
 rank for validation queries by the plain mean of the history and by means in which the latest events count for more, and
-the memory ranks alone, with several half-lives.
+the memory ranks alone, with several half-lives. Means of the latest say more than the last item and the mean of all
+where histories are much longer than they reach back.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
 from recsys_ray.ranks import seed_from, sum_over_ranks
@@ -24,9 +25,11 @@ from recsys_ray.two_tower.memory import HALF_LIVES as OF_THE_MEMORY
 from recsys_ray.two_tower.memory import RIDGES, Memory
 from recsys_ray.two_tower.ranking import asked_by_type, gain_of, ranks_with_memory
 from recsys_ray.two_tower.rows import histories_of
-from recsys_ray.two_tower.towers import TowerSpec
+from recsys_ray.two_tower.towers import TowerSpec, recent_weights
 from recsys_ray.two_tower.training import TowerTask
 
+RECENT = (4.0, 16.0)  # half-lives of means of the latest
+_LONG = 4  # times a half-life: of such histories
 HALF_LIVES = (None, 4.0, 2.0, 1.0, 0.25)  # places back at which an event counts half; None: all alike
 _QUERIES = 4_000  # of each rank
 _ITEMS = 20_000  # a sample that targets are ranked among
@@ -34,10 +37,12 @@ _CHUNK = 256  # queries at once
 
 
 def with_recency(task: TowerTask, seed: int) -> TowerSpec:
-    """The task's spec with what its data say of both; a given ``last_item`` stays. The same on every rank."""
+    """The task's spec with what its data say; a given ``last_item`` stays. The same on every rank."""
     spec = task.spec
     if spec.last_item is None:
         spec = replace(spec, last_item=last_items_tell(task, seed))
+    if spec.last_item:
+        spec = replace(spec, recent=[half_life for half_life in RECENT if mean_length(task) >= _LONG * half_life])
     if task.memory is not None:
         spec = replace(spec, half_life=memory_half_life(task, task.memory, seed))
     return spec
@@ -57,6 +62,13 @@ def last_items_tell(task: TowerTask, seed: int, snapshot: str = "valid") -> bool
         gains, together = gains + gain.sum(0), together + gain.T @ gain
     gains, together = sum_over_ranks(gains), sum_over_ranks(together)
     return first_as_good(gains, together) > 0
+
+
+def mean_length(task: TowerTask) -> float:
+    """Events in the history of a validation query, in the mean over all ranks; 0 where there is no query."""
+    lengths = np.diff(task.queries["offsets"]) if len(task.queries["target"]) else np.zeros(0)
+    total, number = sum_over_ranks(torch.tensor([lengths.sum(), len(lengths)], dtype=torch.float64))
+    return float(total / number.clamp(min=1))
 
 
 def memory_half_life(task: TowerTask, memory: Memory, seed: int) -> float:
@@ -113,12 +125,6 @@ def _places(task: TowerTask, rows: np.ndarray, sample: np.ndarray, snapshot: str
         scores[other] = -torch.inf
         places.append((scores > limit).sum(1) + ((scores == limit).sum(1) - 1) / 2)
     return torch.stack(places, 1)
-
-
-def recent_weights(offsets: Int64[Tensor, "users_plus_1"], half_life: float) -> Float[Tensor, "events"]:
-    """1 for a user's last event, half of it for the one ``half_life`` places before."""
-    back = torch.repeat_interleave(offsets[1:], offsets.diff()) - 1 - torch.arange(int(offsets[-1]))
-    return 0.5 ** (back / half_life)
 
 
 def _nearness(

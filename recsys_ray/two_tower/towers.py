@@ -60,6 +60,7 @@ class TowerSpec:
     num_items: int = 0
     id_dropout: float | None = 0.0  # None: training chooses
     last_item: bool | None = False  # None: to be chosen before the towers are built
+    recent: list[float] = field(default_factory=list)  # half-lives, in places, of further means of the history
     memory: float = 0.0  # weight of the direct memory (memory.py); 0: none
     ridge: float = 0.0  # its ridge
     half_life: float = 4.0  # of the history in it, places
@@ -148,8 +149,8 @@ def principal_directions(vectors: Float[Tensor, "N d"], count: int) -> Direction
 
 class UserTower(nn.Module):
     """A user is what they touched: the mean text vector, the mean HGNN embedding of all items and of those of each
-    type, the mean of the items' own vectors, all three of the last item, how much of each type; and age, country and
-    taste vectors, each of which may be absent (zeros and a flag)."""
+    type, the mean of the items' own vectors, all three of the last item and in means of the latest, how much of each
+    type; and age, country and taste vectors, each of which may be absent (zeros and a flag)."""
 
     def __init__(self, spec: TowerSpec) -> None:
         super().__init__()
@@ -157,8 +158,8 @@ class UserTower(nn.Module):
         self.event_weight = nn.Parameter(torch.zeros(len(spec.events)))  # log weight: a stream may say more
         self.country = _small_embedding(spec.num_countries + 1)
         self.event_weight.requires_grad_(len(spec.events) > 1)  # one event has nothing to be weighed against
-        ends = 2 if spec.last_item else 1  # the mean, and the last item
-        width = ends * (spec.text_dim + spec.hgnn_dim + spec.id_dim) + spec.num_types * spec.hgnn_dim
+        means = 1 + bool(spec.last_item) + len(spec.recent)  # of all, the last item, of the latest
+        width = means * (spec.text_dim + spec.hgnn_dim + spec.id_dim) + spec.num_types * spec.hgnn_dim
         width += 2 * spec.num_types + 2 + _SMALL
         width += sum(dim + 1 for dim in spec.tastes.values())
         self.layers = _Layers(width, spec.layers, spec.dropout)
@@ -185,6 +186,9 @@ class UserTower(nn.Module):
             parts.append(_mean(*_sums(vectors[1], gids, weights, bag_n, users * kinds)).view(users, -1))
         if self.spec.last_item:
             parts += [_last(table, inputs.gids, inputs.offsets) for table in vectors]
+        for half_life in self.spec.recent:
+            recent_n = recent_weights(inputs.offsets, half_life)
+            parts += [_mean(*_sums(table, inputs.gids, recent_n, row_n, users)) for table in vectors]
         counts = torch.bincount(bag_n, minlength=users * kinds).view(users, kinds).float()
         parts += [torch.log1p(counts), (counts > 0).float()]
         known = ~torch.isnan(inputs.age)
@@ -348,6 +352,12 @@ def _last(
     full = offsets.diff() > 0
     last[full] = table[gids[offsets[1:][full] - 1]]
     return last
+
+
+def recent_weights(offsets: Int64[Tensor, "bags_plus_1"], half_life: float) -> Float[Tensor, "n"]:
+    """1 for a user's last event, half of it for the one ``half_life`` places before."""
+    back = torch.repeat_interleave(offsets[1:], offsets.diff()) - 1 - torch.arange(int(offsets[-1]))
+    return 0.5 ** (back / half_life)
 
 
 def _mean(total: Float[Tensor, "*bags d"], weight: Float[Tensor, "*bags"]) -> Float[Tensor, "*bags d"]:

@@ -16,10 +16,9 @@ from recsys_ray.two_tower.recency import (
     first_as_good,
     last_items_tell,
     memory_half_life,
-    recent_weights,
     with_recency,
 )
-from recsys_ray.two_tower.towers import TwoTower
+from recsys_ray.two_tower.towers import TwoTower, recent_weights
 from recsys_ray.two_tower.training import TowerTask
 
 QUERIES, PLACES, KINDS = 300, 12, 20  # items of both types are of twenty kinds, which the text tells apart
@@ -31,17 +30,26 @@ def test_weights_halve_with_the_places():
     assert recent_weights(offsets, 2.0)[:4].tolist() == pytest.approx([0.5**1.5, 0.5, 0.5**0.5, 1.0])
 
 
-def test_only_with_the_last_item_the_order_counts():
+@pytest.mark.parametrize(("last_item", "recent"), [(False, []), (True, []), (False, [4.0])])
+def test_the_order_counts_with_the_last_item_or_means_of_the_latest(last_item, recent):
     task = board_task()
-    for last_item in (False, True):
-        torch.manual_seed(0)
-        model = TwoTower(replace(task.spec, last_item=last_item)).eval()
-        inputs = user_inputs(task.examples, np.array([200]), task.spec)
-        gids, place = torch.unique(inputs.gids, return_inverse=True)
-        tables = tables_for(task.source, task.spec, task.catalogue, "cut0", gids)
-        there, back = (model.users(replace(inputs, gids=p), tables) for p in (place, place.flip(0)))
-        assert len(gids) > 3
-        assert torch.allclose(there, back, atol=1e-5) != last_item
+    torch.manual_seed(0)
+    model = TwoTower(replace(task.spec, last_item=last_item, recent=recent)).eval()
+    inputs = user_inputs(task.examples, np.array([200]), task.spec)
+    gids, place = torch.unique(inputs.gids, return_inverse=True)
+    tables = tables_for(task.source, task.spec, task.catalogue, "cut0", gids)
+    there, back = (model.users(replace(inputs, gids=p), tables) for p in (place, place.flip(0)))
+    assert len(gids) > 3
+    assert torch.allclose(there, back, atol=1e-5) == (not last_item and not recent)
+
+
+@pytest.mark.parametrize(("places", "wanted"), [(15, []), (16, [4.0]), (63, [4.0]), (64, [4.0, 16.0])])
+def test_means_of_the_latest_where_histories_are_long_and_the_last_item_tells(places, wanted):
+    task = replace(board_task(), memory=None)
+    task = replace(task, queries={**task.queries, "offsets": np.arange(len(task.queries["target"]) + 1) * places})
+    for last_item, recent in ((True, wanted), (False, [])):
+        spec = replace(task.spec, last_item=last_item)
+        assert with_recency(replace(task, spec=spec), seed=0) == replace(spec, recent=recent)
 
 
 def queries_of(recent: bool):

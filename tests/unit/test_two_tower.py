@@ -336,6 +336,19 @@ def test_the_last_item_counts_beside_the_mean(someone):
     assert not torch.allclose(model.users(other_last, tables)[0], base, atol=1e-4)
 
 
+def test_means_of_the_latest_are_weighted_by_place(someone):
+    task, _, inputs, tables = someone
+    spec = replace(task.spec, id_dim=0, tastes={}, recent=[1.0])
+    features = TwoTower(spec).user._features(replace(inputs, tastes={}), tables)
+    behind = 2 * TYPES + 2 + 16  # how much of each type, age, country
+    latest = features[:, :-behind][:, -(spec.text_dim + spec.hgnn_dim) :]
+    for table, found in ((tables.text, latest[:, : spec.text_dim]), (tables.hgnn, latest[:, spec.text_dim :])):
+        vectors = table.float() * table.shape[1] ** 0.5
+        wanted = (vectors[3] / 4 + vectors[150] / 2 + vectors[3]) / 1.75
+        assert torch.allclose(found[0], wanted, atol=1e-5)
+        assert not found[1:].any()  # no history
+
+
 def test_a_type_that_came_later_counts_in_the_means_over_all_types(someone):
     task, model, inputs, tables = someone
     later = replace(tables, ntype=tables.ntype.where(tables.ntype == 0, TYPES))  # items of type 1 are of a new one
