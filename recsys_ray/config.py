@@ -191,7 +191,9 @@ class TwoTowerConfig(Section):
     dropout: Share = Field(0.1, description="before every layer, while training")
     history: Positive = Field(200, description="latest events of a user that make the user's features")
     last_item: bool | None = Field(
-        None, description="the user's last item, beside the mean of all; null: chosen on the validation period"
+        None,
+        description="the user's last item and, where histories are long, means of the latest, beside the mean of all; "
+        "null: chosen on the validation period",
     )
     id_dim: int = Field(32, ge=0, description="learned vector of each item, beside text and HGNN embedding; 0: none")
     id_items: Positive = Field(200_000, description="items with a learned vector: those with the most examples")
