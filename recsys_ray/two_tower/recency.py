@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from recsys_ray.ranks import seed_from, sum_over_ranks
@@ -42,7 +42,8 @@ def with_recency(task: TowerTask, seed: int) -> TowerSpec:
     if spec.last_item is None:
         spec = replace(spec, last_item=last_items_tell(task, seed))
     if spec.last_item:
-        spec = replace(spec, recent=[half_life for half_life in RECENT if mean_length(task) >= _LONG * half_life])
+        places = mean_length(task) / _LONG
+        spec = replace(spec, recent=[half_life for half_life in RECENT if half_life <= places])
     if task.memory is not None:
         spec = replace(spec, half_life=memory_half_life(task, task.memory, seed))
     return spec
@@ -66,7 +67,7 @@ def last_items_tell(task: TowerTask, seed: int, snapshot: str = "valid") -> bool
 
 def mean_length(task: TowerTask) -> float:
     """Events in the history of a validation query, in the mean over all ranks; 0 where there is no query."""
-    lengths = np.diff(task.queries["offsets"]) if len(task.queries["target"]) else np.zeros(0)
+    lengths = _lengths(task)
     total, number = sum_over_ranks(torch.tensor([lengths.sum(), len(lengths)], dtype=torch.float64))
     return float(total / number.clamp(min=1))
 
@@ -86,10 +87,14 @@ def memory_half_life(task: TowerTask, memory: Memory, seed: int) -> float:
     return OF_THE_MEMORY[int((best == best.max()).nonzero()[-1])]
 
 
-def _sample(task: TowerTask, seed: int) -> np.ndarray:
+def _lengths(task: TowerTask) -> Int[np.ndarray, "queries"]:
+    """Events in the history of each validation query of this rank."""
+    return np.diff(task.queries["offsets"]) if len(task.queries["target"]) else np.zeros(0, np.int64)
+
+
+def _sample(task: TowerTask, seed: int) -> Int[np.ndarray, "n"]:
     """Some validation queries with a history."""
-    lengths = np.diff(task.queries["offsets"]) if len(task.queries["target"]) else np.zeros(0)
-    return np.random.default_rng(seed_from(seed, "last item")).permutation(np.flatnonzero(lengths))[:_QUERIES]
+    return np.random.default_rng(seed_from(seed, "last item")).permutation(np.flatnonzero(_lengths(task)))[:_QUERIES]
 
 
 def first_as_good(gains: Float[Tensor, "choices"], together: Float[Tensor, "choices choices"]) -> int:
