@@ -34,8 +34,9 @@ from recsys_ray.retrieval.index import TypeIndex, check_metric, merge_best, sear
 from recsys_ray.retrieval.popularity import Popularity
 from recsys_ray.retrieval.tower import LoadTower, TowerRunner, load_user_tower
 from recsys_ray.retrieval.wording import because, fits
-from recsys_ray.two_tower.blank import known_shift, share_of_events, shift_of_each, shift_of_touched
+from recsys_ray.two_tower.blank import known_shift, popular_where_untrained, share_of_events, shift_of_each
 from recsys_ray.two_tower.memory import RIVALS, Memory, Recalled
+from recsys_ray.two_tower.towers import TowerSpec
 
 _DAY = 86_400
 HistoryEntry = Mapping[str, Any]  # item_id, event (optional), timestamp (optional, unix seconds)
@@ -134,7 +135,9 @@ class Recommender:
             made.blank = [gids[made.memory.is_blank(gids)] for gids in offered]
             given = tower.spec.get("blank_share"), tower.spec.get("blank_shift", {}), "serve"
             made.shifts = [known_shift(*given, number) for number in range(len(items.types))]
-            made.popular = made._popular_where_untrained(made.memory.users)
+            mean_user, had = tower.spec.get("mean_user", {}).get("serve"), made.memory.users
+            temperature = tower.spec.get("temperature", TowerSpec.temperature)
+            made.popular = popular_where_untrained(vectors, items.ntype, had, made.shifts, mean_user, temperature)
         if warm:
             made._warm_up()
         return made
@@ -288,7 +291,7 @@ class Recommender:
         if self.memory is None:
             scores, gids = search_types([self.indexes[t] for t in types], query, k, barred)
         else:
-            half_life = self.tower.spec.get("half_life", 4.0)  # bundles of before have none
+            half_life = self.tower.spec.get("half_life", TowerSpec.half_life)  # bundles of before have none
             recalled = self.memory.recall(np.zeros(len(profile.gids), np.int64), profile.gids, half_life)
             found = [self._remember(self.memory, recalled, number, query, k, barred) for number in types]
             scores, gids = merge_best(found, k)
@@ -329,15 +332,6 @@ class Recommender:
         if len(before):
             by_towers += np.interp(by_towers, before[::-1], (after - before)[::-1])
         return np.concatenate([with_it, by_towers]), np.concatenate([gids[others], raised, blank])
-
-    def _popular_where_untrained(self, had: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
-        """What items are given because of how many had them: in types without training examples (blank.py)."""
-        popular, mean_user = np.zeros(len(had), np.float32), self.tower.spec.get("mean_user", {}).get("serve")
-        for number in [n for n, shift in enumerate(self.shifts) if shift is None and mean_user]:
-            mine = np.flatnonzero(self.items.ntype == number)
-            vectors, mean = torch.from_numpy(self.vectors[mine]), torch.tensor(mean_user)
-            popular[mine] = shift_of_touched(vectors, had[mine], mean, self.tower.spec["temperature"]).numpy()
-        return popular
 
     def _known_of_untrained(
         self,

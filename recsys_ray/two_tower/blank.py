@@ -103,6 +103,29 @@ def shift_of_touched(
     return shift
 
 
+def popular_where_untrained(
+    vectors: Float[np.ndarray, "N d"],
+    ntype: Int[np.ndarray, "N"],
+    users: Int[np.ndarray, "N"],
+    shifts: Sequence[float | None],
+    mean_user: Sequence[float] | None,
+    temperature: float,
+) -> Float[np.ndarray, "N"]:
+    """What every item is given because of how many had it: :func:`shift_of_touched` in types without training
+    examples, 0 in all others.
+
+    Args:
+        shifts: of each type, see :func:`known_shift`.
+        mean_user: None: of towers of before, which do not know what is popular there.
+    """
+    given = np.zeros(len(users), np.float32)
+    for kind in [kind for kind, shift in enumerate(shifts) if shift is None and mean_user]:
+        mine = np.flatnonzero(ntype == kind)
+        items, mean = torch.from_numpy(vectors[mine]).float(), torch.tensor(mean_user)
+        given[mine] = shift_of_touched(items, users[mine], mean, temperature).numpy()
+    return given
+
+
 def shift_of_all(
     users: Float[Tensor, "B d"],
     vectors: Float[Tensor, "N d"],

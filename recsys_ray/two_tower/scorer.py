@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from recsys_ray.artifacts import load_arrays
 from recsys_ray.snapshots import DAY
 from recsys_ray.two_tower.batches import country_index
-from recsys_ray.two_tower.blank import known_shift, share_of_events, shift_of_each, shift_of_touched
+from recsys_ray.two_tower.blank import known_shift, popular_where_untrained, share_of_events, shift_of_each
 from recsys_ray.two_tower.inputs import ItemTables, UserInputs
 from recsys_ray.two_tower.memory import RIVALS, Memory, Recalled, memory_file, one_row_a_user, place_kept
 from recsys_ray.two_tower.towers import UserTower, load_item_ids, load_user_tower
@@ -40,7 +41,6 @@ class TrainedTower:
     ids: np.ndarray | None  # float32 [items, d], the items' own vectors
     moment: int  # the snapshot's time: a history reaches back from here
     memory: Memory | None = None  # as of the snapshot; None: the towers alone
-    popular: dict[int, Tensor | None] = field(default_factory=dict, init=False, repr=False)  # by type, see _popular
 
     @staticmethod
     def open(
@@ -102,9 +102,7 @@ class TrainedTower:
         bars: dict[int, tuple[Tensor, Tensor]] = {}  # likewise
 
         def add(first: int, last: int, scores: Tensor) -> None:
-            popular, start = self._popular(int(self.ntype[first])), np.searchsorted(self.ntype, self.ntype[first])
-            if popular is not None:
-                scores += popular[first - start : last - start]
+            scores += self._popular[first:last]
             fresh = np.flatnonzero(memory.is_blank(np.arange(first, last)))
             if len(fresh):
                 kind = int(self.ntype[first])
@@ -118,27 +116,23 @@ class TrainedTower:
 
         return add
 
-    def _popular(self, kind: int) -> Float[Tensor, "N"] | None:
-        """What the items of a type without training examples are given (blank.py); None: of any other type."""
-        if kind not in self.popular:
-            spec, mine, popular = self.tower.spec, self.ntype == kind, None
-            untrained = known_shift(spec.blank_share, spec.blank_shift, "test", kind) is None
-            if self.memory is not None and untrained and "test" in spec.mean_user:
-                items = torch.from_numpy(self.item_vectors[mine]).float()
-                mean_user = torch.tensor(spec.mean_user["test"])
-                popular = shift_of_touched(items, self.memory.users[mine], mean_user, spec.temperature)
-            self.popular[kind] = popular
-        return self.popular[kind]
+    @cached_property
+    def _popular(self) -> Float[Tensor, "items"]:
+        """What items of types without training examples are given (blank.py)."""
+        assert self.memory is not None
+        spec = self.tower.spec
+        shifts = [known_shift(spec.blank_share, spec.blank_shift, "test", kind) for kind in range(self.ntype.max() + 1)]
+        given = self.memory.users, shifts, spec.mean_user.get("test"), spec.temperature
+        return torch.from_numpy(popular_where_untrained(self.item_vectors, self.ntype, *given))
 
     def _scores(self, users: UserBatch, vectors: Float[Tensor, "users d"], kind: int) -> Iterator[tuple[int, Tensor]]:
         """The scores of a type before the memory, range by range with the range's first gid; -inf where an item may not
         come."""
-        gids, popular = np.flatnonzero(self.ntype == kind), self._popular(kind)
+        gids = np.flatnonzero(self.ntype == kind)
         for start in range(int(gids[0]), int(gids[-1]) + 1, _ITEMS):
             stop = min(start + _ITEMS, int(gids[-1]) + 1)
             scores = vectors @ torch.from_numpy(np.array(self.item_vectors[start:stop])).float().T
-            if popular is not None:
-                scores += popular[start - int(gids[0]) : stop - int(gids[0])]
+            scores += self._popular[start:stop]
             scores[:, ~self.available[start:stop]] = -torch.inf
             own = (users.gid >= start) & (users.gid < stop)
             scores[users.rows[own], users.gid[own] - start] = -torch.inf
