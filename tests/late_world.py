@@ -39,6 +39,7 @@ SIZES = (9, 10, 11)
 TYPES = ["audiobook", "music", "podcast"]
 HGNN_CONFIG = HgnnConfig(hidden_dim=16, out_dim=8, signature_dim=64)
 HISTORY = 200  # longer than any: the bundle's histories then hold all that makes edges
+MEAN_USER = [0.3, -0.2, 0.1, 0.4, 0.0, -0.3, 0.2, 0.1]  # tells what is popular in a new type
 QUIET = Progress(quiet=True)
 
 
@@ -109,6 +110,7 @@ def make_late(root: Path) -> Late:
         num_types=3, events=EVENTS, text_dim=384, hgnn_dim=8, activity_dim=COLUMNS, num_countries=2, num_languages=0,
         num_categories=1, tastes={"music": 4}, layers=[16, 8], id_dim=4, id_rows=size, num_items=size, item_types=TYPES,
         countries=["DE", "SE"], history=HISTORY, window_days=90, memory=0.1, ridge=RIDGES[0],
+        blank_share=[0.1, 0.1, 0.1], blank_shift={"serve": [0.0, 0.0, 0.0]}, mean_user={"serve": MEAN_USER},
     )  # fmt: skip
     towers = TwoTower(spec).eval()
     towers.ids.assign(torch.from_numpy(np.isin(np.arange(size), kept).astype(float)))  # new items have no own vector

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from bundle_world import DAY, END, POPULAR_DAYS, publish_arrays
-from late_world import HGNN_CONFIG, QUIET, SIZES, TYPES, Late, extend, make_late, rows_of, true_edges
+from late_world import HGNN_CONFIG, MEAN_USER, QUIET, SIZES, TYPES, Late, extend, make_late, rows_of, true_edges
 from toy_graph import ToyGraph
 
 from recsys_ray.artifacts import open_artifact
@@ -179,6 +179,19 @@ def test_a_new_type_hears_from_the_items_of_its_users(late, tmp_path):
     user = rows[0]["user_id"]
     assert "book" in {event.item_type for event in recommender.history(user, 1000)}
     assert not recommender.recommend(user, item_types=["book"])  # the one that there is they have seen
+
+
+def test_what_is_popular_in_a_new_type_is_known_at_once(late, tmp_path):
+    had = {"book-1": 2, "book-2": 6, "book-3": 1, "book-4": 0}
+    pairs = [(user, item) for item, users in had.items() for user in late.world.user_ids[:users]]
+    names, items = zip(*pairs, strict=True)
+    rows = {"user_id": names, "item_id": items, "event": ["stream"] * len(pairs), "timestamp": [END - DAY] * len(pairs)}
+    recommender = Recommender.load(extend(late, tmp_path, late.items(*had), pa.table(rows)))
+    gids = np.array([recommender.items.find(name) for name in had])
+    scores = recommender.vectors[gids] @ np.array(MEAN_USER, np.float32) + recommender.popular[gids]
+    share = torch.from_numpy(scores[:3] / recommender.tower.spec["temperature"]).softmax(0)
+    assert share.tolist() == pytest.approx([2 / 9, 6 / 9, 1 / 9], rel=1e-4)  # the mean user's, of those somebody had
+    assert not np.delete(recommender.popular, gids[:3]).any()
 
 
 def test_a_bundle_with_a_new_type_can_be_extended(late, books, tmp_path):
