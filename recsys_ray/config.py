@@ -206,7 +206,7 @@ class TwoTowerConfig(Section):
         "auto", description="of the layers while they train; auto: bf16 where the hardware has it"
     )
     epochs: Positive = 40
-    patience: Positive = Field(3, description="epochs without a better validation HR@10 before stopping")
+    patience: Positive = Field(3, description="epochs without a better validation NDCG@100 before stopping")
     learning_rate: float = Field(5e-4, gt=0)
     refit: bool = Field(True, description="after the best epoch, one more with the validation period's examples too")
     averaging: Share = Field(0.99, description="share of the averaged weights that a step leaves; 0: no averaging")

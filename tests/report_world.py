@@ -56,7 +56,8 @@ def write_run(run: Path) -> Path:
     _write(run / "hgnn" / "metrics.json", epochs)
     (run / "two_tower" / "hgnn").mkdir(parents=True)
     (run / "two_tower" / "hgnn" / "metrics.json").write_text("damaged")
-    _write(run / "two_tower" / "text_only" / "metrics.json", [{"epoch": 0, "loss": 1.0, "valid_hr_at_10": 0.25}])
+    epoch = {"epoch": 0, "loss": 1.0, "valid_hr_at_10": 0.25, "valid_ndcg_at_100": 0.2}
+    _write(run / "two_tower" / "text_only" / "metrics.json", [epoch])
     _write(run / "evaluation" / "tuning.json", {"item_knn": _search()})
     _write(run / "evaluation" / "popularity.json", _popularity())
     _write(run / "evaluation" / "map.json", _map())

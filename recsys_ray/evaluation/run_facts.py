@@ -16,7 +16,7 @@ from recsys_ray.snapshots import DAY
 
 STAGES = ("ingest", "featurize", "graph", "hgnn", "two_tower", "index", "evaluation")
 _CURVES = {"hgnn": "HGNN", "two_tower/hgnn": "Two-tower of 2T-HGNN", "two_tower/text_only": "Two-tower without HGNN"}
-_TITLES = {"valid_hr_at_10": "validation HR@10"}
+_TITLES = {"valid_hr_at_10": "validation HR@10", "valid_ndcg_at_100": "validation NDCG@100"}
 _BINS = 180  # bars of the plot of events over time, at most
 _VOCABULARIES = ("languages", "countries", "categories")
 _MOMENTS = ("valid_from", "test_from", "end")

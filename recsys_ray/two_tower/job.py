@@ -330,7 +330,7 @@ def _train(
 
     def on_step(epoch: int, step: int, loss: float) -> None:
         if rank == 0 and step % _REPORT_EVERY == 0:
-            best = "" if not state.get("best") else f", best valid HR@10 {state['best']:.4f}"
+            best = "" if not state.get("best") else f", best valid NDCG@100 {state['best']:.4f}"
             done = epoch * trainer.steps + step
             parameters["board"].put.remote(done, total, f"{variant}, epoch {epoch} loss {loss:.4f}{best}")
 

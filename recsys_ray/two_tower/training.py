@@ -119,9 +119,11 @@ def some_users(model: TwoTower, task: TowerTask, snapshot: str) -> Float[Tensor,
 
 
 class Validated(NamedTuple):
-    """HR@10 (NaN where there is no query) with the memory's weight and ridge that are to be used, and these."""
+    """HR@10 and NDCG@100 (NaN where there is no query) with the memory's weight and ridge that are to be used, and
+    these."""
 
     hit_rate: float
+    gain: float
     memory: float
     ridge: float
 
@@ -178,9 +180,9 @@ class TowerTrainer:
 
     @torch.no_grad()
     def validate(self, snapshot: str = "valid") -> Validated:
-        """HR@10 of the validation queries, full ranking inside the target's type, seen items left out; each query
-        is one new item of a user. Over all ranks. A memory's weight and ridge are chosen by NDCG@100, to which several
-        times as many queries contribute."""
+        """HR@10 and NDCG@100 of the validation queries, full ranking inside the target's type, seen items left out;
+        each query is one new item of a user. Over all ranks. What is chosen, a memory's weight and ridge and the best
+        epoch, is chosen by NDCG@100, to which several times as many queries contribute."""
         queries, task = self.task.queries, self.task
         memory = task.memory or Memory.nothing(len(task.catalogue.ntype))
         weights, ridges = (WEIGHTS, RIDGES) if task.memory is not None else ((0.0,), (0.0,))
@@ -198,9 +200,10 @@ class TowerTrainer:
         number = torch.tensor(float(len(queries["target"])), dtype=torch.float64)
         hits, gains, number = (sum_over_ranks(part) for part in (hits, gains, number))
         if not number:
-            return Validated(float("nan"), 0.0, 0.0)
+            return Validated(float("nan"), float("nan"), 0.0, 0.0)
         weight, ridge = (gains == gains.max()).nonzero()[0].tolist()  # of equal ones the smallest
-        return Validated(float(hits[weight, ridge] / number), scaled[weight], ridges[ridge])
+        hit_rate, gain = (float(part[weight, ridge] / number) for part in (hits, gains))
+        return Validated(hit_rate, gain, scaled[weight], ridges[ridge])
 
 
 def item_vectors(model: TwoTower, source: FeatureSource, catalogue: Catalogue, snapshot: str) -> Float[Tensor, "N D"]:
@@ -259,7 +262,7 @@ def train_epochs(
     on_epoch: Callable[[dict[str, Any], bool], None] = lambda state, better: None,
 ) -> dict[str, Any]:
     """Train from ``state`` (empty: from the start) until the last epoch or until ``patience`` epochs in a row did not
-    raise the validation HR@10. ``on_epoch(state, better)`` is the place for checkpoints."""
+    raise the validation NDCG@100. ``on_epoch(state, better)`` is the place for checkpoints."""
     for key, value in (("history", []), ("best", None), ("bad", 0), ("memory", 0.0), ("ridge", 0.0)):
         state.setdefault(key, value)
     config = trainer.config
@@ -267,13 +270,14 @@ def train_epochs(
         if state["bad"] >= config.patience:
             break
         loss = run_epoch(trainer, optimizer, epoch, epoch * trainer.steps, on_step)
-        hit_rate, memory, ridge = trainer.validate()
-        watched = hit_rate if hit_rate == hit_rate else -loss  # no validation queries: the training loss
+        hit_rate, gain, memory, ridge = trainer.validate()
+        watched = gain if gain == gain else -loss  # no validation queries: the training loss
         better = state["best"] is None or watched > state["best"]
         state["best"], state["bad"] = (watched, 0) if better else (state["best"], state["bad"] + 1)
         if better:
             state["memory"], state["ridge"] = memory, ridge
-        state["history"].append({"epoch": epoch, "loss": loss, "valid_hr_at_10": hit_rate})
+        validated = {"valid_hr_at_10": hit_rate, "valid_ndcg_at_100": gain}
+        state["history"].append({"epoch": epoch, "loss": loss, **validated})
         on_epoch(state, better)
     return state
 

@@ -264,7 +264,7 @@ def test_validation_weighs_the_memory_by_what_it_is_worth(true):
     task = replace(board_task("nowhere"), memory=_board_memory(true))
     trainer, optimizer = board_trainer(task)
     state = train_epochs(trainer, optimizer, {})
-    found, weight, ridge = trainer.validate()
+    found, _, weight, ridge = trainer.validate()
     assert state["memory"] > 0  # of items that are all alike none is among the first ten: anything is better
     assert weight > 0 and ridge == RIDGES[0] and (found > 0.9 if true else found < 2 * CHANCE)
     alone, _ = board_trainer(replace(task, memory=None))

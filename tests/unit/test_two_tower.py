@@ -90,8 +90,20 @@ def test_it_stops_when_validation_does_not_improve():
     trainer, optimizer = board_trainer(
         board_task("nowhere", rows=slice(0, 100)), CONFIG.model_copy(update={"epochs": 9, "patience": 1})
     )
-    trainer.validate = lambda: Validated(0.5, 0.0, 0.0)
+    trainer.validate = lambda: Validated(0.5, 0.25, 0.0, 0.0)
     assert len(train_epochs(trainer, optimizer, {})["history"]) == 2
+
+
+def test_the_best_epoch_is_the_one_with_the_best_ndcg():
+    trainer, optimizer = board_trainer(board_task(rows=slice(0, 100)), CONFIG.model_copy(update={"epochs": 3}))
+    figures = iter([(0.1, 0.3, 0.01, 3.0), (0.3, 0.2, 0.02, 10.0), (0.2, 0.4, 0.03, 30.0)])
+    trainer.validate = lambda: Validated(*next(figures))
+    better = []
+    state = train_epochs(trainer, optimizer, {}, on_epoch=lambda state, best: better.append(best))
+    assert better == [True, False, True]
+    assert (state["best"], state["memory"], state["ridge"]) == (0.4, 0.03, 30.0)
+    assert [epoch["valid_hr_at_10"] for epoch in state["history"]] == [0.1, 0.3, 0.2]
+    assert [epoch["valid_ndcg_at_100"] for epoch in state["history"]] == [0.3, 0.2, 0.4]
 
 
 def test_inclusion_probability_is_what_a_simulation_counts():
