@@ -44,6 +44,7 @@ class World:
     vectors: np.ndarray
     user_ids: list[str]
     events: np.ndarray  # [n, 4]: uid, gid, event, timestamp
+    trend: np.ndarray | None = None  # of the items
 
     def seen(self, user_id: str) -> set[str]:
         uid = self.user_ids.index(user_id)
@@ -57,7 +58,7 @@ class World:
 
 def make_world(
     root: Path, per_type: Sequence[int] = (30, 40, 50), users: int = 60, dim: int = 8, text: int = 16, seed: int = 0,
-    memory: float = 0.0, shifts: list[float | None] | None = None,
+    memory: float = 0.0, shifts: list[float | None] | None = None, trends: bool = False,
 ) -> World:  # fmt: skip
     random = np.random.default_rng(seed)
     types = ["audiobook", "music", "podcast"][: len(per_type)]
@@ -73,7 +74,8 @@ def make_world(
     user_ids = [f"üser/{i:04d}" for i in random.permutation(users)]
     user_ids[3], user_ids[7] = LONELY, FORGOTTEN
     events = _events(random, users, len(item_ids))
-    world = World(root, _config(root), item_ids, ntype, available, vectors, user_ids, events)
+    trend = _trend(ntype, shifts or []) if trends else None
+    world = World(root, _config(root), item_ids, ntype, available, vectors, user_ids, events, trend)
     write_ingest(world, types, per_type, random)
     vectors_of_text = _unit(random, len(item_ids), text).astype("float16")
     publish_arrays(root / "featurize", {"text.safetensors": {"vector": vectors_of_text}}, **FEATURIZE)
@@ -103,6 +105,14 @@ def _config(root: Path) -> Config:
 def _unit(random: np.random.Generator, rows: int, dim: int) -> np.ndarray:
     values = random.standard_normal((rows, dim), dtype=np.float32)
     return values / np.linalg.norm(values, axis=1, keepdims=True)
+
+
+def _trend(ntype: np.ndarray, shifts: Sequence[float | None]) -> np.ndarray:
+    """Nothing for items that nobody had and for types without examples."""
+    trend = 0.3 * np.random.default_rng(6).standard_normal(len(ntype), dtype=np.float32)
+    untrained = [number for number, shift in enumerate(shifts) if shift is None]
+    trend[(some_memory(len(ntype)).users == 0) | np.isin(ntype, untrained)] = 0
+    return trend
 
 
 def _events(random: np.random.Generator, users: int, items: int) -> np.ndarray:
@@ -212,11 +222,13 @@ def _write_towers(
         half_life=2.0, temperature=0.3, blank_share=shifts and [shift and 0.1 for shift in shifts],
         blank_shift={"serve": [shift or 0.0 for shift in shifts or []]},
         mean_user={"serve": (np.random.default_rng(2).normal(size=dim) / dim).tolist()} if shifts else {},
+        trends=[0.5] * len(types) if world.trend is not None else [],
     )  # fmt: skip
     if memory or shifts:
         some_memory(len(world.item_ids)).save(memory_file(work, "serve"))
     torch.manual_seed(0)
     save_file(TwoTower(spec).state_dict(), work / "hgnn" / "model.safetensors")
     spec.save(work / "hgnn" / "spec.json")
-    save_arrays(work / "hgnn" / "items" / "serve.safetensors", {"vector": world.vectors})
+    arrays = {"vector": world.vectors} | ({} if world.trend is None else {"trend": world.trend})
+    save_arrays(work / "hgnn" / "items" / "serve.safetensors", arrays)
     publish(work, target, target.name, target.name, counts={})

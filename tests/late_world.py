@@ -111,6 +111,7 @@ def make_late(root: Path) -> Late:
         num_categories=1, tastes={"music": 4}, layers=[16, 8], id_dim=4, id_rows=size, num_items=size, item_types=TYPES,
         countries=["DE", "SE"], history=HISTORY, window_days=90, memory=0.1, ridge=RIDGES[0],
         blank_share=[0.1, 0.1, 0.1], blank_shift={"serve": [0.0, 0.0, 0.0]}, mean_user={"serve": MEAN_USER},
+        trends=[0.5, 0.0, 0.5],
     )  # fmt: skip
     towers = TwoTower(spec).eval()
     towers.ids.assign(torch.from_numpy(np.isin(np.arange(size), kept).astype(float)))  # new items have no own vector
@@ -121,15 +122,17 @@ def make_late(root: Path) -> Late:
         features = ArrayFeatures(text=text, hgnn_serve=embedding)
         vectors = item_vectors(towers, features, catalogue, "serve").numpy()
 
+    trend = 0.1 * np.random.default_rng(4).standard_normal(size, dtype=np.float32)
+    trend[gone] = 0  # nothing is known of arrivals
     place = np.full(size, -1)
     place[kept] = np.arange(len(kept))
     known = whole.events[~np.isin(whole.events[:, 1], gone)].copy()
     known[:, 1] = place[known[:, 1]]
     part = replace(
         whole, root=root / "part", item_ids=[whole.item_ids[g] for g in kept], ntype=whole.ntype[kept],
-        available=whole.available[kept], vectors=vectors[kept], events=known,
+        available=whole.available[kept], vectors=vectors[kept], events=known, trend=trend[kept],
     )  # fmt: skip
-    everything = replace(whole, root=root / "everything", vectors=vectors)
+    everything = replace(whole, root=root / "everything", vectors=vectors, trend=trend)
     write_stages(everything, text, embedding.numpy(), store.table.numpy(), model, towers, spec, encoder)
     everything.bundle()
     fewer = replace(spec, num_items=len(kept))
@@ -150,7 +153,7 @@ def make_late(root: Path) -> Late:
     names = {12: whole.item_ids[12], linked: whole.item_ids[linked]}
     return Late(
         everything, part, part.bundle().path, names[linked], names[12], {names[g]: embedding[g].numpy() for g in gone},
-        {names[g]: vectors[g] for g in gone}, trickle,
+        {names[g]: np.append(vectors[g], 0) for g in gone}, trickle,
     )  # fmt: skip
 
 
@@ -167,7 +170,7 @@ def write_stages(world, text, embedding, hidden, model, towers, spec, encoder) -
     save_file(model.state_dict(), work / "model.safetensors")
     publish(work, root / "hgnn", "hgnn", "hgnn", config={"hgnn": HGNN_CONFIG.model_dump(mode="json")}, counts={})
     work = work_folder(root / "two_tower", "two_tower")
-    save_arrays(work / "hgnn" / "items" / "serve.safetensors", {"vector": world.vectors})
+    save_arrays(work / "hgnn" / "items" / "serve.safetensors", {"vector": world.vectors, "trend": world.trend})
     save_file(towers.state_dict(), work / "hgnn" / "model.safetensors")
     spec.save(work / "hgnn" / "spec.json")
     edges, users = true_edges(world, size), np.bincount(world.events[:, 1], minlength=size)
@@ -187,7 +190,7 @@ def extend(late: Late, out: Path, items: pa.Table, trickle: pa.Table | None = No
 
 
 def rows_of(bundle: Path, *ids: str) -> dict[str, np.ndarray]:
-    """Embedding and vector of items of a bundle."""
+    """Embedding, and vector with the trend after it, of items of a bundle."""
     items = Recommender.load(bundle).items
     gids = [items.find(name) for name in ids]
     files = {"embedding": "hgnn.safetensors", "vector": "vectors.safetensors"}

@@ -37,11 +37,13 @@ from recsys_ray.hgnn.signature import SignedSource, item_signatures
 from recsys_ray.progress import Progress
 from recsys_ray.snapshots import Snapshot
 from recsys_ray.two_tower.batches import ArrayFeatures
+from recsys_ray.two_tower.examples import UserEvents
 from recsys_ray.two_tower.job import load_catalogue
 from recsys_ray.two_tower.memory import Memory, memory_file
 from recsys_ray.two_tower.ridge import count_users, read_edges, solve
 from recsys_ray.two_tower.towers import load_towers
 from recsys_ray.two_tower.training import item_vectors
+from recsys_ray.two_tower.trends import PERIODS, count_latest, latest_file
 
 if TYPE_CHECKING:
     from recsys_ray.evaluation.leaks import FinishedRun, Words
@@ -88,6 +90,11 @@ def check_snapshots(run: FinishedRun, sample: int, words: Words, progress: Progr
             if snapshot.name in ("valid", "test"):
                 check_memory(run, snapshot, ntype, words)
         yield "what is remembered of pairs of items in validation and test: the edges of their snapshots"
+    if run.two_tower is not None and latest_file(run.two_tower.path).exists():
+        for snapshot in run.snapshots:
+            if snapshot.name in ("valid", "test"):
+                check_latest(run, snapshot, len(ntype), words)
+        yield "what was chosen in the last weeks before validation and test: counted from the events before each"
 
 
 def events_before(shard: Path, snapshot: Snapshot) -> Columns:
@@ -259,6 +266,23 @@ def check_memory(run: FinishedRun, snapshot: Snapshot, ntype: np.ndarray, words:
             raise LeakError(
                 f"the memory of {words.item(gid)} on snapshot {snapshot.name} is not that of the snapshot's edges"
             )
+
+
+def check_latest(run: FinishedRun, snapshot: Snapshot, items: int, words: Words) -> None:
+    """The choices of the last weeks that make trends happened before the snapshot."""
+    assert run.two_tower is not None
+    stored = load_arrays(latest_file(run.two_tower.path))[snapshot.name]
+    made = np.zeros_like(stored)
+    for shard in run.shards:
+        events = UserEvents(*events_before(shard, snapshot))
+        made += count_latest(events, [snapshot.time], run.positives, items)[0]
+    wrong = np.flatnonzero((made != stored).any(0))
+    if len(wrong):
+        raise LeakError(
+            f"snapshot {snapshot.name}, before {words.time(snapshot.time)}: {words.item(wrong[0])} was chosen "
+            f"{stored[:, wrong[0]].tolist()} times in the periods {PERIODS} (days before it), but "
+            f"{made[:, wrong[0]].tolist()} times by the events that the snapshot may know"
+        )
 
 
 def _compare(what: str, made: np.ndarray, stored: np.ndarray, gids: np.ndarray, of: str, words: Words) -> None:

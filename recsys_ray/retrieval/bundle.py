@@ -5,7 +5,9 @@ Layout of ``bundles/<version>/``:
 - ``items.arrow`` (item_id, title, ntype, available; row = gid), ``item_ids.arrow`` (id ascending, gid). Gids are those
   of the ingest stage; items that came later (extend.py) have the next ones, whatever their type. So a type's gids
   ascend but need not be a range.
-- ``vectors.safetensors``: ``vector`` float32 [items, d], what the item tower made of every item
+- ``vectors.safetensors``: ``vector`` float32 [items, d], what the item tower made of every item; with one more column
+  where trends count (recsys_ray/two_tower/trends.py), what every user's score of the item has beside the inner product:
+  the vectors that are asked with have a 1 there (:func:`recsys_ray.retrieval.index.as_queries`)
 - ``text.safetensors``, ``hgnn.safetensors``, ``ids.safetensors`` (the items' own learned vectors; not where the towers
   have none): the user tower's item tables
 - ``memory.safetensors``: what is remembered of pairs of items (recsys_ray/two_tower/memory.py) and which items
@@ -66,7 +68,7 @@ from recsys_ray.retrieval.histories import (
     user_inputs,
     whole_users,
 )
-from recsys_ray.retrieval.index import METRIC, TypeIndex, check_metric, check_unit_norm, recall_at
+from recsys_ray.retrieval.index import METRIC, TypeIndex, as_queries, check_metric, check_unit_norm, recall_at
 from recsys_ray.retrieval.popularity import PopularityCounter, popularity_arrays
 from recsys_ray.retrieval.tower import LoadTower, TowerRunner, load_user_tower
 from recsys_ray.two_tower.memory import Memory, memory_file
@@ -237,7 +239,9 @@ def _write_items(work: Path, sources: _Sources) -> None:
     write_table(work / "items.arrow", pa.table(columns))
     write_table(work / "item_ids.arrow", sorted_ids(table["item_id"], "gid"))
     shutil.copyfile(text, work / "text.safetensors")
-    shutil.copyfile(vectors, work / "vectors.safetensors")
+    made = load_arrays(vectors)
+    wide = np.column_stack([made["vector"], made["trend"]]) if "trend" in made else made["vector"]
+    save_arrays(work / "vectors.safetensors", {"vector": wide})
     embedding, hidden = _hgnn_tables(sources.hgnn.path, size)
     save_arrays(work / "hgnn.safetensors", {"embedding": embedding})
     save_arrays(work / "hidden.safetensors", {"hidden": hidden})
@@ -341,7 +345,8 @@ def _write_indexes(
     """Index every type; recall@10 and whether the search is exact, by type."""
     types = list(sources.ingest.counts["item_types"])
     vectors = np.asarray(mapped_arrays(work / "vectors.safetensors")["vector"].numpy(), np.float32)
-    check_unit_norm(vectors, sources.two_tower.path / VARIANT / "items" / "serve.safetensors")
+    width = vectors.shape[1] - bool(sources.spec.get("trends"))
+    check_unit_norm(vectors[:, :width], sources.two_tower.path / VARIANT / "items" / "serve.safetensors")
     items = Items(work, types)
     queries = sample_queries(work, config.seed, items, vectors, load_tower)
     recall, exact = {}, {}
@@ -381,4 +386,4 @@ def sample_queries(
     sample = np.sort(random.choice(active, min(_SAMPLE, len(active)), replace=False))
     tower = TowerRunner.open(work, load, torch.from_numpy(items.ntype.astype(np.int64)))
     inputs = user_inputs([users.traits(uid, histories.recent(uid)) for uid in sample], tower.tastes)
-    return tower(inputs)
+    return as_queries(tower(inputs), vectors)

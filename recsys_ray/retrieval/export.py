@@ -16,6 +16,7 @@ from recsys_ray.progress import Progress
 from recsys_ray.retrieval.bundle import VARIANT, find_bundle
 from recsys_ray.retrieval.catalogue import read_table
 from recsys_ray.retrieval.histories import mapped_arrays
+from recsys_ray.two_tower.towers import TowerSpec
 
 VECTORS = ("text", "hgnn", "tower")
 _ROWS = 16_384  # of a row group: what is held at once beside the (mapped) tables
@@ -67,10 +68,12 @@ def export_bundle(bundle: str | Path, out: Path, vectors: Sequence[str], progres
     table = read_table(made.path / "items.arrow")
     types = pa.array(made.counts["item_types"], pa.string()).take(table["ntype"].combine_chunks().cast(pa.int32()))
     items = pa.table({"item_id": table["item_id"], "item_type": types, "title": table["title"]})
+    width = TowerSpec.load(made.path / "user_tower" / "spec.json").layers[-1]  # a further column is no part of a vector
     files = {"text": ("text", "vector"), "hgnn": ("hgnn", "embedding"), "tower": ("vectors", "vector")}
 
     def reader(file: str, name: str) -> Callable[[], np.ndarray]:
-        return lambda: mapped_arrays(made.path / f"{file}.safetensors")[name].numpy()
+        columns = width if file == "vectors" else None
+        return lambda: mapped_arrays(made.path / f"{file}.safetensors")[name].numpy()[:, :columns]
 
     return _write(items, {kind: reader(*place) for kind, place in files.items()}, vectors, out, progress)
 

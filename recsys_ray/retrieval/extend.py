@@ -237,7 +237,15 @@ class _Extension:
         self._grow("text.safetensors", new, vector=text)
         self._grow("hidden.safetensors", new, hidden=hidden.half().numpy())
         self._grow("hgnn.safetensors", new, embedding=embedding.numpy())
-        self._grow("vectors.safetensors", new, vector=vectors)
+        self._grow("vectors.safetensors", new, vector=self._with_trends(vectors, new))
+
+    def _with_trends(self, vectors: Array, new: Arrivals) -> Array:
+        """With the column that the bundle's vectors have beside the towers' (recsys_ray/two_tower/trends.py): of no
+        arrival is known how often the towers expect it to be chosen; one that is embedded anew keeps what it had."""
+        stored = self._mapped("vectors.safetensors")["vector"]
+        trend = np.zeros((len(stored) + new.added, stored.shape[1] - vectors.shape[1]), np.float32)
+        trend[: len(stored)] = stored[:, vectors.shape[1] :]
+        return np.column_stack([vectors, trend[new.gid]])
 
     def _write_memory(self, known: Known, new: Arrivals, directions: Counted, users: Array) -> None:
         if (self.source.path / MEMORY).exists():

@@ -50,6 +50,12 @@ def check_unit_norm(vectors: Vectors, where: object) -> None:
             raise ArtifactError(f"row {start + row} of {where} has length {norms[row]:.4g}, not 1; train again")
 
 
+def as_queries(users: Vectors, vectors: Vectors) -> Vectors:
+    """What items ``vectors`` [n, d or d + 1] are asked with: vectors of users [q, d], with a 1 for the column that says
+    what every user's score of an item has beside the inner product (recsys_ray/two_tower/trends.py)."""
+    return np.pad(users, ((0, 0), (0, vectors.shape[1] - users.shape[1])), constant_values=1)
+
+
 def exact_top_k(vectors: Vectors, queries: Vectors, k: int) -> tuple[Vectors, Ids]:
     """Scores and row numbers [q, min(k, n)] of the best rows, best first, without FAISS: what recall is measured by."""
     scores = np.empty((len(queries), 0), np.float32)

@@ -30,7 +30,7 @@ from recsys_ray.retrieval.filters import (
     forbidden,
 )
 from recsys_ray.retrieval.histories import Histories, Profile, mapped_arrays, user_inputs
-from recsys_ray.retrieval.index import TypeIndex, check_metric, merge_best, search_types
+from recsys_ray.retrieval.index import TypeIndex, as_queries, check_metric, merge_best, search_types
 from recsys_ray.retrieval.popularity import Popularity
 from recsys_ray.retrieval.tower import LoadTower, TowerRunner, load_user_tower
 from recsys_ray.retrieval.wording import because, fits
@@ -44,8 +44,8 @@ HistoryEntry = Mapping[str, Any]  # item_id, event (optional), timestamp (option
 
 @dataclass(frozen=True)
 class Recommendation:
-    """``score`` is the inner product of two unit vectors plus what the memory adds; for an answer by popularity the
-    share of users."""
+    """``score`` is the inner product of two unit vectors plus what trends and the memory add; for an answer by
+    popularity the share of users."""
 
     item_id: str
     item_type: str
@@ -90,7 +90,7 @@ class Recommender:
     popularity: Popularity
     indexes: list[TypeIndex]
     tower: TowerRunner
-    vectors: npt.NDArray[np.float32]
+    vectors: npt.NDArray[np.float32]  # [items, d], or with a column for trends
     memory: Memory | None = None  # of pairs of items; None: the towers alone answer
     blank: list[npt.NDArray[np.int64]] = field(default_factory=list)  # of each type the items it knows nothing of
     shifts: list[float | None] = field(default_factory=list)  # of each type what these are given; None: by the user
@@ -137,7 +137,8 @@ class Recommender:
             made.shifts = [known_shift(*given, number) for number in range(len(items.types))]
             mean_user, had = tower.spec.get("mean_user", {}).get("serve"), made.memory.users
             temperature = tower.spec.get("temperature", TowerSpec.temperature)
-            made.popular = popular_where_untrained(vectors, items.ntype, had, made.shifts, mean_user, temperature)
+            towers = vectors[:, : made.width]
+            made.popular = popular_where_untrained(towers, items.ntype, had, made.shifts, mean_user, temperature)
         if warm:
             made._warm_up()
         return made
@@ -145,6 +146,11 @@ class Recommender:
     @property
     def version(self) -> str:
         return self.artifact.counts["version"]
+
+    @property
+    def width(self) -> int:
+        """Of what the towers make, d."""
+        return self.vectors.shape[1] - bool(self.tower.spec.get("trends"))
 
     @property
     def item_types(self) -> list[str]:
@@ -210,7 +216,8 @@ class Recommender:
         gid = self.items.find(item_id)
         if gid is None:
             raise UnknownItem("item_id", f"there is no item {item_id!r}")
-        query = np.ascontiguousarray(self.vectors[gid], np.float32)
+        query = np.array(self.vectors[gid], np.float32)
+        query[self.width :] = 0  # likeness has nothing to do with trends
         scores, gids = search_types([self.indexes[t] for t in types], query, k, np.array([gid], np.int64))
         reason = f'similar to "{self.items.name(gid)}"'
         return [self._item(int(g), float(s), reason) for s, g in zip(scores, gids, strict=True)]
@@ -287,7 +294,7 @@ class Recommender:
     def _by_taste(
         self, profile: Profile, types: list[int], k: int, barred: npt.NDArray[np.int64]
     ) -> list[Recommendation]:
-        query = self.tower(user_inputs([profile], self.tower.tastes))[0]
+        query = as_queries(self.tower(user_inputs([profile], self.tower.tastes)), self.vectors)[0]
         if self.memory is None:
             scores, gids = search_types([self.indexes[t] for t in types], query, k, barred)
         else:

@@ -32,6 +32,7 @@ from torch import Tensor
 Shares = Sequence[float | None]  # of each item type; None: it has no examples
 _CELLS = 1 << 24  # scores held at once
 _FAR = 60.0  # log-odds beyond any share
+_BY_NUMBER = 0.25  # 0: blank items have the share of before however many there are; 1: each has what each had before
 
 
 def share_of_events(users: Int[np.ndarray, "n"]) -> float:
@@ -44,23 +45,28 @@ def share_of_events(users: Int[np.ndarray, "n"]) -> float:
 
 
 class Period(NamedTuple):
-    """A stretch of the past, and of each type how many targets it has and how many of these were blank as it began."""
+    """A stretch of the past, and of each type how many targets it has, how many of these were blank as it began, and
+    how many items were."""
 
     seconds: int
     targets: Float[Tensor, "types"]
     blank: Float[Tensor, "types"]
+    items: Float[Tensor, "types"]
 
     def share(self, kind: int) -> float:
         """Never 0 or 1."""
         return (float(self.blank[kind]) + 0.5) / (float(self.targets[kind]) + 1)
 
 
-def share_ahead(seconds: int, lately: Period, before: Period) -> list[float | None]:
+def share_ahead(seconds: int, items: Float[Tensor, "types"], lately: Period, before: Period) -> list[float | None]:
     """Each type's share in the period to come: the longer it is, the more goes to items that nobody had as it began. So
-    it is taken from that of two periods which is as long, linear in between, constant beyond.
+    it is taken from that of two periods which is as long, linear in between, constant beyond. Fewer blank items than
+    there were then get less of it, but each of them more: it goes with the fourth root of their number
+    (docs/experiments.md).
 
     Args:
         seconds: how long the period to come is.
+        items: how many are blank as it begins.
         lately: the validation period.
         before: from the last cut to validation; a type without targets in it is not known.
     """
@@ -70,7 +76,10 @@ def share_ahead(seconds: int, lately: Period, before: Period) -> list[float | No
     for kind in range(len(before.targets)):
         of_before = before.share(kind)
         of_lately = lately.share(kind) if lately.targets[kind] else of_before
-        found.append(of_lately + part * (of_before - of_lately) if before.targets[kind] else None)
+        share = of_lately + part * (of_before - of_lately)
+        then = float(torch.lerp(lately.items[kind], before.items[kind], part))
+        scale = (float(items[kind]) / then) ** _BY_NUMBER if then and items[kind] else 1.0
+        found.append(min(share * scale, (1 + share) / 2) if before.targets[kind] else None)
     return found
 
 

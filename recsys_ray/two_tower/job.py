@@ -20,14 +20,15 @@ from torch import nn
 from recsys_ray.artifacts import SCRATCH, Artifact, load_arrays, save_arrays, write_json
 from recsys_ray.checkpoint import load_checkpoint, read_state, save_checkpoint
 from recsys_ray.config import Config, TwoTowerConfig
+from recsys_ray.data.split import is_leave_one_out
 from recsys_ray.errors import DataError
 from recsys_ray.graph.activity import ACTIVITY, COLUMNS
 from recsys_ray.precision import choose_precision
 from recsys_ray.progress import Progress
 from recsys_ray.ranks import partition_client, rank_setup, run_ranks, seed_from
 from recsys_ray.snapshots import Snapshot, snapshots_of, training_snapshot
-from recsys_ray.two_tower.batches import Catalogue, batches_in, country_index
-from recsys_ray.two_tower.blank import shift_of_all
+from recsys_ray.two_tower.batches import Catalogue, FeatureSource, batches_in, country_index
+from recsys_ray.two_tower.blank import Shares, shift_of_all
 from recsys_ray.two_tower.examples import (
     HistoryRules,
     UserEvents,
@@ -51,8 +52,10 @@ from recsys_ray.two_tower.training import (
     start,
     train_epochs,
 )
+from recsys_ray.two_tower.trends import choose_trends, latest_file, trend_of_all, write_latest
 
 VARIANTS = {"hgnn": True, "text_only": False}  # folder -> with HGNN embeddings
+_ASKED = ("test", "serve")  # snapshots as of which items are ranked
 _CHECKPOINT = "checkpoint.safetensors"
 _BEST = "best.safetensors"
 _REPORT_EVERY = 10  # steps
@@ -82,9 +85,12 @@ def train_two_tower(
     per_worker = max(1, cpus // workers)
     variants = [name for name, with_hgnn in VARIANTS.items() if with_hgnn or config.two_tower.ablation]
     write_specs(out, variants, spec)
+    asked = [snapshot for snapshot in snapshots if snapshot.name in ("valid", "test", "serve")]
     if config.two_tower.memory:
-        asked = [snapshot for snapshot in snapshots if snapshot.name in ("valid", "test", "serve")]
         fit_memories(config, ingest, graph.path, asked, out, progress, cpus)
+    with_trends = config.two_tower.trends and not is_leave_one_out(ingest.counts)
+    if with_trends:
+        write_latest(config, ingest, asked, out, cpus)
     parameters = {
         "config": config.two_tower.model_dump(),
         "seed": seed_from(config.seed, "two_tower"),
@@ -99,6 +105,7 @@ def train_two_tower(
         "variants": variants,
         "snapshots": [(s.name, s.index) for s in snapshots],
         "periods": _periods(config, ingest.counts, snapshots),
+        "trends": with_trends,
     }
     with progress.task("two-tower", unit="steps", may_stop_early=True) as task:
         run_ranks(_train_rank, parameters, workers, per_worker, out / SCRATCH, task, datasets)
@@ -343,27 +350,49 @@ def _train(
     state = train_epochs(trainer, optimizer, state, on_step, on_epoch)
     client.barrier()  # rank 0 has written the best weights
     load_checkpoint(scratch / _BEST, model, optimizer)
+    latest, trends = dict[str, np.ndarray](), list[float]()
+    if parameters["trends"]:
+        latest = load_arrays(latest_file(out.parent))
+        trends = choose_trends(model.eval(), task, latest, state["memory"], state["ridge"], config.temperature)
     if config.refit:
         model = refit(trainer, optimizer, len(state["history"]), on_step)
-    shares = None
+    shares = dict[str, list[float | None]]()
     if parameters["periods"] and state["ridge"]:  # 0: nothing was validated
-        shares = blank_shares(task, *parameters["periods"])
+        shares = {snapshot: blank_shares(task, snapshot, *parameters["periods"]) for snapshot in _ASKED}
     if rank == 0:
-        model.eval()
-        shifts, means = dict[str, list[float]](), dict[str, list[float]]()
-        for snapshot in ("test", "serve"):
-            vectors = item_vectors(model, client, task.catalogue, snapshot)
-            save_arrays(out / "items" / f"{snapshot}.safetensors", {"vector": vectors.numpy()})
-            if shares:
-                blank = Memory.load(memory_file(out.parent, snapshot)).users == 0
-                given = torch.from_numpy(blank), task.catalogue.ntype, shares, config.temperature
-                users = some_users(model, task, snapshot)
-                shifts[snapshot] = shift_of_all(users, vectors, *given)
-                means |= {snapshot: users.mean(0).tolist()} if len(users) else {}
-        save_file(model.state_dict(), out / "model.safetensors")
         hidden = model.ids.dropout if isinstance(model.ids, ItemIds) else 0.0
         chosen = {"memory": state["memory"], "ridge": state["ridge"], "id_dropout": hidden}
-        spec = replace(task.spec, blank_share=shares, blank_shift=shifts, mean_user=means, **chosen)
-        spec.save(out / "spec.json")
+        task.spec = replace(task.spec, **chosen, trends=trends if any(trends) else [], blank_share=shares.get("test"))
+        _write_towers(out, model.eval(), task, client, latest, shares)
         write_json(out / "metrics.json", state["history"])  # last: says that the variant is whole
     client.barrier()  # no rank looks for the next variant's files before this one's are there
+
+
+def _write_towers(
+    out: Path,
+    model: TwoTower,
+    task: TowerTask,
+    source: FeatureSource,
+    latest: Mapping[str, np.ndarray],
+    shares: Mapping[str, Shares],
+) -> None:
+    """The weights, the vectors of all items and what is added to their scores, as the spec says, as of the snapshots
+    that are asked about. ``latest``: see trends.py; ``shares``: of blank items, by snapshot."""
+    spec, ntype = task.spec, task.catalogue.ntype
+    shifts, means = dict[str, list[float]](), dict[str, list[float]]()
+    for snapshot in _ASKED:
+        vectors = item_vectors(model, source, task.catalogue, snapshot)
+        arrays = {"vector": vectors.numpy()}
+        given = torch.zeros(len(vectors))
+        if spec.trends:
+            given = trend_of_all(model, task, snapshot, vectors, latest[snapshot])
+            arrays["trend"] = given.numpy()
+        save_arrays(out / "items" / f"{snapshot}.safetensors", arrays)
+        if shares:
+            blank = torch.from_numpy(Memory.load(memory_file(out.parent, snapshot)).users == 0)
+            users = some_users(model, task, snapshot)
+            wide = torch.cat([users, torch.ones(len(users), 1)], 1), torch.cat([vectors, given[:, None]], 1)
+            shifts[snapshot] = shift_of_all(*wide, blank, ntype, shares[snapshot], spec.temperature)
+            means |= {snapshot: users.mean(0).tolist()} if len(users) else {}
+    save_file(model.state_dict(), out / "model.safetensors")
+    replace(spec, blank_shift=shifts, mean_user=means).save(out / "spec.json")

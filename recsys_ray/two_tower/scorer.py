@@ -41,6 +41,7 @@ class TrainedTower:
     ids: np.ndarray | None  # float32 [items, d], the items' own vectors
     moment: int  # the snapshot's time: a history reaches back from here
     memory: Memory | None = None  # as of the snapshot; None: the towers alone
+    trend: np.ndarray | None = None  # float32 [items]: what every user's score has beside the inner product (trends.py)
 
     @staticmethod
     def open(
@@ -51,13 +52,14 @@ class TrainedTower:
         Raises:
             ArtifactError: the folder is not whole.
         """
-        vectors = load_arrays(folder / "items" / "test.safetensors")["vector"]
+        stored = load_arrays(folder / "items" / "test.safetensors")
         tower, ids = load_user_tower(folder), load_item_ids(folder)
         memory = None
         if tower.spec.memory or tower.spec.blank_share:
             memory = Memory.load(memory_file(folder.parent, "test")).at(tower.spec.ridge)
         hgnn = hgnn if tower.spec.hgnn_dim else None
-        return TrainedTower(vectors, tower, text, hgnn, ntype, available, ids, moment, memory)
+        arrays = text, hgnn, ntype, available, ids
+        return TrainedTower(stored["vector"], tower, *arrays, moment, memory, stored.get("trend"))
 
     @torch.no_grad()
     def user_vectors(self, users: UserBatch) -> Float[Tensor, "users d"]:
@@ -94,7 +96,7 @@ class TrainedTower:
     def remember(self, users: UserBatch, vectors: Float[Tensor, "users d"]) -> Remember | None:
         """See ``TowerScorer``."""
         if self.memory is None:
-            return None
+            return None if self.trend is None else self._add_given
         kept, weight = self._kept(users), self.tower.spec.memory
         memory, recalled = self.memory, self.memory.recall(users.rows[kept], users.gid[kept], self.tower.spec.half_life)
         raise_of = weight * torch.from_numpy(recalled.value[:, 0])
@@ -102,7 +104,7 @@ class TrainedTower:
         bars: dict[int, tuple[Tensor, Tensor]] = {}  # likewise
 
         def add(first: int, last: int, scores: Tensor) -> None:
-            scores += self._popular[first:last]
+            self._add_given(first, last, scores)
             fresh = np.flatnonzero(memory.is_blank(np.arange(first, last)))
             if len(fresh):
                 kind = int(self.ntype[first])
@@ -116,14 +118,20 @@ class TrainedTower:
 
         return add
 
+    def _add_given(self, first: int, last: int, scores: Tensor) -> None:
+        scores += self._given[first:last]
+
     @cached_property
-    def _popular(self) -> Float[Tensor, "items"]:
-        """What items of types without training examples are given (blank.py)."""
-        assert self.memory is not None
+    def _given(self) -> Float[Tensor, "items"]:
+        """What every user's score of an item has beside the inner product: its trend (trends.py), and what items of
+        types without training examples are given (blank.py)."""
+        trend = np.zeros(len(self.ntype), np.float32) if self.trend is None else self.trend
+        if self.memory is None:
+            return torch.from_numpy(trend)
         spec = self.tower.spec
         shifts = [known_shift(spec.blank_share, spec.blank_shift, "test", kind) for kind in range(self.ntype.max() + 1)]
         given = self.memory.users, shifts, spec.mean_user.get("test"), spec.temperature
-        return torch.from_numpy(popular_where_untrained(self.item_vectors, self.ntype, *given))
+        return torch.from_numpy(trend + popular_where_untrained(self.item_vectors, self.ntype, *given))
 
     def _scores(self, users: UserBatch, vectors: Float[Tensor, "users d"], kind: int) -> Iterator[tuple[int, Tensor]]:
         """The scores of a type before the memory, range by range with the range's first gid; -inf where an item may not
@@ -132,7 +140,7 @@ class TrainedTower:
         for start in range(int(gids[0]), int(gids[-1]) + 1, _ITEMS):
             stop = min(start + _ITEMS, int(gids[-1]) + 1)
             scores = vectors @ torch.from_numpy(np.array(self.item_vectors[start:stop])).float().T
-            scores += self._popular[start:stop]
+            scores += self._given[start:stop]
             scores[:, ~self.available[start:stop]] = -torch.inf
             own = (users.gid >= start) & (users.gid < stop)
             scores[users.rows[own], users.gid[own] - start] = -torch.inf

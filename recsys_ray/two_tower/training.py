@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from recsys_ray.config import TwoTowerConfig
@@ -35,7 +35,7 @@ from recsys_ray.two_tower.towers import ItemIds, TowerSpec, TwoTower
 
 _ITEM_CHUNK = 8192
 _QUERY_CHUNK = 512
-_SHIFT_SAMPLE = 2_000  # users by whom it is told what blank items are given
+_SHIFT_SAMPLE = 2_000  # users by whom it is told what items are given
 _START_SAMPLE = 20_000  # items whose directions of variance the towers start with
 _TOP = 10
 _ENOUGH = 12  # examples of an item with which its own vector is as good as half known
@@ -89,30 +89,43 @@ def share_unknown(chosen: Float[Tensor, "items"]) -> float:
     return float(unknown.sum() / chosen.sum().clamp(min=1))
 
 
-def blank_shares(task: TowerTask, ahead: int, lately: int, before: int) -> list[float | None]:
-    """Of each type the share of what is to come that goes to items that nobody had (:func:`share_ahead`): by the
-    examples of the last snapshot and the validation queries, of all ranks.
+def blank_shares(task: TowerTask, snapshot: str, ahead: int, lately: int, before: int) -> list[float | None]:
+    """Of each type the share of what comes after a snapshot that goes to items that nobody had (:func:`share_ahead`):
+    by the examples of the last cut and the validation queries, of all ranks.
 
     Args:
-        ahead, lately, before: seconds of the period to come, of validation, and from the last snapshot to validation.
+        ahead, lately, before: seconds of the period to come, of validation, and from the last cut to validation.
     """
-    snapshot = largest_over_ranks(int(max(task.examples["snapshot"], default=0)))
-    latest = task.examples["target"][task.examples["snapshot"] == snapshot]
+    ntype, kinds = task.catalogue.ntype, task.spec.num_types
+    cut = largest_over_ranks(int(max(task.examples["snapshot"], default=0)))
+    latest = task.examples["target"][task.examples["snapshot"] == cut]
+
+    def blank(moment: str) -> Bool[Tensor, "items"]:
+        return task.catalogue.activity[moment][:, CHOSEN] == 0
+
+    def number(moment: str) -> Float[Tensor, "types"]:
+        return torch.bincount(ntype[blank(moment)], minlength=kinds).double()
 
     def period(seconds: int, target: np.ndarray, moment: str) -> Period:
         targets = torch.from_numpy(target).long()
-        kinds, new = task.catalogue.ntype[targets], task.catalogue.activity[moment][targets, CHOSEN] == 0
-        counts = [torch.bincount(part, minlength=task.spec.num_types) for part in (kinds, kinds[new])]
-        return Period(seconds, *sum_over_ranks(torch.stack(counts).double()))
+        parts = [torch.bincount(ntype[of], minlength=kinds) for of in (targets, targets[blank(moment)[targets]])]
+        chosen, new = sum_over_ranks(torch.stack(parts).double())
+        return Period(seconds, chosen, new, number(moment))
 
-    of_before = period(before, latest, task.snapshot_names[snapshot])
-    return share_ahead(ahead, period(lately, task.queries["target"], "valid"), of_before)
+    of_before = period(before, latest, task.snapshot_names[cut])
+    return share_ahead(ahead, number(snapshot), period(lately, task.queries["target"], "valid"), of_before)
+
+
+def sample_of_queries(task: TowerTask) -> Int[np.ndarray, "n"]:
+    """Rows of some validation queries of this rank, by whose users it is told what items are given (blank.py,
+    trends.py)."""
+    number = len(task.queries["target"])
+    return np.arange(number)[:: -(-number // _SHIFT_SAMPLE) or 1]
 
 
 def some_users(model: TwoTower, task: TowerTask, snapshot: str) -> Float[Tensor, "B D"]:
-    """Vectors as of a snapshot of a sample of the validation queries' users, by whom it is told what items of each type
-    are given (blank.py)."""
-    rows = np.arange(len(task.queries["target"]))[:: -(-len(task.queries["target"]) // _SHIFT_SAMPLE) or 1]
+    """Vectors as of a snapshot of the users of :func:`sample_of_queries`."""
+    rows = sample_of_queries(task)
     parts = np.array_split(rows, -(-len(rows) // _QUERY_CHUNK)) if len(rows) else []
     found = [user_vectors(model, task.source, task.catalogue, snapshot, task.queries, part) for part in parts]
     return torch.cat(found) if found else torch.zeros(0, task.spec.layers[-1])

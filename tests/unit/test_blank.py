@@ -90,13 +90,22 @@ def test_the_share_of_events_is_that_of_items_with_one():
 
 def test_the_share_to_come_is_that_of_a_period_as_long():
     """Of four types: one in both periods, one that is not in validation, one that is only there, one in neither."""
-    lately = Period(14, torch.tensor([9.0, 0, 9, 0]), torch.tensor([0.0, 0, 9, 0]))
-    before = Period(44, torch.tensor([19.0, 19, 0, 0]), torch.tensor([9.0, 9, 0, 0]))
+    items = torch.tensor([5.0, 5, 5, 0])
+    lately = Period(14, torch.tensor([9.0, 0, 9, 0]), torch.tensor([0.0, 0, 9, 0]), items)
+    before = Period(44, torch.tensor([19.0, 19, 0, 0]), torch.tensor([9.0, 9, 0, 0]), items)
     told = [(1, 0.05), (14, 0.05), (24, 0.05 + (0.475 - 0.05) / 3), (44, 0.475), (99, 0.475)]
     for ahead, share in told:
-        assert share_ahead(ahead, lately, before) == [pytest.approx(share), 0.475, None, None]
+        assert share_ahead(ahead, items, lately, before) == [pytest.approx(share), 0.475, None, None]
     for seconds in (0, 14):  # the other is no longer than validation, or times are logical: validation alone tells
-        assert share_ahead(30, lately, before._replace(seconds=seconds))[0] == 0.05
+        assert share_ahead(30, items, lately, before._replace(seconds=seconds))[0] == 0.05
+
+
+def test_fewer_blank_items_have_less_of_what_is_to_come_and_more_each():
+    """Of three types: one whose blank items have become fewer, one with ever more of them, one that has none left."""
+    targets, blank = torch.full((3,), 99.0), torch.tensor([9.5, 89.5, 9.5])
+    lately, before = (Period(s, targets, blank, torch.tensor([n, 1.0, 10.0])) for s, n in ((14, 160.0), (28, 320.0)))
+    now = torch.tensor([15.0, 10_000.0, 0.0])
+    assert share_ahead(21, now, lately, before) == pytest.approx([0.1 / 2, 0.95, 0.1])
 
 
 def test_shares_are_those_of_the_last_snapshot_and_of_validation():
@@ -106,17 +115,20 @@ def test_shares_are_those_of_the_last_snapshot_and_of_validation():
     for name, table in task.catalogue.activity.items():
         step = {"cut1": 2, "valid": 3}.get(name, 1)
         table[:, CHOSEN] = (torch.arange(ITEMS) % step).float()
+    task.catalogue.activity["later"] = (torch.arange(ITEMS) % 4).float()[:, None].expand(-1, CHOSEN + 1)
     ntype, last = task.catalogue.ntype.numpy(), task.examples["snapshot"] == 1
     assert task.snapshot_names[1] == "cut1" and 0 < last.sum() < len(last)
     rows = np.flatnonzero((ntype[task.examples["target"]] != 0) | ~last)
     task = replace(task, examples=take(task.examples, rows))
     last = task.examples["snapshot"] == 1
     for ahead, table, every in ((10, task.examples["target"][last], 2), (1, task.queries["target"], 3)):
-        found = blank_shares(task, ahead, 2, 9)
+        found = blank_shares(task, "later", ahead, 2, 9)
         assert found[0] is None and len(found) == TYPES > 1
         for kind in range(1, TYPES):
             mine = table[ntype[table] == kind]
-            assert found[kind] == pytest.approx(((mine % every == 0).sum() + 0.5) / (len(mine) + 1))
+            of_type = np.flatnonzero(ntype == kind)
+            scale = ((of_type % 4 == 0).sum() / (of_type % every == 0).sum()) ** 0.25
+            assert found[kind] == pytest.approx(scale * ((mine % every == 0).sum() + 0.5) / (len(mine) + 1))
 
 
 def test_training_gives_blank_items_their_share_among_the_validations_users():

@@ -19,7 +19,7 @@ QUIET = Progress(quiet=True)
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> World:
-    made = make_world(tmp_path_factory.mktemp("world"))
+    made = make_world(tmp_path_factory.mktemp("world"), trends=True)
     made.bundle()
     return made
 

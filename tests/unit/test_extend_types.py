@@ -188,7 +188,7 @@ def test_what_is_popular_in_a_new_type_is_known_at_once(late, tmp_path):
     rows = {"user_id": names, "item_id": items, "event": ["stream"] * len(pairs), "timestamp": [END - DAY] * len(pairs)}
     recommender = Recommender.load(extend(late, tmp_path, late.items(*had), pa.table(rows)))
     gids = np.array([recommender.items.find(name) for name in had])
-    scores = recommender.vectors[gids] @ np.array(MEAN_USER, np.float32) + recommender.popular[gids]
+    scores = recommender.vectors[gids, :-1] @ np.array(MEAN_USER, np.float32) + recommender.popular[gids]
     share = torch.from_numpy(scores[:3] / recommender.tower.spec["temperature"]).softmax(0)
     assert share.tolist() == pytest.approx([2 / 9, 6 / 9, 1 / 9], rel=1e-4)  # the mean user's, of those somebody had
     assert not np.delete(recommender.popular, gids[:3]).any()

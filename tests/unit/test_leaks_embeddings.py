@@ -27,11 +27,13 @@ from recsys_ray.hgnn.signature import SignedSource, item_signatures
 from recsys_ray.progress import Progress
 from recsys_ray.snapshots import as_records, plan_snapshots
 from recsys_ray.two_tower.batches import ArrayFeatures
+from recsys_ray.two_tower.examples import UserEvents
 from recsys_ray.two_tower.job import load_catalogue
 from recsys_ray.two_tower.memory import Memory, memory_file
 from recsys_ray.two_tower.ridge import count_users, read_edges, solve
 from recsys_ray.two_tower.towers import TowerSpec, TwoTower
 from recsys_ray.two_tower.training import item_vectors
+from recsys_ray.two_tower.trends import count_latest, latest_file
 
 SIZES, TEXT, LAST = (25, 15), 8, 90
 ITEMS = sum(SIZES)
@@ -82,6 +84,9 @@ def run(tmp_path) -> FinishedRun:
         users = count_users(shard, s, [0], 100, ITEMS)
         memory = Memory.of_edges(*edges[:2], solve(edges, users, 0, len(edges[1])), users, ntype)
         memory.save(memory_file(folders["two_tower"], s.name))
+    chosen = count_latest(UserEvents.read(shard), [s.time for s in snapshots[-3:]], [0], ITEMS)
+    names = [s.name for s in snapshots[-3:]]
+    save_arrays(latest_file(folders["two_tower"]), dict(zip(names, chosen, strict=True)))
     made = {
         "ingest": {"counts": counts, "config": {"events": CONFIG.events.model_dump()}},
         "graph": {
@@ -137,6 +142,7 @@ def test_a_run_as_it_is_made(run):
         "the embeddings of 40 items on 5 snapshots",
         "the test's vectors of 40 items (hgnn, text_only)",
         "what is remembered of pairs of items in validation and test: the edges of their snapshots",
+        "what was chosen in the last weeks before validation and test: counted from the events before each",
     ]
     assert "edges into 40 items on 5 snapshots" in said[0] and not said[0].startswith("0 ")
 
@@ -157,6 +163,14 @@ def test_what_belongs_to_the_data_s_end_is_found_in_the_test(run, stage, name, s
     with pytest.raises(LeakError) as leak:
         look(run)
     assert sentence in str(leak.value)
+
+
+def test_trends_of_the_data_s_end_are_found_in_the_test(run):
+    file = latest_file(run.two_tower.path)
+    tables = load_arrays(file)
+    save_arrays(file, {**tables, "test": tables["serve"]})
+    with pytest.raises(LeakError, match=r"snapshot test, before 1970-03-22: item .* was chosen \[\d+, \d+\] times"):
+        look(run)
 
 
 def test_activity_of_the_data_s_end_is_found_in_the_test(run):

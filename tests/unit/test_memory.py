@@ -287,12 +287,14 @@ def test_evaluation_adds_the_memory_to_the_scores(shares):
     )  # fmt: skip
     available = np.arange(50) != 1
     vectors = torch.from_numpy(np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32))
-    towers = TrainedTower(vectors.numpy(), UserTower(spec), np.zeros((50, 1)), None, ntype, available, None, 0, memory)
+    trend = np.where((ntype == 0) & (users > 0), np.linspace(-0.5, 0.5, 50), 0).astype(np.float32)
+    given = np.zeros((50, 1)), None, ntype, available, None, 0, memory, trend
+    towers = TrainedTower(vectors.numpy(), UserTower(spec), *given)
     batch = UserBatch(np.arange(2), np.array([0, 2, 2]), np.array([0, 3]), np.zeros(2, int), np.arange(2))
     towers.user_vectors = lambda users: torch.ones(2, 4)
     towers.unknown = lambda users: np.zeros(2, bool)
     score = Tower("t", towers, np.zeros(50)).scorer(batch)
-    plain = (torch.ones(2, 4) @ vectors.T).numpy()
+    plain = (torch.ones(2, 4) @ vectors.T).numpy() + trend
     if shares:  # of type 1's 18 events each was its item's only one: 18.5 to .5
         plain[:, 7] += 0.7
         had = np.r_[30:40, 42:50]  # of type 1: each by one user

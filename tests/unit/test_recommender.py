@@ -18,12 +18,26 @@ TYPES = ["audiobook", "music", "podcast"]
 
 @pytest.fixture(
     scope="module",
-    params=[(0.0, None), (0.1, None), (0.1, [0.4, None, -0.5]), (0.0, [-0.2, None, 0.3])],
-    ids=["towers alone", "memory", "blank items shifted, and memory", "blank items shifted"],
+    params=[
+        (0.0, None, False),
+        (0.1, None, False),
+        (0.1, [0.4, None, -0.5], False),
+        (0.0, [-0.2, None, 0.3], False),
+        (0.0, None, True),
+        (0.1, [0.4, None, -0.5], True),
+    ],
+    ids=[
+        "towers alone",
+        "memory",
+        "blank items shifted, and memory",
+        "blank items shifted",
+        "trends",
+        "blank items shifted, memory and trends",
+    ],
 )
 def world(request, tmp_path_factory) -> World:
-    memory, shifts = request.param
-    made = make_world(tmp_path_factory.mktemp("world"), memory=memory, shifts=shifts)
+    memory, shifts, trends = request.param
+    made = make_world(tmp_path_factory.mktemp("world"), memory=memory, shifts=shifts, trends=trends)
     made.bundle()
     return made
 
@@ -38,7 +52,7 @@ def ids(items) -> list[str]:
 
 
 def test_answer_is_brute_force(world, recommender):
-    """The tower's vector against every allowed item, and what the memory adds."""
+    """The tower's vector against every allowed item, and what trends and the memory add."""
     from recsys_ray.retrieval.histories import user_inputs
 
     raised = shifted = 0
@@ -48,7 +62,8 @@ def test_answer_is_brute_force(world, recommender):
         query = recommender.tower(user_inputs([profile], recommender.tower.tastes))[0]
         seen = world.seen(world.user_ids[uid])
         allowed = [g for g, i in enumerate(world.item_ids) if world.available[g] and i not in seen]
-        scores = {g: float(world.vectors[g] @ query) for g in allowed}
+        trend = np.zeros(len(world.item_ids)) if world.trend is None else world.trend
+        scores = {g: float(world.vectors[g] @ query + trend[g]) for g in allowed}
         alone = sorted(allowed, key=lambda g: -scores[g])[:10]
         if recommender.memory is not None:
             _, gids, values, _ = recommender.memory.recall(np.zeros(len(profile.gids), np.int64), profile.gids, 2.0)

@@ -1,7 +1,11 @@
 """What evaluation makes of a trained two-tower."""
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
+import pytest
+import torch
 
 from recsys_ray.evaluation.recommenders import UserBatch
 from recsys_ray.snapshots import DAY
@@ -27,6 +31,14 @@ def test_unknown_is_who_has_neither_history_nor_a_trait_that_the_tower_knows():
     moods = [None, None, None, None, None, [0.5, 0.0]]
     users = batch(ages, countries, moods, [[], [99], [], [], [], []])
     assert tower().unknown(users).tolist() == [True, False, False, False, True, False]
+
+
+def test_trends_are_added_without_a_memory_too():
+    users, scores = batch([30], ["DE"], [None], [[99]]), torch.zeros(1, 2)
+    assert tower().remember(users, torch.zeros(1, 4)) is None
+    add = replace(tower(), trend=np.array([0.1, 0.2, 0.3], np.float32)).remember(users, torch.zeros(1, 4))
+    add(1, 3, scores)
+    assert scores.tolist() == [pytest.approx([0.2, 0.3])]
 
 
 def test_a_history_before_the_window_says_nothing():
