@@ -151,8 +151,8 @@ def log_ratios(
 def choose_trends(
     model: TwoTower, task: TowerTask, latest: Mapping[str, np.ndarray], weight: float, ridge: float, temperature: float
 ) -> list[float]:
-    """Each item type's weight w, by NDCG@100 of its validation queries: the least that is not behind the best by a
-    standard error. Over all ranks, and the same on each.
+    """Each item type's weight w, by NDCG@100 of its validation queries: the best, or 0 if that is less than a standard
+    error behind it. Over all ranks, and the same on each.
 
     Args:
         model: has not been trained on the validation period.
@@ -177,7 +177,8 @@ def choose_trends(
         gains[kinds[asked.first]] += gain.sum(0)
         together[kinds[asked.first]] += gain.T @ gain
     gains, together = sum_over_ranks(gains), sum_over_ranks(together)
-    return [WEIGHTS[first_as_good(*of_type)] for of_type in zip(gains, together, strict=True)]
+    told = [first_as_good(*of_type) > 0 for of_type in zip(gains, together, strict=True)]
+    return [WEIGHTS[int(own.argmax())] if tells else 0.0 for own, tells in zip(gains, told, strict=True)]
 
 
 def trend_of_all(
