@@ -172,8 +172,8 @@ def choose_trends(
         towers = asked.without_history(users @ vectors[mine].T)
         recalled = memory.recall(asked.user, asked.history, task.spec.half_life)
         given = asked.target, recalled, asked.first, torch.from_numpy(memory.is_blank(asked.gids)), [weight]
-        scores = [towers + part * temperature * ratios[mine] for part in WEIGHTS]
-        gain = gain_of(torch.stack([ranks_with_memory(each, *given)[:, 0, 0] for each in scores], 1))
+        added = (part * temperature * ratios[mine] for part in WEIGHTS)
+        gain = gain_of(torch.stack([ranks_with_memory(towers + each, *given)[:, 0, 0] for each in added], 1))
         gains[kinds[asked.first]] += gain.sum(0)
         together[kinds[asked.first]] += gain.T @ gain
     gains, together = sum_over_ranks(gains), sum_over_ranks(together)
