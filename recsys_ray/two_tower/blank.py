@@ -58,28 +58,34 @@ class Period(NamedTuple):
         return (float(self.blank[kind]) + 0.5) / (float(self.targets[kind]) + 1)
 
 
-def share_ahead(seconds: int, items: Float[Tensor, "types"], lately: Period, before: Period) -> list[float | None]:
+def share_ahead(
+    seconds: int, items: Float[Tensor, "types"], lately: Period, before: Sequence[Period]
+) -> list[float | None]:
     """Each type's share in the period to come: the longer it is, the more goes to items that nobody had as it began. So
-    it is taken from that of two periods which is as long, linear in between, constant beyond. Fewer blank items than
-    there were then get less of it, but each of them more: it goes with the fourth root of their number
+    it is taken from periods of the past, linear in between, constant beyond the longest and the shortest. Fewer blank
+    items than there were then get less of it, but each of them more: it goes with the fourth root of their number
     (docs/experiments.md).
 
     Args:
         seconds: how long the period to come is.
         items: how many are blank as it begins.
         lately: the validation period.
-        before: from the last cut to validation; a type without targets in it is not known.
+        before: from each cut to validation, the last cut's first; a type without targets in that is not known. Those no
+            longer than validation tell only where it has no targets.
     """
-    longer = before.seconds - lately.seconds
-    part = min(max((seconds - lately.seconds) / longer, 0.0), 1.0) if longer > 0 else 0.0
     found: list[float | None] = []
-    for kind in range(len(before.targets)):
-        of_before = before.share(kind)
-        of_lately = lately.share(kind) if lately.targets[kind] else of_before
-        share = of_lately + part * (of_before - of_lately)
-        then = float(torch.lerp(lately.items[kind], before.items[kind], part))
+    for kind in range(len(items)):
+        if not before[0].targets[kind]:
+            found.append(None)
+            continue
+        longer = [period for period in before if period.seconds > lately.seconds]
+        told = [lately, *longer] if lately.targets[kind] else longer or [before[0]]
+        told.sort(key=lambda period: period.seconds)
+        length = [period.seconds for period in told]
+        share = float(np.interp(seconds, length, [period.share(kind) for period in told]))
+        then = float(np.interp(seconds, length, [float(period.items[kind]) for period in told]))
         scale = (float(items[kind]) / then) ** _BY_NUMBER if then and items[kind] else 1.0
-        found.append(min(share * scale, (1 + share) / 2) if before.targets[kind] else None)
+        found.append(min(share * scale, (1 + share) / 2))
     return found
 
 

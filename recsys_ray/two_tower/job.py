@@ -26,7 +26,7 @@ from recsys_ray.graph.activity import ACTIVITY, COLUMNS
 from recsys_ray.precision import choose_precision
 from recsys_ray.progress import Progress
 from recsys_ray.ranks import partition_client, rank_setup, run_ranks, seed_from
-from recsys_ray.snapshots import Snapshot, snapshots_of, training_snapshot
+from recsys_ray.snapshots import Snapshot, snapshots_of
 from recsys_ray.two_tower.batches import Catalogue, FeatureSource, batches_in, country_index
 from recsys_ray.two_tower.blank import Shares, shift_of_all
 from recsys_ray.two_tower.examples import (
@@ -113,14 +113,18 @@ def train_two_tower(
     return {"workers": workers, "precision": parameters["precision"], **counts, "last": last}
 
 
-def _periods(config: Config, counts: Mapping[str, Any], snapshots: Sequence[Snapshot]) -> tuple[int, int, int] | None:
-    """Seconds of the test period, of validation and from the last cut to it; None where examples do not tell how many
+def _periods(
+    config: Config, counts: Mapping[str, Any], snapshots: Sequence[Snapshot]
+) -> tuple[int, int, dict[int, int]] | None:
+    """Seconds of the test period, of validation and from each cut to it; None where examples do not tell how many
     go to items that nobody had: features are of a time when the target was had already, or the loss knows no shares."""
     if not config.two_tower.memory or config.two_tower.loss != "softmax" or config.graph.features_as_of != "example":
         return None
-    last = training_snapshot(snapshots)
     valid, test = counts["valid_from"], counts["test_from"]
-    return counts["end"] - test, test - valid, valid - last.time
+    cuts = {s.index: valid - s.time for s in snapshots if s.name.startswith("cut")}
+    if is_leave_one_out(counts):  # folds of users, each of all the time
+        cuts = {max(cuts): 0}
+    return counts["end"] - test, test - valid, cuts
 
 
 def write_specs(out: Path, variants: Sequence[str], spec: TowerSpec) -> None:
@@ -369,13 +373,9 @@ def _train(
 
 
 def _write_towers(
-    out: Path,
-    model: TwoTower,
-    task: TowerTask,
-    source: FeatureSource,
-    latest: Mapping[str, np.ndarray],
+    out: Path, model: TwoTower, task: TowerTask, source: FeatureSource, latest: Mapping[str, np.ndarray],
     shares: Mapping[str, Shares],
-) -> None:
+) -> None:  # fmt: skip
     """The weights, the vectors of all items and what is added to their scores, as the spec says, as of the snapshots
     that are asked about. ``latest``: see trends.py; ``shares``: of blank items, by snapshot."""
     spec, ntype = task.spec, task.catalogue.ntype

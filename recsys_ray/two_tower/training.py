@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -89,16 +89,17 @@ def share_unknown(chosen: Float[Tensor, "items"]) -> float:
     return float(unknown.sum() / chosen.sum().clamp(min=1))
 
 
-def blank_shares(task: TowerTask, snapshot: str, ahead: int, lately: int, before: int) -> list[float | None]:
+def blank_shares(
+    task: TowerTask, snapshot: str, ahead: int, lately: int, cuts: Mapping[int, int]
+) -> list[float | None]:
     """Of each type the share of what comes after a snapshot that goes to items that nobody had (:func:`share_ahead`):
-    by the examples of the last cut and the validation queries, of all ranks.
+    by the validation queries, and the examples since each cut, of all ranks.
 
     Args:
-        ahead, lately, before: seconds of the period to come, of validation, and from the last cut to validation.
+        ahead, lately: seconds of the period to come, and of validation.
+        cuts: indices of snapshots -> seconds from each to validation.
     """
-    ntype, kinds = task.catalogue.ntype, task.spec.num_types
-    cut = largest_over_ranks(int(max(task.examples["snapshot"], default=0)))
-    latest = task.examples["target"][task.examples["snapshot"] == cut]
+    ntype, kinds, examples = task.catalogue.ntype, task.spec.num_types, task.examples
 
     def blank(moment: str) -> Bool[Tensor, "items"]:
         return task.catalogue.activity[moment][:, CHOSEN] == 0
@@ -112,8 +113,11 @@ def blank_shares(task: TowerTask, snapshot: str, ahead: int, lately: int, before
         chosen, new = sum_over_ranks(torch.stack(parts).double())
         return Period(seconds, chosen, new, number(moment))
 
-    of_before = period(before, latest, task.snapshot_names[cut])
-    return share_ahead(ahead, number(snapshot), period(lately, task.queries["target"], "valid"), of_before)
+    before = [
+        period(cuts[cut], examples["target"][examples["snapshot"] >= cut], task.snapshot_names[cut])
+        for cut in sorted(cuts, reverse=True)
+    ]
+    return share_ahead(ahead, number(snapshot), period(lately, task.queries["target"], "valid"), before)
 
 
 def sample_of_queries(task: TowerTask) -> Int[np.ndarray, "n"]:

@@ -89,15 +89,21 @@ def test_the_share_of_events_is_that_of_items_with_one():
 
 
 def test_the_share_to_come_is_that_of_a_period_as_long():
-    """Of four types: one in both periods, one that is not in validation, one that is only there, one in neither."""
+    """Of four types: one in all periods, one that is not in validation, one that is only there, one in none."""
     items = torch.tensor([5.0, 5, 5, 0])
     lately = Period(14, torch.tensor([9.0, 0, 9, 0]), torch.tensor([0.0, 0, 9, 0]), items)
-    before = Period(44, torch.tensor([19.0, 19, 0, 0]), torch.tensor([9.0, 9, 0, 0]), items)
-    told = [(1, 0.05), (14, 0.05), (24, 0.05 + (0.475 - 0.05) / 3), (44, 0.475), (99, 0.475)]
+    before = [
+        Period(44, torch.tensor([19.0, 19, 0, 0]), torch.tensor([9.0, 9, 0, 0]), items),
+        Period(144, torch.tensor([99.0, 99, 0, 0]), torch.tensor([74.5, 0, 0, 0]), items),
+    ]
+    told = [(1, 0.05), (14, 0.05), (24, 0.05 + (0.475 - 0.05) / 3), (44, 0.475), (94, 0.6125), (144, 0.75), (999, 0.75)]
     for ahead, share in told:
-        assert share_ahead(ahead, items, lately, before) == [pytest.approx(share), 0.475, None, None]
-    for seconds in (0, 14):  # the other is no longer than validation, or times are logical: validation alone tells
-        assert share_ahead(30, items, lately, before._replace(seconds=seconds))[0] == 0.05
+        others = share_ahead(ahead, items, lately, before)
+        assert others[0] == pytest.approx(share) and others[2:] == [None, None]
+        assert others[1] == pytest.approx(np.interp(ahead, [44, 144], [0.475, 0.005]))
+    for seconds in (0, 14):  # no longer than validation, or times are logical: validation alone tells
+        short = [before[0]._replace(seconds=seconds)]
+        assert share_ahead(30, items, lately, short) == [0.05, 0.475, None, None]
 
 
 def test_fewer_blank_items_have_less_of_what_is_to_come_and_more_each():
@@ -105,12 +111,12 @@ def test_fewer_blank_items_have_less_of_what_is_to_come_and_more_each():
     targets, blank = torch.full((3,), 99.0), torch.tensor([9.5, 89.5, 9.5])
     lately, before = (Period(s, targets, blank, torch.tensor([n, 1.0, 10.0])) for s, n in ((14, 160.0), (28, 320.0)))
     now = torch.tensor([15.0, 10_000.0, 0.0])
-    assert share_ahead(21, now, lately, before) == pytest.approx([0.1 / 2, 0.95, 0.1])
+    assert share_ahead(21, now, lately, [before]) == pytest.approx([0.1 / 2, 0.95, 0.1])
 
 
-def test_shares_are_those_of_the_last_snapshot_and_of_validation():
-    """Every second item is blank as of the last cut, every third as of validation; type 0 has no example in the last
-    cut."""
+def test_shares_are_those_since_each_cut_and_of_validation():
+    """Every second item is blank as of the last cut, every third as of validation, each as of the first cut; type 0 has
+    no example in the last cut."""
     task = board_task()
     for name, table in task.catalogue.activity.items():
         step = {"cut1": 2, "valid": 3}.get(name, 1)
@@ -121,14 +127,19 @@ def test_shares_are_those_of_the_last_snapshot_and_of_validation():
     rows = np.flatnonzero((ntype[task.examples["target"]] != 0) | ~last)
     task = replace(task, examples=take(task.examples, rows))
     last = task.examples["snapshot"] == 1
-    for ahead, table, every in ((10, task.examples["target"][last], 2), (1, task.queries["target"], 3)):
-        found = blank_shares(task, "later", ahead, 2, 9)
+    since = {10: (task.examples["target"][last], 2), 20: (task.examples["target"], 1), 1: (task.queries["target"], 3)}
+    for ahead, (table, every) in since.items():
+        found = blank_shares(task, "later", ahead, 2, {0: 19, 1: 9})
         assert found[0] is None and len(found) == TYPES > 1
         for kind in range(1, TYPES):
-            mine = table[ntype[table] == kind]
-            of_type = np.flatnonzero(ntype == kind)
+            mine, of_type = table[ntype[table] == kind], np.flatnonzero(ntype == kind)
             scale = ((of_type % 4 == 0).sum() / (of_type % every == 0).sum()) ** 0.25
-            assert found[kind] == pytest.approx(scale * ((mine % every == 0).sum() + 0.5) / (len(mine) + 1))
+            share = ((mine % every == 0).sum() + 0.5) / (len(mine) + 1)
+            if ahead == 10:  # a tenth of the way from the one cut to the other
+                alone = blank_shares(task, "later", ahead, 2, {1: 9})
+                assert alone[kind] == pytest.approx(scale * share) and found[kind] > alone[kind]
+            else:
+                assert found[kind] == pytest.approx(scale * share)
 
 
 def test_training_gives_blank_items_their_share_among_the_validations_users():
@@ -160,7 +171,8 @@ def test_periods_are_known_only_where_examples_tell_shares():
     fold = Fold(0, 2, 0)
     cuts = [Snapshot("cut0", 0, 20, 0), Snapshot("cut1", 1, 40, 0), Snapshot("valid", 2, 70, 0)]
     folds = [Snapshot("cut0", 0, 70, 0, None, fold), Snapshot("valid", 1, 70, 0)]
-    assert _periods(load_config(), counts, cuts) == (10, 20, 30)
-    assert _periods(load_config(), counts, folds) == (10, 20, 0)
+    assert _periods(load_config(), counts, cuts) == (10, 20, {0: 50, 1: 30})
+    counts["protocol"] = "leave_one_out"
+    assert _periods(load_config(), counts, folds) == (10, 20, {0: 0})
     for override in ("graph.features_as_of=window", "two_tower.loss=paper", "two_tower.memory=false"):
         assert _periods(load_config(overrides=[override]), counts, cuts) is None
