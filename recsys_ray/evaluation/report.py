@@ -141,6 +141,7 @@ def write_report(
             costs=run_facts.costs(found, spent() if spent else None),
             duration=run_facts.duration,
             tuning=run_facts.tuning(evaluation),
+            told=run_facts.told_by_data(run_dir),
             config=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
             software=versions,
             other_software=run_facts.other_software(found, versions),

@@ -154,6 +154,30 @@ def tuning(evaluation: Path) -> list[dict[str, str]]:
     return rows
 
 
+def told_by_data(run_dir: Path) -> list[tuple[str, str]]:
+    """What the two-tower stage chose by the data, as (name, value), from the ``spec.json`` of 2T-HGNN."""
+    spec = read_json(run_dir / "two_tower" / "hgnn" / "spec.json")
+    if not isinstance(spec, dict):
+        return []
+
+    def of_types(values: Any, form: str) -> str:
+        named = zip(spec.get("item_types") or [], values or [], strict=False)
+        return ", ".join(f"{name} {'by its own events' if v is None else format(v, form)}" for name, v in named)
+
+    recent = _plain(spec.get("recent") or [])
+    weight = (spec.get("memory") or 0.0) / (spec.get("temperature") or 1.0)
+    memory = f"weight {weight:.2g}, ridge {_plain(spec.get('ridge'))}, half-life {_plain(spec.get('half_life'))} places"
+    found = {
+        "User tower reads the last item": "yes" if spec.get("last_item") else "no",
+        "and means of the latest, half-lives in places": recent,
+        "Share of the items' own vectors that training hides": _plain(spec.get("id_dropout")),
+        "Memory of pairs": memory if weight else "none",
+        "Weight of trends": of_types(spec.get("trends"), ".2g") or "none",
+        "Share of items that nobody had, in the test": of_types(spec.get("blank_share"), ".2%"),
+    }
+    return [(name, value) for name, value in found.items() if value]
+
+
 def _plain(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_plain(inner)}" for key, inner in value.items())

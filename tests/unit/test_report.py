@@ -78,7 +78,7 @@ def test_page_holds_every_models_numbers(page):
         and "2 trials, 1 of them stopped at evaluate.trial_seconds" in page
         and "1:00 min" in page
     )
-    assert "hidden_dim: 128" in page
+    assert "hidden_dim: 128" in page and "book 2.13%, podcast [new] by its own events" in page
 
 
 def test_page_draws_from_the_same_numbers(page):
@@ -195,6 +195,23 @@ def test_printed_tables():
     assert "podcast [new]" in text and "1,234 users" in text and EVIL in text
     warm = 0.0123 + 0.001
     assert f"{warm:.4f}" in text and f"{warm - 0.002:.4f}-{warm + 0.003:.4f}" in text and "10.0%" in text
+
+
+def test_what_the_data_told_is_shown(tmp_path):
+    run = write_run(tmp_path)
+    told = dict(run_facts.told_by_data(run))
+    assert told["Memory of pairs"] == "weight 0.5, ridge 30, half-life 4 places"
+    assert told["Weight of trends"] == "book 0.75, podcast [new] 0"
+    assert told["Share of items that nobody had, in the test"] == "book 2.13%, podcast [new] by its own events"
+    assert told["and means of the latest, half-lives in places"] == "4"
+    assert "Share of the items' own vectors that training hides" in told
+    (run / "two_tower" / "hgnn" / "spec.json").write_text('{"item_types": ["book"], "memory": 0}', encoding="utf-8")
+    told = dict(run_facts.told_by_data(run))
+    assert (
+        told["Memory of pairs"] == told["Weight of trends"] == "none" and told["User tower reads the last item"] == "no"
+    )
+    (run / "two_tower" / "hgnn" / "spec.json").unlink()
+    assert not run_facts.told_by_data(run)
 
 
 def test_leave_one_out_has_no_dates(tmp_path):
