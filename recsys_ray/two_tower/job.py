@@ -14,10 +14,9 @@ import polars as pl
 import pyarrow as pa
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import nn
 
-from recsys_ray.artifacts import SCRATCH, Artifact, load_arrays, save_arrays, write_json
+from recsys_ray.artifacts import SCRATCH, Artifact, load_arrays, write_json
 from recsys_ray.checkpoint import load_checkpoint, read_state, save_checkpoint
 from recsys_ray.config import Config, TwoTowerConfig
 from recsys_ray.data.split import is_leave_one_out
@@ -27,8 +26,7 @@ from recsys_ray.precision import choose_precision
 from recsys_ray.progress import Progress
 from recsys_ray.ranks import partition_client, rank_setup, run_ranks, seed_from
 from recsys_ray.snapshots import Snapshot, snapshots_of
-from recsys_ray.two_tower.batches import Catalogue, FeatureSource, batches_in, country_index
-from recsys_ray.two_tower.blank import Shares, shift_of_all
+from recsys_ray.two_tower.batches import Catalogue, batches_in, country_index
 from recsys_ray.two_tower.examples import (
     HistoryRules,
     UserEvents,
@@ -37,25 +35,17 @@ from recsys_ray.two_tower.examples import (
     user_columns,
     validation_examples,
 )
+from recsys_ray.two_tower.finish import ASKED, with_choices, write_towers
 from recsys_ray.two_tower.memory import Memory, memory_file
 from recsys_ray.two_tower.recency import with_recency
 from recsys_ray.two_tower.ridge import fit_memories
 from recsys_ray.two_tower.rows import Examples, from_table, join, take, to_table
-from recsys_ray.two_tower.towers import ItemIds, TowerSpec, TwoTower
-from recsys_ray.two_tower.training import (
-    TowerTask,
-    TowerTrainer,
-    blank_shares,
-    item_vectors,
-    refit,
-    some_users,
-    start,
-    train_epochs,
-)
-from recsys_ray.two_tower.trends import choose_trends, latest_file, trend_of_all, write_latest
+from recsys_ray.two_tower.shares import blank_shares
+from recsys_ray.two_tower.towers import TowerSpec, TwoTower
+from recsys_ray.two_tower.training import TowerTask, TowerTrainer, refit, start, train_epochs
+from recsys_ray.two_tower.trends import latest_file, write_latest
 
 VARIANTS = {"hgnn": True, "text_only": False}  # folder -> with HGNN embeddings
-_ASKED = ("test", "serve")  # snapshots as of which items are ranked
 _CHECKPOINT = "checkpoint.safetensors"
 _BEST = "best.safetensors"
 _REPORT_EVERY = 10  # steps
@@ -354,45 +344,13 @@ def _train(
     state = train_epochs(trainer, optimizer, state, on_step, on_epoch)
     client.barrier()  # rank 0 has written the best weights
     load_checkpoint(scratch / _BEST, model, optimizer)
-    latest, trends = dict[str, np.ndarray](), list[float]()
-    if parameters["trends"]:
-        latest = load_arrays(latest_file(out.parent))
-        trends = choose_trends(model.eval(), task, latest, state["memory"], state["ridge"], config.temperature)
+    periods = parameters["periods"] if state["ridge"] else None  # 0: nothing was validated
+    latest = load_arrays(latest_file(out.parent)) if parameters["trends"] else {}
+    task.spec = with_choices(model.eval(), task, state["memory"], state["ridge"], latest, bool(periods))
     if config.refit:
         model = refit(trainer, optimizer, len(state["history"]), on_step)
-    shares = dict[str, list[float | None]]()
-    if parameters["periods"] and state["ridge"]:  # 0: nothing was validated
-        shares = {snapshot: blank_shares(task, snapshot, *parameters["periods"]) for snapshot in _ASKED}
+    shares = {snapshot: blank_shares(task, snapshot, *periods) for snapshot in ASKED} if periods else {}
     if rank == 0:
-        hidden = model.ids.dropout if isinstance(model.ids, ItemIds) else 0.0
-        chosen = {"memory": state["memory"], "ridge": state["ridge"], "id_dropout": hidden}
-        task.spec = replace(task.spec, **chosen, trends=trends if any(trends) else [], blank_share=shares.get("test"))
-        _write_towers(out, model.eval(), task, client, latest, shares)
+        write_towers(out, model.eval(), task, latest, shares)
         write_json(out / "metrics.json", state["history"])  # last: says that the variant is whole
     client.barrier()  # no rank looks for the next variant's files before this one's are there
-
-
-def _write_towers(
-    out: Path, model: TwoTower, task: TowerTask, source: FeatureSource, latest: Mapping[str, np.ndarray],
-    shares: Mapping[str, Shares],
-) -> None:  # fmt: skip
-    """The weights, the vectors of all items and what is added to their scores, as the spec says, as of the snapshots
-    that are asked about. ``latest``: see trends.py; ``shares``: of blank items, by snapshot."""
-    spec, ntype = task.spec, task.catalogue.ntype
-    shifts, means = dict[str, list[float]](), dict[str, list[float]]()
-    for snapshot in _ASKED:
-        vectors = item_vectors(model, source, task.catalogue, snapshot)
-        arrays = {"vector": vectors.numpy()}
-        given = torch.zeros(len(vectors))
-        if spec.trends:
-            given = trend_of_all(model, task, snapshot, vectors, latest[snapshot])
-            arrays["trend"] = given.numpy()
-        save_arrays(out / "items" / f"{snapshot}.safetensors", arrays)
-        if shares:
-            blank = torch.from_numpy(Memory.load(memory_file(out.parent, snapshot)).users == 0)
-            users = some_users(model, task, snapshot)
-            wide = torch.cat([users, torch.ones(len(users), 1)], 1), torch.cat([vectors, given[:, None]], 1)
-            shifts[snapshot] = shift_of_all(*wide, blank, ntype, shares[snapshot], spec.temperature)
-            means |= {snapshot: users.mean(0).tolist()} if len(users) else {}
-    save_file(model.state_dict(), out / "model.safetensors")
-    replace(spec, blank_shift=shifts, mean_user=means).save(out / "spec.json")

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from recsys_ray.config import TwoTowerConfig
-from recsys_ray.graph.activity import CHOSEN
 from recsys_ray.ranks import largest_over_ranks, seed_from, sum_over_ranks
 from recsys_ray.two_tower.batches import (
     Batch,
@@ -25,7 +24,6 @@ from recsys_ray.two_tower.batches import (
     tables_for,
     user_inputs,
 )
-from recsys_ray.two_tower.blank import Period, share_ahead
 from recsys_ray.two_tower.inputs import UserInputs
 from recsys_ray.two_tower.loss import inclusion_log_q, paper_loss, sampled_softmax
 from recsys_ray.two_tower.memory import RIDGES, WEIGHTS, Memory
@@ -89,50 +87,11 @@ def share_unknown(chosen: Float[Tensor, "items"]) -> float:
     return float(unknown.sum() / chosen.sum().clamp(min=1))
 
 
-def blank_shares(
-    task: TowerTask, snapshot: str, ahead: int, lately: int, cuts: Mapping[int, int]
-) -> list[float | None]:
-    """Of each type the share of what comes after a snapshot that goes to items that nobody had (:func:`share_ahead`):
-    by the validation queries, and the examples since each cut, of all ranks.
-
-    Args:
-        ahead, lately: seconds of the period to come, and of validation.
-        cuts: indices of snapshots -> seconds from each to validation.
-    """
-    ntype, kinds, examples = task.catalogue.ntype, task.spec.num_types, task.examples
-
-    def blank(moment: str) -> Bool[Tensor, "items"]:
-        return task.catalogue.activity[moment][:, CHOSEN] == 0
-
-    def number(moment: str) -> Float[Tensor, "types"]:
-        return torch.bincount(ntype[blank(moment)], minlength=kinds).double()
-
-    def period(seconds: int, target: np.ndarray, moment: str) -> Period:
-        targets = torch.from_numpy(target).long()
-        parts = [torch.bincount(ntype[of], minlength=kinds) for of in (targets, targets[blank(moment)[targets]])]
-        chosen, new = sum_over_ranks(torch.stack(parts).double())
-        return Period(seconds, chosen, new, number(moment))
-
-    before = [
-        period(cuts[cut], examples["target"][examples["snapshot"] >= cut], task.snapshot_names[cut])
-        for cut in sorted(cuts, reverse=True)
-    ]
-    return share_ahead(ahead, number(snapshot), period(lately, task.queries["target"], "valid"), before)
-
-
 def sample_of_queries(task: TowerTask) -> Int[np.ndarray, "n"]:
-    """Rows of some validation queries of this rank, by whose users it is told what items are given (blank.py,
+    """Rows of some validation queries of this rank, by whose users it is told what items are given (shares.py,
     trends.py)."""
     number = len(task.queries["target"])
     return np.arange(number)[:: -(-number // _SHIFT_SAMPLE) or 1]
-
-
-def some_users(model: TwoTower, task: TowerTask, snapshot: str) -> Float[Tensor, "B D"]:
-    """Vectors as of a snapshot of the users of :func:`sample_of_queries`."""
-    rows = sample_of_queries(task)
-    parts = np.array_split(rows, -(-len(rows) // _QUERY_CHUNK)) if len(rows) else []
-    found = [user_vectors(model, task.source, task.catalogue, snapshot, task.queries, part) for part in parts]
-    return torch.cat(found) if found else torch.zeros(0, task.spec.layers[-1])
 
 
 class Validated(NamedTuple):
@@ -245,6 +204,41 @@ def user_vectors(
         return model.users(
             UserInputs(place, users.events, users.offsets, users.age, users.country, users.tastes), tables
         )
+
+
+@torch.no_grad()
+def gains_with(
+    model: TwoTower,
+    task: TowerTask,
+    vectors: Float[Tensor, "N d"],
+    memory: tuple[float, float],
+    given: Sequence[Float[Tensor, "N"]],
+) -> tuple[Float[Tensor, "types choices"], Float[Tensor, "types choices choices"]]:
+    """What validation says of several ways to move items' scores for everyone. Over all ranks.
+
+    Args:
+        model: has not been trained on the validation period.
+        vectors: of the items as of it.
+        memory: its weight and ridge; (0, 0): none.
+        given: what each way adds to every item's scores.
+
+    Returns:
+        Of the queries about each item type the sums of NDCG@100 with each way, and of the products of two ways' NDCG.
+    """
+    queries, kinds, (weight, ridge) = task.queries, task.catalogue.ntype.numpy(), memory
+    pairs = task.memory.at(ridge) if task.memory is not None and ridge else Memory.nothing(len(kinds))
+    sizes = task.spec.num_types, len(given)
+    gains, together = torch.zeros(sizes).double(), torch.zeros(*sizes, len(given)).double()
+    for asked in asked_by_type(queries, np.arange(len(queries["target"])), kinds):
+        mine = slice(asked.first, asked.first + asked.count)
+        users = user_vectors(model, task.source, task.catalogue, "valid", queries, asked.rows)
+        towers = asked.without_history(users @ vectors[mine].T)
+        recalled = pairs.recall(asked.user, asked.history, task.spec.half_life)
+        rest = asked.target, recalled, asked.first, torch.from_numpy(pairs.is_blank(asked.gids)), [weight]
+        gain = gain_of(torch.stack([ranks_with_memory(towers + each[mine], *rest)[:, 0, 0] for each in given], 1))
+        gains[kinds[asked.first]] += gain.sum(0)
+        together[kinds[asked.first]] += gain.T @ gain
+    return sum_over_ranks(gains), sum_over_ranks(together)
 
 
 def run_epoch(

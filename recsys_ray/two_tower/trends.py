@@ -42,11 +42,10 @@ from recsys_ray.ranks import sum_over_ranks
 from recsys_ray.snapshots import DAY, Snapshot
 from recsys_ray.tasks import in_parallel
 from recsys_ray.two_tower.examples import UserEvents, first_touches
-from recsys_ray.two_tower.memory import Memory
-from recsys_ray.two_tower.ranking import asked_by_type, gain_of, ranks_with_memory
+from recsys_ray.two_tower.ranking import asked_by_type
 from recsys_ray.two_tower.recency import first_as_good
 from recsys_ray.two_tower.towers import TwoTower
-from recsys_ray.two_tower.training import TowerTask, item_vectors, sample_of_queries, user_vectors
+from recsys_ray.two_tower.training import TowerTask, gains_with, item_vectors, sample_of_queries, user_vectors
 
 PERIODS = ((30, 7), (7, 0))  # from and to so many days before a moment, the oldest first
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # which a validation chooses from
@@ -147,38 +146,27 @@ def log_ratios(
     return torch.from_numpy(found).float()
 
 
-@torch.no_grad()
 def choose_trends(
-    model: TwoTower, task: TowerTask, latest: Mapping[str, np.ndarray], weight: float, ridge: float, temperature: float
-) -> list[float]:
+    model: TwoTower, task: TowerTask, latest: Mapping[str, np.ndarray], memory: tuple[float, float], temperature: float
+) -> tuple[list[float], Float[Tensor, "N"]]:
     """Each item type's weight w, by NDCG@100 of its validation queries: the best, or 0 if that is less than a standard
     error behind it. Over all ranks, and the same on each.
 
     Args:
         model: has not been trained on the validation period.
         latest: see :func:`latest_file`.
-        weight, ridge: of the memory.
+        memory: its weight and ridge.
+
+    Returns:
+        The weights, and what they add to the items' scores as of validation.
     """
-    queries, kinds = task.queries, task.catalogue.ntype.numpy()
     vectors = item_vectors(model, task.source, task.catalogue, "valid")
     shares = sum_over_ranks(tower_shares(model, task, "valid", vectors, temperature))
     ratios = log_ratios(latest["valid"], shares, task, "valid")
-    memory = task.memory.at(ridge) if task.memory is not None and ridge else Memory.nothing(len(kinds))
-    sizes = task.spec.num_types, len(WEIGHTS)
-    gains, together = torch.zeros(sizes).double(), torch.zeros(*sizes, len(WEIGHTS)).double()
-    for asked in asked_by_type(queries, np.arange(len(queries["target"])), kinds):
-        mine = slice(asked.first, asked.first + asked.count)
-        users = user_vectors(model, task.source, task.catalogue, "valid", queries, asked.rows)
-        towers = asked.without_history(users @ vectors[mine].T)
-        recalled = memory.recall(asked.user, asked.history, task.spec.half_life)
-        given = asked.target, recalled, asked.first, torch.from_numpy(memory.is_blank(asked.gids)), [weight]
-        added = (part * temperature * ratios[mine] for part in WEIGHTS)
-        gain = gain_of(torch.stack([ranks_with_memory(towers + each, *given)[:, 0, 0] for each in added], 1))
-        gains[kinds[asked.first]] += gain.sum(0)
-        together[kinds[asked.first]] += gain.T @ gain
-    gains, together = sum_over_ranks(gains), sum_over_ranks(together)
+    gains, together = gains_with(model, task, vectors, memory, [w * temperature * ratios for w in WEIGHTS])
     told = [first_as_good(*of_type) > 0 for of_type in zip(gains, together, strict=True)]
-    return [WEIGHTS[int(own.argmax())] if tells else 0.0 for own, tells in zip(gains, told, strict=True)]
+    weights = [WEIGHTS[int(own.argmax())] if tells else 0.0 for own, tells in zip(gains, told, strict=True)]
+    return weights, torch.tensor(weights)[task.catalogue.ntype] * temperature * ratios
 
 
 def trend_of_all(

@@ -23,7 +23,8 @@ from recsys_ray.two_tower.blank import (
 )
 from recsys_ray.two_tower.job import _periods
 from recsys_ray.two_tower.rows import take
-from recsys_ray.two_tower.training import blank_shares, item_vectors, some_users, user_vectors
+from recsys_ray.two_tower.shares import blank_shares, some_users
+from recsys_ray.two_tower.training import item_vectors, user_vectors
 
 
 def test_each_users_blank_items_get_the_share():
