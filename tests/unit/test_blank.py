@@ -22,8 +22,9 @@ from recsys_ray.two_tower.blank import (
     shift_of_touched,
 )
 from recsys_ray.two_tower.job import _periods
+from recsys_ray.two_tower.ranking import gain_of
 from recsys_ray.two_tower.rows import take
-from recsys_ray.two_tower.shares import blank_shares, some_users
+from recsys_ray.two_tower.shares import DISCOUNTS, blank_shares, choose_discount, some_users
 from recsys_ray.two_tower.training import item_vectors, user_vectors
 
 
@@ -159,6 +160,41 @@ def test_training_gives_blank_items_their_share_among_the_validations_users():
     assert shifts[0] != 0 and shifts[1:] == [0.0] * (TYPES - 1)
     nobody = replace(task, queries=take(task.queries, np.zeros(0, int)))
     assert some_users(trainer.averaged, nobody, "valid").shape == (0, vectors.shape[1])
+
+
+@pytest.mark.parametrize("every", [3, 7])
+def test_validation_says_how_far_below_their_share_blank_items_rank_best(every):
+    """Against every query's ranking, one by one; some queries about blank items are left out."""
+    task = board_task("text")
+    for table in task.catalogue.activity.values():
+        table[:, CHOSEN] = (torch.arange(ITEMS) % every > 0).float()
+    model, temperature = board_trainer(task)[0].averaged, 0.1
+    trend = 0.1 * torch.randn(ITEMS, generator=torch.Generator().manual_seed(0))
+    queries = take(
+        task.queries, np.flatnonzero((task.queries["target"] % every > 0) | (task.queries["target"] % 4 == 0))
+    )
+    task = replace(task, queries=queries)
+    found = choose_discount(model, task, (0.0, 0.0), trend, temperature)
+    ntype, blank = task.catalogue.ntype, torch.arange(ITEMS) % every == 0
+    vectors = item_vectors(model, task.source, task.catalogue, "valid")
+    users = user_vectors(model, task.source, task.catalogue, "valid", queries, np.arange(len(queries["target"])))
+    target = torch.from_numpy(queries["target"]).long()
+    scores = users @ vectors.T + trend
+    shares = [float((blank[own].sum() + 0.5) / (len(own) + 1)) for own in (target[ntype[target] == k] for k in (0, 1))]
+    sample = some_users(model, task, "valid")
+    wide = torch.cat([sample, torch.ones(len(sample), 1)], 1)
+    shift = torch.tensor(shift_of_all(wide, torch.cat([vectors, trend[:, None]], 1), blank, ntype, shares, temperature))
+    scores[ntype != ntype[target][:, None]] = -torch.inf
+    row = np.repeat(np.arange(len(target)), np.diff(queries["offsets"]))
+    scores[row, queries["history"]] = -torch.inf
+
+    def gain(discount: float) -> float:
+        moved = scores + blank * (shift[ntype] - discount * temperature)
+        own = moved.gather(1, target[:, None])
+        return float(gain_of((moved > own).sum(1) + ((moved == own).sum(1) - 1) / 2).sum())
+
+    gains = [gain(d - 1) / 4 + gain(d) / 2 + gain(d + 1) / 4 for d in DISCOUNTS]
+    assert found == DISCOUNTS[int(np.argmax(gains))] and len(set(gains)) > 1
 
 
 def test_which_shift_a_type_has():
