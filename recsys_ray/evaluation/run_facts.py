@@ -173,8 +173,7 @@ def told_by_data(run_dir: Path) -> list[tuple[str, str]]:
         "Share of the items' own vectors that training hides": _plain(spec.get("id_dropout")),
         "Memory of pairs": memory if weight else "none",
         "Weight of trends": of_types(spec.get("trends"), ".2g") or "none",
-        "Share of items that nobody had, in the test": of_types(spec.get("blank_share"), ".2%"),
-        "They rank below it by log-odds of": _plain(spec.get("blank_discount") or 0.0),
+        "Share that items get together which nobody had, in the test": of_types(spec.get("blank_share"), ".2%"),
     }
     return [(name, value) for name, value in found.items() if value]
 

@@ -33,6 +33,7 @@ Shares = Sequence[float | None]  # of each item type; None: it has no examples
 _CELLS = 1 << 24  # scores held at once
 _FAR = 60.0  # log-odds beyond any share
 _BY_NUMBER = 0.25  # 0: blank items have the share of before however many there are; 1: each has what each had before
+_CAUTION = 0.5  # how far below the guess they are kept, in log-odds
 
 
 def share_of_events(users: Int[np.ndarray, "n"]) -> float:
@@ -85,7 +86,8 @@ def share_ahead(
         share = float(np.interp(seconds, length, [period.share(kind) for period in told]))
         then = float(np.interp(seconds, length, [float(period.items[kind]) for period in told]))
         scale = (float(items[kind]) / then) ** _BY_NUMBER if then and items[kind] else 1.0
-        found.append(min(share * scale, (1 + share) / 2))
+        odds = share / (1 - share) * scale * float(np.exp(-_CAUTION))
+        found.append(odds / (1 + odds))
     return found
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from recsys_ray.artifacts import save_arrays
 from recsys_ray.two_tower.blank import shift_of_all
 from recsys_ray.two_tower.memory import Memory, memory_file
-from recsys_ray.two_tower.shares import choose_discount, some_users
+from recsys_ray.two_tower.shares import some_users
 from recsys_ray.two_tower.towers import ItemIds, TowerSpec, TwoTower
 from recsys_ray.two_tower.training import TowerTask, item_vectors
 from recsys_ray.two_tower.trends import choose_trends, trend_of_all
@@ -22,26 +22,18 @@ ASKED = ("test", "serve")  # snapshots as of which items are ranked
 
 
 def with_choices(
-    model: TwoTower, task: TowerTask, memory: float, ridge: float, latest: Mapping[str, np.ndarray], shares: bool
+    model: TwoTower, task: TowerTask, memory: float, ridge: float, latest: Mapping[str, np.ndarray]
 ) -> TowerSpec:
-    """The task's spec with what validation says of the memory, of trends and of items that nobody had. The same on
-    every rank.
+    """The task's spec with what validation says of the memory and of trends. The same on every rank.
 
     Args:
         model: has not been trained on the validation period.
         memory, ridge: as the epochs' validation chose them.
         latest: see :func:`recsys_ray.two_tower.trends.latest_file`; empty: there are no trends.
-        shares: whether blank items are given a share.
     """
-    spec, trend = task.spec, torch.zeros(len(task.catalogue.ntype))
-    trends, discount = list[float](), 0.0
-    if latest:
-        trends, trend = choose_trends(model, task, latest, (memory, ridge), spec.temperature)
-    if shares:
-        discount = choose_discount(model, task, (memory, ridge), trend, spec.temperature)
+    trends = choose_trends(model, task, latest, (memory, ridge), task.spec.temperature) if latest else []
     hidden = model.ids.dropout if isinstance(model.ids, ItemIds) else 0.0
-    trends = trends if any(trends) else []
-    return replace(spec, memory=memory, ridge=ridge, id_dropout=hidden, trends=trends, blank_discount=discount)
+    return replace(task.spec, memory=memory, ridge=ridge, id_dropout=hidden, trends=trends if any(trends) else [])
 
 
 def write_towers(
@@ -71,9 +63,7 @@ def write_towers(
             blank = torch.from_numpy(Memory.load(memory_file(out.parent, snapshot)).users == 0)
             users = some_users(model, task, snapshot)
             wide = torch.cat([users, torch.ones(len(users), 1)], 1), torch.cat([vectors, trend[:, None]], 1)
-            shift = shift_of_all(*wide, blank, ntype, shares[snapshot], spec.temperature)
-            lower = spec.blank_discount * spec.temperature
-            shifts[snapshot] = [each - lower if each else 0.0 for each in shift]
+            shifts[snapshot] = shift_of_all(*wide, blank, ntype, shares[snapshot], spec.temperature)
             means |= {snapshot: users.mean(0).tolist()} if len(users) else {}
     save_file(model.state_dict(), out / "model.safetensors")
     replace(spec, blank_share=shares.get("test"), blank_shift=shifts, mean_user=means).save(out / "spec.json")

@@ -346,7 +346,7 @@ def _train(
     load_checkpoint(scratch / _BEST, model, optimizer)
     periods = parameters["periods"] if state["ridge"] else None  # 0: nothing was validated
     latest = load_arrays(latest_file(out.parent)) if parameters["trends"] else {}
-    task.spec = with_choices(model.eval(), task, state["memory"], state["ridge"], latest, bool(periods))
+    task.spec = with_choices(model.eval(), task, state["memory"], state["ridge"], latest)
     if config.refit:
         model = refit(trainer, optimizer, len(state["history"]), on_step)
     shares = {snapshot: blank_shares(task, snapshot, *periods) for snapshot in ASKED} if periods else {}

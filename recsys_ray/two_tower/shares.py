@@ -12,12 +12,10 @@ from torch import Tensor
 
 from recsys_ray.graph.activity import CHOSEN
 from recsys_ray.ranks import sum_over_ranks
-from recsys_ray.two_tower.blank import Period, share_ahead, shift_of_all
+from recsys_ray.two_tower.blank import Period, share_ahead
 from recsys_ray.two_tower.towers import TwoTower
-from recsys_ray.two_tower.training import TowerTask, gains_with, item_vectors, sample_of_queries, user_vectors
+from recsys_ray.two_tower.training import TowerTask, sample_of_queries, user_vectors
 
-DISCOUNTS = (0.0, 0.5, 1.0, 1.5, 2.0)  # which a validation chooses from; of the temperature
-ERRORS = {-1.0: 0.25, 0.0: 0.5, 1.0: 0.25}  # of a guessed share's log-odds, and how likely (docs/experiments.md)
 _CHUNK = 512  # queries at once
 
 
@@ -37,33 +35,6 @@ def blank_shares(
         for cut in sorted(cuts, reverse=True)
     ]
     return share_ahead(ahead, _number(task, snapshot), _period(task, lately, task.queries["target"], "valid"), before)
-
-
-def choose_discount(
-    model: TwoTower, task: TowerTask, memory: tuple[float, float], trend: Float[Tensor, "N"], temperature: float
-) -> float:
-    """How far below the shift that gives them their share blank items rank best, of the temperature: by NDCG@100 of the
-    validation queries, in the mean over ``ERRORS`` around validation's own share. Over all ranks, and the same on each.
-
-    Towers are surer which blank item suits whom than they should be: a share that is right in the mean puts too many of
-    them among the first. And a share that is too large costs more than one that is too small by as much.
-
-    Args:
-        model: has not been trained on the validation period.
-        memory: its weight and ridge.
-        trend: what items are given already.
-    """
-    ntype, blank = task.catalogue.ntype, _blank(task, "valid")
-    period = _period(task, 0, task.queries["target"], "valid")
-    shares = [period.share(kind) if period.targets[kind] else None for kind in range(task.spec.num_types)]
-    vectors, users = item_vectors(model, task.source, task.catalogue, "valid"), some_users(model, task, "valid")
-    wide = torch.cat([users, torch.ones(len(users), 1)], 1), torch.cat([vectors, trend[:, None]], 1)
-    found = torch.tensor(shift_of_all(*wide, blank, ntype, shares, temperature))
-    shift = sum_over_ranks(found) / sum_over_ranks(torch.ones(1))  # of the ranks' users each rank has its own
-    lower = sorted({discount - error for discount in DISCOUNTS for error in ERRORS})
-    ways = [trend + blank * (shift[ntype] - each * temperature) for each in lower]
-    gains = dict(zip(lower, gains_with(model, task, vectors, memory, ways)[0].sum(0).tolist(), strict=True))
-    return max(DISCOUNTS, key=lambda d: sum(chance * gains[d - error] for error, chance in ERRORS.items()))
 
 
 def some_users(model: TwoTower, task: TowerTask, snapshot: str) -> Float[Tensor, "B D"]:

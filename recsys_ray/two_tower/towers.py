@@ -67,7 +67,6 @@ class TowerSpec:
     temperature: float = 0.1  # of the softmax that the scores were trained in
     blank_share: list[float | None] | None = None  # of each type, as of the test, and what items that nobody had are
     blank_shift: dict[str, list[float]] = field(default_factory=dict)  # given, by snapshot (blank.py)
-    blank_discount: float = 0.0  # how far that is below what their share asks for, of the temperature (shares.py)
     mean_user: dict[str, list[float]] = field(default_factory=dict)  # mean vector of users, by snapshot (blank.py)
     trends: list[float] = field(default_factory=list)  # of each type the weight (trends.py); empty: there are none
     cold_start: bool = True  # trained on empty histories too: every user's first event is an example

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -204,41 +204,6 @@ def user_vectors(
         return model.users(
             UserInputs(place, users.events, users.offsets, users.age, users.country, users.tastes), tables
         )
-
-
-@torch.no_grad()
-def gains_with(
-    model: TwoTower,
-    task: TowerTask,
-    vectors: Float[Tensor, "N d"],
-    memory: tuple[float, float],
-    given: Sequence[Float[Tensor, "N"]],
-) -> tuple[Float[Tensor, "types choices"], Float[Tensor, "types choices choices"]]:
-    """What validation says of several ways to move items' scores for everyone. Over all ranks.
-
-    Args:
-        model: has not been trained on the validation period.
-        vectors: of the items as of it.
-        memory: its weight and ridge; (0, 0): none.
-        given: what each way adds to every item's scores.
-
-    Returns:
-        Of the queries about each item type the sums of NDCG@100 with each way, and of the products of two ways' NDCG.
-    """
-    queries, kinds, (weight, ridge) = task.queries, task.catalogue.ntype.numpy(), memory
-    pairs = task.memory.at(ridge) if task.memory is not None and ridge else Memory.nothing(len(kinds))
-    sizes = task.spec.num_types, len(given)
-    gains, together = torch.zeros(sizes).double(), torch.zeros(*sizes, len(given)).double()
-    for asked in asked_by_type(queries, np.arange(len(queries["target"])), kinds):
-        mine = slice(asked.first, asked.first + asked.count)
-        users = user_vectors(model, task.source, task.catalogue, "valid", queries, asked.rows)
-        towers = asked.without_history(users @ vectors[mine].T)
-        recalled = pairs.recall(asked.user, asked.history, task.spec.half_life)
-        rest = asked.target, recalled, asked.first, torch.from_numpy(pairs.is_blank(asked.gids)), [weight]
-        gain = gain_of(torch.stack([ranks_with_memory(towers + each[mine], *rest)[:, 0, 0] for each in given], 1))
-        gains[kinds[asked.first]] += gain.sum(0)
-        together[kinds[asked.first]] += gain.T @ gain
-    return sum_over_ranks(gains), sum_over_ranks(together)
 
 
 def run_epoch(

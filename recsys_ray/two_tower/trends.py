@@ -42,10 +42,11 @@ from recsys_ray.ranks import sum_over_ranks
 from recsys_ray.snapshots import DAY, Snapshot
 from recsys_ray.tasks import in_parallel
 from recsys_ray.two_tower.examples import UserEvents, first_touches
-from recsys_ray.two_tower.ranking import asked_by_type
+from recsys_ray.two_tower.memory import Memory
+from recsys_ray.two_tower.ranking import asked_by_type, gain_of, ranks_with_memory
 from recsys_ray.two_tower.recency import first_as_good
 from recsys_ray.two_tower.towers import TwoTower
-from recsys_ray.two_tower.training import TowerTask, gains_with, item_vectors, sample_of_queries, user_vectors
+from recsys_ray.two_tower.training import TowerTask, item_vectors, sample_of_queries, user_vectors
 
 PERIODS = ((30, 7), (7, 0))  # from and to so many days before a moment, the oldest first
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # which a validation chooses from
@@ -146,9 +147,44 @@ def log_ratios(
     return torch.from_numpy(found).float()
 
 
+@torch.no_grad()
+def _gains_with(
+    model: TwoTower,
+    task: TowerTask,
+    vectors: Float[Tensor, "N d"],
+    memory: tuple[float, float],
+    given: Sequence[Float[Tensor, "N"]],
+) -> tuple[Float[Tensor, "types choices"], Float[Tensor, "types choices choices"]]:
+    """What validation says of several ways to move items' scores for everyone. Over all ranks.
+
+    Args:
+        model: has not been trained on the validation period.
+        vectors: of the items as of it.
+        memory: its weight and ridge; (0, 0): none.
+        given: what each way adds to every item's scores.
+
+    Returns:
+        Of the queries about each item type the sums of NDCG@100 with each way, and of the products of two ways' NDCG.
+    """
+    queries, kinds, (weight, ridge) = task.queries, task.catalogue.ntype.numpy(), memory
+    pairs = task.memory.at(ridge) if task.memory is not None and ridge else Memory.nothing(len(kinds))
+    sizes = task.spec.num_types, len(given)
+    gains, together = torch.zeros(sizes).double(), torch.zeros(*sizes, len(given)).double()
+    for asked in asked_by_type(queries, np.arange(len(queries["target"])), kinds):
+        mine = slice(asked.first, asked.first + asked.count)
+        users = user_vectors(model, task.source, task.catalogue, "valid", queries, asked.rows)
+        towers = asked.without_history(users @ vectors[mine].T)
+        recalled = pairs.recall(asked.user, asked.history, task.spec.half_life)
+        rest = asked.target, recalled, asked.first, torch.from_numpy(pairs.is_blank(asked.gids)), [weight]
+        gain = gain_of(torch.stack([ranks_with_memory(towers + each[mine], *rest)[:, 0, 0] for each in given], 1))
+        gains[kinds[asked.first]] += gain.sum(0)
+        together[kinds[asked.first]] += gain.T @ gain
+    return sum_over_ranks(gains), sum_over_ranks(together)
+
+
 def choose_trends(
     model: TwoTower, task: TowerTask, latest: Mapping[str, np.ndarray], memory: tuple[float, float], temperature: float
-) -> tuple[list[float], Float[Tensor, "N"]]:
+) -> list[float]:
     """Each item type's weight w, by NDCG@100 of its validation queries: the best, or 0 if that is less than a standard
     error behind it. Over all ranks, and the same on each.
 
@@ -156,17 +192,13 @@ def choose_trends(
         model: has not been trained on the validation period.
         latest: see :func:`latest_file`.
         memory: its weight and ridge.
-
-    Returns:
-        The weights, and what they add to the items' scores as of validation.
     """
     vectors = item_vectors(model, task.source, task.catalogue, "valid")
     shares = sum_over_ranks(tower_shares(model, task, "valid", vectors, temperature))
     ratios = log_ratios(latest["valid"], shares, task, "valid")
-    gains, together = gains_with(model, task, vectors, memory, [w * temperature * ratios for w in WEIGHTS])
+    gains, together = _gains_with(model, task, vectors, memory, [w * temperature * ratios for w in WEIGHTS])
     told = [first_as_good(*of_type) > 0 for of_type in zip(gains, together, strict=True)]
-    weights = [WEIGHTS[int(own.argmax())] if tells else 0.0 for own, tells in zip(gains, told, strict=True)]
-    return weights, torch.tensor(weights)[task.catalogue.ntype] * temperature * ratios
+    return [WEIGHTS[int(own.argmax())] if tells else 0.0 for own, tells in zip(gains, told, strict=True)]
 
 
 def trend_of_all(

@@ -202,9 +202,11 @@ def test_what_the_data_told_is_shown(tmp_path):
     told = dict(run_facts.told_by_data(run))
     assert told["Memory of pairs"] == "weight 0.5, ridge 30, half-life 4 places"
     assert told["Weight of trends"] == "book 0.75, podcast [new] 0"
-    assert told["Share of items that nobody had, in the test"] == "book 2.13%, podcast [new] by its own events"
+    assert (
+        told["Share that items get together which nobody had, in the test"]
+        == "book 2.13%, podcast [new] by its own events"
+    )
     assert told["and means of the latest, half-lives in places"] == "4"
-    assert told["They rank below it by log-odds of"] == "0.5"
     assert "Share of the items' own vectors that training hides" in told
     (run / "two_tower" / "hgnn" / "spec.json").write_text('{"item_types": ["book"], "memory": 0}', encoding="utf-8")
     told = dict(run_facts.told_by_data(run))

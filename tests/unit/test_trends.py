@@ -121,11 +121,10 @@ def test_validation_takes_a_trend_that_goes_on_and_leaves_one_that_does_not(task
     queries = take(task.queries, np.flatnonzero(even[task.queries["target"]]))
     week = np.where(np.arange(ITEMS) < 2 * LIKED, even, ~even) * targets * had() * 20
     latest = {"valid": np.stack([np.zeros_like(week), week])}
-    found, given = choose_trends(model, replace(task, queries=queries), latest, (0.0, 0.0), T)
-    assert not given[2 * LIKED :].any() and given.argmax() in np.flatnonzero(week[: 2 * LIKED])
+    found = choose_trends(model, replace(task, queries=queries), latest, (0.0, 0.0), T)
     assert found[0] > 0 and found[1] == 0 and set(found) <= set(WEIGHTS)
     nothing = {"valid": np.zeros((len(PERIODS), ITEMS), int)}
-    assert choose_trends(model, task, nothing, (0.0, 0.0), T)[0] == [0.0] * TYPES
+    assert choose_trends(model, task, nothing, (0.0, 0.0), T) == [0.0] * TYPES
 
 
 def test_every_type_has_its_weight(task):
