@@ -64,8 +64,9 @@ def share_ahead(
 ) -> list[float | None]:
     """Each type's share in the period to come: the longer it is, the more goes to items that nobody had as it began. So
     it is taken from periods of the past, linear in between, constant beyond the longest and the shortest. Fewer blank
-    items than there were then get less of it, but each of them more: it goes with the fourth root of their number
-    (docs/experiments.md).
+    items than there were then get less of it, but each of them more: its odds go with the fourth root of their number.
+    And they are kept below that, for towers are surer which blank item suits whom than they should be, and a share that
+    is too large costs more than one that is too small (docs/experiments.md has the figures).
 
     Args:
         seconds: how long the period to come is.
