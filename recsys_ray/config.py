@@ -201,10 +201,7 @@ class TwoTowerConfig(Section):
         None, description="share of learned vectors that a training step does without; null: by how often items occur"
     )
     memory: bool = Field(True, description="beside the towers, edges of the graph raise scores as validation says")
-    trends: bool = Field(
-        True,
-        description="choices of the last weeks raise or lower items' scores as validation says; not in leave-one-out",
-    )
+    trends: bool = Field(True, description="choices of the last weeks move items' scores as validation says")
     batch_size: Positive = 1024
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="of the layers while they train; auto: bf16 where the hardware has it"

@@ -239,9 +239,12 @@ def _write_items(work: Path, sources: _Sources) -> None:
     write_table(work / "items.arrow", pa.table(columns))
     write_table(work / "item_ids.arrow", sorted_ids(table["item_id"], "gid"))
     shutil.copyfile(text, work / "text.safetensors")
-    made = load_arrays(vectors)
-    wide = np.column_stack([made["vector"], made["trend"]]) if "trend" in made else made["vector"]
-    save_arrays(work / "vectors.safetensors", {"vector": wide})
+    made = mapped_arrays(vectors)
+    if "trend" in made:
+        wide = np.column_stack([made["vector"].numpy(), made["trend"].numpy()])
+        save_arrays(work / "vectors.safetensors", {"vector": wide})
+    else:
+        shutil.copyfile(vectors, work / "vectors.safetensors")
     embedding, hidden = _hgnn_tables(sources.hgnn.path, size)
     save_arrays(work / "hgnn.safetensors", {"embedding": embedding})
     save_arrays(work / "hidden.safetensors", {"hidden": hidden})

@@ -31,7 +31,7 @@ def with_choices(
         memory, ridge: as the epochs' validation chose them.
         latest: see :func:`recsys_ray.two_tower.trends.latest_file`; empty: there are no trends.
     """
-    trends = choose_trends(model, task, latest, (memory, ridge), task.spec.temperature) if latest else []
+    trends = choose_trends(model, task, latest, (memory, ridge)) if latest else []
     hidden = model.ids.dropout if isinstance(model.ids, ItemIds) else 0.0
     return replace(task.spec, memory=memory, ridge=ridge, id_dropout=hidden, trends=trends if any(trends) else [])
 

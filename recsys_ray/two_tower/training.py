@@ -32,7 +32,6 @@ from recsys_ray.two_tower.rows import Examples, join
 from recsys_ray.two_tower.towers import ItemIds, TowerSpec, TwoTower
 
 _ITEM_CHUNK = 8192
-_QUERY_CHUNK = 512
 _SHIFT_SAMPLE = 2_000  # users by whom it is told what items are given
 _START_SAMPLE = 20_000  # items whose directions of variance the towers start with
 _TOP = 10

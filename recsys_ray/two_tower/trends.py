@@ -110,9 +110,7 @@ def surplus(count: Int[np.ndarray, "n"], share: Float[np.ndarray, "n"]) -> Float
 
 
 @torch.no_grad()
-def tower_shares(
-    model: TwoTower, task: TowerTask, snapshot: str, vectors: Float[Tensor, "N d"], temperature: float
-) -> Float[Tensor, "N"]:
+def tower_shares(model: TwoTower, task: TowerTask, snapshot: str, vectors: Float[Tensor, "N d"]) -> Float[Tensor, "N"]:
     """The sum over some of this rank's validation queries of the softmax over those items of the target's type that
     somebody had by the snapshot, without those of the history; 0 for items that nobody had."""
     shares = torch.zeros(len(vectors), dtype=torch.float64)
@@ -122,7 +120,7 @@ def tower_shares(
         if blank[mine].all():
             continue
         users = user_vectors(model, task.source, task.catalogue, snapshot, task.queries, asked.rows)
-        scores = asked.without_history(users @ vectors[mine].T / temperature)
+        scores = asked.without_history(users @ vectors[mine].T / task.spec.temperature)
         scores[:, blank[mine]] = -torch.inf
         shares[mine] += scores.softmax(1).nan_to_num().double().sum(0)  # NaN: the history has them all
     return shares
@@ -183,7 +181,7 @@ def _gains_with(
 
 
 def choose_trends(
-    model: TwoTower, task: TowerTask, latest: Mapping[str, np.ndarray], memory: tuple[float, float], temperature: float
+    model: TwoTower, task: TowerTask, latest: Mapping[str, np.ndarray], memory: tuple[float, float]
 ) -> list[float]:
     """Each item type's weight w, by NDCG@100 of its validation queries: the best, or 0 if that is less than a standard
     error behind it. Over all ranks, and the same on each.
@@ -194,9 +192,10 @@ def choose_trends(
         memory: its weight and ridge.
     """
     vectors = item_vectors(model, task.source, task.catalogue, "valid")
-    shares = sum_over_ranks(tower_shares(model, task, "valid", vectors, temperature))
+    shares = sum_over_ranks(tower_shares(model, task, "valid", vectors))
     ratios = log_ratios(latest["valid"], shares, task, "valid")
-    gains, together = _gains_with(model, task, vectors, memory, [w * temperature * ratios for w in WEIGHTS])
+    ways = [w * task.spec.temperature * ratios for w in WEIGHTS]
+    gains, together = _gains_with(model, task, vectors, memory, ways)
     told = [first_as_good(*of_type) > 0 for of_type in zip(gains, together, strict=True)]
     return [WEIGHTS[int(own.argmax())] if tells else 0.0 for own, tells in zip(gains, told, strict=True)]
 
@@ -215,10 +214,9 @@ def trend_of_all(
         vectors: of the items, as of the snapshot.
         counts: of ``PERIODS`` before it.
     """
-    temperature = task.spec.temperature
-    shares = tower_shares(model, task, snapshot, vectors, temperature)
+    shares = tower_shares(model, task, snapshot, vectors)
     weight = torch.tensor(task.spec.trends)[task.catalogue.ntype]
-    return weight * temperature * log_ratios(counts, shares, task, snapshot)
+    return weight * task.spec.temperature * log_ratios(counts, shares, task, snapshot)
 
 
 def _blank(task: TowerTask, snapshot: str) -> Bool[Tensor, "N"]:

@@ -24,8 +24,6 @@ from recsys_ray.two_tower.trends import (
     trend_of_all,
 )
 
-T = 0.1
-
 
 @pytest.fixture(scope="module")
 def task() -> TowerTask:
@@ -87,7 +85,7 @@ def test_shares_are_the_towers_softmax_over_what_somebody_had(task, monkeypatch)
     monkeypatch.setattr("recsys_ray.two_tower.training._SHIFT_SAMPLE", 100)
     model = fresh_model(task)
     vectors = item_vectors(model, task.source, task.catalogue, "valid")
-    shares = tower_shares(model, task, "valid", vectors, T)
+    shares = tower_shares(model, task, "valid", vectors)
     rows = sample_of_queries(task)
     assert 50 < len(rows) <= 100
     kinds = task.catalogue.ntype.numpy()[task.queries["target"][rows]]
@@ -95,7 +93,7 @@ def test_shares_are_the_towers_softmax_over_what_somebody_had(task, monkeypatch)
     assert per_type == pytest.approx(np.bincount(kinds, minlength=TYPES).tolist(), rel=1e-5)
     assert (shares[~had()] == 0).all()
     one = replace(task, queries=take(task.queries, rows[:1]))
-    alone = tower_shares(model, one, "valid", vectors, T)
+    alone = tower_shares(model, one, "valid", vectors)
     assert (alone[task.queries["history"][: task.queries["offsets"][1]]] == 0).all() and alone.sum() == pytest.approx(1)
 
 
@@ -121,18 +119,21 @@ def test_validation_takes_a_trend_that_goes_on_and_leaves_one_that_does_not(task
     queries = take(task.queries, np.flatnonzero(even[task.queries["target"]]))
     week = np.where(np.arange(ITEMS) < 2 * LIKED, even, ~even) * targets * had() * 20
     latest = {"valid": np.stack([np.zeros_like(week), week])}
-    found = choose_trends(model, replace(task, queries=queries), latest, (0.0, 0.0), T)
+    found = choose_trends(model, replace(task, queries=queries), latest, (0.0, 0.0))
     assert found[0] > 0 and found[1] == 0 and set(found) <= set(WEIGHTS)
     nothing = {"valid": np.zeros((len(PERIODS), ITEMS), int)}
-    assert choose_trends(model, task, nothing, (0.0, 0.0), T) == [0.0] * TYPES
+    assert choose_trends(model, task, nothing, (0.0, 0.0)) == [0.0] * TYPES
 
 
 def test_every_type_has_its_weight(task):
     model, random = fresh_model(task), np.random.default_rng(0)
     vectors = item_vectors(model, task.source, task.catalogue, "valid")
     counts = random.poisson(4, (len(PERIODS), ITEMS)) * had()
-    trained = replace(task, spec=replace(task.spec, trends=[0.5, 0.0], temperature=T))
+    trained = replace(task, spec=replace(task.spec, trends=[0.5, 0.0]))
     given = trend_of_all(model, trained, "valid", vectors, counts)
-    ratios = log_ratios(counts, tower_shares(model, task, "valid", vectors, T), task, "valid")
-    assert torch.equal(given[: 2 * LIKED], 0.5 * T * ratios[: 2 * LIKED]) and given[: 2 * LIKED].abs().max() > 0
+    ratios = log_ratios(counts, tower_shares(model, task, "valid", vectors), task, "valid")
+    assert (
+        torch.equal(given[: 2 * LIKED], 0.5 * task.spec.temperature * ratios[: 2 * LIKED])
+        and given[: 2 * LIKED].abs().max() > 0
+    )
     assert not given[2 * LIKED :].any() and ratios[2 * LIKED :].any()
