@@ -67,7 +67,8 @@ def test_everything_is_drawn_without_a_fault_or_a_request(browser, page):
     shown(browser, page)
     for chart in CHARTS:
         assert words(browser, chart), chart
-    assert browser.run("document.querySelectorAll('#curves svg').length") == 3
+    drawn = "[...document.querySelectorAll('#curves figure')].filter(f => f.querySelector('svg path')).length"
+    assert browser.run(drawn) == 4  # the HGNN's loss; the two-tower's loss, validation HR@10 and NDCG@100
     assert "2T-HGNN" in words(browser, "by-type") and "podcast [new]" in words(browser, "by-type")
     assert any(word.startswith("</script>") for word in words(browser, "scatter"))  # a name, not markup
     painted = "document.querySelector('#map-canvas').getContext('2d').getImageData(0, 0, 900, 600).data.some(v => v)"
