@@ -93,8 +93,8 @@ class SplitConfig(Section):
     protocol: Literal["time", "leave_one_out"] = "time"
     test_from: Moment = Field(None, description="first moment of the test period; default: test_days before the end")
     valid_from: Moment = Field(None, description="first moment of validation; default: valid_days before test_from")
-    test_days: Positive = 14
-    valid_days: Positive = 14
+    test_days: int | None = Field(None, gt=0, description="default: 14, more where these hold little, fewer where much")
+    valid_days: int | None = Field(None, gt=0, description="default: likewise")
 
 
 class TextConfig(Section):

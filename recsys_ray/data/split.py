@@ -18,6 +18,8 @@ from recsys_ray.errors import DataError
 
 DAY = 86_400
 VALID_FROM, TEST_FROM, END = 0, 1, 2  # logical times
+_DAYS = 14  # of validation and of the test, unless they hold too little or too much
+_ENOUGH, _LEAST, _MOST = 1_000, 0.03, 0.1  # positive events of either: a number, and shares of all
 _HELD_OUT = 3  # a user with fewer new items has none to spare
 
 
@@ -74,6 +76,9 @@ def plan_split(
 ) -> tuple[int, int]:
     """``valid_from`` and ``test_from`` in unix seconds. Derived ones are midnights, UTC.
 
+    A period whose days nobody has set has 14, or as many as it takes to hold ``_ENOUGH`` positive events (``_LEAST`` of
+    all of them where that is less), or as few as hold no more than ``_MOST`` of them.
+
     Args:
         days: (unix day, positive events), ascending, without empty days.
         positive: the first and the last moment of a positive event.
@@ -84,8 +89,11 @@ def plan_split(
         DataError: training, validation or test would be empty; the message gives the data's range.
     """
     after = (last // DAY + 1) * DAY
-    test = int(config.test_from.timestamp()) if config.test_from else after - config.test_days * DAY
-    valid = int(config.valid_from.timestamp()) if config.valid_from else test - config.valid_days * DAY
+    test, valid = (int(moment.timestamp()) if moment else None for moment in (config.test_from, config.valid_from))
+    if test is None:
+        test = after - DAY * (config.test_days or _days_before(after, days))
+    if valid is None:
+        valid = test - DAY * (config.valid_days or _days_before(test, days))
     span = (
         f"validation is from {utc(valid)}, test from {utc(test)}, and the positive events ({', '.join(positives)}) run "
         f"from {utc(positive[0])} to {utc(positive[1])} (UTC)"
@@ -106,3 +114,16 @@ def plan_split(
         if is_empty:
             raise DataError(f"the {name} period has no positive event: {span}; {change}")
     return valid, test
+
+
+def _days_before(end: int, days: Sequence[tuple[int, int]]) -> int:
+    """How many days before the moment ``end`` make a period to choose or to measure by; see :func:`plan_split`."""
+    events = sum(count for _, count in days)
+    day, count = (np.array(column, np.int64) for column in zip(*days, strict=True))
+    ago = -((day * DAY - end) // DAY)  # 1: the last day before the end
+    past = ago > 0
+    held = np.cumsum(np.bincount(ago[past], weights=count[past], minlength=_DAYS + 1))[1:]  # by the last 1, 2, ... days
+    if held[_DAYS - 1] > _MOST * events:
+        return max(1, int(np.searchsorted(held, _MOST * events, side="right")))
+    enough = min(_ENOUGH, _LEAST * events, held[-1])
+    return max(_DAYS, int(np.searchsorted(held, enough)) + 1)

@@ -269,12 +269,31 @@ def test_split_is_derived_or_refused() -> None:
     )
     cases: list[tuple[SplitConfig, str]] = [
         (SplitConfig(test_days=95, valid_days=10), "training"),
-        (SplitConfig(test_from=datetime(1970, 1, 1) + timedelta(days=300)), "validation"),
+        (SplitConfig(test_from=datetime(1970, 1, 1) + timedelta(days=300), valid_days=5), "validation"),
         (SplitConfig(test_from=datetime(1970, 1, 1) + timedelta(days=200), valid_days=5), "test"),
     ]
     for config, period in cases:
         with pytest.raises(DataError, match=f"{period} period.*from 1970-04-11 00:00:05 to 1970-07-19"):
             plan_split(config, days, span, span[1], ["stream"])
+
+
+def test_periods_are_as_long_as_it_takes_to_tell_something() -> None:
+    def planned(days: list[tuple[int, int]], config: SplitConfig | None = None) -> tuple[float, float]:
+        day = 86_400
+        span = (days[0][0] * day, days[-1][0] * day + 7)
+        valid, test = plan_split(config or SplitConfig(), days, span, span[1], ["stream"])
+        end = days[-1][0] + 1
+        return (test - valid) / day, end - test / day
+
+    assert planned([(d, 1000) for d in range(100, 500)]) == (14, 14)
+    assert planned([(d, 20) for d in range(100, 2000)]) == (50, 50)  # 1,000 positive events
+    assert planned([(d, 1) for d in range(100, 1100)]) == (30, 30)  # 3 % of 1,000
+    assert planned([(d, 900) for d in range(100, 130)]) == (3, 3)  # 10 % of 30 days
+    assert planned([(d, 900) for d in range(100, 103)]) == (1, 1)  # never less than a day
+    assert planned([(100, 5000), (101, 5000), (1000, 400)]) == (886, 14)  # days without any event count
+    assert planned([(d, 20) for d in range(100, 2000)], SplitConfig(valid_days=7)) == (7, 50)
+    noon = SplitConfig(test_from=datetime(1970, 1, 1) + timedelta(days=1000.5))
+    assert planned([(d, 20) for d in range(100, 2000)], noon)[0] == 50
 
 
 def test_interactions_of_items_that_are_left_out_are_ignored_and_not_quarantined() -> None:
