@@ -29,7 +29,7 @@ from recsys_ray.errors import DataError
 from recsys_ray.progress import Progress
 
 _BIG_SHARD = 8_000_000  # rows that one reduce task sorts in about 2 GB
-_FEW = 1_000  # positive events of a period; of so many queries an HR@10 of .1 has a 95 % interval of .08 to .12
+_FEW = 500  # days of users; of so many queries an HR@10 of .1 has a 95 % interval of .07 to .13
 
 
 def ingest(config: Config, out: Path, progress: Progress) -> dict[str, Any]:
@@ -57,22 +57,25 @@ def _describe_split(counts: Mapping[str, Any]) -> str:
     if is_leave_one_out(counts):
         return f"leave-one-out: {counts['held_out']:,} of {counts['users']:,} users have a validation and a test item"
     valid, test, last = counts["valid_from"], counts["test_from"], counts["last_event"]
-    events = {"training": 0, "validation": 0, "test": 0}
-    for day, count in counts["days"]:
-        moment = day * DAY
-        events["training" if moment < valid else "validation" if moment < test else "test"] += count
-    said = (
-        f"training before {utc(valid)}, validation before {utc(test)}, test up to {utc(last)}: "
-        + ", ".join(f"{count:,}" for count in events.values())
-        + " positive events"
-    )
-    few = [name for name in ("validation", "test") if events[name] < _FEW]
-    if few:
-        said += (
-            f"\n  {' and '.join(few)} {'has' if len(few) == 1 else 'have'} fewer than {_FEW:,}: what is chosen or "
-            "measured there will hardly be told from chance; longer split.valid_days and split.test_days help"
-        )
-    return said
+    said = [f"training before {utc(valid)}, validation before {utc(test)}, test up to {utc(last)}"]
+    for name, days in _periods(counts["days"], valid, test).items():
+        visits = counts["user_days"][name]
+        said.append(f"  {name}: {sum(n for _, n in days):,} positive events, {visits:,} days on which a user has one")
+        if visits < _FEW:
+            said.append(
+                f"    fewer than {_FEW:,} such days: models that are {'chosen' if name != 'test' else 'compared'} by "
+                f"them will hardly be told from chance; raise split.{'test' if name == 'test' else 'valid'}_days"
+            )
+    return "\n  ".join(said)
+
+
+def _periods(days: Sequence[Sequence[int]], valid: int, test: int) -> dict[str, list[Sequence[int]]]:
+    """(unix day, number) rows by the period in which the day begins."""
+    found: dict[str, list[Sequence[int]]] = {"training": [], "validation": [], "test": []}
+    for row in days:
+        moment = row[0] * DAY
+        found["training" if moment < valid else "validation" if moment < test else "test"].append(row)
+    return found
 
 
 def event_names(config: EventsConfig) -> list[str]:
@@ -209,18 +212,20 @@ class _Run:
         replace_aside(write, self.out / "users.parquet", self.scratch / "aside")
 
     def _split(self, reduced: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        days: dict[int, int] = {}
+        events: dict[int, int] = {}
+        users: dict[int, int] = {}
         for result in reduced:
-            for day, count in result["days"]:
-                days[day] = days.get(day, 0) + count
+            for day, count, active in result["days"]:
+                events[day] = events.get(day, 0) + count
+                users[day] = users.get(day, 0) + active
         moments = [result["positive"] for result in reduced if result["positive"]]
         last = max(result["last"] for result in reduced if result["last"] is not None)
         positives = self.config.events.positives
         if not moments:
             raise DataError(f"no interaction is one of events.positives ({', '.join(positives)}); check the names")
         first_and_last = min(first for first, _ in moments), max(latest for _, latest in moments)
-        ordered, protocol = sorted(days.items()), self.config.split.protocol
-        facts = {"protocol": protocol, "last_event": last, "days": [list(day) for day in ordered]}
+        protocol = self.config.split.protocol
+        facts = {"protocol": protocol, "last_event": last, "days": [list(day) for day in sorted(events.items())]}
         if protocol == "leave_one_out":
             held_out = sum(result["held_out"] for result in reduced)
             if not held_out:
@@ -229,8 +234,10 @@ class _Run:
                     "there is none; set split.protocol=time, or check events.positives"
                 )
             return {**facts, "valid_from": VALID_FROM, "test_from": TEST_FROM, "end": END, "held_out": held_out}
-        valid, test = plan_split(self.config.split, ordered, first_and_last, last, positives)
-        return {**facts, "valid_from": valid, "test_from": test, "end": last + 1}
+        visits = sorted(users.items())
+        valid, test = plan_split(self.config.split, visits, first_and_last, last, positives)
+        by_period = {name: sum(n for _, n in part) for name, part in _periods(visits, valid, test).items()}
+        return {**facts, "valid_from": valid, "test_from": test, "end": last + 1, "user_days": by_period}
 
     def settle(self, table: str, results: Sequence[Mapping[str, Any]], quiet: bool = False) -> None:
         """Add up a table's rows, say what went to quarantine, stop where too much did."""

@@ -326,12 +326,15 @@ def _duplicates(job: Job, table: pa.Table, same: np.ndarray, names: Sequence[str
 
 
 def _history(table: pa.Table, positives: Sequence[int]) -> dict[str, Any]:
-    """Positive events by unix day, their first and last moment, and the last moment of all."""
+    """By unix day: positive events, and users who have one; the first and last moment of these, and the last of all."""
+    positive = np.isin(table["event"].to_numpy(), positives)
     moments = table["timestamp"].to_numpy()
-    wanted = moments[np.isin(table["event"].to_numpy(), positives)]
+    wanted = moments[positive]
     days, counts = np.unique(wanted // DAY, return_counts=True)
+    visits = np.unique(np.stack([wanted // DAY, table["uid"].to_numpy()[positive]]), axis=1)
+    users = np.bincount(np.searchsorted(days, visits[0]), minlength=len(days))
     return {
-        "days": [[int(day), int(count)] for day, count in zip(days, counts, strict=True)],
+        "days": np.stack([days, counts, users], axis=1).tolist(),
         "last": int(moments.max()),
         "positive": [int(wanted.min()), int(wanted.max())] if len(wanted) else None,
     }

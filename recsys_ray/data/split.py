@@ -19,7 +19,7 @@ from recsys_ray.errors import DataError
 DAY = 86_400
 VALID_FROM, TEST_FROM, END = 0, 1, 2  # logical times
 _DAYS = 14  # of validation and of the test, unless they hold too little or too much
-_ENOUGH, _LEAST, _MOST = 1_000, 0.03, 0.1  # positive events of either: a number, and shares of all
+_ENOUGH, _LEAST, _MOST = 1_000, 0.03, 0.1  # days of users in either: a number, and shares of all
 _HELD_OUT = 3  # a user with fewer new items has none to spare
 
 
@@ -76,11 +76,12 @@ def plan_split(
 ) -> tuple[int, int]:
     """``valid_from`` and ``test_from`` in unix seconds. Derived ones are midnights, UTC.
 
-    A period whose days nobody has set has 14, or as many as it takes to hold ``_ENOUGH`` positive events (``_LEAST`` of
-    all of them where that is less), or as few as hold no more than ``_MOST`` of them.
+    A period whose days nobody has set has 14, or as many as it takes to hold ``_ENOUGH`` days on which a user has a
+    positive event (``_LEAST`` of all of them where that is less), or as few as hold no more than ``_MOST`` of them.
+    Days of users, not events: what is measured has one list a user, however many films somebody rates in an evening.
 
     Args:
-        days: (unix day, positive events), ascending, without empty days.
+        days: (unix day, users with a positive event on it), ascending, without empty days.
         positive: the first and the last moment of a positive event.
         last: the last moment of any event.
         positives: the names of the positive events, for the message.
@@ -118,12 +119,11 @@ def plan_split(
 
 def _days_before(end: int, days: Sequence[tuple[int, int]]) -> int:
     """How many days before the moment ``end`` make a period to choose or to measure by; see :func:`plan_split`."""
-    events = sum(count for _, count in days)
-    day, count = (np.array(column, np.int64) for column in zip(*days, strict=True))
+    day, users = (np.array(column, np.int64) for column in zip(*days, strict=True))
     ago = -((day * DAY - end) // DAY)  # 1: the last day before the end
     past = ago > 0
-    held = np.cumsum(np.bincount(ago[past], weights=count[past], minlength=_DAYS + 1))[1:]  # by the last 1, 2, ... days
-    if held[_DAYS - 1] > _MOST * events:
-        return max(1, int(np.searchsorted(held, _MOST * events, side="right")))
-    enough = min(_ENOUGH, _LEAST * events, held[-1])
+    held = np.cumsum(np.bincount(ago[past], weights=users[past], minlength=_DAYS + 1))[1:]  # in the last 1, 2, ... days
+    if held[_DAYS - 1] > _MOST * users.sum():
+        return max(1, int(np.searchsorted(held, _MOST * users.sum(), side="right")))
+    enough = min(_ENOUGH, _LEAST * users.sum(), held[-1])
     return max(_DAYS, int(np.searchsorted(held, enough)) + 1)

@@ -119,7 +119,7 @@ def test_tables_hold_what_brute_force_finds(undisturbed: tuple[Config, Path, dic
     assert counts["item_types"] == TYPES and counts["items_per_type"] == [40, 3]
     assert counts["untitled"] == 3 and counts["categories"] == ["c0", "c1", "c2", "x"]
 
-    found, per_day = [], defaultdict(int)
+    found, per_day, active = [], defaultdict(int), set()
     for shard in range(3):
         rows = pq.read_table(out / f"interactions/shard-{shard:05d}.parquet").to_pylist()
         keys = [(r["uid"], r["timestamp"], r["gid"], r["event"]) for r in rows]
@@ -129,11 +129,15 @@ def test_tables_hold_what_brute_force_finds(undisturbed: tuple[Config, Path, dic
             event = counts["events"][r["event"]]
             found.append((users[r["uid"]]["user_id"], items[r["gid"]]["item_id"], event, r["timestamp"]))
             per_day[r["timestamp"] // DAY] += event == "stream"
+            if event == "stream":
+                active.add((r["uid"], r["timestamp"] // DAY))
     assert len(found) == len(set(found)) and set(found) == expected_events()
     assert counts["days"] == [[day, n] for day, n in sorted(per_day.items()) if n]
+    assert sum(counts["user_days"].values()) == len(active)
+    assert counts["user_days"]["test"] == sum(day * DAY >= counts["test_from"] for _, day in active)
     assert counts["end"] == max(moment for *_, moment in found) + 1
     assert counts["valid_from"] % DAY == counts["test_from"] % DAY == 0
-    assert counts["test_from"] - counts["valid_from"] == 14 * DAY
+    assert counts["user_days"]["test"] <= 0.1 * len(active)  # 14 days would hold more
 
     shards = [user["shard"] for user in users]
     assert shards == sorted(shards) and counts["users"] == len(users)

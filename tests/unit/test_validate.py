@@ -286,7 +286,7 @@ def test_periods_are_as_long_as_it_takes_to_tell_something() -> None:
         return (test - valid) / day, end - test / day
 
     assert planned([(d, 1000) for d in range(100, 500)]) == (14, 14)
-    assert planned([(d, 20) for d in range(100, 2000)]) == (50, 50)  # 1,000 positive events
+    assert planned([(d, 20) for d in range(100, 2000)]) == (50, 50)  # 1,000 days of users
     assert planned([(d, 1) for d in range(100, 1100)]) == (30, 30)  # 3 % of 1,000
     assert planned([(d, 900) for d in range(100, 130)]) == (3, 3)  # 10 % of 30 days
     assert planned([(d, 900) for d in range(100, 103)]) == (1, 1)  # never less than a day
