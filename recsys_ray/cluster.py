@@ -24,6 +24,7 @@ _SETTINGS = {
     "HF_HUB_OFFLINE": "1",
     "RAY_DEDUP_LOGS": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin at every barrier crawl when anything else wants a core
 }
 LOGICAL_CPUS_TO_SPARE = 2  # actors that hold every CPU leave none for Ray Data's read tasks: a silent deadlock
 
