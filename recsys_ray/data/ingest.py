@@ -61,10 +61,11 @@ def _describe_split(counts: Mapping[str, Any]) -> str:
     for name, days in _periods(counts["days"], valid, test).items():
         visits = counts["user_days"][name]
         said.append(f"  {name}: {sum(n for _, n in days):,} positive events, {visits:,} days on which a user has one")
-        if visits < _FEW:
+        if visits < _FEW and name != "training":
+            field = "test" if name == "test" else "valid"
             said.append(
-                f"    fewer than {_FEW:,} such days: models that are {'chosen' if name != 'test' else 'compared'} by "
-                f"them will hardly be told from chance; raise split.{'test' if name == 'test' else 'valid'}_days"
+                f"    fewer than {_FEW:,} such days hardly tell one model from another: let it begin earlier "
+                f"(split.{field}_days or split.{field}_from)"
             )
     return "\n  ".join(said)
 

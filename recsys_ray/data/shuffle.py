@@ -326,13 +326,18 @@ def _duplicates(job: Job, table: pa.Table, same: np.ndarray, names: Sequence[str
 
 
 def _history(table: pa.Table, positives: Sequence[int]) -> dict[str, Any]:
-    """By unix day: positive events, and users who have one; the first and last moment of these, and the last of all."""
+    """By unix day: positive events, and users who have one; the first and last moment of these, and the last of all.
+
+    ``table`` is sorted by (uid, timestamp).
+    """
     positive = np.isin(table["event"].to_numpy(), positives)
     moments = table["timestamp"].to_numpy()
-    wanted = moments[positive]
-    days, counts = np.unique(wanted // DAY, return_counts=True)
-    visits = np.unique(np.stack([wanted // DAY, table["uid"].to_numpy()[positive]]), axis=1)
-    users = np.bincount(np.searchsorted(days, visits[0]), minlength=len(days))
+    wanted, uid = moments[positive], table["uid"].to_numpy()[positive]
+    day = wanted // DAY
+    days, counts = np.unique(day, return_counts=True)
+    first = np.ones(len(day), dtype=bool)  # of a user on a day
+    first[1:] = (day[1:] != day[:-1]) | (uid[1:] != uid[:-1])
+    users = np.bincount(np.searchsorted(days, day[first]), minlength=len(days))
     return {
         "days": np.stack([days, counts, users], axis=1).tolist(),
         "last": int(moments.max()),
