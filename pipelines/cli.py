@@ -17,8 +17,8 @@ import typer
 from rich.console import Console
 
 from recsys_ray.config import BASELINES, Config, load_config
-from recsys_ray.errors import UserError
-from recsys_ray.progress import Progress
+from recsys_ray.core.errors import UserError
+from recsys_ray.core.progress import Progress
 from recsys_ray.studies import NAMES
 
 app = typer.Typer(
@@ -64,10 +64,10 @@ def demo_data(
     seed: Annotated[int, typer.Option(help="The same seed makes the same world, bit for bit.")] = 0,
 ) -> None:
     """Generate the demo world: audiobooks, podcasts and music, users with tastes, a year of events."""
-    from recsys_ray.cluster import ray_session
+    from recsys_ray.cluster.session import ray_session
     from recsys_ray.config import RayConfig
-    from recsys_ray.data.demo_world import spec_for
-    from recsys_ray.data.demo_write import write_demo
+    from recsys_ray.demo.world import spec_for
+    from recsys_ray.demo.write import write_demo
 
     progress = Progress()
     spec = spec_for(events, seed)
@@ -227,7 +227,7 @@ def recommend(
     """Ask a bundle without a server: a known user, or anyone with a few items or traits."""
     from dataclasses import asdict
 
-    from recsys_ray.retrieval.recommender import Recommender
+    from recsys_ray.serving.recommender import Recommender
 
     recommender = Recommender.load(bundle)
     answer = recommender.answer(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from recsys_ray.cluster import granted_cpus
-from recsys_ray.progress import Progress
+from recsys_ray.cluster.session import granted_cpus
+from recsys_ray.core.progress import Progress
 
 
 def embed_items(
@@ -19,7 +19,7 @@ def embed_items(
     progress: Progress,
 ) -> None:
     """Extend a bundle and say where the new one is; arguments as ``extend_bundle``."""
-    from recsys_ray.retrieval.extend import extend_bundle  # loads torch and dgl
+    from recsys_ray.bundle.extend import extend_bundle  # loads torch and dgl
 
     started = time.monotonic()
     made = extend_bundle(bundle, items, interactions, progress, out, replace, make_current, granted_cpus())

@@ -9,14 +9,14 @@ from typing import Any
 
 import polars as pl
 
-from pipelines.memory import PeakMemory
+from pipelines.peak_memory import PeakMemory
 from pipelines.stage import Context, Stage
-from recsys_ray.artifacts import load_arrays
 from recsys_ray.config import Config
-from recsys_ray.evaluation.evaluate import evaluate
-from recsys_ray.evaluation.hits import WITHOUT_MEMORY
-from recsys_ray.hgnn.embeddings import load_embeddings
-from recsys_ray.two_tower.scorer import TrainedTower
+from recsys_ray.evaluation.results import WITHOUT_MEMORY
+from recsys_ray.evaluation.stage import evaluate
+from recsys_ray.hgnn.outputs import load_embeddings
+from recsys_ray.scoring.scorer import TrainedTower
+from recsys_ray.storage.artifacts import load_arrays
 
 NAMES = {"text_only": "two_tower_text_only", "hgnn": "2t_hgnn"}  # two-tower variant -> name in the table
 

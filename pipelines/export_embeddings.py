@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from recsys_ray.progress import Progress
-from recsys_ray.retrieval.export import export_bundle, export_run
+from recsys_ray.bundle.export import export_bundle, export_run
+from recsys_ray.core.progress import Progress
 
 
 def export_embeddings(

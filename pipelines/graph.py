@@ -6,7 +6,7 @@ from typing import Any
 
 from pipelines.stage import Context, Stage
 from recsys_ray.config import Config
-from recsys_ray.graph.build import build_graph
+from recsys_ray.graph.stage import build_graph
 
 
 def _settings(config: Config) -> dict[str, Any]:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.stage import Context, Stage
-from recsys_ray.artifacts import sha256
 from recsys_ray.config import Config
-from recsys_ray.errors import ArtifactError
-from recsys_ray.hgnn.job import train_hgnn
+from recsys_ray.core.errors import ArtifactError
+from recsys_ray.hgnn.stage import train_hgnn
+from recsys_ray.storage.artifacts import sha256
 
 
 def _run(context: Context) -> dict[str, Any]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from pipelines.stage import Context, Stage
-from recsys_ray.artifacts import Artifact, open_artifact
+from recsys_ray.bundle.build import build_bundle, find_bundle
 from recsys_ray.config import Config
-from recsys_ray.errors import UserError
-from recsys_ray.retrieval.bundle import build_bundle, find_bundle
+from recsys_ray.core.errors import UserError
+from recsys_ray.storage.artifacts import Artifact, open_artifact
 
 
 def _settings(config: Config) -> dict[str, Any]:

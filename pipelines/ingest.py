@@ -10,7 +10,7 @@ from recsys_ray.data.ingest import ingest
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """Where the tables lie is none of it: :func:`recsys_ray.artifacts.source_fingerprint` knows them by content."""
+    """Where the tables lie is none of it: ``source_fingerprint`` knows them by content."""
     data = config.data.model_dump(mode="json", exclude={"items", "interactions", "users", "oracle"})
     return {"data": data, "events": config.events.model_dump(), "split": config.split.model_dump(mode="json")}
 

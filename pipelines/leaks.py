@@ -1,4 +1,4 @@
-"""``recsys-ray check-leaks``: the check of :mod:`recsys_ray.evaluation.leaks` on the stages of a finished run."""
+"""``recsys-ray check-leaks``: the check of :mod:`recsys_ray.checks.leaks` on the stages of a finished run."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from rich.console import Console
 
 from pipelines.run import STAGES
 from pipelines.stage import check_kinship
-from recsys_ray.artifacts import MANIFEST, Artifact, open_artifact
+from recsys_ray.checks.leaks import FinishedRun, check_run
 from recsys_ray.config import Config
-from recsys_ray.evaluation.leaks import FinishedRun, check_run
-from recsys_ray.progress import Progress
+from recsys_ray.core.progress import Progress
+from recsys_ray.storage.artifacts import MANIFEST, Artifact, open_artifact
 
 _OPTIONAL = ("hgnn", "two-tower")
 

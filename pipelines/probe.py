@@ -10,10 +10,10 @@ from rich.console import Console
 
 from pipelines.run import STAGES
 from pipelines.stage import Context, Runner, Stage
+from recsys_ray.bundle.build import VARIANT
+from recsys_ray.checks.probe import print_probe, probe
 from recsys_ray.config import Config
-from recsys_ray.evaluation.probe import print_probe, probe
-from recsys_ray.progress import Progress
-from recsys_ray.retrieval.bundle import VARIANT
+from recsys_ray.core.progress import Progress
 
 
 def _settings(config: Config) -> dict[str, Any]:

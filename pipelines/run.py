@@ -19,12 +19,12 @@ from rich.table import Table
 
 from pipelines import evaluate, featurize, graph, hgnn, index, ingest, two_tower
 from pipelines.stage import Runner, Stage
-from recsys_ray.artifacts import open_artifact
 from recsys_ray.config import Config
-from recsys_ray.evaluation.hits import DIFFERENCES
-from recsys_ray.evaluation.names import name_of
-from recsys_ray.progress import Progress
-from recsys_ray.retrieval.recommender import Recommender
+from recsys_ray.core.progress import Progress
+from recsys_ray.evaluation.labels import name_of
+from recsys_ray.evaluation.results import DIFFERENCES
+from recsys_ray.serving.recommender import Recommender
+from recsys_ray.storage.artifacts import open_artifact
 
 STAGES: dict[str, Stage] = {
     module.STAGE.name: module.STAGE for module in (ingest, featurize, graph, hgnn, two_tower, index, evaluate)
@@ -61,7 +61,7 @@ def show_results(config: Config) -> None:
 
 
 def show_table(config: Config) -> None:
-    from recsys_ray.evaluation.report import print_table
+    from recsys_ray.report.write import print_table
 
     console, folder = Console(highlight=False), Path(config.run_dir) / "evaluation"
     print_table(json.loads((folder / "metrics.json").read_text(encoding="utf-8")), console)
@@ -92,7 +92,7 @@ def draw_report(config: Config, out: Path | None = None) -> Path:
     Raises:
         ArtifactError: there is no finished evaluation.
     """
-    from recsys_ray.evaluation.report import write_report
+    from recsys_ray.report.write import write_report
 
     run_dir = Path(config.run_dir)
     evaluation = open_artifact(run_dir / STAGES["evaluate"].folder).path

@@ -10,8 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.memory import PeakMemory
-from recsys_ray.artifacts import (
+from pipelines.peak_memory import PeakMemory
+from recsys_ray.cluster.session import ray_session
+from recsys_ray.config import Config
+from recsys_ray.core.errors import ArtifactError, DataError
+from recsys_ray.core.progress import Progress
+from recsys_ray.storage.artifacts import (
     Artifact,
     find_current,
     fingerprint,
@@ -21,10 +25,6 @@ from recsys_ray.artifacts import (
     source_fingerprint,
     work_folder,
 )
-from recsys_ray.cluster import ray_session
-from recsys_ray.config import Config
-from recsys_ray.errors import ArtifactError, DataError
-from recsys_ray.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,16 @@ import polars as pl
 from pipelines.run import STAGES
 from pipelines.stage import Runner
 from pipelines.variants import TO_COMPARE, folder_of, run_variant, variant_of
-from recsys_ray.artifacts import Artifact
 from recsys_ray.config import Config
-from recsys_ray.errors import UserError
-from recsys_ray.evaluation.hits import HITS, Hits
-from recsys_ray.progress import Progress
-from recsys_ray.studies.catalogue import STUDIES
-from recsys_ray.studies.judge import judge
+from recsys_ray.core.errors import UserError
+from recsys_ray.core.progress import Progress
+from recsys_ray.evaluation.results import HITS, Hits
+from recsys_ray.storage.artifacts import Artifact
+from recsys_ray.studies.changed_tables import write_changed
+from recsys_ray.studies.compare import judge
 from recsys_ray.studies.page import write_page
+from recsys_ray.studies.registry import STUDIES
 from recsys_ray.studies.study import Facts, Result, Study, Variant
-from recsys_ray.studies.tables import write_changed
 
 _LEAN = ("evaluate.baselines=default",)  # no study asks for what takes long to tune beside the method
 _PLAIN = ("evaluate.map_items=0", "evaluate.examples=0")  # what a page shows that nobody opens

@@ -21,13 +21,13 @@ from ray.tune import Callback
 from pipelines.run import STAGES
 from pipelines.stage import Runner
 from pipelines.variants import folder_of, run_variant, variant_of
-from recsys_ray.artifacts import MANIFEST, write_json
-from recsys_ray.cluster import granted_cpus, ray_session
+from recsys_ray.cluster.session import granted_cpus, ray_session
+from recsys_ray.cluster.train import seed_from
 from recsys_ray.config import Config
-from recsys_ray.errors import UserError
-from recsys_ray.progress import Progress
-from recsys_ray.ranks import seed_from
-from recsys_ray.tuning import (
+from recsys_ray.core.errors import UserError
+from recsys_ray.core.progress import Progress
+from recsys_ray.storage.artifacts import MANIFEST, write_json
+from recsys_ray.tuning.space import (
     Choice,
     Dimension,
     Params,
@@ -250,7 +250,7 @@ def _run_trial(params: dict[str, Any], tree: dict[str, Any], cwd: str) -> None:
     import ray
     from ray import tune as ray_tune
 
-    from recsys_ray.two_tower.job import epochs_so_far
+    from recsys_ray.two_tower.stage import epochs_so_far
 
     config = Config.model_validate(tree)
     worker: Any = ray.remote(num_cpus=0, scheduling_strategy="DEFAULT")(_Stages).remote(cwd)

@@ -6,7 +6,7 @@ from typing import Any
 
 from pipelines.stage import Context, Stage
 from recsys_ray.config import Config
-from recsys_ray.two_tower.job import train_two_tower
+from recsys_ray.two_tower.stage import train_two_tower
 
 
 def _settings(config: Config) -> dict[str, Any]:

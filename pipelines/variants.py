@@ -13,12 +13,12 @@ from pathlib import Path
 
 from pipelines.run import STAGES
 from pipelines.stage import VARIANTS, Runner
-from recsys_ray.artifacts import Artifact, find_current, fingerprint, publish, work_folder, write_json
 from recsys_ray.config import Config, changed
-from recsys_ray.evaluation.embedding_map import MAP
-from recsys_ray.evaluation.gallery import EXAMPLES, POPULARITY
-from recsys_ray.evaluation.hits import DIFFERENCES, HITS, MAIN, Hits, against_all, pool
-from recsys_ray.progress import Progress
+from recsys_ray.core.progress import Progress
+from recsys_ray.evaluation.results import DIFFERENCES, HITS, MAIN, Hits, against_all, pool
+from recsys_ray.report.examples import EXAMPLES, POPULARITY
+from recsys_ray.report.item_map import MAP
+from recsys_ray.storage.artifacts import Artifact, find_current, fingerprint, publish, work_folder, write_json
 
 _OF_THE_FIRST = ("tuning.json", EXAMPLES, POPULARITY, MAP)  # what several seeds show of one of them
 TO_COMPARE = tuple(name for name in STAGES if name != "index")  # a variant is compared, not served
@@ -62,7 +62,7 @@ def run_seeds(config: Config, count: int, progress: Progress, force: bool = Fals
 
 def pool_seeds(config: Config, seeds: list[int], evaluations: Sequence[Artifact], progress: Progress) -> Artifact:
     """Publish the mean of several seeds' evaluations as the evaluation of the run."""
-    from recsys_ray.evaluation.report import write_report
+    from recsys_ray.report.write import write_report
 
     stage = STAGES["evaluate"]
     inputs = {f"seed-{seed}": artifact.fingerprint for seed, artifact in zip(seeds, evaluations, strict=True)}

@@ -13,8 +13,8 @@ from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 
-from recsys_ray.retrieval.filters import MAX_K, RequestError, UnknownItem
-from recsys_ray.retrieval.recommender import Recommender
+from recsys_ray.serving.recommender import Recommender
+from recsys_ray.serving.requests import MAX_K, RequestError, UnknownItem
 from serve import schemas
 
 Answer = TypeVar("Answer")

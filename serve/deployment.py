@@ -23,12 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recsys_ray.cluster import granted_cpus, ray_session
+from recsys_ray.bundle.build import find_bundle
+from recsys_ray.cluster.session import granted_cpus, ray_session
 from recsys_ray.config import RayConfig
-from recsys_ray.errors import UserError
-from recsys_ray.progress import Progress
-from recsys_ray.retrieval.bundle import find_bundle
-from recsys_ray.retrieval.recommender import Recommender
+from recsys_ray.core.errors import UserError
+from recsys_ray.core.progress import Progress
+from recsys_ray.serving.recommender import Recommender
 from serve.app import create_app
 
 if TYPE_CHECKING:

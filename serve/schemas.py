@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from recsys_ray.retrieval.filters import MAX_K
+from recsys_ray.serving.requests import MAX_K
 
 _MANY = 10_000  # entries of a list that one request may carry
 

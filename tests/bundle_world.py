@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from recsys_ray.artifacts import Artifact, publish, save_arrays, work_folder
+from recsys_ray.bundle.build import build_bundle
 from recsys_ray.config import Config, TextConfig
-from recsys_ray.progress import Progress
-from recsys_ray.retrieval.bundle import build_bundle
-from recsys_ray.two_tower.memory import RIDGES, Memory, memory_file
+from recsys_ray.core.progress import Progress
+from recsys_ray.scoring.memory import RIDGES, Memory, memory_file
+from recsys_ray.storage.artifacts import Artifact, publish, save_arrays, work_folder
 
 DAY = 86_400
 END = 1_700_000_000

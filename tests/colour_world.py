@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from recsys_ray.artifacts import save_arrays
+from recsys_ray.baselines import BASELINES
+from recsys_ray.baselines.interface import KnownData, Params, default_point
 from recsys_ray.config import Config, load_config
-from recsys_ray.evaluation.baselines import BASELINES
-from recsys_ray.evaluation.baselines.interface import KnownData, Params, default_point
-from recsys_ray.evaluation.recommenders import Recommender
+from recsys_ray.evaluation.ranking import Recommender
 from recsys_ray.evaluation.segments import Catalogue, Events
+from recsys_ray.storage.artifacts import save_arrays
 
 USERS, PER_TYPE, DIM = 40, 60, 16
 CATALOGUE = Catalogue(("book", "song"), np.array([0, PER_TYPE, 2 * PER_TYPE]), np.ones(2 * PER_TYPE, dtype=bool))

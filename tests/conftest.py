@@ -16,7 +16,7 @@ install_import_hook(["recsys_ray.hgnn", "recsys_ray.two_tower", "recsys_ray.eval
 def ray_local():
     """A real local Ray whose workers can import the test modules."""
     os.environ.update(RAY_worker_niceness="0", RAY_AUTH_MODE="disabled", RAY_DATA_USE_DATASOURCE_V2="0")
-    from recsys_ray.cluster import ray_session
+    from recsys_ray.cluster.session import ray_session
     from recsys_ray.config import RayConfig
 
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])

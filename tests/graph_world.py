@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recsys_ray.artifacts import publish, save_arrays, work_folder
 from recsys_ray.config import Config, DataConfig, GraphConfig
+from recsys_ray.storage.artifacts import publish, save_arrays, work_folder
 
 DAY = 86_400
 DAYS = 100

@@ -15,23 +15,23 @@ from bundle_world import DAY, END, EVENTS, World, make_world, publish_arrays, pu
 from safetensors.torch import save_file
 from toy_graph import ToyGraph
 
-from recsys_ray.artifacts import publish, save_arrays, work_folder
+from recsys_ray.bundle.extend import extend_bundle
 from recsys_ray.config import HgnnConfig, TextConfig, load_config
+from recsys_ray.core.progress import Progress
 from recsys_ray.graph.activity import COLUMNS, NEVER, count_events, describe
 from recsys_ray.graph.pairs import ONE, PairCounter, Window, keep_best
-from recsys_ray.hgnn.embedding import LocalStore, embed_items
+from recsys_ray.hgnn.inference import LocalStore, embed_items
 from recsys_ray.hgnn.model import HGNN, ItemTypes
 from recsys_ray.hgnn.signature import SignedSource, item_signatures
-from recsys_ray.progress import Progress
-from recsys_ray.retrieval.extend import extend_bundle
-from recsys_ray.retrieval.histories import mapped_arrays
-from recsys_ray.retrieval.recommender import Recommender
+from recsys_ray.scoring.memory import RIDGES, Memory, memory_file
+from recsys_ray.scoring.ridge import Edges, solve
+from recsys_ray.serving.histories import mapped_arrays
+from recsys_ray.serving.recommender import Recommender
+from recsys_ray.storage.artifacts import publish, save_arrays, work_folder
 from recsys_ray.text.encoder import encoder_fingerprint, find_model
 from recsys_ray.text.featurize import encode_alike
 from recsys_ray.two_tower.batches import ArrayFeatures
-from recsys_ray.two_tower.job import catalogue_of
-from recsys_ray.two_tower.memory import RIDGES, Memory, memory_file
-from recsys_ray.two_tower.ridge import Edges, solve
+from recsys_ray.two_tower.stage import catalogue_of
 from recsys_ray.two_tower.towers import TowerSpec, TwoTower
 from recsys_ray.two_tower.training import item_vectors
 

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from recsys_ray.evaluation.names import SEGMENT_NAMES
-from recsys_ray.evaluation.tuning import Tuned
+from recsys_ray.baselines.tuning import Tuned
+from recsys_ray.evaluation.labels import SEGMENT_NAMES
 
 EVIL = "</script><script>document.title='harmed'</script><img src=x onerror=alert(1)>$m$ \"'&"
 MODELS = ("popularity", "item_knn", "hgnn", "two_tower_text_only", "2t_hgnn", EVIL, "oracle")

@@ -22,11 +22,11 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from recsys_ray.artifacts import write_json
-from recsys_ray.cluster import LOGICAL_CPUS_TO_SPARE
+from recsys_ray.cluster.session import LOGICAL_CPUS_TO_SPARE
+from recsys_ray.core.errors import DataError
+from recsys_ray.core.progress import Progress
 from recsys_ray.data.schema import TABLES, Columns, match_columns
-from recsys_ray.errors import DataError
-from recsys_ray.progress import Progress
+from recsys_ray.storage.artifacts import write_json
 
 _PARQUET, _CSV = (".parquet", ".pq"), (".csv", ".csv.gz")
 _CSV_HEAD = 1 << 20  # bytes in which the kinds of a CSV file's columns are looked up

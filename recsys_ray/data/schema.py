@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recsys_ray.errors import DataError
+from recsys_ray.core.errors import DataError
 
 Kind = Literal["id", "text", "seconds", "number", "flag", "labels", "vector"]
 _WHAT = {

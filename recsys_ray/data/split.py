@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from recsys_ray.config import SplitConfig
+from recsys_ray.core.errors import DataError
 from recsys_ray.data.validate import utc
-from recsys_ray.errors import DataError
 
 DAY = 86_400
 VALID_FROM, TEST_FROM, END = 0, 1, 2  # logical times

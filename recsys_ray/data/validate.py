@@ -14,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from recsys_ray.core.errors import DataError
 from recsys_ray.data.reading import Batch
 from recsys_ray.data.schema import TABLES, Column, Converted, convert, nearest, plain
-from recsys_ray.errors import DataError
 
 QUARANTINE = pa.schema(
     [

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from recsys_ray.artifacts import load_arrays
-from recsys_ray.evaluation.baselines.towers import ORACLE, ReadyLists
-from recsys_ray.evaluation.hits import EVERY_TYPE, Hits, Row
+from recsys_ray.evaluation.given import ORACLE, ReadyLists
 from recsys_ray.evaluation.metrics import QueryScores, bootstrap_interval, score_queries
-from recsys_ray.evaluation.recommenders import Ranked
+from recsys_ray.evaluation.queries import Setting, Survey, part_of
+from recsys_ray.evaluation.ranking import Ranked
+from recsys_ray.evaluation.results import EVERY_TYPE, Hits, Row
 from recsys_ray.evaluation.segments import SEGMENTS, Catalogue, Queries, segment_truths
-from recsys_ray.evaluation.shards import Setting, Survey, part_of
+from recsys_ray.storage.artifacts import load_arrays
 
 
 def summarise(

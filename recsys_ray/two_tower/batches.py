@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from recsys_ray.graph.activity import UNTOUCHED
-from recsys_ray.two_tower.inputs import ItemRows, ItemTables, UserInputs
+from recsys_ray.two_tower.features import ItemRows, ItemTables, UserInputs
 from recsys_ray.two_tower.rows import Examples, histories_of
 from recsys_ray.two_tower.towers import TowerSpec
 

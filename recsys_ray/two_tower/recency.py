@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from recsys_ray.ranks import seed_from, sum_over_ranks
+from recsys_ray.cluster.train import seed_from, sum_over_ranks
+from recsys_ray.scoring.memory import HALF_LIVES as OF_THE_MEMORY
+from recsys_ray.scoring.memory import RIDGES, Memory
+from recsys_ray.scoring.places import asked_by_type, gain_of, ranks_with_memory
 from recsys_ray.two_tower.batches import tables_for
-from recsys_ray.two_tower.memory import HALF_LIVES as OF_THE_MEMORY
-from recsys_ray.two_tower.memory import RIDGES, Memory
-from recsys_ray.two_tower.ranking import asked_by_type, gain_of, ranks_with_memory
 from recsys_ray.two_tower.rows import histories_of
 from recsys_ray.two_tower.towers import TowerSpec, recent_weights
 from recsys_ray.two_tower.training import TowerTask

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Int
 
-from recsys_ray.ragged import offsets_of, spread
+from recsys_ray.core.offsets import offsets_of, spread
 
 Examples = Mapping[str, np.ndarray]
 

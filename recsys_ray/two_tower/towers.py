@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recsys_ray.errors import ArtifactError
-from recsys_ray.precision import Precision
-from recsys_ray.two_tower.inputs import ItemRows, ItemTables, UserInputs
+from recsys_ray.core.errors import ArtifactError
+from recsys_ray.core.precision import Precision
+from recsys_ray.two_tower.features import ItemRows, ItemTables, UserInputs
 
 METRIC = "inner_product"
 _SMALL = 16  # width of the embeddings of country, language, category and item type

@@ -12,8 +12,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from recsys_ray.cluster.train import largest_over_ranks, seed_from, sum_over_ranks
 from recsys_ray.config import TwoTowerConfig
-from recsys_ray.ranks import largest_over_ranks, seed_from, sum_over_ranks
+from recsys_ray.scoring.memory import RIDGES, WEIGHTS, Memory
+from recsys_ray.scoring.places import asked_by_type, gain_of, ranks_with_memory
 from recsys_ray.two_tower.batches import (
     Batch,
     Catalogue,
@@ -24,10 +26,8 @@ from recsys_ray.two_tower.batches import (
     tables_for,
     user_inputs,
 )
-from recsys_ray.two_tower.inputs import UserInputs
+from recsys_ray.two_tower.features import UserInputs
 from recsys_ray.two_tower.loss import inclusion_log_q, paper_loss, sampled_softmax
-from recsys_ray.two_tower.memory import RIDGES, WEIGHTS, Memory
-from recsys_ray.two_tower.ranking import asked_by_type, gain_of, ranks_with_memory
 from recsys_ray.two_tower.rows import Examples, join
 from recsys_ray.two_tower.towers import ItemIds, TowerSpec, TwoTower
 

@@ -56,7 +56,7 @@ def sampler() -> None:
     """Our neighbour sampling inside a partition against DGL's, on the same graph."""
     import dgl
 
-    from recsys_ray.graph.sampling import draw
+    from recsys_ray.graph.dgl.sampling import draw
 
     nodes, degree, fanout, seeds = 50_000, 30, 5, 10_000
     generator = torch.Generator().manual_seed(0)
@@ -98,8 +98,8 @@ def index() -> None:
 
 def memory() -> None:
     """What a full history brings to mind against the exact search beside it; fitting it against EASE's one inverse."""
-    from recsys_ray.two_tower.memory import NEIGHBOURS, RIDGES, Memory
-    from recsys_ray.two_tower.ridge import solve
+    from recsys_ray.scoring.memory import NEIGHBOURS, RIDGES, Memory
+    from recsys_ray.scoring.ridge import solve
 
     draw = np.random.default_rng(0)
     items, near = 50_000, NEIGHBOURS

@@ -13,13 +13,13 @@ import torch
 from graph_world import small_config, true_edges, write_world
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from recsys_ray.artifacts import load_arrays
-from recsys_ray.cluster import ray_session
+from recsys_ray.cluster.session import ray_session
 from recsys_ray.config import RayConfig
-from recsys_ray.graph.build import build_graph
-from recsys_ray.graph.client import GraphClient
-from recsys_ray.graph.servers import PartitionServers
-from recsys_ray.progress import Progress
+from recsys_ray.core.progress import Progress
+from recsys_ray.graph.dgl.client import GraphClient
+from recsys_ray.graph.dgl.servers import PartitionServers
+from recsys_ray.graph.stage import build_graph
+from recsys_ray.storage.artifacts import load_arrays
 
 
 @ray.remote(num_cpus=1, max_calls=1)

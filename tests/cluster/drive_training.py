@@ -9,17 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from recsys_ray.artifacts import Artifact, load_arrays, publish, save_arrays, work_folder
-from recsys_ray.cluster import ray_session
+from recsys_ray.cluster.session import ray_session
 from recsys_ray.config import Config, RayConfig
-from recsys_ray.data.demo_world import spec_for
-from recsys_ray.data.demo_write import write_demo
+from recsys_ray.core.progress import Progress
 from recsys_ray.data.ingest import ingest
-from recsys_ray.graph.build import build_graph
-from recsys_ray.hgnn.embeddings import load_embeddings
-from recsys_ray.hgnn.job import train_hgnn
-from recsys_ray.progress import Progress
-from recsys_ray.two_tower.job import train_two_tower
+from recsys_ray.demo.world import spec_for
+from recsys_ray.demo.write import write_demo
+from recsys_ray.graph.stage import build_graph
+from recsys_ray.hgnn.outputs import load_embeddings
+from recsys_ray.hgnn.stage import train_hgnn
+from recsys_ray.storage.artifacts import Artifact, load_arrays, publish, save_arrays, work_folder
+from recsys_ray.two_tower.stage import train_two_tower
 
 EVENTS, TEXT_DIM = 6_000, 32
 EPOCHS = 4  # of one worker; two workers take as many steps in twice the epochs

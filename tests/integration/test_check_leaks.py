@@ -15,12 +15,12 @@ import pytest
 from pipelines.leaks import check
 from pipelines.run import STAGES
 from pipelines.stage import Runner
-from recsys_ray.artifacts import load_arrays, open_artifact, publish, save_arrays, work_folder
 from recsys_ray.config import Config
-from recsys_ray.errors import LeakError
+from recsys_ray.core.errors import LeakError
+from recsys_ray.core.progress import Progress
+from recsys_ray.core.snapshots import Snapshot, snapshots_of
 from recsys_ray.graph.activity import ACTIVITY
-from recsys_ray.progress import Progress
-from recsys_ray.snapshots import Snapshot, snapshots_of
+from recsys_ray.storage.artifacts import load_arrays, open_artifact, publish, save_arrays, work_folder
 from recsys_ray.two_tower.examples import HistoryRules, UserEvents, build_queries, training_examples
 from recsys_ray.two_tower.rows import join, take
 

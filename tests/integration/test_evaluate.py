@@ -14,15 +14,14 @@ import pytest
 import ray
 import torch
 
-from recsys_ray.artifacts import save_arrays, write_json
+from recsys_ray.baselines import BASELINES, fitting
+from recsys_ray.baselines import tuning as tuning_module
 from recsys_ray.config import Config, load_config
-from recsys_ray.errors import UserError
-from recsys_ray.evaluation import evaluate as stage
-from recsys_ray.evaluation import fitting
-from recsys_ray.evaluation import tuning as tuning_module
-from recsys_ray.evaluation.baselines import BASELINES
-from recsys_ray.evaluation.recommenders import UserBatch
-from recsys_ray.progress import Progress
+from recsys_ray.core.errors import UserError
+from recsys_ray.core.progress import Progress
+from recsys_ray.evaluation import stage as stage
+from recsys_ray.evaluation.ranking import UserBatch
+from recsys_ray.storage.artifacts import save_arrays, write_json
 
 pytestmark = pytest.mark.slow
 

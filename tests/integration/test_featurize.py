@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from recsys_ray.artifacts import load_arrays
 from recsys_ray.config import Config, TextConfig
-from recsys_ray.errors import ConfigError
-from recsys_ray.progress import Progress
+from recsys_ray.core.errors import ConfigError
+from recsys_ray.core.progress import Progress
+from recsys_ray.storage.artifacts import load_arrays
 from recsys_ray.text.encoder import Encoder, find_model
 from recsys_ray.text.featurize import BLOCK, featurize
 

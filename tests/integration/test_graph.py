@@ -16,16 +16,16 @@ import ray
 import torch
 from graph_world import small_config, true_edges, write_world
 
-from recsys_ray.artifacts import load_arrays, save_arrays
 from recsys_ray.config import Config
-from recsys_ray.errors import ArtifactError, UserError
+from recsys_ray.core.errors import ArtifactError, UserError
+from recsys_ray.core.progress import Progress
 from recsys_ray.graph.activity import ACTIVITY
-from recsys_ray.graph.build import build_graph
-from recsys_ray.graph.client import GraphClient
-from recsys_ray.graph.partition import write_partitions
-from recsys_ray.graph.sampling import draw
-from recsys_ray.graph.servers import PartitionServers, count_partitions
-from recsys_ray.progress import Progress
+from recsys_ray.graph.dgl.client import GraphClient
+from recsys_ray.graph.dgl.partition import write_partitions
+from recsys_ray.graph.dgl.sampling import draw
+from recsys_ray.graph.dgl.servers import PartitionServers, count_partitions
+from recsys_ray.graph.stage import build_graph
+from recsys_ray.storage.artifacts import load_arrays, save_arrays
 
 pytestmark = pytest.mark.slow
 QUIET = Progress(quiet=True)
@@ -214,7 +214,7 @@ def test_partitions_together_are_the_graph(world: dict[str, Any], tmp_path: Path
 
     import dgl
 
-    from recsys_ray.graph.sampling import LocalGraph, NodeTable
+    from recsys_ray.graph.dgl.sampling import LocalGraph, NodeTable
 
     snapshots = world["counts"]["snapshots"]
     files = [(s["index"], world["graph"] / "edges" / f"{s['name']}.parquet") for s in snapshots]

@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from recsys_ray.config import Config, DataConfig, EventsConfig, GraphConfig, SplitConfig
+from recsys_ray.core.errors import DataError
+from recsys_ray.core.progress import Progress
 from recsys_ray.data import ingest as stage
 from recsys_ray.data.ingest import ingest
-from recsys_ray.errors import DataError
-from recsys_ray.progress import Progress
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_local")]
 NOW = 1_700_000_000

@@ -20,11 +20,11 @@ from pipeline_world import BASELINES, SMALL, call, command, configure, metrics_o
 from pipelines.cli import main
 from pipelines.evaluate import NAMES
 from pipelines.run import STAGES
-from recsys_ray.artifacts import load_arrays, open_artifact, save_arrays
-from recsys_ray.evaluation.hits import WITHOUT_MEMORY
-from recsys_ray.retrieval.bundle import set_current
-from recsys_ray.retrieval.recommender import Recommender
-from recsys_ray.snapshots import DAY
+from recsys_ray.bundle.build import set_current
+from recsys_ray.core.snapshots import DAY
+from recsys_ray.evaluation.results import WITHOUT_MEMORY
+from recsys_ray.serving.recommender import Recommender
+from recsys_ray.storage.artifacts import load_arrays, open_artifact, save_arrays
 
 pytestmark = pytest.mark.slow
 

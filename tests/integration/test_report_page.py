@@ -10,7 +10,7 @@ from browser import Browser, find_chromium
 from report_world import EVIL, MODELS, TYPES, differences, rows, write_run
 
 from recsys_ray.config import Config
-from recsys_ray.evaluation.report import write_report
+from recsys_ray.report.write import write_report
 
 pytestmark = [
     pytest.mark.slow,

@@ -11,7 +11,7 @@ import yaml
 
 from pipelines.cli import main
 from recsys_ray.config import load_config
-from recsys_ray.studies import groups
+from recsys_ray.studies import audiences as groups
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 

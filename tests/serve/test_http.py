@@ -20,8 +20,8 @@ import pytest
 import yaml
 from bundle_world import FORGOTTEN, LONELY, STRANGE_IDS, World, make_world
 
-from recsys_ray.retrieval.bundle import find_bundle
-from recsys_ray.retrieval.recommender import Recommender
+from recsys_ray.bundle.build import find_bundle
+from recsys_ray.serving.recommender import Recommender
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +29,7 @@ TYPES = ["audiobook", "music", "podcast"]
 SERVE = """
 import sys
 from pathlib import Path
-from recsys_ray.errors import UserError
+from recsys_ray.core.errors import UserError
 from serve.deployment import serve_forever
 try:
     serve_forever(sys.argv[1], port=int(sys.argv[2]))
@@ -39,7 +39,7 @@ except UserError as error:
 """
 CLUSTER = """
 import sys
-from recsys_ray.cluster import ray_session
+from recsys_ray.cluster.session import ray_session
 from recsys_ray.config import RayConfig
 import ray
 with ray_session(RayConfig(num_cpus=4, object_store_mb=128, dashboard=True)):

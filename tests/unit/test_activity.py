@@ -5,8 +5,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from recsys_ray.core.snapshots import DAY, Fold
 from recsys_ray.graph.activity import COLUMNS, add_counts, count_shard, describe
-from recsys_ray.snapshots import DAY, Fold
 
 ITEMS, NOW = 6, 500 * DAY
 TYPES = np.array([0, 0, 1, 1, 1, 1], np.int16)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import httpx
 from bundle_world import make_world
 
-from recsys_ray.retrieval.recommender import Recommender
+from recsys_ray.serving.recommender import Recommender
 from serve.app import create_app
 
 

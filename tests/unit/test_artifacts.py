@@ -9,7 +9,8 @@ import shutil
 import numpy as np
 import pytest
 
-from recsys_ray.artifacts import (
+from recsys_ray.core.errors import ArtifactError
+from recsys_ray.storage.artifacts import (
     SCRATCH,
     find_current,
     fingerprint,
@@ -20,7 +21,6 @@ from recsys_ray.artifacts import (
     source_fingerprint,
     work_folder,
 )
-from recsys_ray.errors import ArtifactError
 
 
 def make(tmp_path, value=1.0, print_="f" * 64):

@@ -10,19 +10,19 @@ import scipy.sparse as sp
 import torch
 from colour_world import CATALOGUE, ITEMS, MOMENT, USERS, colour_events, fit, known_data, write_features
 
+from recsys_ray.baselines import BASELINES, chosen_baselines, ease, item_knn, sasrec
+from recsys_ray.baselines.hgnn_users import means_per_type
+from recsys_ray.baselines.histories import HistoryRule, favour_popular, training_matrix
+from recsys_ray.baselines.interface import Choice, default_point
+from recsys_ray.baselines.lightgcn import Propagation
+from recsys_ray.baselines.propagation import SparseMap, row_means, symmetric
+from recsys_ray.baselines.sampling import bpr_loss, softmax_loss
 from recsys_ray.config import BASELINES as NAMES
 from recsys_ray.config import load_config
-from recsys_ray.errors import ConfigError, UserError
-from recsys_ray.evaluation.baselines import BASELINES, chosen_baselines, ease, item_knn, sasrec
-from recsys_ray.evaluation.baselines.hgnn_users import means_per_type
-from recsys_ray.evaluation.baselines.histories import HistoryRule, favour_popular, training_matrix
-from recsys_ray.evaluation.baselines.interface import Choice, default_point
-from recsys_ray.evaluation.baselines.lightgcn import Propagation
-from recsys_ray.evaluation.baselines.propagation import SparseMap, row_means, symmetric
-from recsys_ray.evaluation.baselines.sampling import bpr_loss, softmax_loss
-from recsys_ray.evaluation.recommenders import batch_of, rank
+from recsys_ray.core.errors import ConfigError, UserError
+from recsys_ray.core.snapshots import DAY
+from recsys_ray.evaluation.ranking import batch_of, rank
 from recsys_ray.evaluation.segments import Catalogue, Events
-from recsys_ray.snapshots import DAY
 
 
 def events(*rows: tuple[int, int, int, int]) -> Events:

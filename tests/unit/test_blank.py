@@ -10,9 +10,10 @@ import torch
 from checkerboard import ITEMS, TYPES, board_task, board_trainer
 
 from recsys_ray.config import load_config
+from recsys_ray.core.snapshots import Fold, Snapshot
 from recsys_ray.graph.activity import CHOSEN
-from recsys_ray.snapshots import Fold, Snapshot
-from recsys_ray.two_tower.blank import (
+from recsys_ray.scoring.shares import blank_shares, some_users
+from recsys_ray.scoring.unseen import (
     Period,
     known_shift,
     share_ahead,
@@ -21,9 +22,8 @@ from recsys_ray.two_tower.blank import (
     shift_of_each,
     shift_of_touched,
 )
-from recsys_ray.two_tower.job import _periods
 from recsys_ray.two_tower.rows import take
-from recsys_ray.two_tower.shares import blank_shares, some_users
+from recsys_ray.two_tower.stage import _periods
 from recsys_ray.two_tower.training import item_vectors, user_vectors
 
 
@@ -47,7 +47,7 @@ def test_nothing_is_shifted_where_there_is_nothing_to_compare_with(which):
 
 def test_blank_items_of_a_type_get_its_share_in_the_mean(monkeypatch):
     """Of three types, the last without a share; in parts of a few users."""
-    monkeypatch.setattr("recsys_ray.two_tower.blank._CELLS", 300)
+    monkeypatch.setattr("recsys_ray.scoring.unseen._CELLS", 300)
     generator = torch.Generator().manual_seed(0)
     users, items = torch.randn(70, 8, generator=generator), torch.randn(90, 8, generator=generator)
     ntype, blank = torch.arange(90) // 30, torch.arange(90) % 4 == 0

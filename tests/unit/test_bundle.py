@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from bundle_world import DAY, END, EVENTS, POPULAR_DAYS, World, make_world
 
-from recsys_ray.artifacts import open_artifact
-from recsys_ray.errors import ArtifactError
-from recsys_ray.retrieval.bundle import find_bundle, set_current
-from recsys_ray.retrieval.histories import Histories, HistoryWriter, whole_users
-from recsys_ray.retrieval.recommender import Recommender
+from recsys_ray.bundle.build import find_bundle, set_current
+from recsys_ray.core.errors import ArtifactError
+from recsys_ray.serving.histories import Histories, HistoryWriter, whole_users
+from recsys_ray.serving.recommender import Recommender
+from recsys_ray.storage.artifacts import open_artifact
 
 TYPES = ["audiobook", "music", "podcast"]
 
@@ -122,7 +122,7 @@ def test_poor_recall_is_not_published(tmp_path):
 @pytest.mark.parametrize("change", ["metric", "norm", "embedding", "rows"])
 def test_inputs_that_do_not_fit_are_refused(tmp_path, change, monkeypatch):
     world = make_world(tmp_path)
-    monkeypatch.setattr("recsys_ray.retrieval.bundle.open_artifact", _unchecked)
+    monkeypatch.setattr("recsys_ray.bundle.build.open_artifact", _unchecked)
     towers, save = tmp_path / "two_tower" / "hgnn", bundle_world.save_arrays
     if change == "metric":
         spec = towers / "spec.json"
@@ -142,7 +142,7 @@ def test_inputs_that_do_not_fit_are_refused(tmp_path, change, monkeypatch):
 def _unchecked(path: Path, verify: bool = False):
     import json
 
-    from recsys_ray.artifacts import Artifact
+    from recsys_ray.storage.artifacts import Artifact
 
     return Artifact(path, json.loads((path / "manifest.json").read_text()))
 

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from recsys_ray.cluster import _container_limit, granted_cpus
+from recsys_ray.cluster.session import _container_limit, granted_cpus
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from recsys_ray.config import changed, load_config
-from recsys_ray.errors import ConfigError
+from recsys_ray.core.errors import ConfigError
 
 PRESETS = sorted(p for p in (Path(__file__).parents[2] / "configs").glob("*.yaml") if p.name != "serve.yaml")
 

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recsys_ray.config import GraphConfig
-from recsys_ray.errors import ConfigError
+from recsys_ray.core.errors import ConfigError
+from recsys_ray.core.snapshots import Fold
 from recsys_ray.graph import pairs
-from recsys_ray.graph.cooccurrence import _is_done, count_shard, reduce_range
+from recsys_ray.graph.edges import _is_done, count_shard, reduce_range
 from recsys_ray.graph.pairs import Counted, Window, keep_best
-from recsys_ray.snapshots import Fold
 
 WIDE = Window(0, 10_000)
 Event = tuple[int, int, int]  # uid, gid, timestamp
@@ -146,7 +146,7 @@ def test_only_the_latest_items_of_a_user_make_pairs(tmp_path: Path) -> None:
 
 
 def test_a_user_with_100_000_events_costs_its_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("recsys_ray.graph.cooccurrence._ROWS", 7_000)  # so that the user spans many batches
+    monkeypatch.setattr("recsys_ray.graph.edges._ROWS", 7_000)  # so that the user spans many batches
     rng = np.random.default_rng(0)
     heavy = list(zip([1] * 100_000, rng.integers(0, 5_000, 100_000).tolist(), range(100_000), strict=True))
     events = [(0, 1, 1), (0, 2, 2), *heavy, (2, 1, 3), (2, 2, 4)]
@@ -162,7 +162,7 @@ def test_spilling_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     whole = sharded(tmp_path / "whole", events, 40, {"w": WIDE})
     monkeypatch.setattr(pairs, "HOLD", 50)
     monkeypatch.setattr(pairs, "PAIRS_AT_ONCE", 20)
-    monkeypatch.setattr("recsys_ray.graph.cooccurrence._ROWS", 37)
+    monkeypatch.setattr("recsys_ray.graph.edges._ROWS", 37)
     pieces = sharded(tmp_path / "pieces", events, 40, {"w": WIDE})
     assert len(list((tmp_path / "pieces" / "scratch").rglob("w-*.parquet"))) > 6
     assert pieces == whole

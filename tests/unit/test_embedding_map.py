@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from recsys_ray.evaluation.embedding_map import lay_out, nearest, sample_items
 from recsys_ray.evaluation.segments import Catalogue
+from recsys_ray.report.item_map import lay_out, nearest, sample_items
 
 
 def catalogue(*sizes: int, hidden: int = 0) -> Catalogue:

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recsys_ray.errors import ConfigError
-from recsys_ray.precision import choose_precision
+from recsys_ray.core.errors import ConfigError
+from recsys_ray.core.precision import choose_precision
 from recsys_ray.text import encoder as module
 from recsys_ray.text.encoder import Encoder, encoder_fingerprint, find_model
 from recsys_ray.text.featurize import hash_text, random_vectors, text_of

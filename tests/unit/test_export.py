@@ -8,11 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 from bundle_world import World, make_world
 
-from recsys_ray.artifacts import load_arrays
-from recsys_ray.errors import ArtifactError, UserError
-from recsys_ray.progress import Progress
-from recsys_ray.retrieval import export
-from recsys_ray.retrieval.export import export_bundle, export_run
+from recsys_ray.bundle import export
+from recsys_ray.bundle.export import export_bundle, export_run
+from recsys_ray.core.errors import ArtifactError, UserError
+from recsys_ray.core.progress import Progress
+from recsys_ray.storage.artifacts import load_arrays
 
 QUIET = Progress(quiet=True)
 

@@ -20,15 +20,15 @@ from bundle_world import DAY, END, POPULAR_DAYS, publish_arrays
 from late_world import QUIET, TYPES, Late, extend, make_late, rows_of, true_edges
 from toy_graph import ToyGraph
 
-from recsys_ray.artifacts import open_artifact
-from recsys_ray.errors import ArtifactError, ConfigError, DataError
+from recsys_ray.bundle.build import MEMORY, build_bundle, find_bundle
+from recsys_ray.bundle.extend import extend_bundle
+from recsys_ray.core.errors import ArtifactError, ConfigError, DataError
 from recsys_ray.hgnn.inductive import EdgeList
 from recsys_ray.hgnn.model import ItemTypes
-from recsys_ray.retrieval.bundle import MEMORY, build_bundle, find_bundle
-from recsys_ray.retrieval.extend import extend_bundle
-from recsys_ray.retrieval.histories import mapped_arrays
-from recsys_ray.retrieval.recommender import Recommender
-from recsys_ray.two_tower.memory import Memory
+from recsys_ray.scoring.memory import Memory
+from recsys_ray.serving.histories import mapped_arrays
+from recsys_ray.serving.recommender import Recommender
+from recsys_ray.storage.artifacts import open_artifact
 from recsys_ray.two_tower.towers import TowerSpec
 from serve.app import create_app
 

@@ -18,19 +18,19 @@ from bundle_world import DAY, END, POPULAR_DAYS, publish_arrays
 from late_world import HGNN_CONFIG, MEAN_USER, QUIET, SIZES, TYPES, Late, extend, make_late, rows_of, true_edges
 from toy_graph import ToyGraph
 
-from recsys_ray.artifacts import open_artifact
-from recsys_ray.errors import DataError
-from recsys_ray.hgnn.embedding import LocalStore, embed_items
+from recsys_ray.bundle.build import find_bundle
+from recsys_ray.bundle.export import export_bundle
+from recsys_ray.bundle.extend import extend_bundle
+from recsys_ray.core.errors import DataError
+from recsys_ray.core.progress import Progress
 from recsys_ray.hgnn.inductive import load_hgnn
+from recsys_ray.hgnn.inference import LocalStore, embed_items
 from recsys_ray.hgnn.model import HGNN, ItemTypes
 from recsys_ray.hgnn.signature import SignedSource, item_signatures
-from recsys_ray.progress import Progress
-from recsys_ray.retrieval.bundle import find_bundle
-from recsys_ray.retrieval.export import export_bundle
-from recsys_ray.retrieval.extend import extend_bundle
-from recsys_ray.retrieval.filters import RequestError
-from recsys_ray.retrieval.histories import mapped_arrays
-from recsys_ray.retrieval.recommender import Recommender
+from recsys_ray.serving.histories import mapped_arrays
+from recsys_ray.serving.recommender import Recommender
+from recsys_ray.serving.requests import RequestError
+from recsys_ray.storage.artifacts import open_artifact
 from serve.app import create_app
 
 BOOKS = ["book-1", "book-2", "book-3"]

@@ -6,14 +6,14 @@ import pytest
 import torch
 from toy_graph import ToyGraph, both_ways
 
-from recsys_ray.checkpoint import load_checkpoint, save_checkpoint
 from recsys_ray.config import HgnnConfig
-from recsys_ray.hgnn.embedding import LocalStore, embed_items
+from recsys_ray.hgnn.inference import LocalStore, embed_items
 from recsys_ray.hgnn.loss import in_batch_softmax, max_margin
 from recsys_ray.hgnn.model import HGNN, ItemTypes
 from recsys_ray.hgnn.sampler import build_blocks
 from recsys_ray.hgnn.signature import SignedSource, item_signatures, signs
 from recsys_ray.hgnn.training import EdgeTrainer, plan_edges, train_epochs
+from recsys_ray.storage.checkpoint import load_checkpoint, save_checkpoint
 
 ITEMS, HALF = 40, 20
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from recsys_ray.errors import ArtifactError
-from recsys_ray.evaluation.hits import Hits, against_all, difference, pool
+from recsys_ray.core.errors import ArtifactError
 from recsys_ray.evaluation.metrics import bootstrap_interval, pooled_interval
+from recsys_ray.evaluation.results import Hits, against_all, difference, pool
 from recsys_ray.evaluation.segments import SEGMENTS, Queries
 
 TYPES = ("book", "song")

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recsys_ray.config import IndexConfig
-from recsys_ray.errors import ArtifactError
-from recsys_ray.retrieval.index import (
+from recsys_ray.core.errors import ArtifactError
+from recsys_ray.serving.index import (
     TypeIndex,
     check_metric,
     check_unit_norm,
@@ -46,7 +46,7 @@ def test_kind_follows_size():
 
 
 def test_exact_top_k_is_brute_force_across_chunks(monkeypatch):
-    monkeypatch.setattr("recsys_ray.retrieval.index._CHUNK", 7)
+    monkeypatch.setattr("recsys_ray.serving.index._CHUNK", 7)
     vectors, queries = unit(50), unit(4, seed=1)
     scores, rows = exact_top_k(vectors, queries, 5)
     assert rows.tolist() == [brute_force(vectors, q, 5, np.arange(50)) for q in queries]
@@ -63,7 +63,7 @@ def test_search_is_brute_force(built):
 @settings(max_examples=60, deadline=None)
 @given(k=st.integers(1, 250), count=st.integers(0, 200), seed=st.integers(0, 5), small=st.booleans())
 def test_search_never_returns_forbidden_and_always_enough(k, count, seed, small, monkeypatch_module):
-    monkeypatch_module.setattr("recsys_ray.retrieval.index._OVERFETCH", 20 if small else 256)
+    monkeypatch_module.setattr("recsys_ray.serving.index._OVERFETCH", 20 if small else 256)
     vectors = unit(300)
     index = TypeIndex.build(
         "a", vectors, np.arange(0, 300, dtype=np.int32)[50:250], HNSW if seed % 2 else IndexConfig()

@@ -11,18 +11,18 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from recsys_ray.artifacts import Artifact
+from recsys_ray.checks.leaks import Words, check_examples, check_plan, check_test, check_validation
+from recsys_ray.checks.leaks_snapshots import check_activity, check_edges
 from recsys_ray.config import GraphConfig
-from recsys_ray.errors import LeakError
-from recsys_ray.evaluation.leaks import Words, check_examples, check_plan, check_test, check_validation
-from recsys_ray.evaluation.leaks_snapshots import check_activity, check_edges
-from recsys_ray.evaluation.recommenders import batch_of
+from recsys_ray.core.errors import LeakError
+from recsys_ray.core.snapshots import DAY, Fold, Snapshot, plan_snapshots
+from recsys_ray.evaluation.ranking import batch_of
 from recsys_ray.evaluation.segments import Catalogue, Events, find_queries
 from recsys_ray.graph.activity import add_counts, count_shard, describe
-from recsys_ray.graph.cooccurrence import count_shard as count_pairs
-from recsys_ray.graph.cooccurrence import reduce_range
+from recsys_ray.graph.edges import count_shard as count_pairs
+from recsys_ray.graph.edges import reduce_range
 from recsys_ray.graph.pairs import Window
-from recsys_ray.snapshots import DAY, Fold, Snapshot, plan_snapshots
+from recsys_ray.storage.artifacts import Artifact
 from recsys_ray.two_tower.examples import HistoryRules, UserEvents, build_queries, training_examples
 
 USERS, ITEMS = 30, 40

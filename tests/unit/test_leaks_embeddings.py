@@ -12,28 +12,28 @@ import torch
 from safetensors.torch import save_file
 from toy_graph import ToyGraph
 
-from recsys_ray.artifacts import Artifact, load_arrays, save_arrays
+from recsys_ray.checks.leaks import FinishedRun, Words
+from recsys_ray.checks.leaks_snapshots import check_snapshots
 from recsys_ray.config import Config, HgnnConfig
-from recsys_ray.errors import LeakError
-from recsys_ray.evaluation.leaks import FinishedRun, Words
-from recsys_ray.evaluation.leaks_snapshots import check_snapshots
+from recsys_ray.core.errors import LeakError
+from recsys_ray.core.progress import Progress
+from recsys_ray.core.snapshots import as_records, plan_snapshots
 from recsys_ray.graph.activity import ACTIVITY, COLUMNS, add_counts, count_shard, describe
-from recsys_ray.graph.cooccurrence import count_shard as count_pairs
-from recsys_ray.graph.cooccurrence import reduce_range
+from recsys_ray.graph.edges import count_shard as count_pairs
+from recsys_ray.graph.edges import reduce_range
 from recsys_ray.graph.pairs import Window
-from recsys_ray.hgnn.embedding import LocalStore, embed_items
+from recsys_ray.hgnn.inference import LocalStore, embed_items
 from recsys_ray.hgnn.model import HGNN, ItemTypes
 from recsys_ray.hgnn.signature import SignedSource, item_signatures
-from recsys_ray.progress import Progress
-from recsys_ray.snapshots import as_records, plan_snapshots
+from recsys_ray.scoring.memory import Memory, memory_file
+from recsys_ray.scoring.ridge import count_users, read_edges, solve
+from recsys_ray.scoring.trends import count_latest, latest_file
+from recsys_ray.storage.artifacts import Artifact, load_arrays, save_arrays
 from recsys_ray.two_tower.batches import ArrayFeatures
 from recsys_ray.two_tower.examples import UserEvents
-from recsys_ray.two_tower.job import load_catalogue
-from recsys_ray.two_tower.memory import Memory, memory_file
-from recsys_ray.two_tower.ridge import count_users, read_edges, solve
+from recsys_ray.two_tower.stage import load_catalogue
 from recsys_ray.two_tower.towers import TowerSpec, TwoTower
 from recsys_ray.two_tower.training import item_vectors
-from recsys_ray.two_tower.trends import count_latest, latest_file
 
 SIZES, TEXT, LAST = (25, 15), 8, 90
 ITEMS = sum(SIZES)

@@ -9,10 +9,9 @@ import pytest
 import torch
 from checkerboard import CHANCE, ITEMS, VALID, board_events, board_task, board_trainer
 
-from recsys_ray.evaluation.baselines.towers import Tower
-from recsys_ray.evaluation.recommenders import UserBatch
-from recsys_ray.two_tower.job import VARIANTS, write_specs
-from recsys_ray.two_tower.memory import (
+from recsys_ray.evaluation.given import Tower
+from recsys_ray.evaluation.ranking import UserBatch
+from recsys_ray.scoring.memory import (
     REACH,
     RIDGES,
     RIVALS,
@@ -23,9 +22,10 @@ from recsys_ray.two_tower.memory import (
     one_row_a_user,
     place_kept,
 )
-from recsys_ray.two_tower.ranking import ranks_with_memory
-from recsys_ray.two_tower.ridge import Edges, _ranges, solve
-from recsys_ray.two_tower.scorer import TrainedTower
+from recsys_ray.scoring.places import ranks_with_memory
+from recsys_ray.scoring.ridge import Edges, _ranges, solve
+from recsys_ray.scoring.scorer import TrainedTower
+from recsys_ray.two_tower.stage import VARIANTS, write_specs
 from recsys_ray.two_tower.towers import TowerSpec, UserTower
 from recsys_ray.two_tower.training import train_epochs
 
@@ -102,7 +102,7 @@ def test_a_range_of_edges_is_solved_as_in_the_whole():
 
 
 def test_a_hub_remembers_its_largest_items_of_each_type(monkeypatch):
-    monkeypatch.setattr("recsys_ray.two_tower.memory.NEIGHBOURS", 2)
+    monkeypatch.setattr("recsys_ray.scoring.memory.NEIGHBOURS", 2)
     ntype = np.array([0, 0, 0, 0, 1, 1, 1, 1])
     others = np.arange(1, 8)
     src, dst = np.r_[np.zeros(7, int), others], np.r_[others, np.zeros(7, int)]

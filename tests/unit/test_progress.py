@@ -2,8 +2,8 @@
 
 import pytest
 
-from recsys_ray import progress
-from recsys_ray.progress import Progress
+from recsys_ray.core import progress
+from recsys_ray.core.progress import Progress
 
 
 def test_work_that_begins_anew_has_a_rate_of_its_own(monkeypatch):

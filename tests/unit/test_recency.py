@@ -9,9 +9,9 @@ import pytest
 import torch
 from checkerboard import ITEMS, board_catalogue, board_task, board_trainer
 
-from recsys_ray.ragged import offsets_of
+from recsys_ray.core.offsets import offsets_of
+from recsys_ray.scoring.memory import HALF_LIVES, RIDGES, Memory
 from recsys_ray.two_tower.batches import ArrayFeatures, tables_for, user_inputs
-from recsys_ray.two_tower.memory import HALF_LIVES, RIDGES, Memory
 from recsys_ray.two_tower.recency import (
     first_as_good,
     last_items_tell,

@@ -8,10 +8,10 @@ from bundle_world import DAY, END, EVENTS, FORGOTTEN, LONELY, POPULAR_DAYS, STRA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recsys_ray.retrieval.filters import RequestError, UnknownItem
-from recsys_ray.retrieval.recommender import Recommender
-from recsys_ray.retrieval.wording import because, fits
-from recsys_ray.two_tower.memory import RIVALS
+from recsys_ray.scoring.memory import RIVALS
+from recsys_ray.serving.reasons import because, fits
+from recsys_ray.serving.recommender import Recommender
+from recsys_ray.serving.requests import RequestError, UnknownItem
 
 TYPES = ["audiobook", "music", "podcast"]
 
@@ -53,7 +53,7 @@ def ids(items) -> list[str]:
 
 def test_answer_is_brute_force(world, recommender):
     """The tower's vector against every allowed item, and what trends and the memory add."""
-    from recsys_ray.retrieval.histories import user_inputs
+    from recsys_ray.serving.histories import user_inputs
 
     raised = shifted = 0
 
@@ -107,7 +107,7 @@ def test_only_the_touched_rows_matter(recommender):
     """The tower over a few table rows gives what it gives over whole tables."""
     import torch
 
-    from recsys_ray.retrieval.histories import user_inputs
+    from recsys_ray.serving.histories import user_inputs
 
     profiles = [recommender.users.traits(uid, recommender.histories.recent(uid)) for uid in range(10)]
     inputs = user_inputs(profiles, recommender.tower.tastes)

@@ -11,12 +11,12 @@ import pytest
 import torch
 from colour_world import CATALOGUE, ITEMS, PER_TYPE, USERS, colour_events, fit, known_data, write_features
 
-from recsys_ray.evaluation import recommenders
-from recsys_ray.evaluation.baselines import BASELINES
-from recsys_ray.evaluation.baselines.histories import HistoryRule
-from recsys_ray.evaluation.baselines.towers import ReadyLists, Tower
-from recsys_ray.evaluation.baselines.vectors import MeanVectors
-from recsys_ray.evaluation.recommenders import Recommender, UserBatch, batch_of, rank, rank_queries, top_k
+from recsys_ray.baselines import BASELINES
+from recsys_ray.baselines.histories import HistoryRule
+from recsys_ray.baselines.vectors import MeanVectors
+from recsys_ray.evaluation import ranking as recommenders
+from recsys_ray.evaluation.given import ReadyLists, Tower
+from recsys_ray.evaluation.ranking import Recommender, UserBatch, batch_of, rank, rank_queries, top_k
 from recsys_ray.evaluation.segments import SEGMENTS, Catalogue, Events, find_queries
 
 HISTORY = colour_events()

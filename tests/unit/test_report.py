@@ -13,9 +13,10 @@ from report_world import EVIL, MODELS, differences, rows, write_run
 from rich.console import Console
 
 from recsys_ray.config import Config
-from recsys_ray.evaluation import report, run_facts
-from recsys_ray.evaluation.names import contest, name_of
-from recsys_ray.evaluation.report_data import headline, safe_json
+from recsys_ray.evaluation.labels import contest, name_of
+from recsys_ray.report import run_facts
+from recsys_ray.report import write as report
+from recsys_ray.report.data import headline, safe_json
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "col", "wbr", "base", "source"}
 

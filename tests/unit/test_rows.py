@@ -7,7 +7,7 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recsys_ray.ragged import offsets_of
+from recsys_ray.core.offsets import offsets_of
 from recsys_ray.two_tower.rows import from_table, histories_of, join, take, to_table
 
 entry = st.tuples(st.integers(0, 2**31 - 1), st.integers(0, 9))

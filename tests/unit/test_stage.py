@@ -7,10 +7,10 @@ import shutil
 import pytest
 
 from pipelines.stage import VARIANTS, Context, Runner, Stage
-from recsys_ray.artifacts import open_artifact, write_json
 from recsys_ray.config import Config
-from recsys_ray.errors import ArtifactError
-from recsys_ray.progress import Progress
+from recsys_ray.core.errors import ArtifactError
+from recsys_ray.core.progress import Progress
+from recsys_ray.storage.artifacts import open_artifact, write_json
 
 
 class Local(Runner):

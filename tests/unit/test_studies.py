@@ -12,17 +12,17 @@ import polars.testing
 import pytest
 
 from pipelines.study import _LEAN
-from recsys_ray.artifacts import Artifact
 from recsys_ray.config import changed, load_config
 from recsys_ray.data.reading import find_source
-from recsys_ray.evaluation.hits import Hits
+from recsys_ray.evaluation.results import Hits
 from recsys_ray.evaluation.segments import SEGMENTS, Queries
+from recsys_ray.storage.artifacts import Artifact
 from recsys_ray.studies import NAMES
-from recsys_ray.studies.catalogue import STUDIES
-from recsys_ray.studies.judge import compare, conclusions, judge
+from recsys_ray.studies.changed_tables import WEEK, Log, NewType, OnlyType, ShuffledLabels, write_changed
+from recsys_ray.studies.compare import compare, conclusions, judge
 from recsys_ray.studies.page import write_page
+from recsys_ray.studies.registry import STUDIES
 from recsys_ray.studies.study import Comparison, Facts, Result, Side, Study, Variant
-from recsys_ray.studies.tables import WEEK, Log, NewType, OnlyType, ShuffledLabels, write_changed
 
 DAY = 86_400
 TEST = 10 * WEEK

@@ -9,11 +9,9 @@ import pytest
 import torch
 from checkerboard import ITEMS, LIKED, TEST, TYPES, VALID, board_events, board_task, board_trainer
 
+from recsys_ray.core.snapshots import DAY
 from recsys_ray.graph.activity import CHOSEN
-from recsys_ray.snapshots import DAY
-from recsys_ray.two_tower.rows import take
-from recsys_ray.two_tower.training import TowerTask, item_vectors, sample_of_queries
-from recsys_ray.two_tower.trends import (
+from recsys_ray.scoring.trends import (
     PERIODS,
     WEIGHTS,
     choose_trends,
@@ -23,6 +21,8 @@ from recsys_ray.two_tower.trends import (
     tower_shares,
     trend_of_all,
 )
+from recsys_ray.two_tower.rows import take
+from recsys_ray.two_tower.training import TowerTask, item_vectors, sample_of_queries
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ import yaml
 
 from pipelines.tune import Record
 from recsys_ray.config import changed, field_names, load_config
-from recsys_ray.errors import ConfigError
-from recsys_ray.progress import Progress
-from recsys_ray.tuning import (
+from recsys_ray.core.errors import ConfigError
+from recsys_ray.core.progress import Progress
+from recsys_ray.tuning.space import (
     SPACE,
     Choice,
     Range,

@@ -11,15 +11,14 @@ import polars as pl
 import pytest
 from colour_world import CATALOGUE, ITEMS, PER_TYPE, USERS, fit, write_features
 
-from recsys_ray.artifacts import write_json
+from recsys_ray.baselines import BASELINES, fitting
+from recsys_ray.baselines.fitting import Job, Watcher, prepare_validation, read_known, try_point
+from recsys_ray.baselines.interface import Choice, Params, Real, default_point
+from recsys_ray.baselines.tuning import Tuned, search
 from recsys_ray.config import load_config
-from recsys_ray.evaluation import fitting
-from recsys_ray.evaluation.baselines import BASELINES
-from recsys_ray.evaluation.baselines.interface import Choice, Params, Real, default_point
-from recsys_ray.evaluation.fitting import Job, Watcher, prepare_validation, read_known, try_point
-from recsys_ray.evaluation.recommenders import batch_of
-from recsys_ray.evaluation.shards import prepare
-from recsys_ray.evaluation.tuning import Tuned, search
+from recsys_ray.evaluation.queries import prepare
+from recsys_ray.evaluation.ranking import batch_of
+from recsys_ray.storage.artifacts import write_json
 
 SPACE = {"x": Real(1.0, 0.01, 100.0, log=True), "kind": Choice("a", ("a", "b"))}
 VALID, TEST, END = 1000, 2000, 3000

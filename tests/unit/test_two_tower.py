@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from recsys_ray.checkpoint import load_checkpoint, save_checkpoint
-from recsys_ray.errors import ArtifactError
+from recsys_ray.core.errors import ArtifactError
+from recsys_ray.storage.checkpoint import load_checkpoint, save_checkpoint
 from recsys_ray.two_tower.batches import batches_in, country_index, epoch_batches, make_batch, tables_for, user_inputs
-from recsys_ray.two_tower.inputs import UserInputs
+from recsys_ray.two_tower.features import UserInputs
 from recsys_ray.two_tower.loss import inclusion_log_q, paper_loss, sampled_softmax
 from recsys_ray.two_tower.rows import histories_of
 from recsys_ray.two_tower.towers import TwoTower, load_item_ids, load_towers, load_user_tower

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from recsys_ray.config import SplitConfig
+from recsys_ray.core.errors import DataError
 from recsys_ray.data.reading import Batch, find_source, read_batches
 from recsys_ray.data.schema import convert, match_columns
 from recsys_ray.data.shuffle import shard_of
@@ -25,7 +26,6 @@ from recsys_ray.data.validate import (
     check_items,
     check_users,
 )
-from recsys_ray.errors import DataError
 
 NOW = 1_700_000_000
 RULES = EventRules(["stream", "follow"], ["heartbeat"], NOW)

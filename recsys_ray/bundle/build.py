@@ -1,0 +1,392 @@
+"""The bundle: all that serving needs in one folder, published whole.
+
+Layout of ``bundles/<version>/``:
+
+- ``items.arrow`` (item_id, title, ntype, available; row = gid), ``item_ids.arrow`` (id ascending, gid). Gids are those
+  of the ingest stage; items that came later (extend.py) have the next ones, whatever their type. So a type's gids
+  ascend but need not be a range.
+- ``vectors.safetensors``: ``vector`` float32 [items, d], what the item tower made of every item; with one more column
+  where trends count (recsys_ray/scoring/trends.py), what every user's score of the item has beside the inner product:
+  the vectors that are asked with have a 1 there (:func:`recsys_ray.serving.index.as_queries`)
+- ``text.safetensors``, ``hgnn.safetensors``, ``ids.safetensors`` (the items' own learned vectors; not where the towers
+  have none): the user tower's item tables
+- ``memory.safetensors``: what is remembered of pairs of items (recsys_ray/scoring/memory.py) and which items
+  nobody had; not where neither counts
+- ``index/t{i}.faiss``: the available items of type number i, in order of gid
+- ``user_tower/``: ``model.safetensors``, ``spec.json``
+- ``user_ids.arrow`` (id ascending, uid), ``users.safetensors`` (age, country, taste.<name>; row = uid)
+- ``histories.safetensors`` (see histories.py), ``popularity.safetensors`` (see popularity.py)
+- what only embedding new items reads: ``hgnn_model/`` (``model.safetensors``, ``config.json``), ``hidden.safetensors``
+  (``hidden`` float16 [items, h], what items send in the second layer), ``vocabularies.json`` (languages, categories of
+  the item tower), ``activity.safetensors`` (``counts`` int64 [5, items], ``first``, ``published`` int64 [items]; see
+  recsys_ray/graph/activity.py)
+- ``manifest.json``: checksums, counts, configuration, recall@10 of every index against exact search
+
+``bundles/current`` is a relative link to the live version and is swapped in one step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from recsys_ray.config import Config, IndexConfig
+from recsys_ray.core.errors import ArtifactError
+from recsys_ray.core.progress import Progress
+from recsys_ray.data.split import calendar_end, is_leave_one_out, popular_days
+from recsys_ray.graph.activity import NEVER, Counts, add_counts, count_events
+from recsys_ray.scoring.memory import Memory, memory_file
+from recsys_ray.serving.catalogue import Items, Users, sorted_ids, write_table
+from recsys_ray.serving.histories import (
+    Histories,
+    HistoryWriter,
+    RawArrays,
+    mapped_arrays,
+    user_inputs,
+    whole_users,
+)
+from recsys_ray.serving.index import METRIC, TypeIndex, as_queries, check_metric, check_unit_norm, recall_at
+from recsys_ray.serving.popularity import PopularityCounter, popularity_arrays
+from recsys_ray.serving.tower import LoadTower, TowerRunner, load_user_tower
+from recsys_ray.storage.artifacts import (
+    SCRATCH,
+    Artifact,
+    find_current,
+    fingerprint,
+    load_arrays,
+    open_artifact,
+    publish,
+    save_arrays,
+    work_folder,
+    write_json,
+)
+from recsys_ray.two_tower.towers import load_item_ids
+
+CURRENT = "current"
+VARIANT = "hgnn"  # of the two-tower stage's models, the one that is served
+MEMORY = "memory.safetensors"
+_SAMPLE = 1_000  # queries that recall is measured with
+_DAY = 86_400
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """What the earlier stages left."""
+
+    ingest: Artifact
+    featurize: Artifact
+    hgnn: Artifact
+    two_tower: Artifact
+    spec: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, ingest: Path, featurize: Path, hgnn: Path, two_tower: Path) -> _Sources:
+        tower = two_tower / VARIANT / "spec.json"
+        try:
+            spec = json.loads(tower.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"{tower} cannot be read ({error}); run the two-tower stage again") from error
+        return cls(open_artifact(ingest), open_artifact(featurize), open_artifact(hgnn), open_artifact(two_tower), spec)
+
+    @property
+    def prints(self) -> dict[str, str]:
+        stages = {"ingest": self.ingest, "featurize": self.featurize, "hgnn": self.hgnn, "two_tower": self.two_tower}
+        return {name: artifact.fingerprint for name, artifact in stages.items()}
+
+    @property
+    def history(self) -> int:
+        return int(self.spec["history"])
+
+    def start(self, config: Config) -> int:
+        """First moment of the window before the data's end, unix seconds."""
+        days = self.spec.get("window_days", config.graph.window_days)
+        return 0 if days is None else calendar_end(self.ingest.counts) - days * _DAY
+
+
+def bundle_fingerprint(config: Config, prints: Mapping[str, str]) -> str:
+    """``prints``: fingerprints of the ingest, featurize, hgnn and two_tower folders."""
+    own = {"index": config.index.model_dump(), "positives": config.events.positives, "seed": config.seed}
+    own |= {"history": config.two_tower.history, "window_days": config.graph.window_days}
+    return fingerprint("index", own, prints)
+
+
+def build_bundle(
+    config: Config,
+    ingest_dir: Path,
+    featurize_dir: Path,
+    hgnn_dir: Path,
+    two_tower_dir: Path,
+    out_root: Path,
+    progress: Progress,
+    load_tower: LoadTower = load_user_tower,
+) -> Artifact:
+    """Build ``out_root``/<version> and point ``out_root``/current at it.
+
+    A bundle of the same inputs and configuration that is already there is kept; the version is a date (of the data's
+    last event) and the start of the fingerprint, so that the same inputs always make the same version.
+
+    Raises:
+        ArtifactError: an input is missing or does not fit the others; recall is below ``index.min_recall``.
+    """
+    sources = _Sources.open(ingest_dir, featurize_dir, hgnn_dir, two_tower_dir)
+    check_metric(sources.spec.get("metric"), two_tower_dir / VARIANT)
+    expected = bundle_fingerprint(config, sources.prints)
+    target = out_root / version_name(calendar_end(sources.ingest.counts), expected)
+    bundle = find_current(target, expected)
+    if bundle is None:
+        work = work_folder(target, expected)
+        progress.say(f"    bundle {target.name}")
+        _write_items(work, sources)
+        _write_seeds(work, sources)
+        _write_users(work, sources)
+        _write_events(work, config, sources, progress)
+        recall, exact = _write_indexes(work, config, sources, progress, load_tower)
+        facts = {"config": config.model_dump(mode="json"), "inputs": sources.prints}
+        counts = _counts(config, sources, target.name) | {"recall_at_10": recall, "exact": exact}
+        bundle = publish(work, target, "bundle", expected, counts=counts, **facts)
+    set_current(out_root, target.name)
+    return bundle
+
+
+def version_name(end: int, expected: str) -> str:
+    """Of the data's ``end`` (unix seconds) and the fingerprint: the same inputs always make the same version."""
+    return f"{datetime.fromtimestamp(end - 1, tz=UTC):%Y%m%d}-{expected[:12]}"
+
+
+def set_current(root: Path, version: str) -> None:
+    """Point ``root``/current at ``version`` in one step: there is no moment without a live bundle."""
+    aside = root / f".{CURRENT}.{os.getpid()}"
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(version, target_is_directory=True)
+    aside.replace(root / CURRENT)
+
+
+def find_bundle(path: str | Path) -> Path:
+    """The concrete folder that ``path`` means: a bundle, a ``current`` link, a ``bundles`` folder or a run's folder.
+
+    Raises:
+        ArtifactError: there is no bundle.
+    """
+    given = Path(path)
+    for folder in (given, given / CURRENT, given / "bundles" / CURRENT):
+        if (folder / "manifest.json").is_file() and (folder / "user_tower").is_dir():
+            return folder.resolve()
+    raise ArtifactError(f"{given} is no bundle and holds none; 'recsys-ray run' or 'recsys-ray index' builds one")
+
+
+def _counts(config: Config, sources: _Sources, version: str) -> dict[str, Any]:
+    """What a replica must know before it reads a table."""
+    counts, spec = sources.ingest.counts, sources.spec
+    events = list(counts["events"])
+    default = next((event for event in config.events.positives if event in events), events[0] if events else "")
+    return {
+        "version": version,
+        "base": version,  # of a bundle that was extended: the one that the run made
+        "metric": METRIC,
+        "items": sum(_per_type(counts)),
+        "item_types": list(counts["item_types"]),
+        "items_per_type": dict(zip(counts["item_types"], _per_type(counts), strict=True)),
+        "users": counts["users"],
+        "events": events,
+        "default_event": default,
+        "countries": list(counts.get("countries", [])),
+        "taste": dict(counts.get("taste", {})),
+        "end": calendar_end(counts),
+        "protocol": counts.get("protocol", "time"),
+        "history": sources.history,
+        "window_days": spec.get("window_days", config.graph.window_days),
+        "popular_days": popular_days(sources.ingest.counts, config.index.popular_days),
+        "cold_start": bool(spec.get("cold_start", False)),
+        "ef_search": config.index.ef_search,
+        "text": {"config": sources.featurize.manifest["config"]["text"]}
+        | {name: sources.featurize.counts[name] for name in ("precision", "encoder")},
+    }
+
+
+def _per_type(counts: Mapping[str, Any]) -> list[int]:
+    """Items of every type, in the order of ``item_types``; the manifest has a list or a mapping."""
+    per_type = counts["items_per_type"]
+    return [per_type[name] for name in counts["item_types"]] if isinstance(per_type, Mapping) else list(per_type)
+
+
+def _write_items(work: Path, sources: _Sources) -> None:
+    names = ["item_id", "title", "ntype", "available"]
+    table = pq.read_table(sources.ingest.path / "items.parquet", columns=names)
+    text, size = sources.featurize.path / "text.safetensors", len(table)
+    vectors = sources.two_tower.path / VARIANT / "items" / "serve.safetensors"
+    for path in (text, vectors):
+        rows = len(mapped_arrays(path)["vector"])
+        if rows != size:
+            raise ArtifactError(f"{path} has {rows} rows, but the catalogue has {size} items; run the stages again")
+    columns = {
+        "item_id": table["item_id"].cast(pa.large_string()),
+        "title": table["title"].cast(pa.large_string()),
+        "ntype": table["ntype"].cast(pa.int16()),
+        "available": pa.array(table["available"].fill_null(True).to_numpy().astype(np.uint8)).cast(pa.uint8()),
+    }
+    write_table(work / "items.arrow", pa.table(columns))
+    write_table(work / "item_ids.arrow", sorted_ids(table["item_id"], "gid"))
+    shutil.copyfile(text, work / "text.safetensors")
+    made = mapped_arrays(vectors)
+    if "trend" in made:
+        wide = np.column_stack([made["vector"].numpy(), made["trend"].numpy()])
+        save_arrays(work / "vectors.safetensors", {"vector": wide})
+    else:
+        shutil.copyfile(vectors, work / "vectors.safetensors")
+    embedding, hidden = _hgnn_tables(sources.hgnn.path, size)
+    save_arrays(work / "hgnn.safetensors", {"embedding": embedding})
+    save_arrays(work / "hidden.safetensors", {"hidden": hidden})
+    ids = load_item_ids(sources.two_tower.path / VARIANT)
+    if ids is not None:
+        save_arrays(work / "ids.safetensors", {"vector": ids})
+    if sources.spec.get("memory") or sources.spec.get("blank_share"):
+        Memory.load(memory_file(sources.two_tower.path, "serve")).at(sources.spec["ridge"]).save(work / MEMORY)
+    (work / "user_tower").mkdir(exist_ok=True)
+    for name in ("model.safetensors", "spec.json"):
+        shutil.copyfile(sources.two_tower.path / VARIANT / name, work / "user_tower" / name)
+
+
+def _hgnn_tables(folder: Path, items: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float16]]:
+    """Embeddings [items, o] and first layer's states [items, h] of the serve snapshot, put together from the
+    partitions' files."""
+    serve = folder / "embeddings" / "serve"
+    parts = [load_arrays(path) for path in sorted(serve.glob("part-*.safetensors"))]
+    gids = np.concatenate([np.empty(0, np.int64), *(part["gid"] for part in parts)])
+    if not np.array_equal(np.sort(gids), np.arange(items)):
+        raise ArtifactError(f"{serve} does not hold each of the {items} items once; run the hgnn stage again")
+    embedding = np.empty((items, parts[0]["embedding"].shape[1]), np.float32)
+    hidden = np.empty((items, parts[0]["hidden"].shape[1]), np.float16)
+    for part in parts:
+        embedding[part["gid"]], hidden[part["gid"]] = part["embedding"], part["hidden"]
+    return embedding, hidden
+
+
+def _write_seeds(work: Path, sources: _Sources) -> None:
+    """What embedding new items needs beside the tables (extend.py)."""
+    folder, counts = work / "hgnn_model", sources.ingest.counts
+    folder.mkdir(exist_ok=True)
+    shutil.copyfile(sources.hgnn.path / "model.safetensors", folder / "model.safetensors")
+    write_json(folder / "config.json", sources.hgnn.manifest["config"]["hgnn"])
+    write_json(work / "vocabularies.json", {name: list(counts[name]) for name in ("languages", "categories")})
+
+
+def _write_users(work: Path, sources: _Sources) -> None:
+    counts = sources.ingest.counts
+    sizes, countries = dict(counts.get("taste", {})), pa.array(counts.get("countries", []), pa.string())
+    file = pq.ParquetFile(sources.ingest.path / "users.parquet")
+    write_table(work / "user_ids.arrow", sorted_ids(file.read(["user_id"])["user_id"], "uid"))
+    columns: dict[str, tuple[type, int | None]] = {"age": (np.float32, None), "country": (np.int16, None)}
+    columns |= {f"taste.{name}": (np.float32, size) for name, size in sizes.items()}
+    raw = RawArrays(work / SCRATCH, columns)
+    for batch in file.iter_batches(batch_size=100_000, columns=["age", "country", *sizes]):
+        codes = pa.compute.index_in(batch["country"].cast(pa.string()), value_set=countries).fill_null(-1)
+        age = batch["age"].cast(pa.float32()).to_numpy(zero_copy_only=False)
+        raw.append(age=age, country=codes.to_numpy(zero_copy_only=False))
+        for name, size in sizes.items():
+            raw.append(**{f"taste.{name}": _rows(batch[name], size)})
+    raw.close(work / "users.safetensors")
+
+
+def _rows(lists: pa.Array, size: int) -> npt.NDArray[np.float32]:
+    """List column -> [rows, size]; a null list becomes a row of NaN."""
+    table = np.full((len(lists), size), np.nan, np.float32)
+    table[np.asarray(lists.is_valid())] = lists.drop_null().flatten().to_numpy(zero_copy_only=False).reshape(-1, size)
+    return table
+
+
+def _write_events(work: Path, config: Config, sources: _Sources, progress: Progress) -> None:
+    """Histories, popularity and activity, in one pass over the interactions."""
+    counts, items = sources.ingest.counts, sum(_per_type(sources.ingest.counts))
+    start, users = sources.start(config), int(counts["users"])
+    days = popular_days(counts, config.index.popular_days)
+    since = 0 if days is None else calendar_end(counts) - days * _DAY
+    writer = HistoryWriter(work / SCRATCH, users, items, start, sources.history)
+    names = list(counts["events"])
+    positive = [names.index(name) for name in config.events.positives if name in names]
+    country = mapped_arrays(work / "users.safetensors")["country"].numpy().astype(np.int64)
+    popular, activity, end = PopularityCounter(items, country), _no_activity(items), calendar_end(counts)
+    folder = sources.ingest.path / "interactions"
+    rows = sum(pq.ParquetFile(path).metadata.num_rows for path in folder.glob("shard-*.parquet"))
+    with progress.task("histories", rows, "events") as task:
+        for events in whole_users(folder):
+            writer.add(events)
+            popular.add(events.where((events.timestamp >= since) & np.isin(events.event, positive)))
+            # Leave-one-out has no calendar: as in the graph stage, all that happened has just happened.
+            when = np.full(len(events), end - 1) if is_leave_one_out(counts) else events.timestamp
+            new = count_events(events.gid, events.event, when, end, positive, items)
+            activity = add_counts(iter([activity, new]))
+            task.advance(len(events))
+    writer.close(work / "histories.safetensors")
+    table = pq.read_table(sources.ingest.path / "items.parquet", columns=["published_at"])
+    published = table["published_at"].cast(pa.int64()).fill_null(NEVER).to_numpy()
+    arrays = popularity_arrays(*popular.counts(), published, len(counts.get("countries", [])))
+    save_arrays(work / "popularity.safetensors", arrays)
+    arrays = {"counts": activity[0], "first": activity[1], "published": published}
+    save_arrays(work / "activity.safetensors", arrays)
+
+
+def _no_activity(items: int) -> Counts:
+    none = np.empty(0, np.int64)
+    return count_events(none, none, none, 0, [], items)
+
+
+def _write_indexes(
+    work: Path, config: Config, sources: _Sources, progress: Progress, load_tower: LoadTower
+) -> tuple[dict[str, float], dict[str, bool]]:
+    """Index every type; recall@10 and whether the search is exact, by type."""
+    types = list(sources.ingest.counts["item_types"])
+    vectors = np.asarray(mapped_arrays(work / "vectors.safetensors")["vector"].numpy(), np.float32)
+    width = vectors.shape[1] - bool(sources.spec.get("trends"))
+    check_unit_norm(vectors[:, :width], sources.two_tower.path / VARIANT / "items" / "serve.safetensors")
+    items = Items(work, types)
+    queries = sample_queries(work, config.seed, items, vectors, load_tower)
+    recall, exact = {}, {}
+    with progress.task("index", len(types), "types") as task:
+        for number, name in enumerate(types):
+            index = TypeIndex.build(name, vectors, items.offered(number), config.index)
+            recall[name], exact[name] = check_recall(index, queries, config.index), index.exact
+            index.save(work / "index" / f"t{number}.faiss")
+            task.advance(detail=f"{name}: recall@10 {recall[name]:.3f}")
+    return recall, exact
+
+
+def check_recall(index: TypeIndex, queries: npt.NDArray[np.float32], config: IndexConfig) -> float:
+    """Recall@10 against exact search.
+
+    Raises:
+        ArtifactError: it is below ``index.min_recall``.
+    """
+    recall = recall_at(index, queries)
+    if recall < config.min_recall:
+        raise ArtifactError(
+            f"the index of {index.name!r} finds {recall:.3f} of exact search's first ten, less than "
+            f"index.min_recall={config.min_recall}; raise index.ef_search or index.hnsw_links"
+        )
+    return recall
+
+
+def sample_queries(
+    work: Path, seed: int, items: Items, vectors: npt.NDArray[np.float32], load: LoadTower = load_user_tower
+) -> npt.NDArray[np.float32]:
+    """What will be asked: vectors of users with recent events; of items where there are no such users."""
+    random = np.random.default_rng(seed)
+    histories, users = Histories(work / "histories.safetensors"), Users(work)
+    active = histories.active()
+    if not len(active):
+        return vectors[random.choice(len(vectors), min(_SAMPLE, len(vectors)), replace=False)]
+    sample = np.sort(random.choice(active, min(_SAMPLE, len(active)), replace=False))
+    tower = TowerRunner.open(work, load, torch.from_numpy(items.ntype.astype(np.int64)))
+    inputs = user_inputs([users.traits(uid, histories.recent(uid)) for uid in sample], tower.tastes)
+    return as_queries(tower(inputs), vectors)

@@ -1,0 +1,393 @@
+"""New items into a bundle, without any training: text -> HGNN over their own edges -> item tower -> a new bundle.
+
+The rest of the catalogue stands still. What users did with the new items (the *trickle*) makes edges, by the rules of
+the graph stage; users whom the bundle knows bring their histories. The old bundle is left as it is.
+
+The items may be of types that the bundle has never seen: an HGNN whose weights go by kinship has weights for them, and
+in the towers they are of no kind (recsys_ray/two_tower/towers.py). New types have the numbers after the last.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import pyarrow as pa
+import torch
+
+from recsys_ray.bundle.arrivals import (
+    Arrivals,
+    Known,
+    Reader,
+    Trickle,
+    arriving_edges,
+    no_trickle,
+    number_arrivals,
+    number_trickle,
+    with_arrivals,
+)
+from recsys_ray.bundle.build import (
+    MEMORY,
+    check_recall,
+    find_bundle,
+    sample_queries,
+    set_current,
+    version_name,
+)
+from recsys_ray.config import Config, HgnnConfig, TextConfig
+from recsys_ray.core.progress import Progress
+from recsys_ray.core.snapshots import DAY
+from recsys_ray.data.schema import nearest
+from recsys_ray.data.split import is_leave_one_out
+from recsys_ray.data.validate import Catalogue, EventRules
+from recsys_ray.graph.activity import NEVER, count_events, describe
+from recsys_ray.graph.pairs import ONE, Counted, Window
+from recsys_ray.hgnn.inductive import Surroundings, embed_inductively
+from recsys_ray.scoring.memory import Memory
+from recsys_ray.serving.catalogue import Items, read_table, sorted_ids, write_table
+from recsys_ray.serving.histories import Histories, HistoryWriter, mapped_arrays
+from recsys_ray.serving.index import TypeIndex
+from recsys_ray.serving.popularity import Popularity, PopularityCounter
+from recsys_ray.storage.artifacts import (
+    SCRATCH,
+    Artifact,
+    find_current,
+    fingerprint,
+    load_arrays,
+    open_artifact,
+    publish,
+    save_arrays,
+    source_fingerprint,
+    work_folder,
+)
+from recsys_ray.text.featurize import encode_alike, text_of
+from recsys_ray.two_tower.batches import ArrayFeatures
+from recsys_ray.two_tower.stage import catalogue_of
+from recsys_ray.two_tower.towers import GivenIds, TowerSpec, load_towers
+from recsys_ray.two_tower.training import item_vectors
+
+Array = npt.NDArray[Any]
+_COPIED = ("user_tower", "hgnn_model", "vocabularies.json", "user_ids.arrow", "users.safetensors")
+
+
+def extend_bundle(
+    bundle: str | Path,
+    items: Path,
+    interactions: Path | None,
+    progress: Progress,
+    out: Path | None = None,
+    replace: bool = False,
+    make_current: bool = True,
+    cpus: int = 1,
+) -> Artifact:
+    """Embed new items and publish a bundle that has them.
+
+    The same bundle and tables make the same version, which is kept if it is there. A call that was killed goes on at
+    the last block of texts.
+
+    Args:
+        bundle: the one to extend; see :func:`find_bundle`.
+        items, interactions: tables as ingest takes them. Interactions may be with any item.
+        out: folder of bundles; default: the one that ``bundle`` is in.
+        replace: embed items anew that the bundle has; they keep their stored edges as far as histories have them.
+        make_current: point ``out``/current at the new bundle.
+        cpus: threads of the text encoder.
+
+    Raises:
+        DataError: a table cannot be used, or an item cannot be embedded.
+        ArtifactError: there is no whole bundle.
+    """
+    source = open_artifact(find_bundle(bundle), verify=True)
+    root = source.path.parent if out is None else out
+    inputs = {"bundle": source.fingerprint, "items": source_fingerprint(items)}
+    if interactions is not None:
+        inputs["interactions"] = source_fingerprint(interactions)
+    expected = fingerprint("embed-items", {"replace": replace}, inputs)
+    found = [path for path in root.glob(f"*-{expected[:12]}") if find_current(path, expected)]
+    if found:
+        progress.say(f"    bundle {found[0].name}: up to date")
+        made = open_artifact(found[0])
+    else:
+        work = work_folder(root / "embed-items", expected)
+        counts = {**source.counts, **_Extension(source, work, progress, cpus).run(items, interactions, replace)}
+        counts["version"] = version_name(counts["end"], expected)
+        facts = {"config": source.manifest["config"], "inputs": inputs, "counts": counts}
+        made = publish(work, root / counts["version"], "bundle", expected, **facts)
+    if make_current:
+        set_current(root, made.path.name)
+    return made
+
+
+@dataclass
+class _Extension:
+    """One extension at work. Arrays of ``n`` belong to the arriving items, in their order."""
+
+    source: Artifact
+    work: Path
+    progress: Progress
+    cpus: int
+
+    def run(self, items: Path, interactions: Path | None, replace: bool) -> dict[str, Any]:
+        """Write all files; returns what differs in the manifest's counts."""
+        counts = self.source.counts
+        reader = Reader(self.work / "quarantine", self.config.data.max_bad_share, self.progress)
+        known = Known.read(self.source.path, counts["item_types"])
+        new = number_arrivals(reader.items(items), known, replace, self.hgnn.weights_by == "kinship")
+        for name in new.types[len(known.types) :]:
+            self.progress.say(f'    item_type "{name}" is new to the bundle{nearest(name, known.types)}')
+        trickle = no_trickle(counts["users"])
+        if interactions is not None:
+            rows = reader.interactions(interactions, self._catalogue(known, new), self._rules())
+            trickle = number_trickle(rows, self.source.path, new, counts)
+        end = max(int(counts["end"]), (trickle.last or 0) + 1)
+        start = 0 if counts["window_days"] is None else end - counts["window_days"] * DAY
+        histories = Histories(self.source.path / "histories.safetensors")
+        codes = self._codes(self.config.events.edges)
+        edges, directions, users = arriving_edges(
+            known, new, trickle, histories, codes, self.config, Window(start, end)
+        )
+        self._write_vectors(known, new, edges, self._write_activity(known, new, trickle, end))
+        self._write_memory(known, new, directions, users)
+        self._write_items(new)
+        self._write_people(new, trickle, start, end)
+        recall, exact = self._write_indexes(new)
+        linked = len(np.unique(edges.dst))
+        self.progress.say(
+            f"  embedded {len(new.gid):,} items ({int(new.replaced.sum()):,} of them anew): {linked:,} with "
+            f"{len(edges):,} edges, {len(new.gid) - linked:,} from text alone"
+        )
+        sizes = np.bincount(np.concatenate([known.ntype, new.ntype[~new.replaced]]), minlength=len(new.types))
+        return {
+            "items": len(known) + new.added,
+            "item_types": new.types,
+            "items_per_type": dict(zip(new.types, sizes.tolist(), strict=True)),
+            "embedded": counts.get("embedded", 0) + new.added,  # items that no training has seen
+            "end": end,
+            "recall_at_10": recall,
+            "exact": exact,
+        }
+
+    @cached_property
+    def config(self) -> Config:
+        return Config.model_validate(self.source.manifest["config"])
+
+    @cached_property
+    def hgnn(self) -> HgnnConfig:
+        text = (self.source.path / "hgnn_model" / "config.json").read_text(encoding="utf-8")
+        return HgnnConfig.model_validate_json(text)
+
+    def _rules(self) -> EventRules:
+        now = self.config.data.now
+        moment = int(time.time()) if now is None else int(now.timestamp())
+        return EventRules(self.source.counts["events"], self.config.events.ignore, moment)
+
+    def _catalogue(self, known: Known, new: Arrivals) -> Catalogue:
+        fresh = pa.array(~new.replaced)
+        ids = pa.concat_arrays([known.ids.cast(pa.string()), new.table["item_id"].filter(fresh).combine_chunks()])
+        ntype = np.concatenate([known.ntype, new.ntype[~new.replaced].astype(np.int16)])
+        return Catalogue(ids, ntype, new.types)
+
+    def _codes(self, names: list[str]) -> list[int]:
+        events = list(self.source.counts["events"])
+        return [events.index(name) for name in names if name in events]
+
+    def _mapped(self, name: str) -> dict[str, Array]:
+        return {key: value.numpy() for key, value in mapped_arrays(self.source.path / name).items()}
+
+    # -- vectors -------------------------------------------------------------------------------------------------------
+
+    def _write_vectors(self, known: Known, new: Arrivals, edges: Counted, activity: Array) -> None:
+        """Text, HGNN embedding and state, item vector of each item. ``activity``: float16 [items, columns], of all."""
+        text = self._encode(new)
+        stored = {"text": self._mapped("text.safetensors")["vector"]}
+        stored |= self._mapped("hidden.safetensors") | self._mapped("hgnn.safetensors")
+        around = np.setdiff1d(edges.src, new.gid)
+        gids = np.concatenate([new.gid, around])
+        place = np.argsort(gids)
+
+        def rows(of: Array) -> torch.Tensor:
+            return torch.from_numpy(place[np.searchsorted(gids, of, sorter=place)])
+
+        unknown = np.zeros((len(text), stored["hidden"].shape[1]), np.float16)
+        surroundings = Surroundings(
+            ids=[*new.table["item_id"].to_pylist(), *known.ids.take(pa.array(around)).to_pylist()],
+            ntype=torch.from_numpy(np.concatenate([new.ntype, known.ntype[around]])),
+            text=torch.from_numpy(np.concatenate([text, stored["text"][around]])).float(),
+            hidden=torch.from_numpy(np.concatenate([unknown, stored["hidden"][around]])).float(),
+            wanted=torch.arange(len(text)),
+            src=rows(edges.src),
+            dst=rows(edges.dst),
+        )
+        weights = self.source.path / "hgnn_model" / "model.safetensors"
+        hidden, embedding = embed_inductively(weights, self.hgnn, len(new.types), surroundings)
+        ids = None
+        if (self.source.path / "ids.safetensors").exists():
+            added = new.gid[~new.replaced]
+            self._grow("ids.safetensors", new, only=added, vector=np.zeros((len(added), 1), np.float32))
+            ids = torch.from_numpy(load_arrays(self.work / "ids.safetensors")["vector"][new.gid])
+        vectors = self._item_vectors(new, text, embedding, activity[new.gid], ids)
+        self._grow("text.safetensors", new, vector=text)
+        self._grow("hidden.safetensors", new, hidden=hidden.half().numpy())
+        self._grow("hgnn.safetensors", new, embedding=embedding.numpy())
+        self._grow("vectors.safetensors", new, vector=self._with_trends(vectors, new))
+
+    def _with_trends(self, vectors: Array, new: Arrivals) -> Array:
+        """With the column that the bundle's vectors have beside the towers' (recsys_ray/scoring/trends.py): of no
+        arrival is known how often the towers expect it to be chosen; one that is embedded anew keeps what it had."""
+        stored = self._mapped("vectors.safetensors")["vector"]
+        trend = np.zeros((len(stored) + new.added, stored.shape[1] - vectors.shape[1]), np.float32)
+        trend[: len(stored)] = stored[:, vectors.shape[1] :]
+        return np.column_stack([vectors, trend[new.gid]])
+
+    def _write_memory(self, known: Known, new: Arrivals, directions: Counted, users: Array) -> None:
+        if (self.source.path / MEMORY).exists():
+            ridge = TowerSpec.load(self.source.path / "user_tower" / "spec.json").ridge
+            memory, ntype = Memory.load(self.source.path / MEMORY), with_arrivals(known, new)
+            columns = directions.src, directions.dst, directions.weight / ONE
+            memory.extended(*columns, users, new.gid, ntype, ridge).save(self.work / MEMORY)
+
+    def _encode(self, new: Arrivals) -> Array:
+        """float16 [n, text_dim]."""
+        made = self.source.counts["text"]
+        config = TextConfig.model_validate(made["config"])
+        texts = pa.array((text_of(row, config.fields) for row in new.table.to_pylist()), pa.large_string())
+        cache = self.work / SCRATCH / "text"
+        return encode_alike(texts, config, made["precision"], made["encoder"], cache, self.progress, self.cpus)
+
+    def _item_vectors(
+        self, new: Arrivals, text: Array, embedding: torch.Tensor, activity: Array, ids: torch.Tensor | None
+    ) -> Array:
+        """What the item tower makes of the items, float32 [n, d]. ``ids``: their learned vectors, zeros where an item
+        has none."""
+        frame = pl.from_arrow(new.table.select(["language", "categories"]))
+        assert isinstance(frame, pl.DataFrame)
+        vocabularies = json.loads((self.source.path / "vocabularies.json").read_text(encoding="utf-8"))
+        frame = frame.with_columns(ntype=pl.Series(new.ntype))
+        catalogue = catalogue_of(frame, {"serve": activity}, **vocabularies)
+        features = ArrayFeatures(text=text, hgnn_serve=embedding)
+        towers = load_towers(self.source.path / "user_tower")
+        if ids is not None:
+            towers.ids = GivenIds(ids)
+        return item_vectors(towers, features, catalogue, "serve").numpy()
+
+    def _write_activity(self, known: Known, new: Arrivals, trickle: Trickle, end: int) -> Array:
+        """Add what the trickle says of the arriving items; the table of all items, float16 [items, columns].
+
+        A publication after the bundle's end moves the moment on: the item is out, and that is known. A model of
+        leave-one-out knows no calendar: all that happened has just happened, no date is known.
+        """
+        stored = self._mapped("activity.safetensors")
+        published = new.table["published_at"].cast(pa.int64()).fill_null(NEVER).to_numpy()
+        out = published[published <= self._rules().now]
+        moment = max(end, int(out.max(initial=0)))
+        size = len(stored["first"]) + new.added
+        events = trickle.events.where(np.isin(trickle.events.gid, new.gid))
+        positive = self._codes(self.config.events.positives)
+        timeless = is_leave_one_out(self.source.counts)
+        when = np.full(len(events), moment - 1) if timeless else events.timestamp
+        counts, first = count_events(events.gid, events.event, when, moment, positive, size)
+        counts[:, : len(stored["first"])] += stored["counts"]
+        first[: len(stored["first"])] = np.minimum(first[: len(stored["first"])], stored["first"])
+        dates = np.full(size, NEVER)
+        dates[: len(stored["published"])] = stored["published"]
+        dates[new.gid] = published
+        save_arrays(self.work / "activity.safetensors", {"counts": counts, "first": first, "published": dates})
+        known_dates = np.full(size, NEVER) if timeless else dates
+        return describe(counts, first, known_dates, with_arrivals(known, new), moment).astype(np.float16)
+
+    def _grow(self, file: str, new: Arrivals, only: Array | None = None, **arrays: Array) -> None:
+        """The bundle's arrays with the rows of the arriving items (or of ``only`` some) put in their places."""
+        grown, gids = {}, new.gid if only is None else only
+        for name, rows in arrays.items():
+            old = self._mapped(file)[name]
+            grown[name] = np.concatenate([old, np.zeros((new.added, *old.shape[1:]), old.dtype)])
+            grown[name][gids] = rows
+        save_arrays(self.work / file, grown)
+
+    # -- the rest of the bundle ----------------------------------------------------------------------------------------
+
+    def _write_items(self, new: Arrivals) -> None:
+        old = read_table(self.source.path / "items.arrow")
+        rows = {
+            "item_id": new.table["item_id"].cast(pa.large_string()),
+            "title": new.table["title"].cast(pa.large_string()),
+            "ntype": pa.array(new.ntype, pa.int16()),
+            "available": pa.array(new.table["available"].to_numpy().astype(np.uint8)),
+        }
+        order = np.arange(len(old) + len(new.gid))  # of the old rows, then the new ones
+        order[new.gid] = len(old) + np.arange(len(new.gid))
+        table = pa.concat_tables([old, pa.table(rows)]).take(pa.array(order[: len(old) + new.added]))
+        write_table(self.work / "items.arrow", table)
+        write_table(self.work / "item_ids.arrow", sorted_ids(table["item_id"], "gid"))
+        for name in _COPIED:
+            path = self.source.path / name
+            if path.is_dir():
+                shutil.copytree(path, self.work / name, dirs_exist_ok=True)
+            else:
+                shutil.copyfile(path, self.work / name)
+
+    def _write_people(self, new: Arrivals, trickle: Trickle, start: int, end: int) -> None:
+        """Histories with the trickle of the bundle's users, and the popularity of the new items; that of the others
+        stands still."""
+        counts, source = self.source.counts, self.source.path
+        size = len(mapped_arrays(self.work / "activity.safetensors")["first"])
+        if len(trickle.known):
+            writer = HistoryWriter(self.work / SCRATCH, trickle.users, size, start, counts["history"])
+            histories = Histories(source / "histories.safetensors")
+            histories.extend(trickle.known, writer, self.work / "histories.safetensors")
+        else:
+            shutil.copyfile(source / "histories.safetensors", self.work / "histories.safetensors")
+        events = trickle.events.where(np.isin(trickle.events.event, self._codes(self.config.events.positives)))
+        days = counts.get("popular_days")  # bundles of earlier versions have none: all counts
+        since = 0 if days is None else end - days * DAY
+        events = events.where((events.timestamp >= since) & np.isin(events.gid, new.gid[~new.replaced]))
+        country = np.full(max(trickle.users, int(events.uid.max(initial=-1)) + 1), -1, np.int64)
+        country[: trickle.users] = mapped_arrays(source / "users.safetensors")["country"].numpy()
+        counter = PopularityCounter(size, country)
+        counter.add(events)
+        published = mapped_arrays(self.work / "activity.safetensors")["published"].numpy()
+        arrays = Popularity.load(source / "popularity.safetensors").with_new_items(counter, published)
+        save_arrays(self.work / "popularity.safetensors", arrays)
+
+    def _write_indexes(self, new: Arrivals) -> tuple[dict[str, float], dict[str, bool]]:
+        """Add to the indexes of the types that have arrivals, or build them anew; recall@10 and whether the search is
+        exact, by type."""
+        counts, config = self.source.counts, self.config
+        items = Items(self.work, new.types)
+        vectors = mapped_arrays(self.work / "vectors.safetensors")["vector"].numpy()
+        queries = sample_queries(self.work, config.seed, items, vectors)
+        recall, exact = dict(counts["recall_at_10"]), dict(counts["exact"])
+        for number, name in enumerate(new.types):
+            file = f"index/t{number}.faiss"
+            if not (new.ntype == number).any():
+                (self.work / "index").mkdir(exist_ok=True)
+                shutil.copyfile(self.source.path / file, self.work / file)
+                continue
+            gids = items.offered(number)
+            index = None
+            if number < len(counts["item_types"]) and not new.replaced[new.ntype == number].any():
+                index = self._grown(file, number, gids, vectors)
+            index = index or TypeIndex.build(name, vectors, gids, config.index)
+            recall[name], exact[name] = check_recall(index, queries, config.index), index.exact
+            index.save(self.work / file)
+        return recall, exact
+
+    def _grown(self, file: str, number: int, gids: npt.NDArray[np.int32], vectors: Array) -> TypeIndex | None:
+        """The stored index with the gids that it lacks, which are the last ones; None where another kind is due."""
+        old = Items(self.source.path, list(self.source.counts["item_types"]))
+        have, name = len(old.offered(number)), old.types[number]
+        stored = TypeIndex.load(
+            self.source.path / file, name, gids[:have], vectors, self.source.counts["ef_search"], mapped=False
+        )
+        if stored.exact and len(gids) > self.config.index.exact_up_to:
+            return None
+        stored.index.add(np.ascontiguousarray(vectors[gids[have:]]))
+        return TypeIndex(name, stored.index, gids, vectors, stored.ef_search)

@@ -1,0 +1,256 @@
+"""Does any feature of an example or a query look past its time? Looked up in the data, for a sample of a finished run.
+
+The rules are those of docs/method.md, section 1: a training example sees the user's earlier events and a snapshot that
+ends before it (leave-one-out: that holds none of its user), a query the events before its period. Examples and queries
+are made by the same functions as in training and evaluation; what they may hold is worked out here from the user's
+events one by one. What lies behind a snapshot is in leaks_snapshots.py.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, SupportsInt
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from recsys_ray.config import Config, EventsConfig, GraphConfig
+from recsys_ray.core.errors import LeakError
+from recsys_ray.core.progress import Progress
+from recsys_ray.core.snapshots import Snapshot, snapshots_of, training_snapshot
+from recsys_ray.data.split import is_leave_one_out
+from recsys_ray.data.validate import utc
+from recsys_ray.evaluation.queries import known_before, read_events
+from recsys_ray.evaluation.ranking import UserBatch, batch_of
+from recsys_ray.evaluation.segments import Catalogue, Queries, find_queries
+from recsys_ray.storage.artifacts import Artifact
+from recsys_ray.two_tower.examples import (
+    HistoryRules,
+    UserEvents,
+    build_queries,
+    training_examples,
+    validation_examples,
+)
+from recsys_ray.two_tower.rows import histories_of
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """The stages of a run. What decided their output is read from their manifests, not from the configuration."""
+
+    ingest: Artifact
+    featurize: Artifact
+    graph: Artifact
+    hgnn: Artifact | None
+    two_tower: Artifact | None
+    config: Config
+
+    @cached_property
+    def snapshots(self) -> list[Snapshot]:
+        return snapshots_of(self.graph.counts)
+
+    @cached_property
+    def graph_config(self) -> GraphConfig:
+        return GraphConfig.model_validate(self.graph.manifest["config"]["graph"])
+
+    @cached_property
+    def shards(self) -> list[Path]:
+        return sorted((self.ingest.path / "interactions").glob("shard-*.parquet"))
+
+    @cached_property
+    def positives(self) -> list[int]:
+        """Codes of the positive events."""
+        events = EventsConfig.model_validate(self.ingest.manifest["config"]["events"])
+        return self.codes(events.positives)
+
+    def codes(self, names: Sequence[str]) -> list[int]:
+        return [code for code, name in enumerate(self.ingest.counts["events"]) if name in names]
+
+    @property
+    def rules(self) -> HistoryRules:
+        made = self.two_tower.manifest["config"]["two_tower"]["history"] if self.two_tower else None
+        length = made or self.config.two_tower.history
+        return HistoryRules(length, self.graph_config.window_days, self.graph_config.features_as_of)
+
+
+class Words:
+    """Ids and times as a sentence has them."""
+
+    def __init__(self, ingest: Artifact) -> None:
+        self._folder, self._events = ingest.path, ingest.counts["events"]
+        self._logical = is_leave_one_out(ingest.counts)
+
+    def item(self, gid: SupportsInt) -> str:
+        return f'item "{pq.read_table(self._folder / "items.parquet", columns=["item_id"])["item_id"][int(gid)]}"'
+
+    def user(self, uid: SupportsInt) -> str:
+        return f'user "{pq.read_table(self._folder / "users.parquet", columns=["user_id"])["user_id"][int(uid)]}"'
+
+    def event(self, code: SupportsInt) -> str:
+        return str(self._events[int(code)])
+
+    def time(self, moment: SupportsInt) -> str:
+        return f"logical time {int(moment)}" if self._logical else utc(int(moment))
+
+
+def check_run(run: FinishedRun, sample: int, progress: Progress) -> Iterator[str]:
+    """Check ``sample`` examples, queries and items of each kind; yields what was looked at, a line a kind.
+
+    Raises:
+        LeakError: a feature looks past its time.
+    """
+    from recsys_ray.checks import leaks_snapshots
+
+    words = Words(run.ingest)
+    check_plan(run.snapshots, run.ingest.counts, words)
+    yield f"{len(run.snapshots)} snapshots: validation, test and the HGNN's training do not see past their moments"
+    yield from _check_users(run, sample, words, progress)
+    yield from leaks_snapshots.check_snapshots(run, sample, words, progress)
+
+
+def check_plan(snapshots: Sequence[Snapshot], counts: Mapping[str, Any], words: Words) -> None:
+    """Validation and test use snapshots that end where their periods begin; the HGNN learns from training events."""
+    valid, test = (next(s for s in snapshots if s.name == name) for name in ("valid", "test"))
+    uses = [("validation", valid, "valid_from"), ("the test", test, "test_from")]
+    uses.append(("the training of the HGNN", training_snapshot(snapshots), "valid_from"))
+    for what, snapshot, bound in uses:
+        if snapshot.time > counts[bound]:
+            raise LeakError(
+                f"{what} uses snapshot {snapshot.name}, which holds events up to {words.time(snapshot.time)}, after "
+                f"{bound}, {words.time(counts[bound])}"
+            )
+
+
+def _check_users(run: FinishedRun, sample: int, words: Words, progress: Progress) -> Iterator[str]:
+    """Examples, validation queries and test queries, shard by shard."""
+    valid, test, end = (int(run.ingest.counts[name]) for name in ("valid_from", "test_from", "end"))
+    catalogue, positive = _catalogue(run), np.isin(np.arange(len(run.ingest.counts["events"])), run.positives)
+    random = np.random.default_rng(run.config.seed)
+    share = -(-sample // len(run.shards))
+    looked, there = Counter[str](), Counter[str]()
+
+    def some(kind: str, count: int) -> np.ndarray:
+        rows = np.sort(random.permutation(count)[:share])
+        looked[kind] += len(rows)
+        there[kind] += count
+        return rows
+
+    with progress.task("examples and queries", len(run.shards), "shards") as task:
+        for shard in run.shards:
+            events = UserEvents.read(shard)
+            examples = training_examples(events, run.positives, run.snapshots, valid, run.rules)
+            rows = some("training examples", len(examples["target"]))
+            check_examples(events, examples, rows, run.snapshots, valid, words)
+            later = validation_examples(events, run.positives, run.snapshots, test, run.rules)
+            rows = some("examples of the refit", len(later["target"]))
+            check_examples(events, later, rows, run.snapshots, test, words)
+            queries = build_queries(events, run.positives, valid, test, run.rules)
+            rows = some("validation queries", len(queries["target"]))
+            check_validation(events, queries, rows, valid, words)
+            asked = find_queries(read_events(shard), catalogue, positive, test, end)
+            uids = np.unique(asked.uid)
+            uids = uids[some("users of the test", len(uids))]
+            batch = batch_of(uids, known_before(read_events(shard), test, uids))
+            check_test(asked.keep_users(uids), batch, test, words)
+            task.advance()
+    holds = {
+        "training examples": "every event of the history before it, not the target, and a snapshot from before it",
+        "examples of the refit": "the same, of the validation period",
+        "validation queries": f"every event of the history before {words.time(valid)}, not the target",
+        "users of the test": f"every event of the history before {words.time(test)}, no truth in it",
+    }
+    for kind, what in holds.items():
+        yield f"{looked[kind]:,} of {there[kind]:,} {kind}: {what}"
+
+
+def _catalogue(run: FinishedRun) -> Catalogue:
+    types = tuple(run.ingest.counts["item_types"])
+    bounds = np.concatenate([[0], np.cumsum(run.ingest.counts["items_per_type"])]).astype(np.int64)
+    return Catalogue(types, bounds, np.ones(int(bounds[-1]), bool))
+
+
+def check_examples(
+    events: UserEvents,
+    examples: Mapping[str, np.ndarray],
+    rows: np.ndarray,
+    snapshots: Sequence[Snapshot],
+    until: int,
+    words: Words,
+) -> None:
+    """Examples ``rows`` of the events before ``until``; for what is in them see ``build_examples``."""
+    numbered = {snapshot.index: snapshot for snapshot in snapshots}
+    for row in rows.tolist():
+        uid, target, time = (int(examples[name][row]) for name in ("uid", "target", "timestamp"))
+        snapshot = numbered[int(examples["snapshot"][row])]
+
+        def named(uid: int = uid, target: int = target, time: int = time) -> str:
+            return f"the training example of {words.user(uid)} for {words.item(target)} at {words.time(time)}"
+
+        if time >= until:
+            raise LeakError(f"{named()} is not before {words.time(until)}")
+        known = snapshot.time <= (time if snapshot.without is None else until)
+        if not known:
+            end = words.time(snapshot.time)
+            raise LeakError(f"{named()} has embeddings and activity of snapshot {snapshot.name}, which ends at {end}")
+        if snapshot.without is not None and not snapshot.without.has(np.array([uid]))[0]:
+            raise LeakError(
+                f"{named()} has embeddings and activity of snapshot {snapshot.name}, which holds the user's own events"
+            )
+        try:
+            _check_history(events, examples, row, time, words)
+        except LeakError as leak:
+            raise LeakError(f"{named()}: {leak}") from None
+
+
+def check_validation(
+    events: UserEvents, queries: Mapping[str, np.ndarray], rows: np.ndarray, valid_from: int, words: Words
+) -> None:
+    """Validation queries ``rows``."""
+    for row in rows.tolist():
+        try:
+            _check_history(events, queries, row, valid_from, words)
+        except LeakError as leak:
+            user, item = words.user(queries["uid"][row]), words.item(queries["target"][row])
+            raise LeakError(f"the validation query of {user} for {item}: {leak}") from None
+
+
+def _check_history(events: UserEvents, examples: Mapping[str, np.ndarray], row: int, moment: int, words: Words) -> None:
+    """The row's history holds events of its user from before ``moment``, each at most once, and not its target."""
+    uid, target = int(examples["uid"][row]), int(examples["target"][row])
+    first, last = np.searchsorted(events.uid, [uid, uid + 1])
+    gid, event, time = (column[first:last] for column in (events.gid, events.event, events.timestamp))
+    before = time < moment
+    past = Counter(zip(gid[before].tolist(), event[before].tolist(), strict=True))
+    history, codes, _ = histories_of(examples, np.array([row]))
+    for item, code in zip(history.tolist(), codes.tolist(), strict=True):
+        if item == target:
+            raise LeakError("its history holds the target itself")
+        past[item, code] -= 1
+        if past[item, code] < 0:
+            touched = time[(gid == item) & (event == code) & ~before]
+            when = f"happened at {words.time(int(touched[0]))}" if len(touched) else "is no event of the user"
+            bound = words.time(moment)
+            raise LeakError(
+                f"its history holds {words.event(code)} of {words.item(item)}, which {when}, not before {bound}"
+            )
+
+
+def check_test(queries: Queries, batch: UserBatch, test_from: int, words: Words) -> None:
+    """What recommenders are told of the users of ``queries`` (all of them, ascending)."""
+    late = np.flatnonzero(batch.timestamp >= test_from)
+    if len(late):
+        user, item = words.user(batch.uid[batch.rows[late[0]]]), words.item(batch.gid[late[0]])
+        raise LeakError(
+            f"the test queries of {user}: the history holds {item} at {words.time(int(batch.timestamp[late[0]]))}, not "
+            f"before {words.time(test_from)}"
+        )
+    items = int(max(batch.gid.max(initial=0), queries.truth_item.max(initial=0))) + 1
+    asked = queries.uid[queries.truth_query] * items + queries.truth_item
+    told = np.isin(asked, batch.uid[batch.rows] * items + batch.gid)
+    if told.any():
+        uid, gid = divmod(int(asked[told][0]), items)
+        raise LeakError(f"the test queries of {words.user(uid)}: the history holds their own truth, {words.item(gid)}")

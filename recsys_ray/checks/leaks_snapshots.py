@@ -1,0 +1,292 @@
+"""Is what a snapshot says made of the events before its moment alone? For a sample of items, made again and compared.
+
+Edges and activity are counted once more out of tables from which all later events (and, in leave-one-out, the users of
+the fold) have been taken away, and must be the same to the bit. Embeddings are computed once more from the snapshot's
+edge file and the HGNN's weights, and the vectors of the test from the test snapshot's embeddings and activity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+
+from recsys_ray.config import GraphConfig, HgnnConfig
+from recsys_ray.core.errors import LeakError
+from recsys_ray.core.progress import Progress
+from recsys_ray.core.snapshots import Snapshot
+from recsys_ray.graph import pairs
+from recsys_ray.graph.activity import (
+    ACTIVITY,
+    COLUMN_NAMES,
+    Counts,
+    add_counts,
+    count_events,
+    describe,
+    read_published,
+    read_types,
+)
+from recsys_ray.graph.pairs import Counted, PairCounter, Window
+from recsys_ray.hgnn.model import HGNN, ItemTypes
+from recsys_ray.hgnn.outputs import load_embeddings
+from recsys_ray.hgnn.sampler import build_blocks
+from recsys_ray.hgnn.signature import SignedSource, item_signatures
+from recsys_ray.scoring.memory import Memory, memory_file
+from recsys_ray.scoring.ridge import count_users, read_edges, solve
+from recsys_ray.scoring.trends import PERIODS, count_latest, latest_file
+from recsys_ray.storage.artifacts import load_arrays
+from recsys_ray.two_tower.batches import ArrayFeatures
+from recsys_ray.two_tower.examples import UserEvents
+from recsys_ray.two_tower.stage import load_catalogue
+from recsys_ray.two_tower.towers import load_towers
+from recsys_ray.two_tower.training import item_vectors
+
+if TYPE_CHECKING:
+    from recsys_ray.checks.leaks import FinishedRun, Words
+
+_ITEMS_AT_MOST = 500  # whose edges are counted again: a user with one of them brings all of the user's items
+_EMBEDDED_AT_MOST = 100  # whose neighbours' neighbours are embedded again
+_TOLERANCE = 1e-3  # of unit vectors: sums in another order
+_ALL = -1
+
+Columns = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # uid, gid, event, timestamp
+
+
+def check_snapshots(run: FinishedRun, sample: int, words: Words, progress: Progress) -> Iterator[str]:
+    """Edges, activity, embeddings and the test's item vectors; yields a line for each."""
+    ntype = read_types(run.ingest.path).astype(np.int16)
+    random = np.random.default_rng(run.config.seed)
+    some = np.sort(random.permutation(len(ntype))[: min(sample, _ITEMS_AT_MOST)])
+    codes, seed = run.codes(run.graph.manifest["config"]["edges"]), run.graph.manifest["config"]["seed"]
+    published = read_published(run.ingest.path, run.ingest.counts)
+    activity = load_arrays(run.graph.path / ACTIVITY)
+    allowed = pairs.allowed_relations(run.graph_config.relations, run.ingest.counts["item_types"])
+    edges = 0
+    with progress.task("snapshots", len(run.snapshots), "snapshots") as task:
+        for snapshot in run.snapshots:
+            stored = run.graph.path / "edges" / f"{snapshot.name}.parquet"
+            edges += check_edges(
+                run.shards, snapshot, stored, some, ntype, codes, run.graph_config, allowed, seed, words
+            )
+            check_activity(run.shards, snapshot, activity[snapshot.name], published, ntype, run.positives, words)
+            task.advance(detail=snapshot.name)
+    on = f"on {len(run.snapshots)} snapshots"
+    yield f"{edges:,} edges into {len(some):,} items {on}: made by the events before each"
+    yield f"the activity of {len(ntype):,} items {on}: made by the events before each"
+    if run.hgnn is not None:
+        few = np.sort(random.permutation(len(ntype))[: min(sample, _EMBEDDED_AT_MOST)])
+        for snapshot in run.snapshots:
+            check_embeddings(run, snapshot, few, ntype, words)
+        yield f"the embeddings of {len(few):,} items {on}: made from the snapshot's edges"
+    if run.hgnn is not None and run.two_tower is not None:
+        variants = check_item_vectors(run, words)
+        yield f"the test's vectors of {len(ntype):,} items ({', '.join(variants)}): made from the test snapshot"
+    if run.two_tower is not None and memory_file(run.two_tower.path, "test").exists():
+        for snapshot in run.snapshots:
+            if snapshot.name in ("valid", "test"):
+                check_memory(run, snapshot, ntype, words)
+        yield "what is remembered of pairs of items in validation and test: the edges of their snapshots"
+    if run.two_tower is not None and latest_file(run.two_tower.path).exists():
+        for snapshot in run.snapshots:
+            if snapshot.name in ("valid", "test"):
+                check_latest(run, snapshot, len(ntype), words)
+        yield "what was chosen in the last weeks before validation and test: counted from the events before each"
+
+
+def events_before(shard: Path, snapshot: Snapshot) -> Columns:
+    """A shard without all that the snapshot must not know."""
+    table = pq.read_table(shard, columns=["uid", "gid", "event", "timestamp"])
+    uid, gid, event, time = (column.to_numpy() for column in table.columns)
+    known = time < snapshot.time
+    if snapshot.without is not None:
+        known &= ~snapshot.without.has(uid)
+    return uid[known], gid[known], event[known], time[known]
+
+
+def check_edges(
+    shards: Sequence[Path],
+    snapshot: Snapshot,
+    stored: Path,
+    some: np.ndarray,
+    ntype: np.ndarray,
+    codes: Sequence[int],
+    config: GraphConfig,
+    allowed: np.ndarray,
+    seed: int,
+    words: Words,
+) -> int:
+    """The edges of the file ``stored`` into the items ``some``; returns how many there are.
+
+    Args:
+        some: int64 [n], ascending gids.
+        ntype: int16 [items].
+        codes: events that make edges.
+        allowed: bool [types, types], the pairs of item types that make edges.
+    """
+    items, parts = len(ntype), [Counted.none()]
+    for shard in shards:
+        uid, gid, event, time = events_before(shard, snapshot)
+        wanted = np.isin(event, codes) & np.isin(uid, np.unique(uid[np.isin(gid, some)]))
+        counter = PairCounter(items, Window(snapshot.start, snapshot.time), config.max_history, config.pair_half_life)
+        for counted in (*counter.add(uid[wanted], gid[wanted], time[wanted]), counter.flush()):
+            parts.append(counted.take(np.isin(counted.dst, some)))
+    made = pairs.merge(parts, items)
+    made = made.take(allowed[ntype[made.src], ntype[made.dst]])
+    made = pairs.keep_best(made, ntype, config.min_support, config.max_neighbors, seed)
+    table = pq.read_table(stored, columns=["src", "dst", "support", "weight"])
+    src, dst, support, weight = (column.to_numpy() for column in table.columns)
+    mine = np.isin(dst, some)
+    there = _by_edge(src[mine], dst[mine], support[mine], weight[mine])
+    wanted_edges = _by_edge(made.src, made.dst, made.support, (made.weight / pairs.ONE).astype(np.float32))
+    for to, of in sorted(there.keys() | wanted_edges.keys()):
+        found, expected = (edges.get((to, of), (0, 0.0)) for edges in (there, wanted_edges))
+        if found != expected:
+            raise LeakError(
+                f"snapshot {snapshot.name}, before {words.time(snapshot.time)}: the edge from {words.item(of)} to "
+                f"{words.item(to)} is of {found[0]} users and weighs {found[1]:.4g}, but of {expected[0]} and "
+                f"{expected[1]:.4g} by the events that the snapshot may know"
+            )
+    return len(there)
+
+
+def _by_edge(
+    src: np.ndarray, dst: np.ndarray, support: np.ndarray, weight: np.ndarray
+) -> dict[tuple[int, int], tuple[int, float]]:
+    """(dst, src) -> users and weight."""
+    edges = zip(dst.tolist(), src.tolist(), strict=True)
+    return dict(zip(edges, zip(support.tolist(), weight.tolist(), strict=True), strict=True))
+
+
+def check_activity(
+    shards: Sequence[Path],
+    snapshot: Snapshot,
+    stored: np.ndarray,
+    published: np.ndarray,
+    ntype: np.ndarray,
+    positives: Sequence[int],
+    words: Words,
+) -> None:
+    """``stored``: float16 [items, COLUMNS], the snapshot's table."""
+
+    def counts() -> Iterator[Counts]:
+        for shard in shards:
+            _, gid, event, time = events_before(shard, snapshot)
+            yield count_events(gid, event, time, snapshot.time, positives, len(published))
+
+    made = describe(*add_counts(counts()), published, ntype, snapshot.time).astype(np.float16)
+    if not np.array_equal(made, stored):
+        gid, column = np.argwhere(made != stored)[0]
+        raise LeakError(
+            f"snapshot {snapshot.name}, before {words.time(snapshot.time)}: the activity of {words.item(gid)} "
+            f"({COLUMN_NAMES[column]}) is {stored[gid, column]:.4f}, but {made[gid, column]:.4f} by the events that "
+            "the snapshot may know"
+        )
+
+
+class EdgeFile:
+    """One snapshot's edge file as the HGNN's graph: all neighbours of a node, none drawn."""
+
+    def __init__(self, path: Path, ntype: np.ndarray, text: np.ndarray) -> None:
+        src, dst = (column.to_numpy() for column in pq.read_table(path, columns=["src", "dst"]).columns)
+        self._src = torch.from_numpy(src.astype(np.int64))  # the file is sorted by dst
+        self._begin = torch.from_numpy(np.searchsorted(dst, np.arange(len(ntype) + 1)))
+        self._ntype, self._text = torch.from_numpy(ntype.astype(np.int64)), text
+
+    def features(self, name: str, gids: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(self._text[gids.numpy()]).float()
+
+    def sample(
+        self, gids: torch.Tensor, snapshot: int, fanout: int, generator: torch.Generator | None = None
+    ) -> Mapping[tuple[int, int], tuple[torch.Tensor, torch.Tensor]]:
+        count = self._begin[gids + 1] - self._begin[gids]
+        place = torch.repeat_interleave(torch.arange(len(gids)), count)
+        within = torch.arange(len(place)) - torch.repeat_interleave(torch.cumsum(count, 0) - count, count)
+        source = self._src[self._begin[gids][place] + within]
+        kinds = torch.stack([self._ntype[source], self._ntype[gids][place]], 1)
+        found = {}
+        for relation in torch.unique(kinds, dim=0):
+            mine = (kinds == relation).all(1)
+            found[int(relation[0]), int(relation[1])] = (place[mine], source[mine])
+        return found
+
+
+@torch.no_grad()
+def check_embeddings(run: FinishedRun, snapshot: Snapshot, some: np.ndarray, ntype: np.ndarray, words: Words) -> None:
+    """The stored embeddings of the items ``some`` on a snapshot are those of its edge file."""
+    assert run.hgnn is not None
+    text = load_arrays(run.featurize.path / "text.safetensors")["vector"]
+    config = HgnnConfig.model_validate(run.hgnn.manifest["config"]["hgnn"])
+    starts = np.concatenate([[0], np.cumsum(run.ingest.counts["items_per_type"])]).astype(np.int64)
+    model = HGNN(text.shape[1], config, ItemTypes(torch.from_numpy(starts))).eval()
+    model.load_state_dict({k: torch.from_numpy(v) for k, v in load_arrays(run.hgnn.path / "model.safetensors").items()})
+    ids = pq.read_table(run.ingest.path / "items.parquet", columns=["item_id"])["item_id"].to_pylist()
+    packed = torch.from_numpy(item_signatures(ids, config.signature_dim).copy())
+    file = EdgeFile(run.graph.path / "edges" / f"{snapshot.name}.parquet", ntype, text)
+    source = SignedSource(file, packed, config.signature_dim)
+    blocks = build_blocks(source, torch.from_numpy(some.astype(np.int64)), snapshot.index, [_ALL, _ALL])
+    made = model(source.features("text", blocks[0].src), blocks).numpy()
+    stored = load_embeddings(run.hgnn.path, snapshot.name, len(ntype)).numpy()[some]
+    _compare(f"the embedding on snapshot {snapshot.name}", made, stored, some, "the snapshot's edges", words)
+
+
+def check_item_vectors(run: FinishedRun, words: Words) -> list[str]:
+    """The vectors that the test ranks by are those of the test snapshot; returns the variants of the two-tower."""
+    assert run.hgnn is not None and run.two_tower is not None
+    text = load_arrays(run.featurize.path / "text.safetensors")["vector"]
+    source = ArrayFeatures(text=text, hgnn_test=load_embeddings(run.hgnn.path, "test", len(text)))
+    facts = run.ingest.counts
+    catalogue = load_catalogue(
+        run.ingest.path / "items.parquet", run.graph.path / ACTIVITY, facts["languages"], facts["categories"]
+    )
+    variants = sorted(path.parent.name for path in run.two_tower.path.glob("*/spec.json"))
+    for variant in variants:
+        made = item_vectors(load_towers(run.two_tower.path / variant), source, catalogue, "test").numpy()
+        stored = load_arrays(run.two_tower.path / variant / "items" / "test.safetensors")["vector"]
+        what = f"the test's vector by the two-tower {variant}"
+        _compare(what, made, stored, np.arange(len(made)), "the test snapshot's embeddings and activity", words)
+    return variants
+
+
+def check_memory(run: FinishedRun, snapshot: Snapshot, ntype: np.ndarray, words: Words) -> None:
+    """The pairs that raise scores in validation or test are those of its snapshot's edges and events."""
+    assert run.two_tower is not None
+    stored = Memory.load(memory_file(run.two_tower.path, snapshot.name))
+    codes, history = run.codes(run.graph.manifest["config"]["edges"]), run.graph_config.max_history
+    users = np.add.reduce([count_users(shard, snapshot, codes, history, len(ntype)) for shard in run.shards])
+    edges = read_edges(run.graph.path / "edges" / f"{snapshot.name}.parquet")
+    made = Memory.of_edges(*edges[:2], solve(edges, users, 0, len(edges[1])), users, ntype)
+    for gid in range(len(ntype)):
+        of = [slice(memory.begin[gid], memory.begin[gid + 1]) for memory in (stored, made)]
+        same = np.array_equal(stored.gid[of[0]], made.gid[of[1]]) and stored.users[gid] == made.users[gid]
+        if not same or not np.allclose(stored.coefficient[of[0]], made.coefficient[of[1]], atol=_TOLERANCE):
+            raise LeakError(
+                f"the memory of {words.item(gid)} on snapshot {snapshot.name} is not that of the snapshot's edges"
+            )
+
+
+def check_latest(run: FinishedRun, snapshot: Snapshot, items: int, words: Words) -> None:
+    """The choices of the last weeks that make trends happened before the snapshot."""
+    assert run.two_tower is not None
+    stored = load_arrays(latest_file(run.two_tower.path))[snapshot.name]
+    made = np.zeros_like(stored)
+    for shard in run.shards:
+        events = UserEvents(*events_before(shard, snapshot))
+        made += count_latest(events, [snapshot.time], run.positives, items)[0]
+    wrong = np.flatnonzero((made != stored).any(0))
+    if len(wrong):
+        raise LeakError(
+            f"snapshot {snapshot.name}, before {words.time(snapshot.time)}: {words.item(wrong[0])} was chosen "
+            f"{stored[:, wrong[0]].tolist()} times in the periods {PERIODS} (days before it), but "
+            f"{made[:, wrong[0]].tolist()} times by the events that the snapshot may know"
+        )
+
+
+def _compare(what: str, made: np.ndarray, stored: np.ndarray, gids: np.ndarray, of: str, words: Words) -> None:
+    apart = np.abs(made - stored).max(1)
+    if apart.max(initial=0) > _TOLERANCE:
+        worst = int(apart.argmax())
+        raise LeakError(f"{what} of {words.item(gids[worst])} is not that of {of} (apart by {apart[worst]:.3f})")

@@ -1,0 +1,218 @@
+"""What the item embeddings are worth for tasks that they were not made for, beside the bare text vectors.
+
+Two probes: a linear model predicts an item's category, language and type (classification.py), and nearest neighbours
+are held against pairs of items that users share only later (similar.py). All vectors are as of the test snapshot.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import ray
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from recsys_ray.checks import classification, similar
+from recsys_ray.checks.classification import Labels
+from recsys_ray.checks.similar import Period
+from recsys_ray.cluster.train import seed_from
+from recsys_ray.config import Config
+from recsys_ray.core.progress import Progress
+from recsys_ray.evaluation.segments import Catalogue
+from recsys_ray.hgnn.outputs import load_embeddings
+from recsys_ray.storage.artifacts import SCRATCH, Artifact, load_arrays, write_json
+
+SNAPSHOT = "test"
+SINGLE = ("text", "hgnn", "tower")  # kinds of vectors
+JOINED = "text+hgnn"
+_OVERSAMPLE = 3  # of the pairs of the test period, many were known before
+_FIELDS = {"category": "categories"}  # target -> the field of text.fields that gives it away
+
+Row = dict[str, Any]
+
+
+def probe(
+    config: Config, ingest: Artifact, featurize: Artifact, hgnn: Artifact, two_tower: Artifact, variant: str,
+    out: Path, progress: Progress,
+) -> dict[str, Any]:  # fmt: skip
+    """Run both probes; writes ``metrics.json`` and ``probe.png`` into ``out``. Ray must be up.
+
+    Finished parts in ``out``'s scratch folder are used again.
+
+    Returns:
+        Counts for the manifest: items and classes of each target, absent targets, pairs.
+    """
+    from recsys_ray.checks.probe_plot import draw_probe
+
+    table = pq.read_table(
+        ingest.path / "items.parquet", columns=["item_type", "ntype", "language", "categories", "available"]
+    )
+    types = tuple(ingest.counts["item_types"])
+    bounds = np.searchsorted(table["ntype"].to_numpy(), np.arange(len(types) + 1)).astype(np.int64)
+    catalogue = Catalogue(types, bounds, table["available"].to_numpy())
+    vectors = _vectors(featurize, hgnn, two_tower, variant, len(table))
+    labels, absent = classification.find_labels(table)
+    for target, reason in absent.items():
+        progress.say(f"    no probe of {target}: {reason}")
+    fields = featurize.manifest["config"]["text"]["fields"]
+    rows = _classify(config, labels, vectors, out / SCRATCH, progress)
+    for row in rows:
+        row["in_text"] = _FIELDS.get(row["target"]) in fields
+    period = Period(
+        ingest.counts["valid_from"], ingest.counts["test_from"], ingest.counts["end"],
+        [c for c, name in enumerate(ingest.counts["events"]) if name in config.events.edges],
+        config.graph.max_history, seed_from(config.seed, "probe"),
+    )  # fmt: skip
+    shards = sorted((ingest.path / "interactions").glob("shard-*.parquet"))
+    near = _look_up(config, shards, period, catalogue, vectors, progress)
+    if not near:
+        progress.say("    no pairs of items that users share in the test period alone: no probe of similar items")
+    metrics = {"snapshot": SNAPSHOT, "classification": rows, "similar": near, "absent": absent}
+    write_json(out / "metrics.json", metrics)
+    draw_probe(metrics, out / "probe.png")
+    return {
+        "targets": {row["target"]: {"items": row["items"], "classes": row["classes"]} for row in rows},
+        "absent": absent,
+        "pairs": max((row["pairs"] for row in near), default=0),
+    }
+
+
+def _vectors(featurize: Artifact, hgnn: Artifact, two_tower: Artifact, variant: str, items: int) -> dict[str, Any]:
+    """kind -> [items, d], row = gid."""
+    return {
+        "text": load_arrays(featurize.path / "text.safetensors")["vector"],
+        "hgnn": load_embeddings(hgnn.path, SNAPSHOT, items).numpy(),
+        "tower": load_arrays(two_tower.path / variant / "items" / f"{SNAPSHOT}.safetensors")["vector"],
+    }
+
+
+# -- classification ------------------------------------------------------------------------------------------------
+
+
+def _classify(
+    config: Config, labels: Mapping[str, Labels], vectors: Mapping[str, Any], scratch: Path, progress: Progress
+) -> list[Row]:
+    """One task for each target and kind of vectors, on a sample of items that is the same for all kinds."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    jobs = []
+    for target, kind in itertools.product(labels, (*SINGLE, JOINED)):
+        seed = seed_from(config.seed, "probe", target) % 2**32
+        chosen = classification.sample_items(labels[target], config.probe.items, seed)
+        parts = [np.asarray(vectors[name][chosen], np.float32) for name in kind.split("+")]
+        task = (np.concatenate(parts, axis=1), labels[target].codes[chosen], config.probe.folds)
+        facts = {"target": target, "vectors": kind, "classes": len(labels[target].names)}
+        done = scratch / f"{target}-{kind}.json"
+        jobs.append((_classify_one, *task, config.evaluate.bootstrap, seed, facts, done))
+    with progress.task("classification", len(jobs), "fits") as shown:
+        rows = []
+        for row in _in_order(jobs):
+            rows.append(row)
+            shown.advance(detail=f"{row['target']} from {row['vectors']}: macro-F1 {row['macro_f1']:.3f}")
+    return rows
+
+
+def _classify_one(
+    vectors: np.ndarray, classes: np.ndarray, folds: int, resamples: int, seed: int, facts: Row, done: Path
+) -> Row:
+    if done.exists():
+        return json.loads(done.read_text(encoding="utf-8"))
+    guessed = classification.predict(vectors, classes, folds, seed)
+    majority = float(np.bincount(classes).max() / len(classes))
+    row = {**facts, "items": len(classes), "majority": majority}
+    row |= classification.score(classes, guessed, resamples, seed)
+    write_json(done, row)
+    return row
+
+
+def _in_order(jobs: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
+    """Results of ``(function, *arguments)`` as Ray tasks of one CPU, in the order of the jobs."""
+    waiting = [ray.remote(num_cpus=1)(function).remote(*arguments) for function, *arguments in jobs]
+    for reference in waiting:
+        yield ray.get(reference)
+
+
+# -- similar items -------------------------------------------------------------------------------------------------
+
+
+def _look_up(
+    config: Config, shards: Sequence[Path], period: Period, catalogue: Catalogue, vectors: Mapping[str, Any],
+    progress: Progress,
+) -> list[Row]:  # fmt: skip
+    """Recall of later co-interactions, a row for each kind of vectors, item type and segment."""
+    limit = config.probe.pairs * _OVERSAMPLE
+    with progress.task("pairs of the test period", 2 * len(shards), "shards") as shown:
+
+        def over_shards(function: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
+            for result in _in_order([(function, shard, period, *arguments) for shard in shards]):
+                shown.advance()
+                yield result
+
+        pairs = np.empty((2, 0), np.int64)
+        for part in over_shards(similar.shared_pairs, catalogue, limit):
+            pairs = similar.merge_pairs([pairs, part], limit, period)
+        known, trained = np.zeros(pairs.shape[1], bool), np.zeros(catalogue.items, bool)
+        for had, seen in over_shards(similar.survey_past, pairs, catalogue.items):
+            known, trained = known | had, trained | seen
+    a, b = pairs[:, ~known][:, : config.probe.pairs]
+    if not len(a):
+        return []
+    query, answer = np.concatenate([a, b]), np.concatenate([b, a])
+    rows = []
+    for kind in SINGLE:
+        rank = similar.ranks(vectors[kind], query, answer, catalogue)
+        scored = similar.score_pairs(rank, query, answer, trained, catalogue, config.evaluate.bootstrap, config.seed)
+        rows += [{"vectors": kind, **row} for row in scored]
+    return rows
+
+
+# -- what is shown -------------------------------------------------------------------------------------------------
+
+
+def print_probe(metrics: Mapping[str, Any], console: Console) -> None:
+    """Both probes as tables."""
+    rows = metrics["classification"]
+    if rows:
+        table = _table("Predicting from vectors (logistic regression)", ("target", "vectors"))
+        for name in ("classes", "items", "macro-F1", "95 % interval", "accuracy"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for row in rows:
+            interval = f"{row['macro_f1_low']:.3f}-{row['macro_f1_high']:.3f}"
+            target = row["target"] + ("*" if row["in_text"] else "")
+            cells = [str(row["classes"]), f"{row['items']:,}", f"{row['macro_f1']:.3f}", interval]
+            last = row["vectors"] == JOINED
+            table.add_row(target, row["vectors"], *cells, f"{row['accuracy']:.3f}", end_section=last)
+        console.print(table)
+        if any(row["in_text"] for row in rows):
+            console.print("* is part of the text that was encoded (text.fields)", markup=False)
+    for target, reason in metrics["absent"].items():
+        console.print(f"{target}: not probed, {reason}", markup=False)
+    if metrics["similar"]:
+        table = _table("Similar items: pairs that users share only in the test period", ("item type", "items", "pairs"))
+        for kind in SINGLE:
+            table.add_column(f"{kind} @10", justify="right", no_wrap=True)
+            table.add_column("@100", justify="right", no_wrap=True)
+        for (name, segment), group in _grouped(metrics["similar"]):
+            cells = [f"{row[f'recall_at_{k}']:.3f}" for row in group for k in similar.CUTOFFS]
+            table.add_row(name, segment, f"{group[0]['pairs']:,}", *cells)
+        console.print(table)
+
+
+def _grouped(rows: Sequence[Row]) -> list[tuple[tuple[str, str], list[Row]]]:
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["item_type"], row["segment"]), []).append(row)
+    return list(groups.items())
+
+
+def _table(title: str, names: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
+    for name in names:
+        table.add_column(name, no_wrap=True)
+    return table

@@ -1,0 +1,92 @@
+"""Starting or joining Ray with the settings that this project needs on small and large machines alike."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from recsys_ray.config import RayConfig
+from recsys_ray.core.errors import UserError
+
+# Read by Ray when it starts. A value that the user has set stays.
+_SETTINGS = {
+    "RAY_worker_niceness": "0",  # workers run at nice 15 otherwise, and starve beside anything else
+    "RAY_DATA_USE_DATASOURCE_V2": "0",  # the new Parquet reader takes seconds a read and makes one block of a file
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "HF_HUB_OFFLINE": "1",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin at every barrier crawl when anything else wants a core
+}
+LOGICAL_CPUS_TO_SPARE = 2  # actors that hold every CPU leave none for Ray Data's read tasks: a silent deadlock
+
+
+def granted_cpus() -> int:
+    """CPUs that this process may use, not those that the machine has: its affinity, and a container's limit (``docker
+    --cpus``, a Kubernetes limit), which affinity does not show."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(allowed, _container_limit(Path("/sys/fs/cgroup"))))
+
+
+def _container_limit(cgroup: Path) -> int:
+    """Whole CPUs that the control group grants in a period, version 2 or 1; a very large number without a limit."""
+    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
+        with suppress(OSError, ValueError):
+            quota, period = " ".join((cgroup / name).read_text() for name in names).split()
+            if quota not in ("max", "-1"):
+                return math.ceil(int(quota) / int(period))
+    return sys.maxsize
+
+
+@contextmanager
+def ray_session(config: RayConfig) -> Iterator[int]:
+    """Start a local Ray or join a cluster; yields the number of CPUs to plan for.
+
+    A Ray that is already up in this process is used as it is. One started here ends with the block.
+
+    Raises:
+        UserError: the cluster at ``config.address`` cannot be reached.
+    """
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    cpus = config.num_cpus or granted_cpus()
+    if ray.is_initialized():
+        yield cpus
+        return
+    if config.address == "local":
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what fails is raised all the same
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a throw-away Ray that listens on this machine alone
+        ray.init(
+            "local",
+            num_cpus=cpus + LOGICAL_CPUS_TO_SPARE,
+            include_dashboard=config.dashboard,
+            object_store_memory=config.object_store_mb * 1024 * 1024,
+            log_to_driver=bool(os.environ.get("RECSYS_RAY_WORKER_LOGS")),
+            logging_level=logging.ERROR,
+            configure_logging=True,
+        )
+    else:
+        try:
+            ray.init(config.address, logging_level=logging.WARNING)
+        except ConnectionError as error:
+            raise UserError(f"no Ray cluster answers at {config.address!r} (ray.address): {error}") from error
+        cpus = int(ray.cluster_resources().get("CPU", cpus))
+    from ray.data import DataContext
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    DataContext.get_current().execution_no_progress_timeout_s = 600
+    DataContext.get_current().enable_progress_bars = False
+    try:
+        yield cpus
+    finally:
+        ray.shutdown()

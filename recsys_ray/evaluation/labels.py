@@ -1,0 +1,111 @@
+"""What models and segments are called in front of people, and which models are compared with which."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from recsys_ray.baselines import BASELINES
+from recsys_ray.evaluation.results import MAIN, WITHOUT_MEMORY
+from recsys_ray.evaluation.segments import TIERS
+
+Row = Mapping[str, Any]
+Role = Literal["served", "part", "baseline", "control", "oracle"]
+
+_STRANGER = "_for_a_stranger"
+
+
+@dataclass(frozen=True)
+class ModelName:
+    """A model's names and what it is: the ``served`` one, a ``part`` of it that is trained alone, a ``baseline``, a
+    ``control`` that is not meant to recommend well, or the ``oracle``."""
+
+    short: str  # for columns of a terminal
+    full: str
+    role: Role
+    note: str
+
+
+_BASELINES = {
+    "popularity": ("pop.", "Popularity"),
+    "item_knn": ("item-kNN", "Item-kNN"),
+    "llm_knn": ("LLM-kNN", "LLM-kNN"),
+    "ease": ("EASE", "EASE^R"),
+    "ials": ("iALS", "iALS"),
+    "lightgcn": ("LightGCN", "LightGCN"),
+    "sasrec": ("SASRec", "SASRec"),
+    "hgnn": ("HGNN", "HGNN alone"),
+    "hgnn_w_users": ("HGNN-wu", "HGNN with users"),
+}
+MODELS: dict[str, ModelName] = {
+    **{
+        name: ModelName(short, full, "part" if name == "hgnn" else "baseline", BASELINES[name].note)
+        for name, (short, full) in _BASELINES.items()
+    },
+    "two_tower_text_only": ModelName("2T", "2T without HGNN", "part", "The two-tower without the HGNN's embeddings."),
+    WITHOUT_MEMORY: ModelName(
+        "towers", "2T-HGNN without memory", "part", "The served model's towers without its direct memory."
+    ),
+    MAIN: ModelName("2T-HGNN", "2T-HGNN", "served", "HGNN and two-tower together: the model that is served."),
+    "oracle": ModelName(
+        "oracle", "Oracle", "oracle", "The demo world's own ranking by true taste: no recommender can expect more."
+    ),
+}
+
+SEGMENT_NAMES = {
+    "all": "all users",
+    "warm": "warm users",
+    "new_to_type": "new to the type",
+    "cold": "cold users",
+    "cold_items": "items unseen in training",
+    **{f"tier{k + 1}": f"popularity tier {k + 1}" for k in range(TIERS)},
+}
+SEGMENT_NOTES = {
+    "all": "Every list of the test period.",
+    "warm": "Users with any event before the test period.",
+    "new_to_type": "Warm users who are known from other item types only.",
+    "cold": "Users without any event before the test period.",
+    "cold_items": "Warm users; only items that no one had touched before validation count as relevant.",
+    **{f"tier{k + 1}": f"Warm users; only items of popularity tier {k + 1} count as relevant." for k in range(TIERS)},
+}
+TIER_SEGMENTS = tuple(f"tier{k + 1}" for k in range(TIERS))
+
+
+def name_of(model: str) -> ModelName:
+    """Names of a model; one that this table does not know is a baseline under its own name."""
+    if model in MODELS:
+        return MODELS[model]
+    if model.endswith(_STRANGER):
+        known = name_of(model.removesuffix(_STRANGER))
+        note = f"{known.full}, asked with the history of another user: what of its hits is not personal."
+        return ModelName(f"{known.short}*", f"{known.full}, stranger's history", "control", note)
+    if model.startswith("popularity_") and model.removeprefix("popularity_").isdigit():
+        days = model.removeprefix("popularity_")
+        return ModelName(f"pop.{days}", f"Popularity, {days} days", "baseline", f"Popularity over {days} days.")
+    return ModelName(model, model, "baseline", "")
+
+
+def select(metrics: Sequence[Row], **fixed: str) -> list[Row]:
+    """The rows with these values."""
+    return [row for row in metrics if all(row[name] == value for name, value in fixed.items())]
+
+
+def ordered(metrics: Sequence[Row], name: str) -> list[str]:
+    """The values of a column, each once, in the order of the rows."""
+    return list(dict.fromkeys(row[name] for row in metrics))
+
+
+def main_segment(metrics: Sequence[Row]) -> str:
+    """Warm users, or everyone where nobody is warm."""
+    return "warm" if any(row["segment"] == "warm" for row in metrics) or not metrics else "all"
+
+
+def contest(metrics: Sequence[Row]) -> tuple[str | None, str | None]:
+    """(the served model or, without it, the best that is no baseline; the best baseline), by HR@10 of the headline."""
+    main = select(metrics, item_type="all", segment=main_segment(metrics))
+    ranked = sorted(main, key=lambda row: -row["hr_at_10"])
+    roles = [(row["model"], name_of(row["model"]).role) for row in ranked]
+    ours = [model for model, role in roles if role == "served"] or [model for model, role in roles if role == "part"]
+    rivals = [model for model, role in roles if role == "baseline"]
+    return (ours[0] if ours else None), (rivals[0] if rivals else None)

@@ -1,0 +1,171 @@
+"""The shards of interactions as evaluation reads them: the setting that tasks share, and the survey of every shard.
+
+A survey is a shard's queries and what its events say of the items. It is a file in the evaluation's scratch folder;
+the driver adds the files up.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from recsys_ray.config import Config
+from recsys_ray.core.errors import ArtifactError
+from recsys_ray.core.snapshots import DAY
+from recsys_ray.data.split import popular_days
+from recsys_ray.evaluation.segments import Catalogue, Events, ItemFacts, Queries, find_queries, popularity_tiers
+from recsys_ray.storage.artifacts import SCRATCH, load_arrays, save_arrays
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every task of an evaluation needs to know. Moments are unix seconds."""
+
+    ingest: Path
+    scratch: Path
+    catalogue: Catalogue
+    positive: np.ndarray  # bool [event names]
+    valid_from: int
+    test_from: int
+    end: int
+    batch_size: int
+    seed: int
+    data_seed: int
+    popular_days: int | None = None  # what users get of whom nothing is known; None: all that was before the test
+    windows: tuple[int, ...] = ()  # days of further popularity windows
+    places: Mapping[str, Path] = field(default_factory=dict)  # folders of models whose results outlast this evaluation
+
+
+def prepare(config: Config, ingest: Path, out: Path) -> Setting:
+    """Read what tasks need to know and make the scratch folder below ``out``.
+
+    Raises:
+        ArtifactError: the ingest stage's output is missing or damaged.
+    """
+    try:
+        counts = json.loads((ingest / "manifest.json").read_text(encoding="utf-8"))["counts"]
+        items = pq.read_table(ingest / "items.parquet", columns=["ntype", "available"])
+    except (OSError, json.JSONDecodeError, pa.ArrowInvalid) as error:
+        raise ArtifactError(f"{ingest} cannot be read ({error}); run ingest again") from error
+    scratch = out / SCRATCH
+    scratch.mkdir(parents=True, exist_ok=True)
+    types = tuple(counts["item_types"])
+    bounds = np.searchsorted(items["ntype"].to_numpy(), np.arange(len(types) + 1))
+    return Setting(
+        ingest=ingest,
+        scratch=scratch,
+        catalogue=Catalogue(types, bounds.astype(np.int64), pc.fill_null(items["available"], True).to_numpy()),
+        positive=np.isin(counts["events"], config.events.positives),
+        valid_from=counts["valid_from"],
+        test_from=counts["test_from"],
+        end=counts["end"],
+        batch_size=config.evaluate.batch_size,
+        seed=config.seed,
+        data_seed=config.data_seed,
+        popular_days=popular_days(counts, config.index.popular_days),
+        windows=tuple(config.evaluate.popularity_days),
+    )
+
+
+def read_events(shard: Path) -> Events:
+    """All events of a shard, sorted by (uid, timestamp)."""
+    table = pq.read_table(shard, columns=["uid", "gid", "event", "timestamp"])
+    uid, gid, event, timestamp = (table[name].to_numpy() for name in table.column_names)
+    return Events(uid.astype(np.int64), gid.astype(np.int64), event, timestamp.astype(np.int64))
+
+
+def known_before(events: Events, moment: int, uids: np.ndarray) -> Events:
+    """What recommenders may know of these users: their events before ``moment``."""
+    return events.select((events.timestamp < moment) & np.isin(events.uid, uids))
+
+
+LAYOUT = 1  # of a model's part; raised when what is in it changes, so that kept ones are not read as new ones
+
+
+def part_of(setting: Setting, name: str, shard: Path) -> Path:
+    """Where the result of a model (or the survey) for a shard lies."""
+    return setting.places.get(name, setting.scratch) / f"{quote(name, safe='')}-{shard.stem}.safetensors"
+
+
+def survey_shard(setting: Setting, shard: Path) -> None:
+    """Queries of a shard and what its events say of the items, into the scratch folder."""
+    target = part_of(setting, "survey", shard)
+    if target.exists():
+        return
+    events = read_events(shard)
+    queries = find_queries(events, setting.catalogue, setting.positive, setting.test_from, setting.end)
+    items = setting.catalogue.items
+    before = events.timestamp < setting.test_from
+    positive = before & setting.positive[events.event]
+    lately = positive
+    if setting.popular_days is not None:
+        lately = positive & (events.timestamp >= setting.test_from - setting.popular_days * DAY)
+    chosen = np.unique(events.uid[lately] * items + events.gid[lately]) % items  # once for each user
+    arrays = {
+        "positives": np.bincount(events.gid[positive], minlength=items),
+        "trained": np.bincount(events.gid[events.timestamp < setting.valid_from], minlength=items),
+        "popular": np.bincount(chosen, minlength=items),
+    }
+    for days in setting.windows:
+        inside = positive & (events.timestamp >= setting.test_from - days * DAY)
+        arrays[f"recent_{days}"] = np.bincount(events.gid[inside], minlength=items)
+    save_arrays(target, {**arrays, **queries.as_arrays()})
+
+
+def read_users(path: Path, uids: np.ndarray) -> pa.Table:
+    """Rows ``uids`` (ascending) of the users table; row groups without any of them are not read."""
+    file = pq.ParquetFile(path)
+    sizes = [file.metadata.row_group(k).num_rows for k in range(file.metadata.num_row_groups)]
+    begins = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    groups = [k for k in range(len(sizes)) if np.diff(np.searchsorted(uids, begins[k : k + 2]))[0]]
+    rows = np.concatenate([np.arange(begins[k], begins[k + 1]) for k in groups]) if groups else np.zeros(0, np.int64)
+    return file.read_row_groups(groups).take(np.searchsorted(rows, uids))
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The shards' surveys, merged."""
+
+    queries: Queries
+    users: dict[Path, np.ndarray]  # of each shard, the users that are evaluated
+    query_offset: dict[Path, int]
+    truth_offset: dict[Path, int]
+    facts: ItemFacts
+    popular: np.ndarray  # int64 [items]: users who chose them in ``Setting.popular_days``, as a bundle counts them
+    windows: dict[int, np.ndarray]  # days -> int64 [items]: positive events in a further popularity window
+
+
+def merge_survey(setting: Setting, shards: list[Path], max_users: int | None) -> Survey:
+    """Add the surveys up; keep a seeded sample of ``max_users`` users that have queries."""
+    names = ("positives", "trained", "popular", *(f"recent_{days}" for days in setting.windows))
+    totals = {name: np.zeros(setting.catalogue.items, np.int64) for name in names}
+    found: dict[Path, Queries] = {}
+    for shard in shards:
+        arrays = load_arrays(part_of(setting, "survey", shard))
+        for name, total in totals.items():
+            total += arrays[name]
+        found[shard] = Queries.from_arrays(arrays)
+    everyone = np.concatenate([np.unique(q.uid) for q in found.values()]) if found else np.zeros(0, np.int64)
+    if max_users is not None and max_users < len(everyone):
+        everyone = np.random.default_rng(setting.data_seed).choice(everyone, max_users, replace=False)
+    users, query_offset, truth_offset, parts = {}, {}, {}, []
+    queries = truths = 0
+    for shard, part in found.items():
+        kept = part.keep_users(everyone)
+        users[shard], query_offset[shard], truth_offset[shard] = np.unique(kept.uid), queries, truths
+        kept_arrays = kept.as_arrays()
+        kept_arrays["truth_query"] = kept.truth_query + queries
+        parts.append(kept_arrays)
+        queries, truths = queries + len(kept), truths + len(kept.truth_item)
+    merged = Queries.from_arrays({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+    facts = ItemFacts(totals["trained"] == 0, popularity_tiers(totals["positives"], setting.catalogue))
+    windows = {days: totals[f"recent_{days}"] for days in setting.windows}
+    return Survey(merged, users, query_offset, truth_offset, facts, totals["popular"], windows)

@@ -1,0 +1,260 @@
+"""Co-interactions of all users become item-item edges, once per snapshot: sharded over users, merged by key.
+
+One task a shard of users counts the pairs of each snapshot and writes them in as many row groups as there are reducers,
+each a range of destinations. One task a range then sums them and keeps the best. Memory is bounded in both: by
+``pairs.HOLD`` in the first, by the number of ranges (``data.shards``) in the second.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from recsys_ray.config import Config
+from recsys_ray.core.errors import ArtifactError
+from recsys_ray.core.progress import Progress
+from recsys_ray.core.snapshots import Snapshot
+from recsys_ray.graph import pairs
+from recsys_ray.graph.pairs import Counted, PairCounter, Window
+from recsys_ray.storage.artifacts import SCRATCH, write_json
+
+_COUNTED = pa.schema([(name, pa.int64() if name == "weight" else pa.int32()) for name in pairs.COLUMNS])
+_EDGES = pa.schema([*((name, pa.int32()) for name in ("src", "dst", "support")), ("weight", pa.float32())])
+_ROWS = 1_000_000  # events that a task reads at a time
+
+
+def build_edges(
+    config: Config,
+    ingest_dir: Path,
+    snapshots: Sequence[Snapshot],
+    ntype: np.ndarray,
+    num_types: int,
+    out: Path,
+    progress: Progress,
+) -> dict[str, dict[str, int]]:
+    """Write ``out/<snapshot>.parquet`` (src, dst, support, weight; sorted by dst, src) for every snapshot.
+
+    What an interrupted call finished is kept, down to single tasks (below ``_scratch`` beside ``out``).
+
+    Args:
+        ntype: int16 [items], item type of each gid.
+
+    Returns:
+        Of each snapshot: relation ``t{i}_t{j}`` -> number of edges.
+
+    Raises:
+        ArtifactError: the ingest folder has no interactions.
+        ConfigError: ``graph.relations`` names an item type that there is not.
+    """
+    shards = sorted((ingest_dir / "interactions").glob("shard-*.parquet"))
+    if not shards:
+        raise ArtifactError(f"{ingest_dir} holds no interactions; run ingest again")
+    counts = json.loads((ingest_dir / "manifest.json").read_text(encoding="utf-8"))["counts"]
+    codes = [code for code, name in enumerate(counts["events"]) if name in config.events.edges]
+    out.mkdir(parents=True, exist_ok=True)
+    todo = [snapshot for snapshot in snapshots if not (out / f"{snapshot.name}.parquet").exists()]
+    if todo:
+        scratch = out.parent / SCRATCH / "pairs"
+        ranges = min(max(1, config.data.shards), len(ntype))
+        bounds = [len(ntype) * r // ranges for r in range(1, ranges + 1)]
+        _count(config, shards, todo, codes, bounds, scratch, progress)
+        allowed = pairs.allowed_relations(config.graph.relations, counts["item_types"])
+        _reduce(config, todo, ntype, len(bounds), scratch, out, progress, allowed)
+        shutil.rmtree(scratch, ignore_errors=True)
+    return {s.name: _relation_counts(out / f"{s.name}.parquet", ntype, num_types) for s in snapshots}
+
+
+def _count(
+    config: Config,
+    shards: Sequence[Path],
+    snapshots: Sequence[Snapshot],
+    codes: list[int],
+    bounds: list[int],
+    scratch: Path,
+    progress: Progress,
+) -> None:
+    windows = {s.name: Window(s.start, s.time, s.without) for s in snapshots}
+    work = [
+        (shard, scratch / shard.stem, windows, codes, bounds, config.graph.max_history, config.graph.pair_half_life)
+        for shard in shards
+        if not _is_done(scratch / shard.stem, windows)
+    ]
+    _run(count_shard, work, progress, "counting pairs", "shards")
+
+
+def _reduce(
+    config: Config,
+    snapshots: Sequence[Snapshot],
+    ntype: np.ndarray,
+    ranges: int,
+    scratch: Path,
+    out: Path,
+    progress: Progress,
+    allowed: np.ndarray,
+) -> None:
+    import ray
+
+    graph = config.graph
+    shared = ray.put(ntype)
+    work = []
+    for snapshot in snapshots:
+        for r in range(ranges):
+            target = scratch / snapshot.name / f"range-{r:05d}.parquet"
+            if not target.exists():
+                work.append((scratch, snapshot.name, r, shared, graph.min_support, graph.max_neighbors,
+                             config.data_seed, target, allowed))  # fmt: skip
+    _run(reduce_range, work, progress, "merging pairs", "ranges")
+    for snapshot in snapshots:
+        parts = [scratch / snapshot.name / f"range-{r:05d}.parquet" for r in range(ranges)]
+        _join(parts, out / f"{snapshot.name}.parquet")
+
+
+def _run(function: Callable[..., Any], work: list[tuple[Any, ...]], progress: Progress, title: str, unit: str) -> None:
+    """Run tasks, no more of them waiting than the cluster can start soon: their arguments and results stay small."""
+    import ray
+
+    task = ray.remote(num_cpus=1)(function)
+    limit = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    with progress.task(title, len(work), unit) as shown:
+        waiting: list[Any] = []
+        for arguments in work:
+            if len(waiting) >= limit:
+                waiting = _collect(waiting, shown)
+            waiting.append(task.remote(*arguments))
+        while waiting:
+            waiting = _collect(waiting, shown)
+
+
+def _collect(waiting: list[Any], shown: Any) -> list[Any]:
+    import ray
+
+    done, waiting = ray.wait(waiting)
+    ray.get(done)
+    shown.advance(len(done))
+    return waiting
+
+
+def count_shard(
+    shard: Path, folder: Path, windows: dict[str, Window], codes: list[int], bounds: list[int], max_history: int,
+    half_life: float | None,
+) -> None:  # fmt: skip
+    """Count the pairs of one shard's users in every window, into ``folder/<snapshot>-<n>.parquet``.
+
+    Each file holds one row group per range of destinations (``bounds``: the ranges' ends), sorted by (dst, src).
+    """
+    shutil.rmtree(folder, ignore_errors=True)  # what a killed task left
+    folder.mkdir(parents=True)
+    items = bounds[-1]
+    hold = pairs.HOLD // len(windows)
+    counters = {name: PairCounter(items, window, max_history, half_life, hold) for name, window in windows.items()}
+    files = dict.fromkeys(windows, 0)
+
+    def write(name: str, counted: Counted) -> None:
+        if len(counted):
+            _write_ranges(counted, bounds, folder / f"{name}-{files[name]}.parquet")
+            files[name] += 1
+
+    for uid, gid, timestamp in _whole_users(shard, codes):
+        for name, counter in counters.items():
+            for full in counter.add(uid, gid, timestamp):
+                write(name, full)
+    for name, counter in counters.items():
+        write(name, counter.flush())
+    write_json(folder / "done.json", _described(windows))
+
+
+def _whole_users(shard: Path, codes: list[int]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """uid, gid, timestamp of the events that make edges, in chunks that never split a user."""
+    carried: list[np.ndarray] | None = None
+    with pq.ParquetFile(shard) as file:
+        for batch in file.iter_batches(_ROWS, columns=["uid", "gid", "timestamp", "event"]):
+            uid, gid, timestamp, event = (batch.column(i).to_numpy(zero_copy_only=False) for i in range(4))
+            wanted = np.isin(event, codes)
+            columns = [uid[wanted], gid[wanted], timestamp[wanted]]
+            if carried is not None:
+                columns = [np.concatenate(pair) for pair in zip(carried, columns, strict=True)]
+            if len(columns[0]) == 0:
+                continue
+            cut = int(np.searchsorted(columns[0], columns[0][-1]))  # the last user may go on in the next batch
+            if cut:
+                yield columns[0][:cut], columns[1][:cut], columns[2][:cut]
+            carried = [column[cut:] for column in columns]
+    if carried is not None and len(carried[0]):
+        yield carried[0], carried[1], carried[2]
+
+
+def _write_ranges(counted: Counted, bounds: Sequence[int], path: Path) -> None:
+    ends = np.searchsorted(counted.dst, bounds)
+    with pq.ParquetWriter(path, _COUNTED, compression="zstd") as writer:
+        begin = 0
+        for end in ends.tolist():
+            part = counted.take(slice(begin, end))
+            table = pa.table(list(vars(part).values()), schema=_COUNTED)
+            writer.write_table(table, row_group_size=max(1, len(part)))
+            begin = end
+
+
+def reduce_range(
+    scratch: Path, snapshot: str, r: int, ntype: np.ndarray, min_support: int, max_neighbors: int, seed: int, out: Path,
+    allowed: np.ndarray | None = None,
+) -> None:  # fmt: skip
+    """Merge range ``r`` of every shard's counts, keep the best edges of the allowed relations (bool [types, types];
+    default: all), write them to ``out``."""
+    parts = [Counted.none()]
+    for path in sorted(scratch.glob(f"shard-*/{snapshot}-*.parquet")):
+        with pq.ParquetFile(path) as file:
+            table = file.read_row_group(r)
+        parts.append(Counted(*(table.column(name).to_numpy() for name in _COUNTED.names)))
+    edges = pairs.merge(parts, len(ntype))
+    if allowed is not None:
+        edges = edges.take(allowed[ntype[edges.src], ntype[edges.dst]])
+    edges = pairs.keep_best(edges, ntype, min_support, max_neighbors, seed)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    weight = (edges.weight / pairs.ONE).astype(np.float32)
+    table = pa.table([edges.src, edges.dst, edges.support.astype(np.int32), weight], schema=_EDGES)
+    aside = out.with_suffix(".tmp")
+    pq.write_table(table, aside, compression="zstd")
+    aside.replace(out)
+
+
+def _join(parts: Sequence[Path], out: Path) -> None:
+    """Concatenate ranges in order, a row group at a time."""
+    aside = out.with_name(f".{out.name}.tmp")
+    with ExitStack() as stack:
+        writer = stack.enter_context(pq.ParquetWriter(aside, _EDGES, compression="zstd"))
+        for part in parts:
+            file = stack.enter_context(pq.ParquetFile(part))
+            for group in range(file.num_row_groups):
+                writer.write_table(file.read_row_group(group))
+    aside.replace(out)
+
+
+def _relation_counts(path: Path, ntype: np.ndarray, num_types: int) -> dict[str, int]:
+    totals = np.zeros(num_types * num_types, np.int64)
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(_ROWS, columns=["src", "dst"]):
+            src, dst = (batch.column(i).to_numpy() for i in range(2))
+            totals += np.bincount(ntype[src].astype(np.int64) * num_types + ntype[dst], minlength=len(totals))
+    return {f"t{k // num_types}_t{k % num_types}": int(n) for k, n in enumerate(totals) if n}
+
+
+def _described(windows: dict[str, Window]) -> dict[str, dict[str, Any]]:
+    return {name: asdict(window) for name, window in sorted(windows.items())}
+
+
+def _is_done(folder: Path, windows: dict[str, Window]) -> bool:
+    """Whether a shard has been counted for (at least) these snapshots."""
+    try:
+        done = json.loads((folder / "done.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return False
+    return all(done.get(name) == window for name, window in _described(windows).items())

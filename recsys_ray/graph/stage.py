@@ -1,0 +1,71 @@
+"""The graph stage: snapshots, their co-interaction edges, and one heterograph of them all in DGL partitions."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from recsys_ray.config import Config
+from recsys_ray.core.errors import DataError
+from recsys_ray.core.progress import Progress
+from recsys_ray.core.snapshots import as_records, plan_snapshots
+from recsys_ray.graph.activity import write_activity
+from recsys_ray.graph.dgl.partition import partition_graph
+from recsys_ray.graph.dgl.sampling import GRAPH_JSON
+from recsys_ray.graph.edges import build_edges
+from recsys_ray.storage.artifacts import open_artifact
+
+
+def build_graph(
+    config: Config, ingest_dir: Path, featurize_dir: Path, out: Path, progress: Progress, num_hosts: int
+) -> dict[str, Any]:
+    """Make the graph stage's output in ``out``; what an interrupted call finished there is kept.
+
+    Args:
+        num_hosts: hosts of the cluster: the number of partitions, unless ``graph.partitions`` says otherwise.
+
+    Returns:
+        The manifest's counts: ``snapshots`` (records), ``edges`` (snapshot -> relation ``t{i}_t{j}`` -> number),
+        ``partitions``, ``partition_method``, ``nodes_per_partition``.
+
+    Raises:
+        DataError: there is nothing to train on, or fewer items than partitions.
+    """
+    counts = open_artifact(ingest_dir).counts
+    ntype = pq.read_table(ingest_dir / "items.parquet", columns=["ntype"]).column("ntype").to_numpy().astype(np.int16)
+    parts = config.graph.partitions or num_hosts
+    if len(ntype) < parts:
+        raise DataError(f"{len(ntype)} items cannot be cut into {parts} partitions; lower graph.partitions")
+    snapshots = plan_snapshots(config.graph, counts, config.data_seed)
+    edges = build_edges(config, ingest_dir, snapshots, ntype, len(counts["item_types"]), out / "edges", progress)
+    write_activity(config, ingest_dir, snapshots, out, progress)
+    cut = _partition(config, snapshots, ntype, featurize_dir, out, parts, progress)
+    return {
+        "snapshots": as_records(snapshots),
+        "edges": edges,
+        "partitions": parts,
+        "partition_method": cut["method"],
+        "nodes_per_partition": cut["nodes_per_part"],
+    }
+
+
+def _partition(
+    config: Config,
+    snapshots: Any,
+    ntype: np.ndarray,
+    featurize_dir: Path,
+    out: Path,
+    parts: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Cut the graph anew: its JSON is written last, but a partition step is short and never resumed inside."""
+    shutil.rmtree((out / GRAPH_JSON).parent, ignore_errors=True)
+    files = [(snapshot.index, out / "edges" / f"{snapshot.name}.parquet") for snapshot in snapshots]
+    with progress.task(f"cutting the graph into {parts} partition(s)", parts, "partitions") as shown:
+        cut = partition_graph(files, ntype, featurize_dir / "text.safetensors", out, parts, config.data_seed)
+        shown.update(parts)
+    return cut

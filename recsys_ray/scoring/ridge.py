@@ -1,0 +1,138 @@
+"""Fits the direct memory: for each item a ridge regression on its neighbours in the co-interaction graph.
+
+    b_.j = (G + ridge I)^-1 g,    G_ik = users of i and k,  g_i = weight of the edge i -> j,  i and k in N_j
+
+N_j are j's neighbours in a snapshot. Were g_i the users of i and j, b_.j would be the ridge regression of having j on
+having its neighbours: EASE^R (Steck, WWW 2019) kept to the graph, with a system of a few dozen numbers an item instead
+of one of the whole catalogue; SLIM with the neighbours as selected features (Ning and Karypis, ICDM 2011), without its
+L1 term. The weight counts a user for less the further back i lies before j, and for less still where j came first
+(recsys_ray/graph/pairs.py): it is a regression on choosing j soon.
+
+A pair i, k that the graph dropped counts as 0 users; G may then have negative eigenvalues, and coefficients that a
+small ridge lets grow without measure are cut at -1 and 1.
+
+One task a shard of interactions counts users, one a range of items solves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow.parquet as pq
+from jaxtyping import Float, Int
+
+from recsys_ray.cluster.pool import in_parallel, result_of
+from recsys_ray.config import Config
+from recsys_ray.core.offsets import spread
+from recsys_ray.core.progress import Progress
+from recsys_ray.core.snapshots import Snapshot
+from recsys_ray.graph.pairs import Window, latest_items
+from recsys_ray.scoring.memory import RIDGES, Memory, memory_file
+from recsys_ray.storage.artifacts import Artifact
+
+_RANGES = 8  # of items, whose systems are solved by one task each
+
+
+class Edges(NamedTuple):
+    """Of a snapshot; sorted by dst."""
+
+    src: Int[np.ndarray, "n"]
+    dst: Int[np.ndarray, "n"]
+    support: Int[np.ndarray, "n"]  # users
+    weight: Float[np.ndarray, "n"]
+
+
+def fit_memories(
+    config: Config,
+    ingest: Artifact,
+    graph: Path,
+    snapshots: Sequence[Snapshot],
+    out: Path,
+    progress: Progress,
+    cpus: int,
+) -> None:
+    """Write the memory of each of these snapshots (:func:`memory_file`); what is there is kept."""
+    import ray
+
+    names = list(ingest.counts["events"])
+    codes = [names.index(name) for name in config.events.edges if name in names]
+    shards = sorted((ingest.path / "interactions").resolve().glob("shard-*.parquet"))
+    ntype = pq.read_table(ingest.path / "items.parquet", columns=["ntype"])["ntype"].to_numpy()
+    todo = [snapshot for snapshot in snapshots if not memory_file(out, snapshot.name).exists()]
+    with progress.task("memory", len(todo) * _RANGES, "ranges of items") as task:
+        for snapshot in todo:
+            jobs = [(count_users, shard, snapshot, codes, config.graph.max_history, len(ntype)) for shard in shards]
+            users = np.zeros(len(ntype), np.int64)
+            for counted in in_parallel(jobs, cpus):  # one after the other: each is as long as the catalogue
+                users += counted
+            edges = read_edges(graph / "edges" / f"{snapshot.name}.parquet")
+            shared, remote = (ray.put(edges), ray.put(users)), ray.remote(num_cpus=1)(solve)
+            parts = []
+            for part in [remote.remote(*shared, begin, end) for begin, end in _ranges(edges.dst)]:
+                parts.append(result_of(part))
+                task.advance()
+            memory = Memory.of_edges(edges.src, edges.dst, np.concatenate(parts), users, ntype)
+            memory.save(memory_file(out, snapshot.name))
+
+
+def _ranges(dst: Int[np.ndarray, "n"]) -> list[tuple[int, int]]:
+    """Ranges of edges, about as long, that part no item's; ``dst`` ascends."""
+    bounds = [len(dst) * k // _RANGES for k in range(_RANGES)]
+    bounds = [int(np.searchsorted(dst, dst[bound])) if len(dst) else 0 for bound in bounds]
+    return list(zip(bounds, [*bounds[1:], len(dst)], strict=True))
+
+
+def read_edges(path: Path) -> Edges:
+    return Edges(*(column.to_numpy() for column in pq.read_table(path, columns=list(Edges._fields)).columns))
+
+
+def count_users(
+    shard: Path, snapshot: Snapshot, codes: Sequence[int], max_history: int, items: int
+) -> Int[np.ndarray, "items"]:
+    """How many users of a shard had each item, by the events that make the snapshot's edges."""
+    table = pq.read_table(shard, columns=["uid", "gid", "event", "timestamp"])
+    uid, gid, event, time = (column.to_numpy() for column in table.columns)
+    wanted = np.isin(event, codes)
+    window = Window(snapshot.start, snapshot.time, snapshot.without)
+    _, latest, _ = latest_items(uid[wanted], gid[wanted], time[wanted], window, max_history, items)
+    return np.bincount(latest, minlength=items)
+
+
+def solve(edges: Edges, users: Int[np.ndarray, "items"], begin: int, end: int) -> Float[np.ndarray, "edges ridges"]:
+    """b of the edges ``begin <= edge < end`` with each of ``RIDGES``; the range holds all edges of its items.
+
+    Args:
+        edges: all of them.
+        users: of each item.
+    """
+    (src, dst, support, weight), items = edges, len(users)
+    start = np.searchsorted(dst, np.arange(items + 1))
+    solved = np.zeros((end - begin, len(RIDGES)), np.float32)
+    place = np.full(items, -1)
+    for item in np.unique(dst[begin:end]).tolist():
+        mine = slice(start[item], start[item + 1])
+        near = src[mine]
+        place[near] = np.arange(len(near))
+        gram = np.zeros((len(near), len(near)))
+        lengths = start[near + 1] - start[near]  # the neighbours' own neighbours: which of them are mine, too?
+        edge = spread(start[near], lengths)
+        row, column = place[src[edge]], np.repeat(np.arange(len(near)), lengths)
+        row, column, shared = row[row >= 0], column[row >= 0], support[edge[row >= 0]]
+        gram[row, column] = gram[column, row] = shared
+        systems = np.repeat(gram[None], len(RIDGES), axis=0)
+        np.einsum("rnn->rn", systems)[:] = users[near] + np.array(RIDGES)[:, None]
+        right = np.broadcast_to(weight[mine].astype(np.float64)[:, None], (len(RIDGES), len(near), 1))
+        solved[mine.start - begin : mine.stop - begin] = _solutions(systems, right)[:, :, 0].T
+        place[near] = -1
+    return solved
+
+
+def _solutions(systems: Float[np.ndarray, "r n n"], right: Float[np.ndarray, "r n 1"]) -> Float[np.ndarray, "r n 1"]:
+    try:
+        found = np.linalg.solve(systems, right)
+    except np.linalg.LinAlgError:  # singular: see above
+        found = np.linalg.pinv(systems) @ right
+    return np.clip(found, -1, 1)

@@ -1,0 +1,142 @@
+"""The tables inside a bundle, memory-mapped: ids, items and users.
+
+Ids are strings outside and dense integers inside; an :class:`IdTable` finds one by binary search on disk, so that a
+replica starts at once and holds no dictionary of millions of strings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from recsys_ray.core.errors import ArtifactError
+from recsys_ray.serving.histories import Profile, mapped_arrays
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Arrow IPC, one batch, not compressed: any row is read in place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = table.combine_chunks()
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+
+
+def read_table(path: Path) -> pa.Table:
+    """Memory-mapped. Raises ArtifactError where the file is missing or damaged."""
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ArtifactError(f"{path} cannot be read ({error}); build the bundle again") from error
+
+
+def _one(table: pa.Table, name: str) -> pa.Array:
+    """A column as one array: a row of it is found several times faster than in chunks."""
+    column = table.column(name)
+    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays([pa.array([], column.type), *column.chunks])
+
+
+def sorted_ids(ids: pa.Array | pa.ChunkedArray, row_name: str) -> pa.Table:
+    """``id`` ascending beside ``row_name``, the row that it had."""
+    ids = ids.cast(pa.large_string())
+    order = pc.sort_indices(ids)
+    return pa.table({"id": ids.take(order), row_name: order.cast(pa.int64())})
+
+
+class IdTable:
+    """Finds the row of a string id; what :func:`sorted_ids` made."""
+
+    def __init__(self, path: Path, row_name: str) -> None:
+        table = read_table(path)
+        self._ids, self._rows = _one(table, "id"), _one(table, row_name)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def find(self, wanted: str) -> int | None:
+        """The row of ``wanted``, or None. Compares UTF-8 order, which is the order of code points."""
+        low, high = 0, len(self._ids)
+        while low < high:
+            middle = (low + high) // 2
+            if self._ids[middle].as_py() < wanted:
+                low = middle + 1
+            else:
+                high = middle
+        if low < len(self._ids) and self._ids[low].as_py() == wanted:
+            return self._rows[low].as_py()
+        return None
+
+    def spread(self, count: int) -> Iterator[tuple[str, int]]:
+        """Up to ``count`` (id, row), evenly from first to last."""
+        for place in np.unique(np.linspace(0, max(len(self) - 1, 0), min(count, len(self))).astype(int)):
+            yield self._ids[int(place)].as_py(), self._rows[int(place)].as_py()
+
+
+class Items:
+    """Id, type and title of every item, by gid."""
+
+    def __init__(self, folder: Path, types: list[str]) -> None:
+        table = read_table(folder / "items.arrow")
+        self._ids, self._titles = _one(table, "item_id"), _one(table, "title")
+        self.ntype: npt.NDArray[np.int16] = table.column("ntype").to_numpy()
+        self.available: npt.NDArray[np.bool_] = table.column("available").to_numpy()
+        self.types = types
+        self._table = IdTable(folder / "item_ids.arrow", "gid")
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def find(self, item_id: str) -> int | None:
+        return self._table.find(item_id)
+
+    def offered(self, number: int) -> npt.NDArray[np.int32]:
+        """Gids of the available items of a type, ascending."""
+        return np.flatnonzero((self.ntype == number) & (self.available != 0)).astype(np.int32)
+
+    def id(self, gid: int) -> str:
+        return self._ids[gid].as_py()
+
+    def title(self, gid: int) -> str:
+        return self._titles[gid].as_py()
+
+    def name(self, gid: int) -> str:
+        """In sentences: the title, or the id of an item without one."""
+        return self.title(gid) or self.id(gid)
+
+    def type(self, gid: int) -> str:
+        return self.types[self.ntype[gid]]
+
+
+class Users:
+    """Traits of every user, by uid."""
+
+    def __init__(self, folder: Path) -> None:
+        arrays = {name: tensor.numpy() for name, tensor in mapped_arrays(folder / "users.safetensors").items()}
+        self._age, self._country = arrays["age"], arrays["country"]
+        self._tastes = {n.removeprefix("taste."): a for n, a in arrays.items() if n.startswith("taste.")}
+        self._table = IdTable(folder / "user_ids.arrow", "uid")
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def find(self, user_id: str) -> int | None:
+        return self._table.find(user_id)
+
+    def spread(self, count: int) -> Iterator[tuple[str, int]]:
+        return self._table.spread(count)
+
+    def traits(self, uid: int, history: Profile) -> Profile:
+        """``history`` with what is known of user ``uid``."""
+        tastes = {name: array[uid] for name, array in self._tastes.items() if np.isfinite(array[uid]).all()}
+        return Profile(
+            history.gids,
+            history.events,
+            history.timestamps,
+            float(self._age[uid]),
+            int(self._country[uid]),
+            tastes,
+        )

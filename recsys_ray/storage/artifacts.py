@@ -1,0 +1,207 @@
+"""What a stage leaves behind: one folder with a manifest, which appears whole or not at all.
+
+A stage writes into a work folder beside its final place. ``publish`` adds the manifest (inputs and their hashes,
+configuration, counts, checksums, software) and renames the folder; a reader never sees a half-written one. The work
+folder is named after the stage's fingerprint, so that a killed stage finds its own checkpoints again and a stage with
+other inputs or another configuration starts afresh.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from recsys_ray.core.errors import ArtifactError
+
+MANIFEST = "manifest.json"
+FORMAT = 3  # raise it when the layout of any stage's output changes: older outputs are then made again
+SCRATCH = "_scratch"  # inside a work folder: resume state that is not part of the output
+_SOFTWARE = ("ray", "torch", "dgl", "transformers", "pyarrow", "faiss-cpu", "numpy")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A published folder and its manifest."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest["fingerprint"]
+
+    @property
+    def counts(self) -> Mapping[str, Any]:
+        return self.manifest["counts"]
+
+
+def fingerprint(stage: str, config: Any, inputs: Mapping[str, str]) -> str:
+    """Hash of all that decides a stage's output."""
+    text = json.dumps([FORMAT, stage, config, dict(sorted(inputs.items()))], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def source_fingerprint(path: str | Path) -> str:
+    """Hash of the names and contents below ``path``, about a second a gigabyte and thread. Neither place nor times
+    count: a copied or restored table, or a run folder that was moved, makes nothing anew."""
+    root = Path(path)
+    files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
+    with ThreadPoolExecutor() as threads:
+        contents = list(threads.map(sha256, files))
+    names = [root.name] if files == [root] else [str(file.relative_to(root)) for file in files]
+    described = list(zip(names, contents, strict=True))
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+
+
+def open_artifact(path: str | Path, verify: bool = False) -> Artifact:
+    """Open a published folder; ``verify`` also compares every file's checksum.
+
+    Raises:
+        ArtifactError: no manifest, another format, a file missing or of another size (or checksum).
+    """
+    folder = Path(path)
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{folder} holds no finished output (no {MANIFEST} in it)") from None
+    except json.JSONDecodeError:
+        raise ArtifactError(f"{folder / MANIFEST} is damaged; remove the folder and run the stage again") from None
+    if manifest.get("format") != FORMAT:
+        raise ArtifactError(f"{folder} was written in format {manifest.get('format')}, this version reads {FORMAT}")
+    for name, expected in manifest["files"].items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != expected["bytes"]:
+            raise ArtifactError(f"{file} is missing or not as it was written; remove the folder and run again")
+        if verify and sha256(file) != expected["sha256"]:
+            raise ArtifactError(f"{file} has another checksum than when it was written; remove the folder, run again")
+    return Artifact(folder, manifest)
+
+
+def find_current(path: str | Path, expected: str) -> Artifact | None:
+    """The artifact at ``path`` if it is whole and has this fingerprint, else None."""
+    try:
+        artifact = open_artifact(path)
+    except ArtifactError:
+        return None
+    return artifact if artifact.fingerprint == expected else None
+
+
+def work_folder(target: str | Path, expected: str) -> Path:
+    """The folder beside ``target`` to write into. What an interrupted run of the same fingerprint left is kept;
+    what runs of other fingerprints left is removed."""
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = target.parent / f".{target.name}.{expected[:16]}"
+    for other in target.parent.glob(f".{target.name}.*"):
+        if other != folder:
+            shutil.rmtree(other, ignore_errors=True)
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def publish(work: Path, target: str | Path, stage: str, expected: str, **facts: Any) -> Artifact:
+    """Write the manifest into ``work`` and rename it to ``target``, replacing what was there.
+
+    ``facts`` (config, inputs, counts, schema, seconds, ...) go into the manifest as they are.
+    """
+    target = Path(target)
+    shutil.rmtree(work / SCRATCH, ignore_errors=True)
+    files = {
+        str(p.relative_to(work)): {"bytes": p.stat().st_size, "sha256": sha256(p)}
+        for p in sorted(work.rglob("*"))
+        if p.is_file() and p.name != MANIFEST
+    }
+    manifest = {"format": FORMAT, "stage": stage, "fingerprint": expected, **facts}
+    manifest["software"] = software()
+    manifest["files"] = files
+    write_json(work / MANIFEST, manifest)
+    if target.is_symlink():  # shared with another run: let go of it, and never write through it
+        target.unlink()
+    if target.exists():  # a rename cannot replace a folder that holds something
+        old = target.parent / f".{target.name}.old"
+        shutil.rmtree(old, ignore_errors=True)
+        target.replace(old)
+        work.replace(target)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        work.replace(target)
+    return open_artifact(target)
+
+
+def share(source: Path, target: str | Path) -> Artifact:
+    """Let ``target`` be a relative link to the published folder ``source``, in place of what was there."""
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.parent / f".{target.name}.link"
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(os.path.relpath(source.resolve(), target.parent.resolve()), target_is_directory=True)
+    if target.is_dir() and not target.is_symlink():  # a rename cannot replace a folder
+        shutil.rmtree(target)
+    aside.replace(target)
+    return open_artifact(target)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON aside, then rename: a reader sees the old file or the new one."""
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(json.dumps(value, indent=1, default=_plain, ensure_ascii=False) + "\n", encoding="utf-8")
+    aside.replace(path)
+
+
+def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
+    """Write arrays as safetensors, aside and then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.tmp")
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    save_file(contiguous, aside, metadata=dict(metadata) if metadata else None)
+    aside.replace(path)
+
+
+def load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Read a safetensors file.
+
+    Raises:
+        ArtifactError: the file is missing or damaged.
+    """
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} is missing; run the stage that writes it again") from None
+    except Exception as error:
+        raise ArtifactError(f"{path} is damaged ({error}); run the stage that writes it again") from error
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def software() -> dict[str, str]:
+    """Versions of what an output depends on."""
+    versions = {"python": platform.python_version()}
+    for name in _SOFTWARE:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # a serving replica has neither dgl nor transformers
+            continue
+    return versions
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return str(value)

@@ -1,0 +1,152 @@
+"""Changed interactions tables for studies, made of a run's clean ones, in the form that ingest reads.
+
+A change keeps users, items and the test period's rows comparable: it moves labels or leaves rows out, and is a function
+of the tables and a seed alone.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import polars as pl
+import pyarrow.parquet as pq
+
+from recsys_ray.core.errors import DataError
+from recsys_ray.storage.artifacts import Artifact, write_json
+
+WEEK = 7 * 86_400
+FEW = 200  # rows of one type; a group of fewer is joined with the next week's
+_DONE = "made.json"
+
+
+@dataclass(frozen=True)
+class Log:
+    """All interactions of an ingest: columns of shape [events], shard after shard."""
+
+    gid: np.ndarray  # int32
+    timestamp: np.ndarray  # int64, unix seconds
+    ntype: np.ndarray  # int16 [events]: the item's type
+    item_types: list[str]
+    test_from: int
+
+
+class TableChange(Protocol):
+    """Gives the rows that are kept (bool [events]) and the item that each row is about (int32 [events], gid)."""
+
+    def apply(self, log: Log, seed: int) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+@dataclass(frozen=True)
+class ShuffledLabels:
+    """Which item a row is about is shuffled among the rows of one item type and one week; of several weeks where there
+    are few rows, which would hardly change places. No row moves over the beginning of the test period.
+
+    Popularity over time, the users' activity, the types and the kinds of events stay; which user likes what goes.
+    """
+
+    def apply(self, log: Log, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        rng = np.random.default_rng(seed)
+        group = self._groups(log)
+        by_group = np.argsort(group, kind="stable")
+        # The same rows again, in random order inside each group.
+        shuffled = np.lexsort((rng.random(len(group)), group))
+        gid = log.gid.copy()
+        gid[by_group] = log.gid[shuffled]
+        return np.ones(len(gid), dtype=bool), gid
+
+    def _groups(self, log: Log) -> np.ndarray:
+        """int64 [events]: the group that each row is shuffled in."""
+        week = (log.timestamp - log.test_from) // WEEK
+        periods, period = np.unique(
+            np.stack([log.ntype.astype(np.int64), (week >= 0).astype(np.int64), week]), axis=1, return_inverse=True
+        )
+        rows = np.bincount(period.reshape(-1), minlength=periods.shape[1])
+        group_of = np.zeros(periods.shape[1], np.int64)
+        group, size = 0, 0
+        for k in range(1, periods.shape[1]):
+            size += rows[k - 1]
+            new_part = (periods[:2, k] != periods[:2, k - 1]).any()
+            if new_part or size >= FEW:
+                group, size = group + 1, 0
+            group_of[k] = group
+        return group_of[period.reshape(-1)]
+
+
+@dataclass(frozen=True)
+class OnlyType:
+    """The interactions of one item type alone."""
+
+    item_type: str
+
+    def apply(self, log: Log, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        return log.ntype == _number(log, self.item_type), log.gid
+
+
+@dataclass(frozen=True)
+class NewType:
+    """An item type that has just appeared: of its interactions before the test period only the ``keep`` latest are
+    there. Those of the test period stay: they are asked for."""
+
+    item_type: str
+    keep: int
+
+    def apply(self, log: Log, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        before = np.flatnonzero((log.ntype == _number(log, self.item_type)) & (log.timestamp < log.test_from))
+        latest = before[np.argsort(log.timestamp[before], kind="stable")]
+        kept = np.ones(len(log.gid), dtype=bool)
+        kept[latest[: max(len(latest) - self.keep, 0)]] = False
+        return kept, log.gid
+
+
+def _number(log: Log, item_type: str) -> int:
+    if item_type not in log.item_types:
+        raise DataError(f"there is no item type {item_type!r} in the data; there are {', '.join(log.item_types)}")
+    return log.item_types.index(item_type)
+
+
+def write_changed(change: Any, ingest: Artifact, out: Path, seed: int) -> Path:
+    """Write the changed interactions of ``ingest`` into the folder ``out``, unless they are there already.
+
+    Memory: 14 bytes an interaction, in this process.
+    """
+    made = {"change": [type(change).__name__, asdict(change)], "seed": seed, "ingest": ingest.fingerprint}
+    if (out / f".{_DONE}").exists() and _read(out / f".{_DONE}") == made:
+        return out
+    aside = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    items = pl.read_parquet(ingest.path / "items.parquet", columns=["item_id", "ntype"])
+    users = pl.read_parquet(ingest.path / "users.parquet", columns=["user_id"])["user_id"]
+    ids, ntype, names = items["item_id"], items["ntype"].to_numpy(), list(ingest.counts["events"])
+    shards = sorted((ingest.path / "interactions").glob("shard-*.parquet"))
+    columns = [pl.read_parquet(shard, columns=["gid", "timestamp"]) for shard in shards]
+    gid, timestamp = (pl.concat(columns)[name].to_numpy() for name in ("gid", "timestamp"))
+    log = Log(gid, timestamp, ntype[gid], list(ingest.counts["item_types"]), ingest.counts["test_from"])
+    kept, gid = change.apply(log, seed)
+    start = 0
+    for shard in shards:
+        rows = slice(start, start := start + pq.ParquetFile(shard).metadata.num_rows)
+        events = pl.read_parquet(shard)
+        pl.DataFrame(
+            {
+                "user_id": users[events["uid"]],
+                "item_id": ids[gid[rows]],
+                "event": pl.Series(names)[events["event"].cast(pl.Int64)],
+                "timestamp": events["timestamp"],
+            }
+        ).filter(kept[rows]).write_parquet(aside / shard.name)
+    write_json(aside / f".{_DONE}", made)  # ingest passes over hidden files
+    shutil.rmtree(out, ignore_errors=True)
+    aside.rename(out)
+    return out
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
