@@ -76,5 +76,6 @@ STAGE = Stage(
     inputs=("ingest", "featurize", "hgnn", "two-tower"),
     settings=_settings,
     run=_run,
+    version=1,
     sources=lambda config: {"oracle": config.data.oracle},
 )

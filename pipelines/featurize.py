@@ -20,4 +20,5 @@ STAGE = Stage(
     inputs=("ingest",),
     settings=lambda config: {"text": config.text.model_dump(exclude={"workers"})},
     run=_run,
+    version=1,
 )

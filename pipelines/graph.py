@@ -10,11 +10,7 @@ from recsys_ray.graph.stage import build_graph
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """A field that came later is left out at its default: what was made before it is what it would make."""
-    graph = config.graph.model_dump()
-    if config.graph.relations == "all":
-        del graph["relations"]
-    return {"graph": graph, "edges": config.events.edges, "seed": config.data_seed}
+    return {"graph": config.graph.model_dump(), "edges": config.events.edges, "seed": config.data_seed}
 
 
 def _run(context: Context) -> dict[str, Any]:
@@ -29,4 +25,5 @@ STAGE = Stage(
     inputs=("ingest", "featurize"),
     settings=_settings,
     run=_run,
+    version=1,
 )

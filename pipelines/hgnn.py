@@ -37,4 +37,5 @@ STAGE = Stage(
     inputs=("ingest", "featurize", "graph"),
     settings=_settings,
     run=_run,
+    version=1,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipelines.stage import Context, Stage
-from recsys_ray.bundle.build import build_bundle, find_bundle
+from recsys_ray.bundle.build import VERSION, build_bundle, find_bundle
 from recsys_ray.config import Config
 from recsys_ray.core.errors import UserError
 from recsys_ray.storage.artifacts import Artifact, open_artifact
@@ -38,6 +38,7 @@ STAGE = Stage(
     inputs=("ingest", "featurize", "hgnn", "two-tower"),
     settings=_settings,
     run=_run,
+    version=VERSION,
     is_whole=_is_whole,
     shared=False,
 )

@@ -26,5 +26,6 @@ STAGE = Stage(
     inputs=(),
     settings=_settings,
     run=_run,
+    version=1,
     sources=lambda c: {"items": c.data.items, "interactions": c.data.interactions, "users": c.data.users},
 )

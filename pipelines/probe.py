@@ -38,6 +38,7 @@ STAGE = Stage(
     inputs=("ingest", "featurize", "hgnn", "two-tower"),
     settings=_settings,
     run=_run,
+    version=1,
 )
 
 

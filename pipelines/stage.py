@@ -17,10 +17,12 @@ from recsys_ray.core.errors import ArtifactError, DataError
 from recsys_ray.core.progress import Progress
 from recsys_ray.storage.artifacts import (
     Artifact,
+    changes,
     find_current,
     fingerprint,
     open_artifact,
     publish,
+    read_manifest,
     share,
     source_fingerprint,
     work_folder,
@@ -54,6 +56,7 @@ class Stage:
     inputs: tuple[str, ...]  # names of other stages
     settings: Callable[[Config], dict[str, Any]]  # the part of the configuration that decides the output
     run: Callable[[Context], dict[str, Any]]  # returns the counts for the manifest
+    version: int  # raise it when what the stage makes changes: what it made before is then made again
     sources: Callable[[Config], dict[str, str | None]] = lambda config: {}  # tables from outside
     is_whole: Callable[[Config, Artifact], bool] = lambda config, artifact: True  # is what it made elsewhere there?
     shared: bool = True  # the folder is all that it makes: another run may link to it
@@ -102,7 +105,8 @@ class Runner:
         hashes = {other: artifact.fingerprint for other, artifact in inputs.items()}
         check_kinship(inputs)
         hashes |= {table: _hash_source(table, path) for table, path in stage.sources(config).items() if path}
-        expected = fingerprint(stage.name, stage.settings(config), hashes)
+        settings = stage.settings(config)
+        expected = fingerprint(stage.name, settings, hashes, stage.version)
         target = Path(config.run_dir) / stage.folder
         current = None if force else find_current(target, expected)
         if current is not None and stage.is_whole(config, current):
@@ -112,6 +116,8 @@ class Runner:
             self.progress.say(f"{place}  {name}: the same as in {made}")
             return share(made, target)
         self.progress.say(f"{place}  {name}: {stage.summary}")
+        if not force and (why := why_again(target, stage, settings, hashes)):
+            self.progress.say(f"    made again: {why}")
         cpus, hosts = self._ray()
         started = time.monotonic()
         work = work_folder(target, expected)
@@ -123,7 +129,8 @@ class Runner:
             target,
             stage.name,
             expected,
-            config=stage.settings(config),
+            stage.version,
+            config=settings,
             inputs=hashes,
             counts=counts,
             seconds=round(seconds, 1),
@@ -154,6 +161,20 @@ class Runner:
             self._cpus = self._exit.enter_context(ray_session(self.config.ray))
         hosts = sum(1 for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU"))
         return self._cpus, max(hosts, 1)
+
+
+def why_again(target: Path, stage: Stage, settings: dict[str, Any], inputs: Mapping[str, str]) -> str:
+    """Why the output at ``target`` does not do, in words; empty where there is none."""
+    manifest = read_manifest(target)
+    if manifest is None:
+        return ""
+    if found := changes(manifest, stage.version, settings, inputs):
+        return "; ".join(found)
+    try:
+        open_artifact(target)
+    except ArtifactError as error:
+        return str(error)
+    return "what it published elsewhere is not there any more"
 
 
 def check_kinship(inputs: Mapping[str, Artifact]) -> None:

@@ -67,7 +67,7 @@ def pool_seeds(config: Config, seeds: list[int], evaluations: Sequence[Artifact]
     stage = STAGES["evaluate"]
     inputs = {f"seed-{seed}": artifact.fingerprint for seed, artifact in zip(seeds, evaluations, strict=True)}
     settings = {"seeds": seeds, "bootstrap": config.evaluate.bootstrap}
-    expected = fingerprint("evaluate seeds", settings, inputs)
+    expected = fingerprint("evaluate seeds", settings, inputs, stage.version)
     target = Path(config.run_dir) / stage.folder
     if current := find_current(target, expected):
         progress.say(f"mean of {len(seeds)} seeds: up to date")
@@ -90,4 +90,6 @@ def pool_seeds(config: Config, seeds: list[int], evaluations: Sequence[Artifact]
         "hr_at_10": {r["model"]: r["hr_at_10"] for r in rows if (r["item_type"], r["segment"]) == ("all", "warm")},
     }
     progress.say(f"mean of {len(seeds)} seeds -> {target}")
-    return publish(work, target, stage.name, expected, config=settings, inputs=inputs, counts=counts, **cost)
+    return publish(
+        work, target, stage.name, expected, stage.version, config=settings, inputs=inputs, counts=counts, **cost
+    )

@@ -74,6 +74,7 @@ from recsys_ray.storage.artifacts import (
 )
 from recsys_ray.two_tower.towers import load_item_ids
 
+VERSION = 1  # of what a run's bundle is made of: raise it when that changes
 CURRENT = "current"
 VARIANT = "hgnn"  # of the two-tower stage's models, the one that is served
 MEMORY = "memory.safetensors"
@@ -119,7 +120,7 @@ def bundle_fingerprint(config: Config, prints: Mapping[str, str]) -> str:
     """``prints``: fingerprints of the ingest, featurize, hgnn and two_tower folders."""
     own = {"index": config.index.model_dump(), "positives": config.events.positives, "seed": config.seed}
     own |= {"history": config.two_tower.history, "window_days": config.graph.window_days}
-    return fingerprint("index", own, prints)
+    return fingerprint("index", own, prints, VERSION)
 
 
 def build_bundle(
@@ -155,7 +156,7 @@ def build_bundle(
         recall, exact = _write_indexes(work, config, sources, progress, load_tower)
         facts = {"config": config.model_dump(mode="json"), "inputs": sources.prints}
         counts = _counts(config, sources, target.name) | {"recall_at_10": recall, "exact": exact}
-        bundle = publish(work, target, "bundle", expected, counts=counts, **facts)
+        bundle = publish(work, target, "bundle", expected, VERSION, counts=counts, **facts)
     set_current(out_root, target.name)
     return bundle
 

@@ -75,6 +75,7 @@ from recsys_ray.two_tower.towers import GivenIds, TowerSpec, load_towers
 from recsys_ray.two_tower.training import item_vectors
 
 Array = npt.NDArray[Any]
+_VERSION = 1  # raise it when what an extension makes changes
 _COPIED = ("user_tower", "hgnn_model", "vocabularies.json", "user_ids.arrow", "users.safetensors")
 
 
@@ -110,7 +111,7 @@ def extend_bundle(
     inputs = {"bundle": source.fingerprint, "items": source_fingerprint(items)}
     if interactions is not None:
         inputs["interactions"] = source_fingerprint(interactions)
-    expected = fingerprint("embed-items", {"replace": replace}, inputs)
+    expected = fingerprint("embed-items", {"replace": replace}, inputs, _VERSION)
     found = [path for path in root.glob(f"*-{expected[:12]}") if find_current(path, expected)]
     if found:
         progress.say(f"    bundle {found[0].name}: up to date")
@@ -120,7 +121,7 @@ def extend_bundle(
         counts = {**source.counts, **_Extension(source, work, progress, cpus).run(items, interactions, replace)}
         counts["version"] = version_name(counts["end"], expected)
         facts = {"config": source.manifest["config"], "inputs": inputs, "counts": counts}
-        made = publish(work, root / counts["version"], "bundle", expected, **facts)
+        made = publish(work, root / counts["version"], "bundle", expected, _VERSION, **facts)
     if make_current:
         set_current(root, made.path.name)
     return made

@@ -14,9 +14,12 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+import subprocess
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ from safetensors.numpy import load_file, save_file
 from recsys_ray.core.errors import ArtifactError
 
 MANIFEST = "manifest.json"
-FORMAT = 3  # raise it when the layout of any stage's output changes: older outputs are then made again
+FORMAT = 4  # raise it when what every manifest or pointer holds changes; for one stage's output raise its version
 SCRATCH = "_scratch"  # inside a work folder: resume state that is not part of the output
 _SOFTWARE = ("ray", "torch", "dgl", "transformers", "pyarrow", "faiss-cpu", "numpy")
 
@@ -47,9 +50,9 @@ class Artifact:
         return self.manifest["counts"]
 
 
-def fingerprint(stage: str, config: Any, inputs: Mapping[str, str]) -> str:
-    """Hash of all that decides a stage's output."""
-    text = json.dumps([FORMAT, stage, config, dict(sorted(inputs.items()))], sort_keys=True, default=str)
+def fingerprint(stage: str, config: Any, inputs: Mapping[str, str], version: int = 1) -> str:
+    """Hash of all that decides a stage's output; ``version`` is that of the stage's code."""
+    text = json.dumps([FORMAT, stage, version, config, dict(sorted(inputs.items()))], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -63,6 +66,15 @@ def source_fingerprint(path: str | Path) -> str:
     names = [root.name] if files == [root] else [str(file.relative_to(root)) for file in files]
     described = list(zip(names, contents, strict=True))
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+
+
+def read_manifest(path: str | Path) -> dict[str, Any] | None:
+    """The manifest in a folder, of whatever format, or None where there is none that can be read."""
+    try:
+        manifest = json.loads((Path(path) / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) else None
 
 
 def open_artifact(path: str | Path, verify: bool = False) -> Artifact:
@@ -79,7 +91,10 @@ def open_artifact(path: str | Path, verify: bool = False) -> Artifact:
     except json.JSONDecodeError:
         raise ArtifactError(f"{folder / MANIFEST} is damaged; remove the folder and run the stage again") from None
     if manifest.get("format") != FORMAT:
-        raise ArtifactError(f"{folder} was written in format {manifest.get('format')}, this version reads {FORMAT}")
+        raise ArtifactError(
+            f"{folder} was made by another version of recsys-ray (format {manifest.get('format')}; this one reads "
+            f"{FORMAT}); run the stage again that made it"
+        )
     for name, expected in manifest["files"].items():
         file = folder / name
         if not file.is_file() or file.stat().st_size != expected["bytes"]:
@@ -98,6 +113,38 @@ def find_current(path: str | Path, expected: str) -> Artifact | None:
     return artifact if artifact.fingerprint == expected else None
 
 
+def changes(manifest: Mapping[str, Any], version: int, config: Any, inputs: Mapping[str, str]) -> list[str]:
+    """Why an output with this manifest is not what a stage of this version, with this configuration and these inputs,
+    would make; empty where it is."""
+    if manifest.get("format") != FORMAT:
+        return [f"its format changed ({manifest.get('format')} -> {FORMAT})"]
+    found = []
+    if manifest["version"] != version:
+        found.append(f"the stage changed (version {manifest['version']} -> {version})")
+    now = json.loads(json.dumps(config, default=_plain))
+    if fields := list(_differing(manifest["config"], now)):
+        found.append(f"configuration changed ({_some(fields)})")
+    names = sorted(manifest["inputs"].keys() | inputs.keys())
+    if differing := [name for name in names if manifest["inputs"].get(name) != inputs.get(name)]:
+        found.append(f"inputs changed ({_some(differing)})")
+    return found
+
+
+def _differing(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    """Dotted names of the fields that differ between two trees of JSON, with their values."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in [*before, *(key for key in now if key not in before)]:
+            yield from _differing(before.get(key), now.get(key), f"{name}.{key}".removeprefix("."))
+    elif before != now:
+        texts = [json.dumps(value, ensure_ascii=False) for value in (before, now)]
+        yield name if max(map(len, texts)) > 40 else f"{name}: {texts[0]} -> {texts[1]}"
+
+
+def _some(names: list[str], most: int = 4) -> str:
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
 def work_folder(target: str | Path, expected: str) -> Path:
     """The folder beside ``target`` to write into. What an interrupted run of the same fingerprint left is kept;
     what runs of other fingerprints left is removed."""
@@ -111,10 +158,10 @@ def work_folder(target: str | Path, expected: str) -> Path:
     return folder
 
 
-def publish(work: Path, target: str | Path, stage: str, expected: str, **facts: Any) -> Artifact:
+def publish(work: Path, target: str | Path, stage: str, expected: str, version: int = 1, **facts: Any) -> Artifact:
     """Write the manifest into ``work`` and rename it to ``target``, replacing what was there.
 
-    ``facts`` (config, inputs, counts, schema, seconds, ...) go into the manifest as they are.
+    ``facts`` (version, config, inputs, counts, schema, seconds, ...) go into the manifest as they are.
     """
     target = Path(target)
     shutil.rmtree(work / SCRATCH, ignore_errors=True)
@@ -123,8 +170,8 @@ def publish(work: Path, target: str | Path, stage: str, expected: str, **facts: 
         for p in sorted(work.rglob("*"))
         if p.is_file() and p.name != MANIFEST
     }
-    manifest = {"format": FORMAT, "stage": stage, "fingerprint": expected, **facts}
-    manifest["software"] = software()
+    manifest = {"format": FORMAT, "stage": stage, "version": version, "fingerprint": expected}
+    manifest |= {"config": {}, "inputs": {}, "counts": {}, **facts, "made_by": made_by(), "software": software()}
     manifest["files"] = files
     write_json(work / MANIFEST, manifest)
     if target.is_symlink():  # shared with another run: let go of it, and never write through it
@@ -197,6 +244,22 @@ def software() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:  # a serving replica has neither dgl nor transformers
             continue
     return versions
+
+
+@cache
+def made_by() -> dict[str, str | None]:
+    """The package's version, and the commit where this is a checkout ("-dirty" where its files were changed)."""
+    root = Path(__file__).resolve().parents[2]
+    told = None
+    if (root / ".git").exists():
+        words = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        with suppress(OSError, subprocess.SubprocessError):
+            told = subprocess.run(words, capture_output=True, text=True, check=True, timeout=30).stdout.strip() or None
+    try:
+        version: str | None = importlib.metadata.version("recsys-ray")
+    except importlib.metadata.PackageNotFoundError:
+        version = None
+    return {"version": version, "commit": told}
 
 
 def _plain(value: Any) -> Any:

@@ -11,7 +11,9 @@ import pytest
 
 from recsys_ray.core.errors import ArtifactError
 from recsys_ray.storage.artifacts import (
+    FORMAT,
     SCRATCH,
+    changes,
     find_current,
     fingerprint,
     load_arrays,
@@ -34,7 +36,7 @@ def make(tmp_path, value=1.0, print_="f" * 64):
 
 def test_published_folder_is_whole_and_without_scratch(tmp_path):
     artifact = make(tmp_path)
-    assert artifact.counts["rows"] == 3
+    assert artifact.counts["rows"] == 3 and artifact.manifest["made_by"].keys() == {"version", "commit"}
     assert not (artifact.path / SCRATCH).exists()
     assert not list(tmp_path.glob(".stage.*"))
     assert open_artifact(artifact.path, verify=True).fingerprint == "f" * 64
@@ -86,7 +88,22 @@ def test_unfinished_and_foreign_folders(tmp_path):
 def test_fingerprints_depend_on_configuration_and_inputs():
     base = fingerprint("graph", {"a": 1}, {"ingest": "x"})
     assert base == fingerprint("graph", {"a": 1}, {"ingest": "x"})
-    assert len({base, fingerprint("graph", {"a": 2}, {"ingest": "x"}), fingerprint("graph", {"a": 1}, {})}) == 3
+    others = fingerprint("graph", {"a": 2}, {"ingest": "x"}), fingerprint("graph", {"a": 1}, {})
+    assert len({base, *others, fingerprint("graph", {"a": 1}, {"ingest": "x"}, version=2)}) == 4
+
+
+def test_changes_are_named_by_field_and_input():
+    manifest = {"format": FORMAT, "version": 1, "config": {"x": {"a": 1, "b": [1, 2]}}, "inputs": {"ingest": "i"}}
+    assert changes(manifest, 1, {"x": {"a": 1, "b": (1, 2)}}, {"ingest": "i"}) == []
+    assert changes(manifest, 1, {"x": {"a": 2, "b": [1, 2], "c": "new"}}, {"ingest": "i"}) == [
+        'configuration changed (x.a: 1 -> 2, x.c: null -> "new")'
+    ]
+    assert changes(manifest, 3, manifest["config"], {"ingest": "j", "graph": "g"}) == [
+        "the stage changed (version 1 -> 3)",
+        "inputs changed (graph, ingest)",
+    ]
+    many = {"x": dict.fromkeys("abcdef", 0)}
+    assert changes(manifest, 1, many, {"ingest": "i"})[0].endswith(" and 2 more)")
 
 
 def test_a_table_is_known_by_its_names_and_contents_wherever_it_lies(tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from importlib.metadata import version
 
 import pytest
 
@@ -24,7 +25,7 @@ def stage(name: str, inputs: tuple[str, ...], runs: list[str]) -> Stage:
         write_json(context.out / "number.json", len(runs))
         return {}
 
-    return Stage(name, name, "count", inputs, lambda config: {"seed": config.seed}, run)
+    return Stage(name, name, "count", inputs, lambda config: {"seed": config.seed}, run, version=1)
 
 
 @pytest.fixture
@@ -47,6 +48,40 @@ def test_what_is_up_to_date_is_skipped_and_what_depends_on_a_change_is_not(world
     assert runs == ["a", "b", "c"]
     runner(seed=1).chain(["a", "b", "c"])
     assert runs == ["a", "b", "c"] * 2
+
+
+def test_what_is_made_again_says_why(world, capsys):
+    runner, runs = world
+
+    def said() -> list[str]:
+        return [line.split(": ", 1)[1] for line in capsys.readouterr().err.splitlines() if "made again" in line]
+
+    runner().chain(["a", "b"])
+    assert said() == []
+    runner(seed=1).run("a")
+    assert said() == ["configuration changed (seed: 0 -> 1)"]
+    runner(seed=1).run("b")
+    assert said() == ["configuration changed (seed: 0 -> 1); inputs changed (a)"]
+    changed = runner(seed=1)
+    changed.stages = {**changed.stages, "b": dataclasses.replace(changed.stages["b"], version=2)}
+    made = changed.run("b")
+    assert said() == ["the stage changed (version 1 -> 2)"]
+    assert made.manifest["version"] == 2 and made.manifest["made_by"]["version"] == version("recsys-ray")
+    (made.path / "number.json").unlink()
+    changed.run("b")
+    assert "number.json is missing" in said()[0]
+    manifest = json.loads((made.path / "manifest.json").read_text())
+    write_json(made.path / "manifest.json", manifest | {"format": 3})
+    changed.run("b")
+    assert said() == ["its format changed (3 -> 4)"] and runs == ["a", "b", "a", "b", "b", "b", "b"]
+
+
+def test_an_input_of_another_format_is_refused_in_a_sentence(world):
+    runner, _ = world
+    made = runner().run("a")
+    write_json(made.path / "manifest.json", {"format": 3})
+    with pytest.raises(ArtifactError, match=r"b needs the output of a: .*another version of recsys-ray.*run the stage"):
+        runner().run("b")
 
 
 def test_a_stage_refuses_inputs_of_different_makes(world):
