@@ -13,7 +13,8 @@ import torch
 
 from recsys_ray.cluster.train import seed_from
 from recsys_ray.config import TwoTowerConfig
-from recsys_ray.core.snapshots import DAY, Snapshot
+from recsys_ray.core.clock import DAY
+from recsys_ray.core.snapshots import Snapshot
 from recsys_ray.graph.activity import COLUMNS
 from recsys_ray.two_tower.batches import ArrayFeatures, Catalogue
 from recsys_ray.two_tower.examples import HistoryRules, UserEvents, build_examples, build_queries, validation_examples

@@ -11,7 +11,7 @@ import torch
 
 from recsys_ray.baselines.interface import Choice, KnownData, Params, Real, Space, Whole, values_with
 from recsys_ray.config import Config
-from recsys_ray.core.snapshots import DAY
+from recsys_ray.core.clock import DAY
 from recsys_ray.evaluation.ranking import Scorer, UserBatch
 from recsys_ray.evaluation.segments import Catalogue
 

@@ -13,8 +13,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from recsys_ray.config import Config
+from recsys_ray.core.clock import DAY
 from recsys_ray.core.errors import ArtifactError, UserError
-from recsys_ray.core.snapshots import DAY
 from recsys_ray.evaluation.ranking import Recommender, UserBatch, batch_of
 from recsys_ray.evaluation.segments import Catalogue, Events
 

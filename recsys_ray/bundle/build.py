@@ -43,9 +43,9 @@ import pyarrow.parquet as pq
 import torch
 
 from recsys_ray.config import Config, IndexConfig
+from recsys_ray.core.clock import calendar_end, is_leave_one_out, popular_days
 from recsys_ray.core.errors import ArtifactError
 from recsys_ray.core.progress import Progress
-from recsys_ray.data.split import calendar_end, is_leave_one_out, popular_days
 from recsys_ray.graph.activity import NEVER, Counts, add_counts, count_events
 from recsys_ray.scoring.memory import Memory, memory_file
 from recsys_ray.serving.catalogue import Items, Users, sorted_ids, write_table

@@ -43,10 +43,9 @@ from recsys_ray.bundle.build import (
     version_name,
 )
 from recsys_ray.config import Config, HgnnConfig, TextConfig
+from recsys_ray.core.clock import DAY, is_leave_one_out
 from recsys_ray.core.progress import Progress
-from recsys_ray.core.snapshots import DAY
 from recsys_ray.data.schema import nearest
-from recsys_ray.data.split import is_leave_one_out
 from recsys_ray.data.validate import Catalogue, EventRules
 from recsys_ray.graph.activity import NEVER, count_events, describe
 from recsys_ray.graph.pairs import ONE, Counted, Window

@@ -19,10 +19,10 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from recsys_ray.config import Config, EventsConfig, GraphConfig
+from recsys_ray.core.clock import is_leave_one_out
 from recsys_ray.core.errors import LeakError
 from recsys_ray.core.progress import Progress
 from recsys_ray.core.snapshots import Snapshot, snapshots_of, training_snapshot
-from recsys_ray.data.split import is_leave_one_out
 from recsys_ray.data.validate import utc
 from recsys_ray.evaluation.queries import known_before, read_events
 from recsys_ray.evaluation.ranking import UserBatch, batch_of

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 
 from recsys_ray.config import GraphConfig
+from recsys_ray.core.clock import DAY, days_before, is_leave_one_out
 from recsys_ray.core.errors import DataError
 from recsys_ray.core.seeds import splitmix64
-from recsys_ray.data.split import is_leave_one_out
 
-DAY = 86_400
 _EVER = 1 << 40  # how far back a window without a start reaches in logical time: see _folds
 
 Interval = tuple[int, int]
@@ -57,17 +56,17 @@ def plan_snapshots(config: GraphConfig, counts: Mapping[str, Any], seed: int = 0
     """
     valid, test, end = counts["valid_from"], counts["test_from"], counts["end"]
     if is_leave_one_out(counts):
-        first, back = -_EVER, None
+        first, window = -_EVER, None
         cuts: Sequence[_Cut] = _folds(config, valid, seed)
     else:
         days = _training_days(counts)
-        first, back = days[0][0] * DAY, None if config.window_days is None else config.window_days * DAY
+        first, window = days[0][0] * DAY, config.window_days
         cuts = _moments(config, days, valid)
     planned: list[tuple[str, int, Interval | None, Fold | None]]
     planned = [(f"cut{k}", *cut) for k, cut in enumerate(cuts)]
     planned += [("valid", valid, (valid, test), None), ("test", test, None, None), ("serve", end, None, None)]
     return [
-        Snapshot(name, index, time, first if back is None else time - back, examples, without)
+        Snapshot(name, index, time, days_before(time, window, first), examples, without)
         for index, (name, time, examples, without) in enumerate(planned)
     ]
 
@@ -86,8 +85,7 @@ def _moments(config: GraphConfig, days: Sequence[tuple[int, int]], valid: int) -
     """Cuts by time: each serves the examples up to the next one."""
     if config.features_as_of == "window":
         first = days[0][0] * DAY
-        start = first if config.window_days is None else max(first, valid - config.window_days * DAY)
-        return [(valid, (start, valid), None)]
+        return [(valid, (max(first, days_before(valid, config.window_days, first)), valid), None)]
     moments = sorted({_quantile(days, _share(config, k)) for k in range(config.cuts)})
     return [(time, (time, after), None) for time, after in zip(moments, [*moments[1:], valid], strict=True)]
 

@@ -18,13 +18,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from recsys_ray.config import Config, EventsConfig
+from recsys_ray.core.clock import DAY, is_leave_one_out
 from recsys_ray.core.errors import DataError
 from recsys_ray.core.progress import Progress
 from recsys_ray.data import shuffle
 from recsys_ray.data.reading import Source, find_source, replace_aside, run_tasks
 from recsys_ray.data.schema import nearest
 from recsys_ray.data.shuffle import Job, Tally, merge_kinds
-from recsys_ray.data.split import DAY, END, TEST_FROM, VALID_FROM, is_leave_one_out, plan_split
+from recsys_ray.data.split import END, TEST_FROM, VALID_FROM, plan_split
 from recsys_ray.data.validate import EventRules, judge_rows, split_duplicates, utc
 from recsys_ray.storage.artifacts import SCRATCH, write_json
 

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from recsys_ray.core.clock import DAY
 from recsys_ray.data.reading import Batch, Fragment, read_batches, replace_aside
 from recsys_ray.data.split import TEST_FROM, logical_times
 from recsys_ray.data.validate import (
@@ -31,7 +32,6 @@ from recsys_ray.data.validate import (
     quarantine_table,
 )
 
-DAY = 86_400
 EVENTS = pa.schema([("uid", pa.int64()), ("gid", pa.int32()), ("event", pa.int8()), ("timestamp", pa.int64())])
 OTHER_ITEMS = "other_items.parquet"  # in the scratch folder: ids that data.item_types leaves out
 _ROW_GROUP = 1 << 20

@@ -7,35 +7,19 @@ a user's training events are at ..., -3, -2, -1. Only times of one user compare.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from recsys_ray.config import SplitConfig
+from recsys_ray.core.clock import DAY
 from recsys_ray.core.errors import DataError
 from recsys_ray.data.validate import utc
 
-DAY = 86_400
 VALID_FROM, TEST_FROM, END = 0, 1, 2  # logical times
 _DAYS = 14  # of validation and of the test, unless they hold too little or too much
 _ENOUGH, _LEAST, _MOST = 1_000, 0.03, 0.1  # days of users in either: a number, and shares of all
 _HELD_OUT = 3  # a user with fewer new items has none to spare
-
-
-def is_leave_one_out(counts: Mapping[str, Any]) -> bool:
-    """Whether the times of an ingest manifest and of its interactions are logical ones."""
-    return counts.get("protocol", "time") == "leave_one_out"
-
-
-def calendar_end(counts: Mapping[str, Any]) -> int:
-    """Unix seconds, 1 s after the last event, under either protocol."""
-    return int(counts.get("last_event", counts["end"] - 1)) + 1
-
-
-def popular_days(counts: Mapping[str, Any], days: int | None) -> int | None:
-    """``index.popular_days``, unless the split is leave-one-out, which knows no days: then all counts (None)."""
-    return None if is_leave_one_out(counts) else days
 
 
 def logical_times(uid: np.ndarray, gid: np.ndarray, positive: np.ndarray) -> np.ndarray:

@@ -18,9 +18,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from recsys_ray.config import Config
+from recsys_ray.core.clock import DAY, popular_days
 from recsys_ray.core.errors import ArtifactError
-from recsys_ray.core.snapshots import DAY
-from recsys_ray.data.split import popular_days
 from recsys_ray.evaluation.segments import Catalogue, Events, ItemFacts, Queries, find_queries, popularity_tiers
 from recsys_ray.storage.artifacts import SCRATCH, load_arrays, save_arrays
 

@@ -26,9 +26,9 @@ import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 
 from recsys_ray.config import Config
+from recsys_ray.core.clock import DAY, is_leave_one_out
 from recsys_ray.core.progress import Progress
-from recsys_ray.core.snapshots import DAY, Fold, Snapshot
-from recsys_ray.data.split import is_leave_one_out
+from recsys_ray.core.snapshots import Fold, Snapshot
 from recsys_ray.storage.artifacts import open_artifact, save_arrays
 
 ACTIVITY = "activity.safetensors"

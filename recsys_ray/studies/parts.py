@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
-from recsys_ray.core.snapshots import DAY
+from recsys_ray.core.clock import DAY
 from recsys_ray.evaluation.results import WITHOUT_MEMORY
 from recsys_ray.studies.compare import sentence
 from recsys_ray.studies.study import TWO_TOWER, Comparison, Facts, Outcome, Result, Side, Study, Variant

@@ -15,8 +15,9 @@ import polars as pl
 import pyarrow.parquet as pq
 from jaxtyping import Bool, Int
 
+from recsys_ray.core.clock import DAY
 from recsys_ray.core.offsets import offsets_of, spread
-from recsys_ray.core.snapshots import DAY, Snapshot, training_snapshot
+from recsys_ray.core.snapshots import Snapshot, training_snapshot
 from recsys_ray.two_tower.rows import OFFSETS
 
 _NONE = -1  # no snapshot

@@ -18,11 +18,11 @@ from torch import nn
 
 from recsys_ray.cluster.train import partition_client, rank_setup, run_ranks, seed_from
 from recsys_ray.config import Config, TwoTowerConfig
+from recsys_ray.core.clock import is_leave_one_out
 from recsys_ray.core.errors import DataError
 from recsys_ray.core.precision import choose_precision
 from recsys_ray.core.progress import Progress
 from recsys_ray.core.snapshots import Snapshot, snapshots_of
-from recsys_ray.data.split import is_leave_one_out
 from recsys_ray.graph.activity import ACTIVITY, COLUMNS
 from recsys_ray.scoring.choose import ASKED, with_choices, write_towers
 from recsys_ray.scoring.memory import Memory, memory_file

@@ -21,7 +21,7 @@ from pipelines.cli import main
 from pipelines.evaluate import NAMES
 from pipelines.run import STAGES
 from recsys_ray.bundle.build import set_current
-from recsys_ray.core.snapshots import DAY
+from recsys_ray.core.clock import DAY
 from recsys_ray.evaluation.results import WITHOUT_MEMORY
 from recsys_ray.serving.recommender import Recommender
 from recsys_ray.storage.artifacts import load_arrays, open_artifact, save_arrays

@@ -5,7 +5,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from recsys_ray.core.snapshots import DAY, Fold
+from recsys_ray.core.clock import DAY
+from recsys_ray.core.snapshots import Fold
 from recsys_ray.graph.activity import COLUMNS, add_counts, count_shard, describe
 
 ITEMS, NOW = 6, 500 * DAY

@@ -19,8 +19,8 @@ from recsys_ray.baselines.propagation import SparseMap, row_means, symmetric
 from recsys_ray.baselines.sampling import bpr_loss, softmax_loss
 from recsys_ray.config import BASELINES as NAMES
 from recsys_ray.config import load_config
+from recsys_ray.core.clock import DAY
 from recsys_ray.core.errors import ConfigError, UserError
-from recsys_ray.core.snapshots import DAY
 from recsys_ray.evaluation.ranking import batch_of, rank
 from recsys_ray.evaluation.segments import Catalogue, Events
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recsys_ray.config import GraphConfig
-from recsys_ray.core.snapshots import DAY, Snapshot, plan_snapshots
+from recsys_ray.core.clock import DAY
+from recsys_ray.core.snapshots import Snapshot, plan_snapshots
 from recsys_ray.two_tower.examples import (
     HistoryRules,
     UserEvents,

@@ -14,8 +14,9 @@ import pytest
 from recsys_ray.checks.leaks import Words, check_examples, check_plan, check_test, check_validation
 from recsys_ray.checks.leaks_snapshots import check_activity, check_edges
 from recsys_ray.config import GraphConfig
+from recsys_ray.core.clock import DAY
 from recsys_ray.core.errors import LeakError
-from recsys_ray.core.snapshots import DAY, Fold, Snapshot, plan_snapshots
+from recsys_ray.core.snapshots import Fold, Snapshot, plan_snapshots
 from recsys_ray.evaluation.ranking import batch_of
 from recsys_ray.evaluation.segments import Catalogue, Events, find_queries
 from recsys_ray.graph.activity import add_counts, count_shard, describe

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from recsys_ray.core.snapshots import DAY
+from recsys_ray.core.clock import DAY
 from recsys_ray.evaluation.ranking import UserBatch
 from recsys_ray.scoring.scorer import TrainedTower
 from recsys_ray.two_tower.towers import TowerSpec, UserTower

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from recsys_ray.config import GraphConfig
+from recsys_ray.core.clock import DAY
 from recsys_ray.core.errors import DataError
-from recsys_ray.core.snapshots import DAY, as_records, plan_snapshots, snapshots_of, training_snapshot
+from recsys_ray.core.snapshots import as_records, plan_snapshots, snapshots_of, training_snapshot
 
 COUNTS = {
     "valid_from": 100 * DAY,

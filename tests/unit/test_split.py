@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recsys_ray.data.split import END, TEST_FROM, VALID_FROM, calendar_end, is_leave_one_out, logical_times
+from recsys_ray.core.clock import calendar_end, is_leave_one_out
+from recsys_ray.data.split import END, TEST_FROM, VALID_FROM, logical_times
 from recsys_ray.evaluation.segments import Catalogue, Events, find_queries
 
 LIKED = {"stream"}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from checkerboard import ITEMS, LIKED, TEST, TYPES, VALID, board_events, board_task, board_trainer
 
-from recsys_ray.core.snapshots import DAY
+from recsys_ray.core.clock import DAY
 from recsys_ray.graph.activity import CHOSEN
 from recsys_ray.scoring.trends import (
     PERIODS,
