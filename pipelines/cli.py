@@ -93,8 +93,9 @@ def run(
     baselines: Baselines = None,
     force: Force = False,
     seeds: Seeds = 1,
+    examples: Annotated[int, typer.Option(min=0, help="Users to show, with what they did and get next.")] = 1,
 ) -> None:
-    """Run all stages, skipping those that are up to date, and show what came out.
+    """Run all stages, skipping those that are up to date, and show the results on one screen.
 
     Killed at any moment, it goes on at the last finished stage or epoch when it is started again. With several seeds
     the table is their mean, and its intervals cover users and seeds; the bundle is the first seed's.
@@ -104,10 +105,10 @@ def run(
 
     chosen = _config(config, overrides, baselines)
     if seeds == 1:
-        run_all(chosen, Progress(), force)
+        run_all(chosen, Progress(), force, examples)
     else:
         run_seeds(chosen, seeds, Progress(), force)
-        show_results(chosen)
+        show_results(chosen, examples)
 
 
 def _add_stage(name: str, summary: str) -> None:

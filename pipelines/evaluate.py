@@ -76,6 +76,6 @@ STAGE = Stage(
     inputs=("ingest", "featurize", "hgnn", "two-tower"),
     settings=_settings,
     run=_run,
-    version=1,
+    version=2,  # NDCG@10 has an interval
     sources=lambda config: {"oracle": config.data.oracle},
 )

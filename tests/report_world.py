@@ -32,6 +32,8 @@ def rows(seeds: int = 0) -> list[dict[str, Any]]:
                     "hr_at_10_low": hit - 0.002,
                     "hr_at_10_high": hit + 0.003,
                     "ndcg_at_10": hit / 2,
+                    "ndcg_at_10_low": hit / 2 - 0.001,
+                    "ndcg_at_10_high": hit / 2 + 0.001,
                     "mrr_at_100": hit / 3,
                     "mrr_at_100_hits": 0.2,
                     "coverage_at_100": 0.1 * (number + 1),

@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from recsys_ray.core.errors import ArtifactError
 from recsys_ray.core.seeds import splitmix64
-from recsys_ray.evaluation.metrics import pooled_interval
+from recsys_ray.evaluation.metrics import pooled_interval, widen
 from recsys_ray.evaluation.segments import SEGMENTS, Queries
 from recsys_ray.storage.artifacts import load_arrays, save_arrays
 
@@ -126,9 +126,18 @@ def pool(
         row = dict(first)
         row |= {name: _mean([r[name] for r in rows]) for name in MEANS if name in first}
         row |= {"hr_at_10_low": max(low, 0.0), "hr_at_10_high": min(high, 1.0)}
+        if all("ndcg_at_10_low" in r for r in rows):  # outputs of older versions have no interval
+            row |= _ndcg_interval(rows)
         row |= {"seeds": list(seeds), "per_seed": [r["hr_at_10"] for r in rows]}
         pooled.append(row)
     return pooled
+
+
+def _ndcg_interval(rows: Sequence[Row]) -> Row:
+    """Over users and seeds. The users' part is the mean of the seeds' own intervals, which is not too narrow."""
+    lows, means, highs = (np.array([r[f"ndcg_at_10{end}"] for r in rows]) for end in ("_low", "", "_high"))
+    low, high = widen(means, float(lows.mean()), float(highs.mean()))
+    return {"ndcg_at_10_low": max(low, 0.0), "ndcg_at_10_high": min(high, 1.0)}
 
 
 def _place(row: Row) -> tuple[str, str, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from recsys_ray.evaluation.given import ORACLE, ReadyLists
-from recsys_ray.evaluation.metrics import QueryScores, bootstrap_interval, score_queries
+from recsys_ray.evaluation.metrics import QueryScores, bootstrap_interval, mean_interval, score_queries
 from recsys_ray.evaluation.queries import Setting, Survey, part_of
 from recsys_ray.evaluation.ranking import Ranked
 from recsys_ray.evaluation.results import EVERY_TYPE, Hits, Row
@@ -80,8 +80,9 @@ def _of_type(queries: Queries, catalogue: Catalogue, item_type: str) -> np.ndarr
 
 
 def _figures(scores: QueryScores, users: np.ndarray, resamples: int, seed: int) -> Row:
-    """Means over queries; the interval resamples users."""
+    """Means over queries; intervals are over users."""
     low, high = bootstrap_interval(scores.hit, users, resamples, seed)
+    ndcg_low, ndcg_high = mean_interval(scores.ndcg, users)
     found = scores.reciprocal_rank[scores.reciprocal_rank > 0]
     return {
         "users": len(np.unique(users)),
@@ -90,6 +91,8 @@ def _figures(scores: QueryScores, users: np.ndarray, resamples: int, seed: int) 
         "hr_at_10_low": low,
         "hr_at_10_high": high,
         "ndcg_at_10": float(scores.ndcg.mean()),
+        "ndcg_at_10_low": ndcg_low,
+        "ndcg_at_10_high": ndcg_high,
         "mrr_at_100": float(scores.reciprocal_rank.mean()),
         "mrr_at_100_hits": float(found.mean()) if len(found) else 0.0,
     }

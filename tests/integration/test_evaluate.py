@@ -30,7 +30,7 @@ ITEMS = len(TYPES) * PER_TYPE
 VALID, TEST, END = 1_000_000, 2_000_000, 3_000_000
 COLUMNS = {
     "model", "item_type", "segment", "users", "queries", "hr_at_10", "hr_at_10_low", "hr_at_10_high", "ndcg_at_10",
-    "mrr_at_100", "mrr_at_100_hits", "coverage_at_100", "share_of_oracle",
+    "ndcg_at_10_low", "ndcg_at_10_high", "mrr_at_100", "mrr_at_100_hits", "coverage_at_100", "share_of_oracle",
 }  # fmt: skip
 
 
@@ -159,7 +159,8 @@ def test_table(ray_local, run, log):
     for row in found.values():
         assert set(row) == COLUMNS
         assert row["hr_at_10_low"] <= row["hr_at_10"] <= row["hr_at_10_high"] <= 1
-        assert 0 <= row["ndcg_at_10"] <= 1 and row["mrr_at_100"] <= row["mrr_at_100_hits"] <= 1
+        assert 0 <= row["ndcg_at_10_low"] <= row["ndcg_at_10"] <= row["ndcg_at_10_high"] <= 1
+        assert row["mrr_at_100"] <= row["mrr_at_100_hits"] <= 1
     expected = by_hand(log)
     for name in TYPES:
         assert found["popularity", name, "warm"]["hr_at_10"] == pytest.approx(expected[name])

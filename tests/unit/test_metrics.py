@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from recsys_ray.evaluation.metrics import bootstrap_interval, find_hits, score_queries
+from recsys_ray.evaluation.metrics import bootstrap_interval, find_hits, mean_interval, score_queries, widen
 from recsys_ray.evaluation.segments import (
     SEGMENTS,
     Catalogue,
@@ -91,6 +91,28 @@ def test_interval_is_that_of_resampled_users():
     assert [low, high] == pytest.approx(expected, abs=0.01)
     alone = bootstrap_interval(values, np.arange(200), resamples=20_000, seed=0)
     assert high - low > alone[1] - alone[0]
+
+
+def test_interval_of_a_mean_covers_the_true_mean_and_agrees_with_the_bootstrap():
+    rng, covered = np.random.default_rng(5), 0
+    users = np.repeat(np.arange(300), 2)
+    for _ in range(300):
+        taste = rng.beta(1, 3, size=300)  # of a user; mean .25
+        low, high = mean_interval(rng.beta(2, 2, size=600) - 0.5 + np.repeat(taste, 2), users)
+        covered += low <= 0.25 <= high
+    assert 270 <= covered <= 297  # 285 expected
+    hits = rng.random(600) < 0.2
+    assert np.allclose(mean_interval(hits.astype(float), users), bootstrap_interval(hits, users, 4000, 0), atol=0.004)
+    assert mean_interval(np.empty(0), np.empty(0, int)) == (0.0, 0.0)
+
+
+def test_seeds_widen_an_interval():
+    assert widen(np.array([0.2]), 0.1, 0.4) == (pytest.approx(0.1), pytest.approx(0.4))
+    low, high = widen(np.array([0.1, 0.2, 0.3]), 0.19, 0.21)  # t(2, .975) = 4.303, standard error .1 / sqrt(3)
+    assert (low, high) == (
+        pytest.approx(0.2 - np.hypot(0.01, 0.24841), abs=1e-4),
+        pytest.approx(0.2 + np.hypot(0.01, 0.24841), abs=1e-4),
+    )
 
 
 def test_interval_is_seeded_and_handles_nothing():

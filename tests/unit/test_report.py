@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import html
-import io
 import json
 import re
 from html.parser import HTMLParser
 
 import pytest
 from report_world import EVIL, MODELS, differences, rows, write_run
-from rich.console import Console
 
 from recsys_ray.config import Config
 from recsys_ray.evaluation.labels import contest, name_of
@@ -87,6 +85,8 @@ def test_page_draws_from_the_same_numbers(page):
     found = [dict(zip(data["columns"], values, strict=True)) for values in data["rows"]]
     for mine, theirs in zip(rows(), found, strict=True):
         for name, value in mine.items():
+            if name in ("ndcg_at_10_low", "ndcg_at_10_high"):
+                continue  # the page shows the interval of HR@10 alone
             assert theirs[name] == (pytest.approx(value, abs=1e-6) if isinstance(value, float) else value)
     assert data["served"] == "2t_hgnn" and data["rival"] == EVIL
     assert data["map"]["title"][3] == EVIL
@@ -184,18 +184,6 @@ def test_page_and_tables_without_any_row(tmp_path):
     report.write_report(tmp_path / "report.html", [], Config(), tmp_path)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "nothing to compare" in page and not parse(page).faults
-    out = io.StringIO()
-    report.print_table([], Console(file=out))
-    assert "no figures" in out.getvalue()
-
-
-def test_printed_tables():
-    out = io.StringIO()
-    report.print_table(rows(), Console(file=out, width=400))
-    text = out.getvalue()
-    assert "podcast [new]" in text and "1,234 users" in text and EVIL in text
-    warm = 0.0123 + 0.001
-    assert f"{warm:.4f}" in text and f"{warm - 0.002:.4f}-{warm + 0.003:.4f}" in text and "10.0%" in text
 
 
 def test_what_the_data_told_is_shown(tmp_path):
