@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import polars as pl
@@ -12,13 +12,16 @@ import polars as pl
 from pipelines.peak_memory import PeakMemory
 from pipelines.stage import Context, Stage
 from recsys_ray.config import Config
-from recsys_ray.evaluation.results import WITHOUT_MEMORY
+from recsys_ray.evaluation.given import TowerModel
+from recsys_ray.evaluation.results import MAIN
 from recsys_ray.evaluation.stage import evaluate
+from recsys_ray.evaluation.towers import TrainedTowers
 from recsys_ray.hgnn.outputs import load_embeddings
-from recsys_ray.scoring.scorer import TrainedTower
+from recsys_ray.scoring.scorer import TERMS, without
 from recsys_ray.storage.artifacts import load_arrays
 
-NAMES = {"text_only": "two_tower_text_only", "hgnn": "2t_hgnn"}  # two-tower variant -> name in the table
+VARIANT = "hgnn"
+NAMES = {"text_only": "two_tower_text_only", VARIANT: MAIN}  # two-tower variant -> name in the table
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -44,16 +47,18 @@ def _evaluate(context: Context, spent: Callable[[], tuple[float, float]]) -> dic
     inputs = {name: artifact.path for name, artifact in context.inputs.items()}
     text = load_arrays(inputs["featurize"] / "text.safetensors")["vector"]
     hgnn = load_embeddings(inputs["hgnn"], "test", len(text)).numpy()
-    items = pl.read_parquet(inputs["ingest"] / "items.parquet", columns=["ntype", "available"])
-    ntype, available = items["ntype"].cast(pl.Int64).to_numpy(), items["available"].fill_null(True).to_numpy()
-    moment = context.inputs["ingest"].counts["test_from"]
-    towers = {
-        name: TrainedTower.open(inputs["two-tower"] / variant, text, hgnn, ntype, available, moment)
+    items = pl.read_parquet(inputs["ingest"] / "items.parquet", columns=["ntype"])
+    features = text, hgnn, items["ntype"].cast(pl.Int64).to_numpy(), context.inputs["ingest"].counts["test_from"]
+    terms = [term for term in TERMS if getattr(context.config.two_tower, term)]  # also one without weight: in another
+    towers: dict[str, Callable[[], TowerModel]] = {  # seed it may have one
+        without(MAIN, term): partial(TrainedTowers.open, inputs["two-tower"] / VARIANT, *features, term)
+        for term in terms
+    }
+    towers |= {
+        name: partial(TrainedTowers.open, inputs["two-tower"] / variant, *features)
         for variant, name in NAMES.items()
         if (inputs["two-tower"] / variant / "metrics.json").exists()
     }
-    if context.config.two_tower.memory:  # also where validation gave it no weight: another seed may give it some
-        towers = {WITHOUT_MEMORY: replace(towers[NAMES["hgnn"]], memory=None), **towers}
     return evaluate(
         context.config,
         inputs["ingest"],

@@ -202,6 +202,7 @@ class TwoTowerConfig(Section):
     )
     memory: bool = Field(True, description="beside the towers, edges of the graph raise scores as validation says")
     trends: bool = Field(True, description="choices of the last weeks move items' scores as validation says")
+    unseen: bool = Field(True, description="items that nobody had are given the share that such items had before")
     batch_size: Positive = 1024
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="of the layers while they train; auto: bf16 where the hardware has it"

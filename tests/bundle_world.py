@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ import torch
 from recsys_ray.bundle.build import build_bundle
 from recsys_ray.config import Config, TextConfig
 from recsys_ray.core.progress import Progress
+from recsys_ray.scoring.choices import choices_file
 from recsys_ray.scoring.memory import RIDGES, Memory, memory_file
+from recsys_ray.scoring.scorer import TRENDS, UNSEEN, VECTOR, ScoreSpec
 from recsys_ray.storage.artifacts import Artifact, publish, save_arrays, work_folder
 
 DAY = 86_400
@@ -44,7 +46,12 @@ class World:
     vectors: np.ndarray
     user_ids: list[str]
     events: np.ndarray  # [n, 4]: uid, gid, event, timestamp
-    trend: np.ndarray | None = None  # of the items
+    terms: dict[str, np.ndarray] = field(default_factory=dict)  # item terms, each float32 [items]
+
+    @property
+    def bias(self) -> np.ndarray:
+        """The sum of the item terms."""
+        return sum(self.terms.values(), np.zeros(len(self.item_ids), np.float32))
 
     def seen(self, user_id: str) -> set[str]:
         uid = self.user_ids.index(user_id)
@@ -58,7 +65,7 @@ class World:
 
 def make_world(
     root: Path, per_type: Sequence[int] = (30, 40, 50), users: int = 60, dim: int = 8, text: int = 16, seed: int = 0,
-    memory: float = 0.0, shifts: list[float | None] | None = None, trends: bool = False,
+    memory: float = 0.0, shares: Sequence[float | None] = (), terms: Sequence[str] = (),
 ) -> World:  # fmt: skip
     random = np.random.default_rng(seed)
     types = ["audiobook", "music", "podcast"][: len(per_type)]
@@ -74,8 +81,8 @@ def make_world(
     user_ids = [f"üser/{i:04d}" for i in random.permutation(users)]
     user_ids[3], user_ids[7] = LONELY, FORGOTTEN
     events = _events(random, users, len(item_ids))
-    trend = _trend(ntype, shifts or []) if trends else None
-    world = World(root, _config(root), item_ids, ntype, available, vectors, user_ids, events, trend)
+    made = _terms(ntype, terms)
+    world = World(root, _config(root), item_ids, ntype, available, vectors, user_ids, events, made)
     write_ingest(world, types, per_type, random)
     vectors_of_text = _unit(random, len(item_ids), text).astype("float16")
     publish_arrays(root / "featurize", {"text.safetensors": {"vector": vectors_of_text}}, **FEATURIZE)
@@ -92,7 +99,7 @@ def make_world(
     }
     parts["model.safetensors"] = {"nothing": np.zeros(1, np.float32)}  # serving does not open it
     publish_arrays(root / "hgnn", parts, config={"hgnn": {}})
-    _write_towers(root / "two_tower", world, types, text, dim, memory, shifts)
+    _write_towers(root / "two_tower", world, types, text, dim, memory, shares)
     return world
 
 
@@ -107,12 +114,19 @@ def _unit(random: np.random.Generator, rows: int, dim: int) -> np.ndarray:
     return values / np.linalg.norm(values, axis=1, keepdims=True)
 
 
-def _trend(ntype: np.ndarray, shifts: Sequence[float | None]) -> np.ndarray:
-    """Nothing for items that nobody had and for types without examples."""
-    trend = 0.3 * np.random.default_rng(6).standard_normal(len(ntype), dtype=np.float32)
-    untrained = [number for number, shift in enumerate(shifts) if shift is None]
-    trend[(some_memory(len(ntype)).users == 0) | np.isin(ntype, untrained)] = 0
-    return trend
+HAD = 9  # so many users had most items; nobody had every ninth
+
+
+def had(items: int) -> np.ndarray:
+    return np.where(np.arange(items) % 9 == 0, 0, HAD).astype(np.int32)
+
+
+def _terms(ntype: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Trends of items that somebody had; what those are given that nobody had, one number a type."""
+    somebody = had(len(ntype)) > 0
+    trend = 0.3 * np.random.default_rng(6).standard_normal(len(ntype), dtype=np.float32) * somebody
+    unseen = np.array([0.4, -0.5, 0.2], np.float32)[ntype] * ~somebody
+    return {name: term for name, term in ((TRENDS, trend), (UNSEEN, unseen)) if name in names}
 
 
 def _events(random: np.random.Generator, users: int, items: int) -> np.ndarray:
@@ -203,32 +217,33 @@ def some_memory(items: int) -> Memory:
     kept = (src != dst) & (src % 9 > 0) & (dst % 9 > 0)
     src, dst = src[kept], dst[kept]
     made = random.random((len(src), len(RIDGES)))
-    return Memory.of_edges(src, dst, made, np.arange(items) % 9, np.zeros(items, int))
+    return Memory.of_edges(src, dst, made, had(items), np.zeros(items, int))
 
 
 def _write_towers(
-    target: Path, world: World, types: list[str], text: int, dim: int, memory: float, shifts: list[float | None] | None
+    target: Path, world: World, types: list[str], text: int, dim: int, memory: float, shares: Sequence[float | None]
 ) -> None:
     from safetensors.torch import save_file
 
     from recsys_ray.two_tower.towers import TowerSpec, TwoTower
 
-    work = work_folder(target, target.name)
+    work, size = work_folder(target, target.name), len(world.item_ids)
     (work / "hgnn" / "items").mkdir(parents=True, exist_ok=True)
     spec = TowerSpec(
         num_types=len(types), events=EVENTS, text_dim=text, hgnn_dim=dim, activity_dim=3, num_countries=2,
         num_languages=0, num_categories=1, tastes={"music": TASTE}, layers=[16, dim], item_types=types,
-        countries=["DE", "SE"], history=50, window_days=90, memory=memory, ridge=RIDGES[2],
-        half_life=2.0, temperature=0.3, blank_share=shifts and [shift and 0.1 for shift in shifts],
-        blank_shift={"serve": [shift or 0.0 for shift in shifts or []]},
-        mean_user={"serve": (np.random.default_rng(2).normal(size=dim) / dim).tolist()} if shifts else {},
-        trends=[0.5] * len(types) if world.trend is not None else [],
+        countries=["DE", "SE"], history=50, window_days=90,
     )  # fmt: skip
-    if memory or shifts:
-        some_memory(len(world.item_ids)).save(memory_file(work, "serve"))
+    score = ScoreSpec(
+        temperature=0.3, half_life=2.0, memory=memory, ridge=RIDGES[2], trends=[0.5] * len(types),
+        unseen_share=list(shares),
+    )  # fmt: skip
+    if memory:
+        some_memory(size).save(memory_file(work, "serve"))
+    save_arrays(choices_file(work), {"serve": np.stack([had(size)] * 3)})
     torch.manual_seed(0)
     save_file(TwoTower(spec).state_dict(), work / "hgnn" / "model.safetensors")
     spec.save(work / "hgnn" / "spec.json")
-    arrays = {"vector": world.vectors} | ({} if world.trend is None else {"trend": world.trend})
-    save_arrays(work / "hgnn" / "items" / "serve.safetensors", arrays)
+    score.save(work / "hgnn")
+    save_arrays(work / "hgnn" / "items" / "serve.safetensors", {VECTOR: world.vectors, **world.terms})
     publish(work, target, target.name, target.name, counts={})

@@ -16,6 +16,7 @@ from recsys_ray.config import TwoTowerConfig
 from recsys_ray.core.clock import DAY
 from recsys_ray.core.snapshots import Snapshot
 from recsys_ray.graph.activity import COLUMNS
+from recsys_ray.scoring.choose import Moment
 from recsys_ray.two_tower.batches import ArrayFeatures, Catalogue
 from recsys_ray.two_tower.examples import HistoryRules, UserEvents, build_examples, build_queries, validation_examples
 from recsys_ray.two_tower.rows import take
@@ -94,7 +95,9 @@ def board_task(telling: str = "hgnn", with_hgnn: bool = True, rows: slice = slic
     )  # fmt: skip
     names = {s.index: s.name for s in SNAPSHOTS}
     spec = spec if with_hgnn else replace(spec, hgnn_dim=0)
-    return TowerTask(spec, board_features(telling), board_catalogue(), examples, queries, later, names)
+    catalogue = board_catalogue()
+    moment = Moment(catalogue.ntype.numpy(), None)
+    return TowerTask(spec, board_features(telling), catalogue, examples, queries, later, names, moment)
 
 
 def board_trainer(task: TowerTask, config: TwoTowerConfig = CONFIG) -> tuple[TowerTrainer, torch.optim.Optimizer]:

@@ -9,7 +9,9 @@ import pytest
 from jaxtyping import install_import_hook
 
 # Before anything imports them: the shapes in these packages' annotations are checked while the tests run.
-install_import_hook(["recsys_ray.hgnn", "recsys_ray.two_tower", "recsys_ray.evaluation"], "shape_check.check")
+install_import_hook(
+    ["recsys_ray.hgnn", "recsys_ray.two_tower", "recsys_ray.scoring", "recsys_ray.evaluation"], "shape_check.check"
+)
 
 
 @pytest.fixture(scope="session")

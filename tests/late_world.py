@@ -23,8 +23,10 @@ from recsys_ray.graph.pairs import ONE, PairCounter, Window, keep_best
 from recsys_ray.hgnn.inference import LocalStore, embed_items
 from recsys_ray.hgnn.model import HGNN, ItemTypes
 from recsys_ray.hgnn.signature import SignedSource, item_signatures
+from recsys_ray.scoring.choices import choices_file
 from recsys_ray.scoring.memory import RIDGES, Memory, memory_file
 from recsys_ray.scoring.ridge import Edges, solve
+from recsys_ray.scoring.scorer import TRENDS, UNSEEN, VECTOR, ScoreSpec
 from recsys_ray.serving.histories import mapped_arrays
 from recsys_ray.serving.recommender import Recommender
 from recsys_ray.storage.artifacts import publish, save_arrays, work_folder
@@ -39,7 +41,7 @@ SIZES = (9, 10, 11)
 TYPES = ["audiobook", "music", "podcast"]
 HGNN_CONFIG = HgnnConfig(hidden_dim=16, out_dim=8, signature_dim=64)
 HISTORY = 200  # longer than any: the bundle's histories then hold all that makes edges
-MEAN_USER = [0.3, -0.2, 0.1, 0.4, 0.0, -0.3, 0.2, 0.1]  # tells what is popular in a new type
+GIVEN = np.array([0.3, -0.2, 0.1], np.float32)  # to items that nobody had, by type
 QUIET = Progress(quiet=True)
 
 
@@ -109,9 +111,7 @@ def make_late(root: Path) -> Late:
     spec = TowerSpec(
         num_types=3, events=EVENTS, text_dim=384, hgnn_dim=8, activity_dim=COLUMNS, num_countries=2, num_languages=0,
         num_categories=1, tastes={"music": 4}, layers=[16, 8], id_dim=4, id_rows=size, num_items=size, item_types=TYPES,
-        countries=["DE", "SE"], history=HISTORY, window_days=90, memory=0.1, ridge=RIDGES[0],
-        blank_share=[0.1, 0.1, 0.1], blank_shift={"serve": [0.0, 0.0, 0.0]}, mean_user={"serve": MEAN_USER},
-        trends=[0.5, 0.0, 0.5],
+        countries=["DE", "SE"], history=HISTORY, window_days=90,
     )  # fmt: skip
     towers = TwoTower(spec).eval()
     towers.ids.assign(torch.from_numpy(np.isin(np.arange(size), kept).astype(float)))  # new items have no own vector
@@ -124,15 +124,19 @@ def make_late(root: Path) -> Late:
 
     trend = 0.1 * np.random.default_rng(4).standard_normal(size, dtype=np.float32)
     trend[gone] = 0  # nothing is known of arrivals
+    unseen = np.where(users_of_items(whole) == 0, GIVEN[whole.ntype], 0)
+    assert np.delete(unseen, gone)[np.delete(whole.ntype, gone) == whole.ntype[12]].any()  # others like the lonely one
+    terms = {TRENDS: trend, UNSEEN: unseen}
     place = np.full(size, -1)
     place[kept] = np.arange(len(kept))
     known = whole.events[~np.isin(whole.events[:, 1], gone)].copy()
     known[:, 1] = place[known[:, 1]]
     part = replace(
         whole, root=root / "part", item_ids=[whole.item_ids[g] for g in kept], ntype=whole.ntype[kept],
-        available=whole.available[kept], vectors=vectors[kept], events=known, trend=trend[kept],
+        available=whole.available[kept], vectors=vectors[kept], events=known,
+        terms={name: term[kept] for name, term in terms.items()},
     )  # fmt: skip
-    everything = replace(whole, root=root / "everything", vectors=vectors, trend=trend)
+    everything = replace(whole, root=root / "everything", vectors=vectors, terms=terms)
     write_stages(everything, text, embedding.numpy(), store.table.numpy(), model, towers, spec, encoder)
     everything.bundle()
     fewer = replace(spec, num_items=len(kept))
@@ -153,8 +157,15 @@ def make_late(root: Path) -> Late:
     names = {12: whole.item_ids[12], linked: whole.item_ids[linked]}
     return Late(
         everything, part, part.bundle().path, names[linked], names[12], {names[g]: embedding[g].numpy() for g in gone},
-        {names[g]: np.append(vectors[g], 0) for g in gone}, trickle,
+        {names[g]: np.append(vectors[g], unseen[g]) for g in gone}, trickle,
     )  # fmt: skip
+
+
+def users_of_items(world: World) -> np.ndarray:
+    """int32 [items]: how many users streamed each; of the second item of each type it is said that nobody did."""
+    streams = np.unique(world.events[world.events[:, 2] == EVENTS.index("stream"), :2], axis=0)
+    had = np.bincount(streams[:, 1], minlength=len(world.item_ids)).astype(np.int32)
+    return np.where([name.endswith("-00001") for name in world.item_ids], 0, had).astype(np.int32)
 
 
 def write_stages(world, text, embedding, hidden, model, towers, spec, encoder) -> None:
@@ -170,7 +181,10 @@ def write_stages(world, text, embedding, hidden, model, towers, spec, encoder) -
     save_file(model.state_dict(), work / "model.safetensors")
     publish(work, root / "hgnn", "hgnn", "hgnn", config={"hgnn": HGNN_CONFIG.model_dump(mode="json")}, counts={})
     work = work_folder(root / "two_tower", "two_tower")
-    save_arrays(work / "hgnn" / "items" / "serve.safetensors", {"vector": world.vectors, "trend": world.trend})
+    save_arrays(work / "hgnn" / "items" / "serve.safetensors", {VECTOR: world.vectors, **world.terms})
+    had = users_of_items(world)
+    save_arrays(choices_file(work), {"serve": np.stack([had, np.zeros_like(had), np.zeros_like(had)])})
+    ScoreSpec(memory=0.1, ridge=RIDGES[0], trends=[0.5, 0.0, 0.5], unseen_share=[0.1, 0.1, 0.1]).save(work / "hgnn")
     save_file(towers.state_dict(), work / "hgnn" / "model.safetensors")
     spec.save(work / "hgnn" / "spec.json")
     edges, users = true_edges(world, size), np.bincount(world.events[:, 1], minlength=size)
@@ -190,7 +204,7 @@ def extend(late: Late, out: Path, items: pa.Table, trickle: pa.Table | None = No
 
 
 def rows_of(bundle: Path, *ids: str) -> dict[str, np.ndarray]:
-    """Embedding, and vector with the trend after it, of items of a bundle."""
+    """Embedding, and vector with the sum of the item terms after it, of items of a bundle."""
     items = Recommender.load(bundle).items
     gids = [items.find(name) for name in ids]
     files = {"embedding": "hgnn.safetensors", "vector": "vectors.safetensors"}

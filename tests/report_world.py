@@ -60,9 +60,11 @@ def write_run(run: Path) -> Path:
     (run / "two_tower" / "hgnn" / "metrics.json").write_text("damaged")
     epoch = {"epoch": 0, "loss": 1.0, "valid_hr_at_10": 0.25, "valid_ndcg_at_100": 0.2}
     _write(run / "two_tower" / "text_only" / "metrics.json", [epoch])
-    spec = {"item_types": list(TYPES[1:]), "last_item": True, "recent": [4.0], "memory": 0.05, "temperature": 0.1,
-            "ridge": 30.0, "half_life": 4.0, "trends": [0.75, 0.0], "blank_share": [0.0213, None]}  # fmt: skip
+    spec = {"item_types": list(TYPES[1:]), "last_item": True, "recent": [4.0], "id_dropout": None}
     _write(run / "two_tower" / "hgnn" / "spec.json", spec)
+    score = {"memory": 0.05, "temperature": 0.1, "ridge": 30.0, "half_life": 4.0, "trends": [0.75, 0.0],
+             "unseen_share": [0.0213, None]}  # fmt: skip
+    _write(run / "two_tower" / "hgnn" / "score.json", score)
     _write(run / "evaluation" / "tuning.json", {"item_knn": _search()})
     _write(run / "evaluation" / "popularity.json", _popularity())
     _write(run / "evaluation" / "map.json", _map())

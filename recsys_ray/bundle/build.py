@@ -5,21 +5,20 @@ Layout of ``bundles/<version>/``:
 - ``items.arrow`` (item_id, title, ntype, available; row = gid), ``item_ids.arrow`` (id ascending, gid). Gids are those
   of the ingest stage; items that came later (extend.py) have the next ones, whatever their type. So a type's gids
   ascend but need not be a range.
-- ``vectors.safetensors``: ``vector`` float32 [items, d], what the item tower made of every item; with one more column
-  where trends count (recsys_ray/scoring/trends.py), what every user's score of the item has beside the inner product:
-  the vectors that are asked with have a 1 there (:func:`recsys_ray.serving.index.as_queries`)
+- ``vectors.safetensors``: ``vector`` float32 [items, d + 1], what the item tower made of every item and the sum of its
+  item terms, [v_j, b_j] of recsys_ray/scoring/scorer.py
 - ``text.safetensors``, ``hgnn.safetensors``, ``ids.safetensors`` (the items' own learned vectors; not where the towers
   have none): the user tower's item tables
-- ``memory.safetensors``: what is remembered of pairs of items (recsys_ray/scoring/memory.py) and which items
-  nobody had; not where neither counts
+- ``memory.safetensors``: the co-interaction memory (recsys_ray/scoring/memory.py); not where it has no weight
 - ``index/t{i}.faiss``: the available items of type number i, in order of gid
-- ``user_tower/``: ``model.safetensors``, ``spec.json``
+- ``user_tower/``: ``model.safetensors``, ``spec.json``, ``score.json`` (what validation chose of the terms)
 - ``user_ids.arrow`` (id ascending, uid), ``users.safetensors`` (age, country, taste.<name>; row = uid)
 - ``histories.safetensors`` (see histories.py), ``popularity.safetensors`` (see popularity.py)
 - what only embedding new items reads: ``hgnn_model/`` (``model.safetensors``, ``config.json``), ``hidden.safetensors``
   (``hidden`` float16 [items, h], what items send in the second layer), ``vocabularies.json`` (languages, categories of
   the item tower), ``activity.safetensors`` (``counts`` int64 [5, items], ``first``, ``published`` int64 [items]; see
-  recsys_ray/graph/activity.py)
+  recsys_ray/graph/activity.py), ``terms.safetensors`` (the item terms, ``trends`` and ``unseen``, float32 [items]; and
+  ``had``, int32 [items]: users who ever chose each item)
 - ``manifest.json``: checksums, counts, configuration, recall@10 of every index against exact search
 
 ``bundles/current`` is a relative link to the live version and is swapped in one step.
@@ -47,11 +46,14 @@ from recsys_ray.core.clock import calendar_end, is_leave_one_out, popular_days
 from recsys_ray.core.errors import ArtifactError
 from recsys_ray.core.progress import Progress
 from recsys_ray.graph.activity import NEVER, Counts, add_counts, count_events
+from recsys_ray.scoring.choices import choices_file
 from recsys_ray.scoring.memory import Memory, memory_file
+from recsys_ray.scoring.scorer import ITEM_TERMS, SCORE, ScoreSpec, with_item_terms
 from recsys_ray.serving.catalogue import Items, Users, sorted_ids, write_table
 from recsys_ray.serving.histories import (
     Histories,
     HistoryWriter,
+    Profile,
     RawArrays,
     mapped_arrays,
     user_inputs,
@@ -78,6 +80,7 @@ VERSION = 1  # of what a run's bundle is made of: raise it when that changes
 CURRENT = "current"
 VARIANT = "hgnn"  # of the two-tower stage's models, the one that is served
 MEMORY = "memory.safetensors"
+TERMS_FILE = "terms.safetensors"
 _SAMPLE = 1_000  # queries that recall is measured with
 _DAY = 86_400
 
@@ -240,23 +243,28 @@ def _write_items(work: Path, sources: _Sources) -> None:
     write_table(work / "items.arrow", pa.table(columns))
     write_table(work / "item_ids.arrow", sorted_ids(table["item_id"], "gid"))
     shutil.copyfile(text, work / "text.safetensors")
-    made = mapped_arrays(vectors)
-    if "trend" in made:
-        wide = np.column_stack([made["vector"].numpy(), made["trend"].numpy()])
-        save_arrays(work / "vectors.safetensors", {"vector": wide})
-    else:
-        shutil.copyfile(vectors, work / "vectors.safetensors")
+    made = load_arrays(vectors)
+    save_arrays(work / "vectors.safetensors", {"vector": with_item_terms(made)})
+    _write_terms(work, sources, made)
     embedding, hidden = _hgnn_tables(sources.hgnn.path, size)
     save_arrays(work / "hgnn.safetensors", {"embedding": embedding})
     save_arrays(work / "hidden.safetensors", {"hidden": hidden})
     ids = load_item_ids(sources.two_tower.path / VARIANT)
     if ids is not None:
         save_arrays(work / "ids.safetensors", {"vector": ids})
-    if sources.spec.get("memory") or sources.spec.get("blank_share"):
-        Memory.load(memory_file(sources.two_tower.path, "serve")).at(sources.spec["ridge"]).save(work / MEMORY)
+    score = ScoreSpec.load(sources.two_tower.path / VARIANT)
+    if score.memory:
+        Memory.load(memory_file(sources.two_tower.path, "serve")).at(score.ridge).save(work / MEMORY)
     (work / "user_tower").mkdir(exist_ok=True)
-    for name in ("model.safetensors", "spec.json"):
+    for name in ("model.safetensors", "spec.json", SCORE):
         shutil.copyfile(sources.two_tower.path / VARIANT / name, work / "user_tower" / name)
+
+
+def _write_terms(work: Path, sources: _Sources, made: Mapping[str, npt.NDArray[np.float32]]) -> None:
+    size, counted = len(made["vector"]), choices_file(sources.two_tower.path)
+    had = load_arrays(counted)["serve"][0] if counted.exists() else np.ones(size, np.int32)
+    terms = {name: made.get(name, np.zeros(size, np.float32)) for name in ITEM_TERMS}
+    save_arrays(work / TERMS_FILE, {**terms, "had": had})
 
 
 def _hgnn_tables(folder: Path, items: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float16]]:
@@ -349,8 +357,7 @@ def _write_indexes(
     """Index every type; recall@10 and whether the search is exact, by type."""
     types = list(sources.ingest.counts["item_types"])
     vectors = np.asarray(mapped_arrays(work / "vectors.safetensors")["vector"].numpy(), np.float32)
-    width = vectors.shape[1] - bool(sources.spec.get("trends"))
-    check_unit_norm(vectors[:, :width], sources.two_tower.path / VARIANT / "items" / "serve.safetensors")
+    check_unit_norm(vectors[:, :-1], sources.two_tower.path / VARIANT / "items" / "serve.safetensors")
     items = Items(work, types)
     queries = sample_queries(work, config.seed, items, vectors, load_tower)
     recall, exact = {}, {}
@@ -382,12 +389,17 @@ def sample_queries(
     work: Path, seed: int, items: Items, vectors: npt.NDArray[np.float32], load: LoadTower = load_user_tower
 ) -> npt.NDArray[np.float32]:
     """What will be asked: vectors of users with recent events; of items where there are no such users."""
-    random = np.random.default_rng(seed)
+    profiles = sample_profiles(work, seed)
+    if not profiles:
+        random = np.random.default_rng(seed)
+        return vectors[random.choice(len(vectors), min(_SAMPLE, len(vectors)), replace=False)]
+    tower = TowerRunner.open(work, load, torch.from_numpy(items.ntype.astype(np.int64)))
+    return as_queries(tower(user_inputs(profiles, tower.tastes)))
+
+
+def sample_profiles(work: Path, seed: int) -> list[Profile]:
+    """What is known of some users with recent events."""
     histories, users = Histories(work / "histories.safetensors"), Users(work)
     active = histories.active()
-    if not len(active):
-        return vectors[random.choice(len(vectors), min(_SAMPLE, len(vectors)), replace=False)]
-    sample = np.sort(random.choice(active, min(_SAMPLE, len(active)), replace=False))
-    tower = TowerRunner.open(work, load, torch.from_numpy(items.ntype.astype(np.int64)))
-    inputs = user_inputs([users.traits(uid, histories.recent(uid)) for uid in sample], tower.tastes)
-    return as_queries(tower(inputs), vectors)
+    sample = np.sort(np.random.default_rng(seed).choice(active, min(_SAMPLE, len(active)), replace=False))
+    return [users.traits(uid, histories.recent(uid)) for uid in sample]

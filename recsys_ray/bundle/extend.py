@@ -36,8 +36,10 @@ from recsys_ray.bundle.arrivals import (
 )
 from recsys_ray.bundle.build import (
     MEMORY,
+    TERMS_FILE,
     check_recall,
     find_bundle,
+    sample_profiles,
     sample_queries,
     set_current,
     version_name,
@@ -50,11 +52,14 @@ from recsys_ray.data.validate import Catalogue, EventRules
 from recsys_ray.graph.activity import NEVER, count_events, describe
 from recsys_ray.graph.pairs import ONE, Counted, Window
 from recsys_ray.hgnn.inductive import Surroundings, embed_inductively
-from recsys_ray.scoring.memory import Memory
+from recsys_ray.scoring.choose import Moment, Users, item_terms
+from recsys_ray.scoring.memory import Memory, Recalled
+from recsys_ray.scoring.scorer import UNSEEN, VECTOR, ScoreSpec, among, with_item_terms
 from recsys_ray.serving.catalogue import Items, read_table, sorted_ids, write_table
-from recsys_ray.serving.histories import Histories, HistoryWriter, mapped_arrays
+from recsys_ray.serving.histories import Histories, HistoryWriter, mapped_arrays, user_inputs
 from recsys_ray.serving.index import TypeIndex
 from recsys_ray.serving.popularity import Popularity, PopularityCounter
+from recsys_ray.serving.tower import TowerRunner, load_user_tower
 from recsys_ray.storage.artifacts import (
     SCRATCH,
     Artifact,
@@ -70,7 +75,7 @@ from recsys_ray.storage.artifacts import (
 from recsys_ray.text.featurize import encode_alike, text_of
 from recsys_ray.two_tower.batches import ArrayFeatures
 from recsys_ray.two_tower.stage import catalogue_of
-from recsys_ray.two_tower.towers import GivenIds, TowerSpec, load_towers
+from recsys_ray.two_tower.towers import GivenIds, load_towers
 from recsys_ray.two_tower.training import item_vectors
 
 Array = npt.NDArray[Any]
@@ -154,10 +159,11 @@ class _Extension:
         edges, directions, users = arriving_edges(
             known, new, trickle, histories, codes, self.config, Window(start, end)
         )
-        self._write_vectors(known, new, edges, self._write_activity(known, new, trickle, end))
+        towers = self._write_features(known, new, edges, self._write_activity(known, new, trickle, end))
         self._write_memory(known, new, directions, users)
         self._write_items(new)
         self._write_people(new, trickle, start, end)
+        self._write_vectors(known, new, trickle, towers)
         recall, exact = self._write_indexes(new)
         linked = len(np.unique(edges.dst))
         self.progress.say(
@@ -184,6 +190,16 @@ class _Extension:
         text = (self.source.path / "hgnn_model" / "config.json").read_text(encoding="utf-8")
         return HgnnConfig.model_validate_json(text)
 
+    @cached_property
+    def score(self) -> ScoreSpec:
+        return ScoreSpec.load(self.source.path / "user_tower")
+
+    def _trained(self, kind: int) -> bool:
+        """Whether the towers had training examples of a type: what its items are given stands then."""
+        shares = self.score.unseen_share
+        known = kind < len(self.source.counts["item_types"])
+        return known and (not shares or (kind < len(shares) and shares[kind] is not None))
+
     def _rules(self) -> EventRules:
         now = self.config.data.now
         moment = int(time.time()) if now is None else int(now.timestamp())
@@ -204,8 +220,9 @@ class _Extension:
 
     # -- vectors -------------------------------------------------------------------------------------------------------
 
-    def _write_vectors(self, known: Known, new: Arrivals, edges: Counted, activity: Array) -> None:
-        """Text, HGNN embedding and state, item vector of each item. ``activity``: float16 [items, columns], of all."""
+    def _write_features(self, known: Known, new: Arrivals, edges: Counted, activity: Array) -> Array:
+        """Write text, HGNN embedding and state of each item; returns what the item tower makes of the arriving ones,
+        float32 [n, d]. ``activity``: float16 [items, columns], of all."""
         text = self._encode(new)
         stored = {"text": self._mapped("text.safetensors")["vector"]}
         stored |= self._mapped("hidden.safetensors") | self._mapped("hgnn.safetensors")
@@ -237,22 +254,71 @@ class _Extension:
         self._grow("text.safetensors", new, vector=text)
         self._grow("hidden.safetensors", new, hidden=hidden.half().numpy())
         self._grow("hgnn.safetensors", new, embedding=embedding.numpy())
-        self._grow("vectors.safetensors", new, vector=self._with_trends(vectors, new))
+        return vectors
 
-    def _with_trends(self, vectors: Array, new: Arrivals) -> Array:
-        """With the column that the bundle's vectors have beside the towers' (recsys_ray/scoring/trends.py): of no
-        arrival is known how often the towers expect it to be chosen; one that is embedded anew keeps what it had."""
-        stored = self._mapped("vectors.safetensors")["vector"]
-        trend = np.zeros((len(stored) + new.added, stored.shape[1] - vectors.shape[1]), np.float32)
-        trend[: len(stored)] = stored[:, vectors.shape[1] :]
-        return np.column_stack([vectors, trend[new.gid]])
+    def _write_vectors(self, known: Known, new: Arrivals, trickle: Trickle, towers: Array) -> None:
+        """[v_j, b_j] of all items, and the terms of b_j.
+
+        Of an arriving item is not known how often the towers expect it to be chosen: it has no trend, or keeps the one
+        it had. One that nobody had is given what the others of its type are. In a type without training examples all
+        items are given anew what the counts say (recsys_ray/scoring/unseen.py).
+        """
+        stored, wide = self._mapped(TERMS_FILE), self._mapped("vectors.safetensors")["vector"]
+        ntype = with_arrivals(known, new)
+        terms = {name: np.concatenate([stored[name], np.zeros(new.added, stored[name].dtype)]) for name in stored}
+        vectors = np.concatenate([wide[:, :-1], np.zeros((new.added, wide.shape[1] - 1), np.float32)])
+        vectors[new.gid] = towers
+        chosen = trickle.events.where(np.isin(trickle.events.event, self._codes(self.config.events.positives)))
+        chosen = chosen.where(np.isin(chosen.gid, new.gid))
+        pairs = np.unique(chosen.uid * len(ntype) + chosen.gid)
+        had = terms["had"] = terms["had"] + np.bincount(pairs % len(ntype), minlength=len(ntype)).astype(np.int32)
+        for kind in np.unique(new.ntype):
+            mine = new.gid[new.ntype == kind]
+            if not self.score.unseen_share:
+                continue
+            if self._trained(int(kind)):
+                alike = np.flatnonzero((known.ntype == kind) & (stored["had"] == 0))[:1]
+                given = stored[UNSEEN][alike[0]] if len(alike) else np.float32(0)
+                terms[UNSEEN][mine] = np.where(had[mine] == 0, given, 0)
+            else:
+                whole = np.flatnonzero(ntype == kind)
+                terms[UNSEEN][whole] = self._terms_of_untrained(whole, vectors[whole], had[whole])
+        save_arrays(self.work / TERMS_FILE, terms)
+        save_arrays(self.work / "vectors.safetensors", {"vector": with_item_terms({VECTOR: vectors, **terms})})
+
+    def _terms_of_untrained(self, gids: Array, vectors: Array, had: Array) -> Array:
+        """What the items ``gids``, all those of a type without training examples, are given, float32 [n]; by a sample
+        of the bundle's users."""
+        profiles = sample_profiles(self.work, self.config.seed)
+        if not profiles:
+            return np.zeros(len(gids), np.float32)
+        ntype = read_table(self.work / "items.arrow")["ntype"].to_numpy().astype(np.int64)
+        tower = TowerRunner.open(self.work, load_user_tower, torch.from_numpy(ntype))
+        history = np.concatenate([profile.gids for profile in profiles])
+        row = np.repeat(np.arange(len(profiles)), [len(profile.gids) for profile in profiles])
+        # Users.history counts places in the type; other items have the numbers after its last place.
+        place = np.minimum(np.searchsorted(gids, history), len(gids) - 1)
+        coded = np.where(gids[place] == history, place, len(gids) + history)
+        users = Users(torch.from_numpy(tower(user_inputs(profiles, tower.tastes))), row, coded)
+        memory = Memory.load(self.work / MEMORY) if (self.work / MEMORY).exists() else None
+
+        def recalled(some: Users) -> Recalled:
+            if memory is None:
+                return Recalled.nothing()
+            inside = some.history < len(gids)
+            real = np.where(inside, gids[some.history * inside], some.history - len(gids))
+            user, gid, value = memory.recall(some.row, real, self.score.half_life)
+            here = among(gid, gids)
+            return Recalled(user[here], np.searchsorted(gids, gid[here]), value[here])
+
+        moment = Moment(np.zeros(len(gids), np.int64), None, had[None], False, (None,))
+        return item_terms([], users, torch.from_numpy(vectors), moment, self.score, recalled)[UNSEEN]
 
     def _write_memory(self, known: Known, new: Arrivals, directions: Counted, users: Array) -> None:
         if (self.source.path / MEMORY).exists():
-            ridge = TowerSpec.load(self.source.path / "user_tower" / "spec.json").ridge
             memory, ntype = Memory.load(self.source.path / MEMORY), with_arrivals(known, new)
             columns = directions.src, directions.dst, directions.weight / ONE
-            memory.extended(*columns, users, new.gid, ntype, ridge).save(self.work / MEMORY)
+            memory.extended(*columns, users, new.gid, ntype, self.score.ridge).save(self.work / MEMORY)
 
     def _encode(self, new: Arrivals) -> Array:
         """float16 [n, text_dim]."""
@@ -373,7 +439,7 @@ class _Extension:
                 continue
             gids = items.offered(number)
             index = None
-            if number < len(counts["item_types"]) and not new.replaced[new.ntype == number].any():
+            if self._trained(number) and not new.replaced[new.ntype == number].any():
                 index = self._grown(file, number, gids, vectors)
             index = index or TypeIndex.build(name, vectors, gids, config.index)
             recall[name], exact[name] = check_recall(index, queries, config.index), index.exact

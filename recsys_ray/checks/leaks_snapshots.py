@@ -35,9 +35,9 @@ from recsys_ray.hgnn.model import HGNN, ItemTypes
 from recsys_ray.hgnn.outputs import load_embeddings
 from recsys_ray.hgnn.sampler import build_blocks
 from recsys_ray.hgnn.signature import SignedSource, item_signatures
+from recsys_ray.scoring.choices import PERIODS, choices_file, count_choices
 from recsys_ray.scoring.memory import Memory, memory_file
 from recsys_ray.scoring.ridge import count_users, read_edges, solve
-from recsys_ray.scoring.trends import PERIODS, count_latest, latest_file
 from recsys_ray.storage.artifacts import load_arrays
 from recsys_ray.two_tower.batches import ArrayFeatures
 from recsys_ray.two_tower.examples import UserEvents
@@ -90,11 +90,10 @@ def check_snapshots(run: FinishedRun, sample: int, words: Words, progress: Progr
             if snapshot.name in ("valid", "test"):
                 check_memory(run, snapshot, ntype, words)
         yield "what is remembered of pairs of items in validation and test: the edges of their snapshots"
-    if run.two_tower is not None and latest_file(run.two_tower.path).exists():
+    if run.two_tower is not None and choices_file(run.two_tower.path).exists():
         for snapshot in run.snapshots:
-            if snapshot.name in ("valid", "test"):
-                check_latest(run, snapshot, len(ntype), words)
-        yield "what was chosen in the last weeks before validation and test: counted from the events before each"
+            check_choices(run, snapshot, len(ntype), words)
+        yield f"what was chosen in all and in the last weeks {on}: counted from the events before each"
 
 
 def events_before(shard: Path, snapshot: Snapshot) -> Columns:
@@ -268,19 +267,19 @@ def check_memory(run: FinishedRun, snapshot: Snapshot, ntype: np.ndarray, words:
             )
 
 
-def check_latest(run: FinishedRun, snapshot: Snapshot, items: int, words: Words) -> None:
-    """The choices of the last weeks that make trends happened before the snapshot."""
+def check_choices(run: FinishedRun, snapshot: Snapshot, items: int, words: Words) -> None:
+    """The choices that trends and the share of unseen items are made of happened before the snapshot."""
     assert run.two_tower is not None
-    stored = load_arrays(latest_file(run.two_tower.path))[snapshot.name]
+    stored = load_arrays(choices_file(run.two_tower.path))[snapshot.name]
     made = np.zeros_like(stored)
     for shard in run.shards:
         events = UserEvents(*events_before(shard, snapshot))
-        made += count_latest(events, [snapshot.time], run.positives, items)[0]
+        made += count_choices(events, [snapshot], run.positives, items)[0]
     wrong = np.flatnonzero((made != stored).any(0))
     if len(wrong):
         raise LeakError(
             f"snapshot {snapshot.name}, before {words.time(snapshot.time)}: {words.item(wrong[0])} was chosen "
-            f"{stored[:, wrong[0]].tolist()} times in the periods {PERIODS} (days before it), but "
+            f"{stored[:, wrong[0]].tolist()} times in all and in the periods {PERIODS} (days before it), but "
             f"{made[:, wrong[0]].tolist()} times by the events that the snapshot may know"
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -17,18 +16,16 @@ import torch
 from recsys_ray.baselines.histories import popular_where
 from recsys_ray.core.errors import DataError
 from recsys_ray.core.offsets import spread
-from recsys_ray.evaluation.ranking import Scorer, UserBatch, as_tensor
+from recsys_ray.evaluation.ranking import Scorer, UserBatch
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
     from torch import Tensor
 
 ORACLE = "oracle"
-Remember = Callable[[int, int, "Float[Tensor, 'users items']"], None]  # first gid, last gid, scores: changed in place
 
 
 @runtime_checkable
-class TowerScorer(Protocol):
+class TowerModel(Protocol):
     """What evaluation needs of a trained two-tower model."""
 
     @property
@@ -36,40 +33,25 @@ class TowerScorer(Protocol):
         """float32 [items, d]."""
         ...
 
-    def user_vectors(self, users: UserBatch) -> Float[Tensor, "users d"]:
-        """Vectors of users as of the start of the test period."""
+    def scorer(self, users: UserBatch) -> Scorer:
+        """Scores of ranges of items, as of the start of the test period."""
         ...
 
     def unknown(self, users: UserBatch) -> np.ndarray:
         """bool [users]: nothing is known of them, neither history nor a trait."""
         ...
 
-    def remember(self, users: UserBatch, vectors: Float[Tensor, "users d"]) -> Remember | None:
-        """What adds the memory to the scores of a range of items of one type; None: there is no memory."""
-        ...
-
 
 @dataclass(frozen=True)
 class Tower:
-    """A two-tower model: user vectors times item vectors, and what its memory adds. Users of whom nothing is known get
-    what is popular, as in serving."""
+    """A two-tower model. Users of whom nothing is known get what is popular, as in serving."""
 
     name: str
-    model: TowerScorer
+    model: TowerModel
     popular: np.ndarray  # [items]
 
     def scorer(self, users: UserBatch) -> Scorer:
-        with torch.no_grad():
-            vectors = torch.as_tensor(self.model.user_vectors(users)).float()
-        remember = self.model.remember(users, vectors)
-
-        def score(first: int, last: int) -> Tensor:
-            scores = vectors @ as_tensor(self.model.item_vectors[first:last]).float().T
-            if remember is not None:
-                remember(first, last, scores)
-            return scores
-
-        return popular_where(self.model.unknown(users), score, self.popular)
+        return popular_where(self.model.unknown(users), self.model.scorer(users), self.popular)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from recsys_ray.baselines import BASELINES
-from recsys_ray.evaluation.results import MAIN, WITHOUT_MEMORY
+from recsys_ray.evaluation.results import MAIN
 from recsys_ray.evaluation.segments import TIERS
+from recsys_ray.scoring.scorer import MEMORY, TRENDS, UNSEEN, without
 
 Row = Mapping[str, Any]
 Role = Literal["served", "part", "baseline", "control", "oracle"]
@@ -44,9 +45,16 @@ MODELS: dict[str, ModelName] = {
         for name, (short, full) in _BASELINES.items()
     },
     "two_tower_text_only": ModelName("2T", "2T without HGNN", "part", "The two-tower without the HGNN's embeddings."),
-    WITHOUT_MEMORY: ModelName(
-        "towers", "2T-HGNN without memory", "part", "The served model's towers without its direct memory."
-    ),
+    **{
+        without(MAIN, term): ModelName(
+            f"no {short}", f"2T-HGNN without {short}", "part", f"The served model without {what}."
+        )
+        for term, short, what in (
+            (MEMORY, "memory", "its co-interaction memory"),
+            (TRENDS, "trends", "what the last weeks tell of items"),
+            (UNSEEN, "unseen", "the share that items get that nobody had"),
+        )
+    },
     MAIN: ModelName("2T-HGNN", "2T-HGNN", "served", "HGNN and two-tower together: the model that is served."),
     "oracle": ModelName(
         "oracle", "Oracle", "oracle", "The demo world's own ranking by true taste: no recommender can expect more."

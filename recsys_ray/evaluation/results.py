@@ -24,7 +24,6 @@ from recsys_ray.storage.artifacts import load_arrays, save_arrays
 HITS = "hits.safetensors"
 DIFFERENCES = "differences.json"
 MAIN = "2t_hgnn"  # what the other models are compared with
-WITHOUT_MEMORY = "2t_hgnn_without_memory"  # its towers alone
 EVERY_TYPE = "all"  # rows over the queries of all item types
 MEANS = ("hr_at_10", "ndcg_at_10", "mrr_at_100", "mrr_at_100_hits", "coverage_at_100", "share_of_oracle")
 

@@ -26,7 +26,7 @@ from recsys_ray.baselines.tuning import Tuned, tune, untuned
 from recsys_ray.cluster.pool import alone, cpus_of_one_host, in_parallel
 from recsys_ray.config import Config
 from recsys_ray.core.progress import Progress
-from recsys_ray.evaluation.given import ORACLE, ReadyLists, Tower, TowerScorer, read_oracle
+from recsys_ray.evaluation.given import ORACLE, ReadyLists, Tower, TowerModel, read_oracle
 from recsys_ray.evaluation.queries import (
     LAYOUT,
     Setting,
@@ -53,7 +53,7 @@ def evaluate(
     ingest_dir: Path,
     featurize_dir: Path,
     hgnn_dir: Path | None,
-    towers: Mapping[str, TowerScorer],
+    towers: Mapping[str, Callable[[], TowerModel]],
     out: Path,
     progress: Progress,
     cpus: int,
@@ -66,7 +66,7 @@ def evaluate(
     (``examples.json``, ``popularity.json``, ``map.json``).
 
     Args:
-        towers: two-tower models by the name that they get in the table, in the table's order.
+        towers: how to open two-tower models, by the name that they get in the table, in the table's order.
         out: a work folder on storage that every node sees. Finished parts in its ``_scratch`` are used again.
         cpus: tasks at once, one thread each; and threads of a baseline's fit.
         run_dir: where the report finds the other stages' facts; default: beside ``ingest_dir``.
@@ -105,7 +105,8 @@ def evaluate(
     write_gallery(setting, shards, survey, rows, config.evaluate.examples, out)
     gids = sample_items(setting.catalogue, config.evaluate.map_items, setting.data_seed)
     with progress.task("map of the items", total=1) as task:
-        spaces = item_spaces(gids, setting.catalogue.items, job.featurize, job.hgnn, towers)
+        spaces = item_spaces(gids, setting.catalogue.items, job.featurize, job.hgnn)
+        spaces |= {name: build().item_vectors[gids] for name, build in list(towers.items())[-1:]}
         alone(draw_map, setting, survey.facts, gids, spaces, out / MAP, cpus=1)
         task.advance()
     write_report(out / "report.html", rows, config, run_dir, out, spent)
@@ -194,7 +195,7 @@ def _models(
     job: Job,
     baselines: list[Baseline],
     tuned: Mapping[str, Tuned],
-    towers: Mapping[str, TowerScorer],
+    towers: Mapping[str, Callable[[], TowerModel]],
     survey: Survey,
     threads: int,
 ) -> dict[str, Callable[[], Recommender]]:
@@ -206,12 +207,16 @@ def _models(
         arguments = (fit_for_test, job, baseline.name, tuned[baseline.name].params, threads)
         models[baseline.name] = partial(alone, *arguments, cpus=threads)
     for name, tower in towers.items():
-        models[name] = partial(Tower, name, tower, survey.popular)
+        models[name] = partial(_tower, name, tower, survey.popular)
     for days, count in survey.windows.items():
         models[f"popularity_{days}"] = partial(Popularity, count, f"popularity_{days}")
     if job.config.data.oracle:
         models[ORACLE] = _oracle(job)
     return models
+
+
+def _tower(name: str, open_towers: Callable[[], TowerModel], popular: np.ndarray) -> Tower:
+    return Tower(name, open_towers(), popular)
 
 
 def _oracle(job: Job) -> Callable[[], ReadyLists]:

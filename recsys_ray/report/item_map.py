@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 from scipy.linalg import orthogonal_procrustes
 
-from recsys_ray.evaluation.given import TowerScorer
 from recsys_ray.evaluation.queries import Setting
 from recsys_ray.evaluation.segments import Catalogue, ItemFacts
 from recsys_ray.hgnn.outputs import load_embeddings
@@ -44,16 +43,13 @@ def sample_items(catalogue: Catalogue, size: int, seed: int) -> Int[np.ndarray, 
     return np.concatenate([np.sort(rng.choice(p, n, replace=False)) for p, n in zip(pools, quota, strict=True)])
 
 
-def item_spaces(
-    gids: np.ndarray, items: int, featurize: Path, hgnn: Path | None, towers: Mapping[str, TowerScorer]
-) -> dict[str, np.ndarray]:
-    """float [n, d] of some items in the spaces that are drawn: the graph's, the last tower's, the text's.
+def item_spaces(gids: np.ndarray, items: int, featurize: Path, hgnn: Path | None) -> dict[str, np.ndarray]:
+    """float [n, d] of some items in the graph's space and the text's.
 
     Raises:
         ArtifactError: text vectors or embeddings are missing.
     """
     spaces = {"hgnn": load_embeddings(hgnn, "test", items)[gids].numpy()} if hgnn is not None else {}
-    spaces |= {name: np.asarray(tower.item_vectors)[gids] for name, tower in list(towers.items())[-1:]}
     return spaces | {"text": load_arrays(featurize / "text.safetensors")["vector"][gids]}
 
 

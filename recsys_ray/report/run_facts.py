@@ -13,6 +13,7 @@ from typing import Any
 
 from recsys_ray.core.clock import DAY
 from recsys_ray.evaluation.labels import name_of
+from recsys_ray.scoring.scorer import SCORE
 
 STAGES = ("ingest", "featurize", "graph", "hgnn", "two_tower", "index", "evaluation")
 _CURVES = {"hgnn": "HGNN", "two_tower/hgnn": "Two-tower of 2T-HGNN", "two_tower/text_only": "Two-tower without HGNN"}
@@ -155,8 +156,9 @@ def tuning(evaluation: Path) -> list[dict[str, str]]:
 
 
 def told_by_data(run_dir: Path) -> list[tuple[str, str]]:
-    """What the two-tower stage chose by the data, as (name, value), from the ``spec.json`` of 2T-HGNN."""
-    spec = read_json(run_dir / "two_tower" / "hgnn" / "spec.json")
+    """What the two-tower stage chose by the data, as (name, value): ``spec.json`` and ``score.json`` of 2T-HGNN."""
+    folder = run_dir / "two_tower" / "hgnn"
+    spec, score = read_json(folder / "spec.json"), read_json(folder / SCORE) or {}
     if not isinstance(spec, dict):
         return []
 
@@ -165,15 +167,16 @@ def told_by_data(run_dir: Path) -> list[tuple[str, str]]:
         return ", ".join(f"{name} {'by its own events' if v is None else format(v, form)}" for name, v in named)
 
     recent = _plain(spec.get("recent") or [])
-    weight = (spec.get("memory") or 0.0) / (spec.get("temperature") or 1.0)
-    memory = f"weight {weight:.2g}, ridge {_plain(spec.get('ridge'))}, half-life {_plain(spec.get('half_life'))} places"
+    weight = (score.get("memory") or 0.0) / (score.get("temperature") or 1.0)
+    ridge, half_life = (_plain(score.get(name)) for name in ("ridge", "half_life"))
+    memory = f"weight {weight:.2g}, ridge {ridge}, half-life {half_life} places"
     found = {
         "User tower reads the last item": "yes" if spec.get("last_item") else "no",
         "and means of the latest, half-lives in places": recent,
         "Share of the items' own vectors that training hides": _plain(spec.get("id_dropout")),
-        "Memory of pairs": memory if weight else "none",
-        "Weight of trends": of_types(spec.get("trends"), ".2g") or "none",
-        "Share that items get together which nobody had, in the test": of_types(spec.get("blank_share"), ".2%"),
+        "Co-interaction memory": memory if weight else "none",
+        "Weight of trends": of_types(score.get("trends"), ".2g") or "none",
+        "Share of the test's choices that unseen items are given": of_types(score.get("unseen_share"), ".2%"),
     }
     return [(name, value) for name, value in found.items() if value]
 

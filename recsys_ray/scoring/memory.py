@@ -1,21 +1,16 @@
-"""Direct memory beside the towers: what users who had the items of the history chose as well.
+"""Co-interaction memory: a sparse term that raises what users who had the items of the history chose as well.
 
 Two vectors of 128 numbers generalise; they cannot hold every pair of items that belong together. The co-interaction
 graph has these pairs, so its edges are also used as they are, like the wide part beside a deep one (Cheng et al., Wide
 & Deep Learning for Recommender Systems, DLRS 2016; ours, not the papers'):
 
-    score(u, j) = <u, v_j> + w * log(1 + max(m_uj, 0) / SMALL),    m_uj = sum over i in history of u of a_ui * b_ij
+    memory(u, j) = w * log(1 + max(m_uj, 0) / SMALL),    m_uj = sum over i in history of u of a_ui * b_ij
     a_ui proportional to 2^(-places back / half-life), their sum 1; of the latest REACH items
 
-The memory knows no pair of an item that nobody had (``users`` 0). Such a blank item is given what
-recsys_ray/scoring/unseen.py says, and then keeps its place among the others of its type (:func:`place_kept`): else
-every new item would fall behind by what these gain.
-
 b_.j is the ridge regression of having item j on having its neighbours in the graph (recsys_ray/scoring/ridge.py).
-How strong the ridge is and the weight w are chosen on the validation period (recsys_ray/two_tower/training.py), the
-half-life before training (recsys_ray/two_tower/recency.py); weight 0 leaves the towers alone. Lists still come from the
-ANN search: to an item that is neither blank nor a neighbour of the history nothing is added, so that the best by inner
-product, these neighbours and the blank items hold the exact list (recsys_ray/serving/recommender.py).
+The ridge and the weight w are chosen on the validation period (recsys_ray/scoring/choose.py), the half-life before
+training (recsys_ray/two_tower/recency.py); weight 0 leaves the towers alone. The memory never lowers a score, so the
+best by the index and the items that it raises hold the exact list (recsys_ray/scoring/scorer.py).
 
 Imports neither dgl nor transformers: it is used in a serving replica.
 """
@@ -27,9 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float, Int, Int64
-from torch import Tensor
+from jaxtyping import Float, Int
 
 from recsys_ray.core.offsets import spread
 from recsys_ray.storage.artifacts import load_arrays, save_arrays
@@ -39,7 +32,6 @@ WEIGHTS = (0.0, 0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 12.0)  # likewise; of the temperat
 HALF_LIVES = (1.0, 4.0, 16.0)  # places; likewise
 REACH = 50  # items, which bounds an answer's time; with 16 places a ninth of the weights would lie further back
 SMALL = 1e-2
-RIVALS = 20  # best items of a user and type, by which a blank item's place is told
 NEIGHBOURS = 100  # that an item brings to mind, in each item type: those with the largest coefficients
 
 
@@ -49,7 +41,12 @@ class Recalled(NamedTuple):
     user: Int[np.ndarray, "m"]
     gid: Int[np.ndarray, "m"]
     value: Float[np.ndarray, "m ridges"]  # float32: log(1 + max(m, 0) / SMALL)
-    items: int  # of the catalogue
+
+    @staticmethod
+    def nothing(ridges: int = 1) -> Recalled:
+        """No item comes to anybody's mind."""
+        none = np.zeros(0, np.int64)
+        return Recalled(none, none, np.zeros((0, ridges), np.float32))
 
 
 @dataclass(frozen=True)
@@ -84,10 +81,6 @@ class Memory:
             users.astype(np.int32),
         )
 
-    def is_blank(self, gids: Int[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
-        """Nobody had it."""
-        return self.users[gids] == 0
-
     def at(self, ridge: float) -> Memory:
         """Of one ridge of ``RIDGES`` alone."""
         place = RIDGES.index(ridge)
@@ -117,7 +110,7 @@ class Memory:
         known = np.zeros(len(ntype), np.int64)
         known[: len(self.users)] = self.users
         known[fresh] = 0
-        known = np.maximum(known, users)  # what now has an edge is blank no more
+        known = np.maximum(known, users)
         made = weight / (known[src] + ridge)
         old_src = np.repeat(np.arange(len(self.users)), np.diff(self.begin))
         kept = ~fresh[old_src] & ~fresh[self.gid]
@@ -128,13 +121,6 @@ class Memory:
             known,
             ntype,
         )
-
-    @staticmethod
-    def nothing(items: int) -> Memory:
-        """One that adds nothing to any score."""
-        no_edge = np.zeros(0, np.int32)
-        begin, users = np.zeros(items + 1, np.int64), np.ones(items, np.int32)
-        return Memory(begin, no_edge, np.zeros((0, 1), np.float32), users)
 
     @staticmethod
     def load(path: Path) -> Memory:
@@ -162,39 +148,7 @@ class Memory:
         parts = self.coefficient[place] * np.repeat(weight, count)[:, None]
         total = np.stack([np.bincount(where, part, minlength=len(key)) for part in parts.T], 1)
         value = np.log1p(np.maximum(total, 0) / SMALL).astype(np.float32)
-        return Recalled(key // max(items, 1), key % max(items, 1), value, items)
-
-
-def place_kept(
-    score: Float[Tensor, "users n"], before: Float[Tensor, "users k"], after: Float[Tensor, "users k"]
-) -> Float[Tensor, "users n"]:
-    """What a blank item is given to keep its place: the rise from the others' j-th best score without the memory to
-    their j-th best with it, j where the item stands by the towers; linear in between, constant beyond the ends.
-
-    Args:
-        score: of blank items, by the towers.
-        before, after: the best scores of the others, best first; ``before`` ends in -inf where there are fewer, and
-            what ``after`` has there does not count.
-    """
-    there = torch.isfinite(before)
-    size = before.shape[1]
-    rise = torch.where(there, after - before, 0).flip(1)
-    knots = before.flip(1).contiguous()
-    lowest = (size - there.sum(1, keepdim=True)).clamp(max=size - 1)
-    above = torch.searchsorted(knots, score.contiguous())
-    low, high = torch.maximum(above - 1, lowest), torch.maximum(above.clamp(max=size - 1), lowest)
-    left, right = knots.gather(1, low), knots.gather(1, high)
-    share = torch.where(right > left, (score - left) / (right - left), 0)
-    return torch.lerp(rise.gather(1, low), rise.gather(1, high), share)
-
-
-def one_row_a_user(row: Int64[Tensor, "m"], value: Float[Tensor, "m"], users: int) -> Float[Tensor, "users most"]:
-    """The values of each row, which ascend, as rows of a matrix that -inf fills up."""
-    count = torch.bincount(row, minlength=users)
-    place = torch.arange(len(row)) - (count.cumsum(0) - count)[row]
-    matrix = torch.full((users, int(count.max()) if users else 0), -torch.inf)
-    matrix[row, place] = value
-    return matrix
+        return Recalled(key // max(items, 1), key % max(items, 1), value)
 
 
 def memory_file(two_tower: Path, snapshot: str) -> Path:

@@ -1,216 +1,166 @@
-"""A trained two-tower as evaluation sees it: item vectors of a snapshot, user vectors from histories."""
+"""The score: what a user's list is ranked by, written once.
+
+    score(u, j) = <[u, 1], [v_j, b_j]> + sum of sparse terms
+    b_j = sum of item terms
+
+u and v_j are the towers' unit vectors. A term is one of two kinds. An **item term** is a number for each item: what
+the last weeks tell of it (trends.py), what unseen items are given (unseen.py). It joins b_j, so that the index ranks by
+it. A **sparse term** raises a few thousand items at most, those that the user's history brings to mind (memory.py). It
+never lowers a score.
+
+:meth:`Scorer.dense` scores whole ranges of items, for validation and evaluation. :meth:`Scorer.candidates` asks an
+index: an item that no sparse term raises has ``k`` items before it by the index already, if it is not among the index's
+first ``k``; so these and the raised items hold the exact list. The two are the same function, and a test holds them
+together (tests/unit/test_scorer.py). Nothing passes over the catalogue for one request.
+
+Imports neither dgl nor transformers: it is used in a serving replica.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float32, Int, Int64
 from torch import Tensor
 
-from recsys_ray.core.snapshots import DAY
-from recsys_ray.scoring.memory import RIVALS, Memory, Recalled, memory_file, one_row_a_user, place_kept
-from recsys_ray.scoring.unseen import known_shift, popular_where_untrained, share_of_events, shift_of_each
-from recsys_ray.storage.artifacts import load_arrays
-from recsys_ray.two_tower.batches import country_index
-from recsys_ray.two_tower.features import ItemTables, UserInputs
-from recsys_ray.two_tower.towers import UserTower, load_item_ids, load_user_tower
+from recsys_ray.core.errors import ArtifactError
+from recsys_ray.scoring.memory import Memory, Recalled
 
-if TYPE_CHECKING:
-    from recsys_ray.evaluation.given import Remember
-    from recsys_ray.evaluation.ranking import UserBatch
-
-_ITEMS = 32_768  # whose scores are held at once
+SCORE = "score.json"
+MEMORY, TRENDS, UNSEEN = "memory", "trends", "unseen"
+TERMS = (MEMORY, TRENDS, UNSEEN)  # beside the towers; each can be left out
+ITEM_TERMS = (TRENDS, UNSEEN)
+VECTOR = "vector"  # beside the item terms in the two-tower's files of items
 
 
-@dataclass
-class TrainedTower:
-    """Travels to Ray tasks: arrays and one small module. Fulfils ``TowerScorer`` of the evaluation."""
+def without(name: str, term: str = "") -> str:
+    """What an item term, or a model, is called where ``term`` is left out of the score."""
+    return f"{name}_without_{term}" if term else name
 
-    item_vectors: np.ndarray  # float32 [items, d]
-    tower: UserTower
-    text: np.ndarray  # float16 [items, t]
-    hgnn: np.ndarray | None  # float32 [items, h], as of the snapshot
-    ntype: np.ndarray  # int64 [items]
-    available: np.ndarray  # bool [items]
-    ids: np.ndarray | None  # float32 [items, d], the items' own vectors
-    moment: int  # the snapshot's time: a history reaches back from here
-    memory: Memory | None = None  # as of the snapshot; None: the towers alone
-    trend: np.ndarray | None = None  # float32 [items]: what every user's score has beside the inner product (trends.py)
+
+@dataclass(frozen=True)
+class ScoreSpec:
+    """What validation chose of the terms."""
+
+    temperature: float = 0.1  # of the softmax that the towers were trained in
+    half_life: float = 4.0  # of the history in the memory, places
+    memory: float = 0.0  # weight of the memory; 0: none
+    ridge: float = 0.0  # its ridge; 0: nothing was validated
+    trends: list[float] = field(default_factory=list)  # weight of each item type; empty: none
+    unseen_share: list[float | None] = field(default_factory=list)  # of each type, as of the test; None: no examples
+
+    def save(self, folder: Path) -> None:
+        text = json.dumps(asdict(self), indent=1)
+        (folder / SCORE).write_text(text + "\n", encoding="utf-8")
 
     @staticmethod
-    def open(
-        folder: Path, text: np.ndarray, hgnn: np.ndarray | None, ntype: np.ndarray, available: np.ndarray, moment: int
-    ) -> TrainedTower:
-        """The towers of ``folder`` with the item vectors of the test snapshot.
+    def load(folder: Path) -> ScoreSpec:
+        try:
+            return ScoreSpec(**json.loads((folder / SCORE).read_text(encoding="utf-8")))
+        except (OSError, TypeError, ValueError) as error:
+            raise ArtifactError(f"{folder / SCORE} is no description of a score: {error}") from error
 
-        Raises:
-            ArtifactError: the folder is not whole.
+
+@runtime_checkable
+class Index(Protocol):
+    """The items of one type that may be recommended, by inner product with [v_j, b_j]."""
+
+    def search(
+        self, query: Float32[np.ndarray, "wide"], k: int, forbidden: Int64[np.ndarray, "f"]
+    ) -> tuple[Float32[np.ndarray, "m"], Int64[np.ndarray, "m"]]:
+        """Scores and gids of the best ``k`` items that are not ``forbidden`` (ascending gids), best first."""
+        ...
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """The only place where terms meet. Arrays may be memory maps."""
+
+    wide: Float32[np.ndarray, "N wide"]  # [v_j, b_j] of each item, row = gid
+    memory: Memory | None = None  # of one ridge
+    weight: float = 0.0  # of the memory
+    half_life: float = 1.0
+
+    @staticmethod
+    def of_items(
+        items: Mapping[str, Float32[np.ndarray, "N *d"]], spec: ScoreSpec, memory: Memory | None, left_out: str = ""
+    ) -> Scorer:
+        """Of the towers' vectors and the item terms as the two-tower stage wrote them.
+
+        Args:
+            items: ``VECTOR`` [N, d] and item terms [N].
+            memory: of the spec's ridge; None: there is none.
+            left_out: a term that is not part of the score.
         """
-        stored = load_arrays(folder / "items" / "test.safetensors")
-        tower, ids = load_user_tower(folder), load_item_ids(folder)
-        memory = None
-        if tower.spec.memory or tower.spec.blank_share:
-            memory = Memory.load(memory_file(folder.parent, "test")).at(tower.spec.ridge)
-        hgnn = hgnn if tower.spec.hgnn_dim else None
-        arrays = text, hgnn, ntype, available, ids
-        return TrainedTower(stored["vector"], tower, *arrays, moment, memory, stored.get("trend"))
+        kept = memory if spec.memory and left_out != MEMORY else None
+        return Scorer(with_item_terms(items, left_out), kept, spec.memory, spec.half_life)
 
-    @torch.no_grad()
-    def user_vectors(self, users: UserBatch) -> Float[Tensor, "users d"]:
-        """Unit vectors of the users, by their latest events inside the window."""
-        kept = self._kept(users)
-        lengths = np.bincount(users.rows[kept], minlength=len(users))
-        needed, place = np.unique(users.gid[kept], return_inverse=True)
-        tables = ItemTables(
-            text=torch.from_numpy(self.text[needed]).float(),
-            hgnn=None if self.hgnn is None else torch.from_numpy(self.hgnn[needed]),
-            ntype=torch.from_numpy(self.ntype[needed]),
-            ids=None if self.ids is None else torch.from_numpy(self.ids[needed]),
-        )
-        age, country, tastes = self._traits(users)
-        inputs = UserInputs(
-            gids=torch.from_numpy(place.astype(np.int64)),
-            events=torch.from_numpy(users.event[kept].astype(np.int64)),
-            offsets=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)),
-            age=age,
-            country=country,
-            tastes=tastes,
-        )
-        return self.tower(inputs, tables)
+    def raised(self, user: Int[np.ndarray, "n"], gid: Int[np.ndarray, "n"]) -> Recalled:
+        """What the sparse terms add to the scores of users with these histories, ascending by user and gid.
 
-    def unknown(self, users: UserBatch) -> np.ndarray:
-        """See ``TowerScorer``."""
-        age, country, tastes = self._traits(users)
-        nothing = torch.isnan(age) & (country < 0)
-        for taste in tastes.values():
-            nothing &= torch.isnan(taste).all(1)
-        lengths = np.bincount(users.rows[self._kept(users)], minlength=len(users))
-        return nothing.numpy() & (lengths == 0)
-
-    def remember(self, users: UserBatch, vectors: Float[Tensor, "users d"]) -> Remember | None:
-        """See ``TowerScorer``."""
+        Args:
+            user, gid: the events of all histories; of each user in one piece, oldest first.
+        """
         if self.memory is None:
-            return None if self.trend is None else self._add_given
-        kept, weight = self._kept(users), self.tower.spec.memory
-        memory, recalled = self.memory, self.memory.recall(users.rows[kept], users.gid[kept], self.tower.spec.half_life)
-        raise_of = weight * torch.from_numpy(recalled.value[:, 0])
-        shifts: dict[int, Tensor] = {}  # of each item type that was asked for
-        bars: dict[int, tuple[Tensor, Tensor]] = {}  # likewise
+            return Recalled.nothing()
+        recalled = self.memory.recall(user, gid, self.half_life)
+        return recalled._replace(value=recalled.value * np.float32(self.weight))
 
-        def add(first: int, last: int, scores: Tensor) -> None:
-            self._add_given(first, last, scores)
-            fresh = np.flatnonzero(memory.is_blank(np.arange(first, last)))
-            if len(fresh):
-                kind = int(self.ntype[first])
-                if kind not in bars:
-                    shifts[kind] = self._shift(users, vectors, kind)
-                    bars[kind] = self._bars(users, vectors, kind, recalled, raise_of, shifts[kind])
-                scores[:, fresh] += shifts[kind][:, None]
-                scores[:, fresh] += place_kept(scores[:, fresh], *bars[kind])
-            here = (recalled.gid >= first) & (recalled.gid < last)
-            scores[recalled.user[here], recalled.gid[here] - first] += raise_of[here]
+    def dense(self, users: Float[Tensor, "B d"], raised: Recalled, first: int, last: int) -> Float[Tensor, "B items"]:
+        """Scores of the items ``first <= gid < last``.
 
-        return add
+        Args:
+            users: vectors of the user tower.
+            raised: of these users' histories, see :meth:`raised`.
+        """
+        wide = torch.from_numpy(np.array(self.wide[first:last]))
+        scores = users @ wide[:, :-1].T + wide[:, -1]
+        here = (raised.gid >= first) & (raised.gid < last)
+        row, column = torch.from_numpy(raised.user[here]), torch.from_numpy(raised.gid[here] - first)
+        scores[row, column] += torch.from_numpy(raised.value[here, 0])
+        return scores
 
-    def _add_given(self, first: int, last: int, scores: Tensor) -> None:
-        scores += self._given[first:last]
-
-    @cached_property
-    def _given(self) -> Float[Tensor, "items"]:
-        """What every user's score of an item has beside the inner product: its trend (trends.py), and what items of
-        types without training examples are given (blank.py)."""
-        trend = np.zeros(len(self.ntype), np.float32) if self.trend is None else self.trend
-        if self.memory is None:
-            return torch.from_numpy(trend)
-        spec = self.tower.spec
-        shifts = [known_shift(spec.blank_share, spec.blank_shift, "test", kind) for kind in range(self.ntype.max() + 1)]
-        given = self.memory.users, shifts, spec.mean_user.get("test"), spec.temperature
-        return torch.from_numpy(trend + popular_where_untrained(self.item_vectors, self.ntype, *given))
-
-    def _scores(self, users: UserBatch, vectors: Float[Tensor, "users d"], kind: int) -> Iterator[tuple[int, Tensor]]:
-        """The scores of a type before the memory, range by range with the range's first gid; -inf where an item may not
-        come."""
-        gids = np.flatnonzero(self.ntype == kind)
-        for start in range(int(gids[0]), int(gids[-1]) + 1, _ITEMS):
-            stop = min(start + _ITEMS, int(gids[-1]) + 1)
-            scores = vectors @ torch.from_numpy(np.array(self.item_vectors[start:stop])).float().T
-            scores += self._given[start:stop]
-            scores[:, ~self.available[start:stop]] = -torch.inf
-            own = (users.gid >= start) & (users.gid < stop)
-            scores[users.rows[own], users.gid[own] - start] = -torch.inf
-            yield start, scores
-
-    def _shift(self, users: UserBatch, vectors: Float[Tensor, "users d"], kind: int) -> Float[Tensor, "users"]:
-        """What blank items of a type are given (blank.py)."""
-        assert self.memory is not None
-        spec = self.tower.spec
-        shift = known_shift(spec.blank_share, spec.blank_shift, "test", kind)
-        if shift is not None:
-            return torch.full((len(users),), shift)
-        sums = torch.full((2, len(users)), -torch.inf)  # of the others and of blank items
-        for start, scores in self._scores(users, vectors, kind):
-            blank = torch.from_numpy(self.memory.is_blank(np.arange(start, start + scores.shape[1])))
-            for place, part in enumerate((~blank, blank)):
-                sums[place] = torch.logaddexp(sums[place], (scores[:, part] / spec.temperature).logsumexp(1))
-        share = share_of_events(self.memory.users[self.ntype == kind])
-        return shift_of_each(sums[1], sums[0], share, spec.temperature)
-
-    def _bars(
+    def candidates(
         self,
-        users: UserBatch,
-        vectors: Float[Tensor, "users d"],
-        kind: int,
-        recalled: Recalled,
-        raise_of: Tensor,
-        shift: Float[Tensor, "users"],
-    ) -> tuple[Float[Tensor, "users k"], Float[Tensor, "users k"]]:
-        """The best scores of a type without and with the memory, as :func:`place_kept` wants them: of the ``RIVALS``
-        best by the towers, blank ones shifted, those that are not blank, and as many with the memory."""
-        assert self.memory is not None
-        rivals, blank, not_raised = list[Tensor](), list[Tensor](), list[Tensor]()
-        with_it = torch.full((len(recalled.gid),), -torch.inf)
-        for start, scores in self._scores(users, vectors, kind):
-            stop = start + scores.shape[1]
-            fresh = self.memory.is_blank(np.arange(start, stop))
-            scores[:, fresh] += shift[:, None]
-            top = scores.topk(min(RIVALS, stop - start), dim=1)
-            rivals.append(top.values)
-            blank.append(torch.from_numpy(fresh)[top.indices])
-            here = np.flatnonzero((recalled.gid >= start) & (recalled.gid < stop))
-            place = recalled.user[here], recalled.gid[here] - start
-            with_it[here] = scores[place] + raise_of[here]
-            scores[place], scores[:, fresh] = -torch.inf, -torch.inf
-            not_raised.append(scores.topk(min(RIVALS, stop - start), dim=1).values)
-        candidates = torch.cat(rivals, 1)
-        best = candidates.topk(min(RIVALS, candidates.shape[1]), dim=1)
-        new = torch.cat(blank, 1).gather(1, best.indices)
-        raised = one_row_a_user(torch.from_numpy(recalled.user), with_it, len(users))
-        after = torch.cat([*not_raised, raised], 1).topk(best.values.shape[1], dim=1).values
-        return best.values.masked_fill(new, -torch.inf).sort(1, descending=True).values, after
+        index: Index,
+        user: Float32[np.ndarray, "d"],
+        raised_gid: Int64[np.ndarray, "m"],
+        raised_value: Float32[np.ndarray, "m"],
+        k: int,
+        forbidden: Int64[np.ndarray, "f"],
+    ) -> tuple[Float32[np.ndarray, "c"], Int64[np.ndarray, "c"]]:
+        """Scores and gids of items of the index's type, in no order, each once; the best ``k`` are among them.
 
-    def _kept(self, users: UserBatch) -> np.ndarray:
-        """bool [events]: the latest ones inside the window."""
-        spec = self.tower.spec
-        kept = np.repeat(users.offsets[1:], np.diff(users.offsets)) - np.arange(len(users.gid)) <= spec.history
-        if spec.window_days is not None:
-            kept &= users.timestamp >= self.moment - spec.window_days * DAY
-        return kept
+        Args:
+            raised_gid, raised_value: what the user's history raises of this type and may be recommended, ascending.
+            forbidden: gids that must not come, ascending.
+        """
+        query = np.append(user, np.float32(1))
+        scores, gids = index.search(query, k, forbidden)
+        others = ~among(gids, raised_gid)
+        own = self.wide[raised_gid] @ query + raised_value
+        return np.concatenate([scores[others], own]), np.concatenate([gids[others], raised_gid])
 
-    def _traits(self, users: UserBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        spec, count = self.tower.spec, len(users)
-        if users.users is None:
-            tastes = {name: torch.full((count, dim), torch.nan) for name, dim in spec.tastes.items()}
-            return torch.full((count,), torch.nan), torch.full((count,), -1), tastes
-        ages = np.array([np.nan if a is None else a for a in users.users.column("age").to_pylist()], np.float32)
-        countries = np.array([c or "" for c in users.users.column("country").to_pylist()], dtype=str)
-        tastes = {}
-        for name, dim in spec.tastes.items():
-            rows = [row or [np.nan] * dim for row in users.users.column(name).to_pylist()]
-            tastes[name] = torch.from_numpy(np.asarray(rows, np.float32).reshape(count, dim))
-        return torch.from_numpy(ages), torch.from_numpy(country_index(spec.countries, countries)), tastes
+
+def with_item_terms(
+    items: Mapping[str, Float32[np.ndarray, "N *d"]], left_out: str = ""
+) -> Float32[np.ndarray, "N wide"]:
+    """[v_j, b_j]; arguments as :meth:`Scorer.of_items`."""
+    bias = np.zeros(len(items[VECTOR]), np.float32)
+    for term in ITEM_TERMS:
+        bias += items.get(without(term, left_out), np.float32(0))
+    return np.column_stack([items[VECTOR], bias])
+
+
+def among(values: Int[np.ndarray, "n"], ascending: Int[np.ndarray, "m"]) -> np.ndarray:
+    """bool [n]: is each value in ``ascending``? A fifth of what np.isin takes for a few values."""
+    if not len(ascending):
+        return np.zeros(len(values), bool)
+    places = np.minimum(np.searchsorted(ascending, values), len(ascending) - 1)
+    return ascending[places] == values

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from recsys_ray.config import IndexConfig
 from recsys_ray.core.errors import ArtifactError
+from recsys_ray.scoring.scorer import among
 
 METRIC = "inner_product"
 UNIT_NORM_WITHIN = 1e-3
@@ -50,10 +51,9 @@ def check_unit_norm(vectors: Vectors, where: object) -> None:
             raise ArtifactError(f"row {start + row} of {where} has length {norms[row]:.4g}, not 1; train again")
 
 
-def as_queries(users: Vectors, vectors: Vectors) -> Vectors:
-    """What items ``vectors`` [n, d or d + 1] are asked with: vectors of users [q, d], with a 1 for the column that says
-    what every user's score of an item has beside the inner product (recsys_ray/scoring/trends.py)."""
-    return np.pad(users, ((0, 0), (0, vectors.shape[1] - users.shape[1])), constant_values=1)
+def as_queries(users: Vectors) -> Vectors:
+    """[u, 1] for vectors of users [q, d]: what items [v_j, b_j] are asked with (recsys_ray/scoring/scorer.py)."""
+    return np.pad(users, ((0, 0), (0, 1)), constant_values=1)
 
 
 def exact_top_k(vectors: Vectors, queries: Vectors, k: int) -> tuple[Vectors, Ids]:
@@ -138,7 +138,7 @@ class TypeIndex:
         scores, found = self.index.search(query[None], ask, params=self._parameters(ask, local if selective else None))
         keep = found[0] >= 0
         if not selective and len(local):
-            keep &= ~_among(found[0], local)
+            keep &= ~among(found[0], local)
         scores, found = scores[0][keep][:wanted], found[0][keep][:wanted]
         if len(found) < wanted:  # HNSW lost its way among forbidden items
             scores, found = self._exact(query, wanted, local)
@@ -148,15 +148,13 @@ class TypeIndex:
         """Positions in the index of those forbidden gids that are in it."""
         if forbidden is None or not len(forbidden) or not len(self.gids):
             return np.empty(0, np.int64)
-        known = forbidden[_among(forbidden, self.gids)]
+        known = forbidden[among(forbidden, self.gids)]
         return np.searchsorted(self.gids, known)
 
     def _parameters(self, ask: int, without: Ids | None) -> faiss.SearchParameters:
         selector = None  # FAISS's type stubs lack what its Python layer adds
         if without is not None:
-            bits = np.zeros(len(self.gids), bool)
-            bits[without] = True
-            selector = faiss.IDSelectorNot(faiss.IDSelectorBitmap(np.packbits(bits, bitorder="little")))  # type: ignore[call-arg,arg-type]
+            selector = faiss.IDSelectorNot(faiss.IDSelectorBatch(without))  # type: ignore[call-arg,arg-type]
         if self.exact:
             return faiss.SearchParameters(sel=selector)  # type: ignore[call-arg]
         parameters = faiss.SearchParametersHNSW  # type: ignore[attr-defined]
@@ -166,12 +164,6 @@ class TypeIndex:
         allowed = np.setdiff1d(np.arange(len(self.gids)), without, assume_unique=True)
         scores, rows = exact_top_k(self.vectors[self.gids[allowed]], query[None], k)
         return scores[0], allowed[rows[0]]
-
-
-def _among(values: Ids, ascending: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_]:
-    """Whether each value is in ``ascending``, which is not empty; a fifth of what np.isin takes for a few values."""
-    places = np.minimum(np.searchsorted(ascending, values), len(ascending) - 1)
-    return ascending[places] == values
 
 
 def search_types(

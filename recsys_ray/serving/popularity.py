@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from recsys_ray.graph.activity import NEVER
+from recsys_ray.scoring.scorer import among
 from recsys_ray.serving.histories import Events, mapped_arrays
 
 _PRIOR = 100.0  # how many events the world's ranking counts as beside a country's own
@@ -50,31 +52,53 @@ class Popularity:
         order = np.lexsort((gid, country))
         return popularity_arrays(country[order], gid[order], users[order], published, len(self.offsets) - 1)
 
-    def scores(self, country: int = -1) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-        """Share of users [items] that each item has, and the gids that the country itself contributed.
 
-        A small country says little, so its counts are added to as many as ``_PRIOR`` of the world's.
-        """
-        share = self.world / max(int(self.world.sum()), 1)
-        if country < 0 or country >= len(self.offsets) - 1:
-            return share, np.empty(0, np.int64)
-        rows = slice(self.offsets[country], self.offsets[country + 1])
-        gids, counts = self.gids[rows].astype(np.int64), self.counts[rows]
-        scores = share * _PRIOR
-        scores[gids] += counts
-        return scores / (_PRIOR + counts.sum()), gids
+class PopularLists:
+    """Items that may be recommended, most popular first: for each type the world's list, and each country's own items.
+
+    A small country says little, so its counts are added to as many as ``_PRIOR`` of the world's. Made once; an answer
+    reads as many places as it needs.
+    """
+
+    def __init__(self, popular: Popularity, ntype: npt.NDArray[np.integer], available: npt.NDArray[np.bool_]) -> None:
+        self.counted, self._types = popular, int(ntype.max(initial=-1)) + 1
+        self._share = popular.world / max(int(popular.world.sum()), 1)
+        order = np.argsort(popular.rank, kind="stable")
+        order = order[available[order]]
+        self._world = [order[ntype[order] == kind] for kind in range(self._types)]
+        # A country's items by type, best first; cell c * types + t holds those of country c and type t.
+        country = np.repeat(np.arange(len(popular.offsets) - 1), np.diff(popular.offsets))
+        total = np.bincount(country, popular.counts, minlength=len(popular.offsets) - 1)
+        gids = popular.gids.astype(np.int64)
+        score = (self._share[gids] * _PRIOR + popular.counts) / (_PRIOR + total[country])
+        kept = np.flatnonzero(available[gids])
+        cell = country[kept] * self._types + ntype[gids[kept]]
+        kept = kept[np.lexsort((popular.rank[gids[kept]], -score[kept], cell))]
+        cell = country[kept] * self._types + ntype[gids[kept]]
+        self._begin = np.searchsorted(cell, np.arange((len(popular.offsets) - 1) * self._types + 1))
+        self._local, self._local_score, self._total = gids[kept], score[kept], total
 
     def top(
-        self, k: int, allowed: npt.NDArray[np.bool_], country: int = -1
+        self, k: int, types: Sequence[int], forbidden: npt.NDArray[np.int64], country: int = -1
     ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-        """Scores and gids of the best ``k`` items that are ``allowed`` [items]; and whether the country made them."""
-        scores, local = self.scores(country)
-        candidates = np.flatnonzero(allowed)
-        if len(candidates) > 4 * k:  # sort only those that can be among the best
-            limit = np.partition(scores[candidates], -k)[-k]
-            candidates = candidates[scores[candidates] >= limit]
-        best = candidates[np.lexsort((self.rank[candidates], -scores[candidates]))[:k]]
-        return scores[best], best, np.isin(best, local)
+        """Scores and gids of the best ``k`` items of ``types`` that are not ``forbidden`` (ascending gids); and whether
+        the country made them. The score is the share of users that an item has."""
+        far = k + len(forbidden)
+        known = 0 <= country < len(self._total)
+        world = np.concatenate([np.empty(0, np.int64), *(self._world[kind][:far] for kind in types)])
+        score = self._share[world] * (_PRIOR / (_PRIOR + self._total[country]) if known else 1.0)
+        local = np.empty(0, np.int64)
+        if known:  # an item of the country's is taken from its own list, wherever it stands in the world's
+            mine = [slice(*self._begin[country * self._types + kind :][:2]) for kind in types]
+            own = slice(*self.counted.offsets[country : country + 2])
+            others = ~among(world, self.counted.gids[own])
+            local = np.concatenate([self._local[part][:far] for part in mine])
+            score = np.concatenate([score[others], *(self._local_score[part][:far] for part in mine)])
+            world = np.concatenate([world[others], local])
+        allowed = ~among(world, forbidden)
+        world, score = world[allowed], score[allowed]
+        best = np.lexsort((self.counted.rank[world], -score))[:k]
+        return score[best], world[best], np.isin(world[best], local)
 
 
 class PopularityCounter:

@@ -17,12 +17,12 @@ import numpy.typing as npt
 import torch
 
 from recsys_ray.bundle.build import MEMORY, find_bundle
-from recsys_ray.scoring.memory import RIVALS, Memory, Recalled
-from recsys_ray.scoring.unseen import known_shift, popular_where_untrained, share_of_events, shift_of_each
+from recsys_ray.scoring.memory import Memory
+from recsys_ray.scoring.scorer import Scorer, ScoreSpec, among
 from recsys_ray.serving.catalogue import Items, Users
 from recsys_ray.serving.histories import Histories, Profile, mapped_arrays, user_inputs
-from recsys_ray.serving.index import TypeIndex, as_queries, check_metric, merge_best, search_types
-from recsys_ray.serving.popularity import Popularity
+from recsys_ray.serving.index import TypeIndex, check_metric, merge_best, search_types
+from recsys_ray.serving.popularity import Popularity, PopularLists
 from recsys_ray.serving.reasons import because, fits
 from recsys_ray.serving.requests import (
     RequestError,
@@ -36,7 +36,6 @@ from recsys_ray.serving.requests import (
 )
 from recsys_ray.serving.tower import LoadTower, TowerRunner, load_user_tower
 from recsys_ray.storage.artifacts import Artifact, open_artifact
-from recsys_ray.two_tower.towers import TowerSpec
 
 _DAY = 86_400
 HistoryEntry = Mapping[str, Any]  # item_id, event (optional), timestamp (optional, unix seconds)
@@ -44,8 +43,7 @@ HistoryEntry = Mapping[str, Any]  # item_id, event (optional), timestamp (option
 
 @dataclass(frozen=True)
 class Recommendation:
-    """``score`` is the inner product of two unit vectors plus what trends and the memory add; for an answer by
-    popularity the share of users."""
+    """``score`` as in recsys_ray/scoring/scorer.py; for an answer by popularity the share of users."""
 
     item_id: str
     item_type: str
@@ -87,15 +85,10 @@ class Recommender:
     items: Items
     users: Users
     histories: Histories
-    popularity: Popularity
+    popularity: PopularLists
     indexes: list[TypeIndex]
     tower: TowerRunner
-    vectors: npt.NDArray[np.float32]  # [items, d], or with a column for trends
-    memory: Memory | None = None  # of pairs of items; None: the towers alone answer
-    blank: list[npt.NDArray[np.int64]] = field(default_factory=list)  # of each type the items it knows nothing of
-    shifts: list[float | None] = field(default_factory=list)  # of each type what these are given; None: by the user
-    popular: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))  # what items of types
-    # without training examples are given, row = gid
+    score: Scorer
     _country_of: dict[str, int] = field(default_factory=dict)
 
     @classmethod
@@ -125,20 +118,14 @@ class Recommender:
         for number, name in enumerate(counts["item_types"]):
             file = folder / "index" / f"t{number}.faiss"
             indexes.append(TypeIndex.load(file, name, items.offered(number), vectors, counts["ef_search"]))
-        popularity = Popularity.load(folder / "popularity.safetensors")
-        histories, country_of = Histories(folder / "histories.safetensors"), counts["countries"]
-        numbers = {name: number for number, name in enumerate(country_of)}
-        made = cls(artifact, items, Users(folder), histories, popularity, indexes, tower, vectors, _country_of=numbers)
+        popular = PopularLists(Popularity.load(folder / "popularity.safetensors"), items.ntype, items.available != 0)
+        spec, memory = ScoreSpec.load(folder / "user_tower"), None
         if (folder / MEMORY).exists():
-            made.memory = Memory(**{name: table.numpy() for name, table in mapped_arrays(folder / MEMORY).items()})
-            offered = [items.offered(number).astype(np.int64) for number in range(len(items.types))]
-            made.blank = [gids[made.memory.is_blank(gids)] for gids in offered]
-            given = tower.spec.get("blank_share"), tower.spec.get("blank_shift", {}), "serve"
-            made.shifts = [known_shift(*given, number) for number in range(len(items.types))]
-            mean_user, had = tower.spec.get("mean_user", {}).get("serve"), made.memory.users
-            temperature = tower.spec.get("temperature", TowerSpec.temperature)
-            towers = vectors[:, : made.width]
-            made.popular = popular_where_untrained(towers, items.ntype, had, made.shifts, mean_user, temperature)
+            memory = Memory(**{name: table.numpy() for name, table in mapped_arrays(folder / MEMORY).items()})
+        score = Scorer(vectors, memory, spec.memory, spec.half_life)
+        histories = Histories(folder / "histories.safetensors")
+        numbers = {name: number for number, name in enumerate(counts["countries"])}
+        made = cls(artifact, items, Users(folder), histories, popular, indexes, tower, score, _country_of=numbers)
         if warm:
             made._warm_up()
         return made
@@ -146,11 +133,6 @@ class Recommender:
     @property
     def version(self) -> str:
         return self.artifact.counts["version"]
-
-    @property
-    def width(self) -> int:
-        """Of what the towers make, d."""
-        return self.vectors.shape[1] - bool(self.tower.spec.get("trends"))
 
     @property
     def item_types(self) -> list[str]:
@@ -216,8 +198,8 @@ class Recommender:
         gid = self.items.find(item_id)
         if gid is None:
             raise UnknownItem("item_id", f"there is no item {item_id!r}")
-        query = np.array(self.vectors[gid], np.float32)
-        query[self.width :] = 0  # likeness has nothing to do with trends
+        query = np.array(self.score.wide[gid], np.float32)
+        query[-1] = 0  # likeness has nothing to do with what every user is given
         scores, gids = search_types([self.indexes[t] for t in types], query, k, np.array([gid], np.int64))
         reason = f'similar to "{self.items.name(gid)}"'
         return [self._item(int(g), float(s), reason) for s, g in zip(scores, gids, strict=True)]
@@ -294,78 +276,24 @@ class Recommender:
     def _by_taste(
         self, profile: Profile, types: list[int], k: int, barred: npt.NDArray[np.int64]
     ) -> list[Recommendation]:
-        query = as_queries(self.tower(user_inputs([profile], self.tower.tastes)), self.vectors)[0]
-        if self.memory is None:
-            scores, gids = search_types([self.indexes[t] for t in types], query, k, barred)
-        else:
-            half_life = self.tower.spec.get("half_life", TowerSpec.half_life)  # bundles of before have none
-            recalled = self.memory.recall(np.zeros(len(profile.gids), np.int64), profile.gids, half_life)
-            found = [self._remember(self.memory, recalled, number, query, k, barred) for number in types]
-            scores, gids = merge_best(found, k)
+        user = self.tower(user_inputs([profile], self.tower.tastes))[0]
+        raised = self.score.raised(np.zeros(len(profile.gids), np.int64), profile.gids)
+        allowed = (self.items.available[raised.gid] != 0) & ~among(raised.gid, barred)
+        gid, value, kind = raised.gid[allowed], raised.value[allowed, 0], self.items.ntype[raised.gid[allowed]]
+        found = [
+            self.score.candidates(self.indexes[number], user, gid[kind == number], value[kind == number], k, barred)
+            for number in types
+        ]
+        scores, gids = merge_best(found, k)
         return [
             self._item(gid, score, reason)
             for gid, score, reason in zip(gids.tolist(), scores.tolist(), self._reasons(profile, gids), strict=True)
         ]
 
-    def _remember(
-        self,
-        memory: Memory,
-        recalled: Recalled,
-        number: int,
-        query: npt.NDArray[np.float32],
-        k: int,
-        barred: npt.NDArray[np.int64],
-    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-        """Scores and gids of a type with what the memory adds; the best ``k`` are among them. It adds to the history's
-        neighbours and to blank items alone, and these are all here; any other item has ``k`` before it by inner product
-        already."""
-        blank = self.blank[number][~np.isin(self.blank[number], barred)]
-        by_towers, shift = self.vectors[blank] @ query, self.shifts[number]
-        if shift is None:
-            scores, gids, shift = self._known_of_untrained(memory, number, query, by_towers, barred)
-        else:  # shifted ones must not take the others' places
-            scores, gids = self.indexes[number].search(query, max(k, RIVALS), np.union1d(barred, blank))
-        by_towers += np.float32(shift)
-        allowed = (self.items.ntype[recalled.gid] == number) & (self.items.available[recalled.gid] != 0)
-        allowed &= ~np.isin(recalled.gid, barred)
-        raised, value = recalled.gid[allowed], recalled.value[allowed, 0] * np.float32(self.tower.spec["memory"])
-        others = ~np.isin(gids, raised)
-        with_it = np.concatenate([scores[others], self.vectors[raised] @ query + self.popular[raised] + value])
-        before = scores[:RIVALS]
-        rivals = np.concatenate([before, by_towers])
-        if len(rivals) > RIVALS:
-            before = before[before >= np.partition(rivals, -RIVALS)[-RIVALS]]
-        after = np.sort(with_it)[::-1][: len(before)]
-        if len(before):
-            by_towers += np.interp(by_towers, before[::-1], (after - before)[::-1])
-        return np.concatenate([with_it, by_towers]), np.concatenate([gids[others], raised, blank])
-
-    def _known_of_untrained(
-        self,
-        memory: Memory,
-        number: int,
-        query: npt.NDArray[np.float32],
-        by_towers: npt.NDArray[np.float32],
-        barred: npt.NDArray[np.int64],
-    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64], float]:
-        """Of a type without training examples: scores and gids of all items that are not blank, best first, and what
-        blank ones are given, whose scores are ``by_towers``. It takes the sum over the whole type, which no index
-        gives (recsys_ray/scoring/unseen.py)."""
-        gids = self.items.offered(number).astype(np.int64)
-        gids = gids[~memory.is_blank(gids) & ~np.isin(gids, barred)]
-        scores = self.vectors[gids] @ query + self.popular[gids]
-        order = np.argsort(-scores, kind="stable")
-        temperature = self.tower.spec["temperature"]
-        blank, others = (torch.from_numpy(part / temperature).logsumexp(0)[None] for part in (by_towers, scores))
-        share = share_of_events(memory.users[self.items.ntype == number])
-        return scores[order], gids[order], float(shift_of_each(blank, others, share, temperature))
-
     def _by_popularity(
         self, profile: Profile, types: list[int], k: int, barred: npt.NDArray[np.int64]
     ) -> list[Recommendation]:
-        allowed = np.isin(self.items.ntype, types) & (self.items.available != 0)
-        allowed[barred] = False
-        scores, gids, local = self.popularity.top(k, allowed, profile.country)
+        scores, gids, local = self.popularity.top(k, types, barred, profile.country)
         here = f"popular in {self.artifact.counts['countries'][profile.country]}" if profile.country >= 0 else ""
         found = []
         for gid, score, by_country in zip(gids.tolist(), scores.tolist(), local.tolist(), strict=True):

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
 from recsys_ray.core.clock import DAY
-from recsys_ray.evaluation.results import WITHOUT_MEMORY
+from recsys_ray.evaluation.results import MAIN
+from recsys_ray.scoring.scorer import MEMORY, TRENDS, UNSEEN, without
 from recsys_ray.studies.compare import sentence
 from recsys_ray.studies.study import TWO_TOWER, Comparison, Facts, Outcome, Result, Side, Study, Variant
 
@@ -53,7 +54,9 @@ def _part_comparisons(facts: Facts, models: Sequence[str]) -> list[Comparison]:
         "no-text": "not reported",
     }
     models_of_full = {
-        "without the memory (the same towers)": (WITHOUT_MEMORY, "ours, not the papers'"),
+        "without the memory (the same towers)": (without(MAIN, MEMORY), "ours, not the papers'"),
+        "without the trends (the same towers)": (without(MAIN, TRENDS), "ours, not the papers'"),
+        "without the share of unseen items (the same towers)": (without(MAIN, UNSEEN), "ours, not the papers'"),
         "without the HGNN": (TWO_TOWER, "-35 % (0.231)"),
     }
     own = [

@@ -20,13 +20,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from recsys_ray.cluster.train import seed_from, sum_over_ranks
+from recsys_ray.scoring.choose import first_as_good, gain_of, places
 from recsys_ray.scoring.memory import HALF_LIVES as OF_THE_MEMORY
 from recsys_ray.scoring.memory import RIDGES, Memory
-from recsys_ray.scoring.places import asked_by_type, gain_of, ranks_with_memory
 from recsys_ray.two_tower.batches import tables_for
 from recsys_ray.two_tower.rows import histories_of
-from recsys_ray.two_tower.towers import TowerSpec, recent_weights
-from recsys_ray.two_tower.training import TowerTask
+from recsys_ray.two_tower.towers import recent_weights
+from recsys_ray.two_tower.training import TowerTask, queries_by_type
 
 RECENT = (4.0, 16.0)  # half-lives of means of the latest
 _LONG = 4  # times a half-life: of such histories
@@ -36,17 +36,17 @@ _ITEMS = 20_000  # a sample that targets are ranked among
 _CHUNK = 256  # queries at once
 
 
-def with_recency(task: TowerTask, seed: int) -> TowerSpec:
-    """The task's spec with what its data say; a given ``last_item`` stays. The same on every rank."""
-    spec = task.spec
+def with_recency(task: TowerTask, seed: int) -> TowerTask:
+    """The task with what its data say in its specs; a given ``last_item`` stays. The same on every rank."""
+    spec, score = task.spec, task.score
     if spec.last_item is None:
         spec = replace(spec, last_item=last_items_tell(task, seed))
     if spec.last_item:
-        places = mean_length(task) / _LONG
-        spec = replace(spec, recent=[half_life for half_life in RECENT if half_life <= places])
-    if task.memory is not None:
-        spec = replace(spec, half_life=memory_half_life(task, task.memory, seed))
-    return spec
+        far = mean_length(task) / _LONG
+        spec = replace(spec, recent=[half_life for half_life in RECENT if half_life <= far])
+    if task.moment.memory is not None:
+        score = replace(score, half_life=memory_half_life(task, task.moment.memory, seed))
+    return replace(task, spec=spec, score=score)
 
 
 @torch.no_grad()
@@ -58,8 +58,7 @@ def last_items_tell(task: TowerTask, seed: int, snapshot: str = "valid") -> bool
     asked = _sample(task, seed)
     sample = np.random.default_rng(seed_from(seed, "start")).permutation(len(task.catalogue.ntype))[:_ITEMS]
     for rows in np.array_split(asked, -(-len(asked) // _CHUNK)) if len(asked) else []:
-        places = _places(task, np.sort(rows), sample, snapshot)
-        gain = gain_of(places)
+        gain = gain_of(_places(task, np.sort(rows), sample, snapshot))
         gains, together = gains + gain.sum(0), together + gain.T @ gain
     gains, together = sum_over_ranks(gains), sum_over_ranks(together)
     return first_as_good(gains, together) > 0
@@ -76,13 +75,11 @@ def memory_half_life(task: TowerTask, memory: Memory, seed: int) -> float:
     """With which half-life of the history the memory alone ranks best (NDCG@100), with the ridge that suits it; the
     longest of equal ones. The same on every rank."""
     gains = torch.zeros(len(OF_THE_MEMORY), len(RIDGES), dtype=torch.float64)
-    for asked in asked_by_type(task.queries, _sample(task, seed), task.catalogue.ntype.numpy()):
-        blank = torch.from_numpy(memory.is_blank(asked.gids))
+    for asked in queries_by_type(None, task, "valid", _sample(task, seed)):
         for place, half_life in enumerate(OF_THE_MEMORY):
-            scores = asked.without_history(torch.zeros(len(asked.rows), asked.count))
-            recalled = memory.recall(asked.user, asked.history, half_life)
-            places = ranks_with_memory(scores, asked.target, recalled, asked.first, blank, (1.0,))
-            gains[place] += gain_of(places)[:, 0].sum(0)
+            scores = asked.without_history(torch.zeros(len(asked), asked.count), asked.first)
+            recalled = memory.recall(asked.row, asked.history, half_life)
+            gains[place] += gain_of(places(scores, asked.target, recalled, asked.first, (1.0,)))[:, 0].sum(0)
     best = sum_over_ranks(gains).amax(1)
     return OF_THE_MEMORY[int((best == best.max()).nonzero()[-1])]
 
@@ -97,20 +94,6 @@ def _sample(task: TowerTask, seed: int) -> Int[np.ndarray, "n"]:
     return np.random.default_rng(seed_from(seed, "last item")).permutation(np.flatnonzero(_lengths(task)))[:_QUERIES]
 
 
-def first_as_good(gains: Float[Tensor, "choices"], together: Float[Tensor, "choices choices"]) -> int:
-    """The first choice whose gain is less than one standard error behind the most: the rule of Breiman et al.
-    (Classification and Regression Trees, 1984), with the error of the difference between two choices on the same
-    queries.
-
-    Args:
-        gains: sum over the queries with each choice.
-        together: sum over the queries of the product of two choices' gains.
-    """
-    best, squares = int(gains.argmax()), together.diagonal()
-    error = (squares + squares[best] - 2 * together[best]).clamp(min=0).sqrt()
-    return int((gains[best] - gains <= error).nonzero()[0])
-
-
 def _places(task: TowerTask, rows: np.ndarray, sample: np.ndarray, snapshot: str) -> Float[Tensor, "queries choices"]:
     """The place of each query's target among the items of its type in the sample, without those of the history."""
     history, _, offsets = (torch.from_numpy(part).long() for part in histories_of(task.queries, rows))
@@ -122,14 +105,14 @@ def _places(task: TowerTask, rows: np.ndarray, sample: np.ndarray, snapshot: str
     user = torch.repeat_interleave(torch.arange(len(rows)), offsets.diff())
     other = task.catalogue.ntype[items] != task.catalogue.ntype[target][:, None]
     other[user, column] = True
-    places = []
+    found = []
     for half_life in HALF_LIVES:
         weight = torch.ones(len(history)) if half_life is None else recent_weights(offsets, half_life)
         scores = _nearness(vectors, column, weight, user, len(rows))
         limit = scores.gather(1, own[:, None])
         scores[other] = -torch.inf
-        places.append((scores > limit).sum(1) + ((scores == limit).sum(1) - 1) / 2)
-    return torch.stack(places, 1)
+        found.append((scores > limit).sum(1) + ((scores == limit).sum(1) - 1) / 2)
+    return torch.stack(found, 1)
 
 
 def _nearness(

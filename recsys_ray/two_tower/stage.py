@@ -24,11 +24,11 @@ from recsys_ray.core.precision import choose_precision
 from recsys_ray.core.progress import Progress
 from recsys_ray.core.snapshots import Snapshot, snapshots_of
 from recsys_ray.graph.activity import ACTIVITY, COLUMNS
-from recsys_ray.scoring.choose import ASKED, with_choices, write_towers
+from recsys_ray.scoring.choices import Choices, choices_file, write_choices
+from recsys_ray.scoring.choose import Moment
 from recsys_ray.scoring.memory import Memory, memory_file
 from recsys_ray.scoring.ridge import fit_memories
-from recsys_ray.scoring.shares import blank_shares
-from recsys_ray.scoring.trends import latest_file, write_latest
+from recsys_ray.scoring.scorer import ScoreSpec
 from recsys_ray.storage.artifacts import SCRATCH, Artifact, load_arrays, write_json
 from recsys_ray.storage.checkpoint import load_checkpoint, read_state, save_checkpoint
 from recsys_ray.two_tower.batches import Catalogue, batches_in, country_index
@@ -42,6 +42,7 @@ from recsys_ray.two_tower.examples import (
 )
 from recsys_ray.two_tower.recency import with_recency
 from recsys_ray.two_tower.rows import Examples, from_table, join, take, to_table
+from recsys_ray.two_tower.scores import ASKED, Periods, unseen_shares, write_towers
 from recsys_ray.two_tower.towers import TowerSpec, TwoTower
 from recsys_ray.two_tower.training import TowerTask, TowerTrainer, refit, start, train_epochs
 
@@ -78,9 +79,8 @@ def train_two_tower(
     asked = [snapshot for snapshot in snapshots if snapshot.name in ("valid", "test", "serve")]
     if config.two_tower.memory:
         fit_memories(config, ingest, graph.path, asked, out, progress, cpus)
-    with_trends = config.two_tower.trends and not is_leave_one_out(ingest.counts)
-    if with_trends:
-        write_latest(config, ingest, asked, out, cpus)
+    if config.two_tower.trends or config.two_tower.unseen:
+        write_choices(config, ingest, snapshots, out, cpus)
     parameters = {
         "config": config.two_tower.model_dump(),
         "seed": seed_from(config.seed, "two_tower"),
@@ -95,7 +95,7 @@ def train_two_tower(
         "variants": variants,
         "snapshots": [(s.name, s.index) for s in snapshots],
         "periods": _periods(config, ingest.counts, snapshots),
-        "trends": with_trends,
+        "trends": config.two_tower.trends and not is_leave_one_out(ingest.counts),
     }
     with progress.task("two-tower", unit="steps", may_stop_early=True) as task:
         run_ranks(_train_rank, parameters, workers, per_worker, out / SCRATCH, task, datasets)
@@ -103,18 +103,16 @@ def train_two_tower(
     return {"workers": workers, "precision": parameters["precision"], **counts, "last": last}
 
 
-def _periods(
-    config: Config, counts: Mapping[str, Any], snapshots: Sequence[Snapshot]
-) -> tuple[int, int, dict[int, int]] | None:
-    """Seconds of the test period, of validation and from each cut to it; None where examples do not tell how many
-    go to items that nobody had: features are of a time when the target was had already, or the loss knows no shares."""
-    if not config.two_tower.memory or config.two_tower.loss != "softmax" or config.graph.features_as_of != "example":
+def _periods(config: Config, counts: Mapping[str, Any], snapshots: Sequence[Snapshot]) -> Periods | None:
+    """None where examples do not tell how much goes to unseen items: features are of a time when the target was had
+    already, or the loss knows no shares."""
+    if not config.two_tower.unseen or config.two_tower.loss != "softmax" or config.graph.features_as_of != "example":
         return None
     valid, test = counts["valid_from"], counts["test_from"]
-    cuts = {s.index: valid - s.time for s in snapshots if s.name.startswith("cut")}
+    since = {s.index: valid - s.time for s in snapshots if s.name.startswith("cut")}
     if is_leave_one_out(counts):  # folds of users, each of all the time
-        cuts = {max(cuts): 0}
-    return counts["end"] - test, test - valid, cuts
+        since = {max(since): 0}
+    return Periods(counts["end"] - test, test - valid, since)
 
 
 def write_specs(out: Path, variants: Sequence[str], spec: TowerSpec) -> None:
@@ -149,7 +147,6 @@ def _spec(config: Config, ingest: Artifact, featurize: Artifact, hgnn: Artifact)
         num_items=sum(facts["items_per_type"]),
         id_dropout=config.two_tower.id_dropout,
         last_item=config.two_tower.last_item,
-        temperature=config.two_tower.temperature,
         item_types=list(facts["item_types"]),
         countries=list(facts["countries"]),
         dropout=config.two_tower.dropout,
@@ -285,14 +282,18 @@ def _train_rank(parameters: dict[str, Any]) -> None:
         queries = _sample(queries, _MAX_QUERIES // world, seed_from(parameters["seed"], "queries", rank))
         catalogue = load_catalogue(parameters["items"], parameters["activity"], **parameters["vocabularies"])
         memory = Memory.load(memory_file(Path(parameters["out"]), "valid")) if config.memory else None
+        counted = choices_file(Path(parameters["out"]))
+        choices = load_arrays(counted) if config.trends or config.unseen else {}
+        moment = Moment(catalogue.ntype.numpy(), memory, choices.get("valid"), parameters["trends"])
         with partition_client(Path(parameters["graph"]), rank, world, features) as client:
             for variant in parameters["variants"]:
                 if is_whole(Path(parameters["out"]) / variant):  # from an earlier attempt
                     continue
                 spec = TowerSpec.load(Path(parameters["out"]) / variant / "spec.json")
-                task = TowerTask(spec, client, catalogue, examples, queries, later, names, memory)
+                score = ScoreSpec(temperature=config.temperature)
+                task = TowerTask(spec, client, catalogue, examples, queries, later, names, moment, score)
                 torch.manual_seed(seed_from(parameters["seed"], variant))
-                _train(parameters, config, variant, task, rank, world, client)
+                _train(parameters, config, variant, task, choices, rank, world, client)
 
 
 def _sample(examples: Examples, count: int, seed: int) -> Examples:
@@ -308,12 +309,15 @@ def _refit_steps(task: TowerTask, batch_size: int) -> int:
 
 
 def _train(
-    parameters: dict[str, Any], config: TwoTowerConfig, variant: str, task: TowerTask, rank: int, world: int,
-    client: Any,
+    parameters: dict[str, Any], config: TwoTowerConfig, variant: str, task: TowerTask,
+    choices: Mapping[str, Choices], rank: int, world: int, client: Any,
 ) -> None:  # fmt: skip
     import ray.train.torch
 
-    task.spec = with_recency(task, parameters["seed"])
+    periods = parameters["periods"]
+    shares = {s: unseen_shares(task, s, periods, choices) for s in ("valid", *ASKED)} if periods else {}
+    task.moment = replace(task.moment, shares=shares.pop("valid", ()))
+    task = with_recency(task, parameters["seed"])
     model = TwoTower(task.spec)
     model.train_in(parameters["precision"])
     start(model, task, parameters["seed"])
@@ -344,13 +348,9 @@ def _train(
     state = train_epochs(trainer, optimizer, state, on_step, on_epoch)
     client.barrier()  # rank 0 has written the best weights
     load_checkpoint(scratch / _BEST, model, optimizer)
-    periods = parameters["periods"] if state["ridge"] else None  # 0: nothing was validated
-    latest = load_arrays(latest_file(out.parent)) if parameters["trends"] else {}
-    task.spec = with_choices(model.eval(), task, state["memory"], state["ridge"], latest)
     if config.refit:
         model = refit(trainer, optimizer, len(state["history"]), on_step)
-    shares = {snapshot: blank_shares(task, snapshot, *periods) for snapshot in ASKED} if periods else {}
     if rank == 0:
-        write_towers(out, model.eval(), task, latest, shares)
+        write_towers(out, model.eval(), task, ScoreSpec(**state["score"]), choices, shares)
         write_json(out / "metrics.json", state["history"])  # last: says that the variant is whole
     client.barrier()  # no rank looks for the next variant's files before this one's are there

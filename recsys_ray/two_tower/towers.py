@@ -61,14 +61,6 @@ class TowerSpec:
     id_dropout: float | None = 0.0  # None: training chooses
     last_item: bool | None = False  # None: to be chosen before the towers are built
     recent: list[float] = field(default_factory=list)  # half-lives, in places, of further means of the history
-    memory: float = 0.0  # weight of the direct memory (memory.py); 0: none
-    ridge: float = 0.0  # its ridge
-    half_life: float = 4.0  # of the history in it, places
-    temperature: float = 0.1  # of the softmax that the scores were trained in
-    blank_share: list[float | None] | None = None  # of each type, as of the test, and what items that nobody had are
-    blank_shift: dict[str, list[float]] = field(default_factory=dict)  # given, by snapshot (blank.py)
-    mean_user: dict[str, list[float]] = field(default_factory=dict)  # mean vector of users, by snapshot (blank.py)
-    trends: list[float] = field(default_factory=list)  # of each type the weight (trends.py); empty: there are none
     cold_start: bool = True  # trained on empty histories too: every user's first event is an example
 
     def save(self, path: Path) -> None:

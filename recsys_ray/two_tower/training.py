@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from recsys_ray.cluster.train import largest_over_ranks, seed_from, sum_over_ranks
 from recsys_ray.config import TwoTowerConfig
-from recsys_ray.scoring.memory import RIDGES, WEIGHTS, Memory
-from recsys_ray.scoring.places import asked_by_type, gain_of, ranks_with_memory
+from recsys_ray.scoring.choose import Chosen, Moment, Queries, Users, choose
+from recsys_ray.scoring.scorer import ScoreSpec
 from recsys_ray.two_tower.batches import (
     Batch,
     Catalogue,
@@ -28,20 +28,20 @@ from recsys_ray.two_tower.batches import (
 )
 from recsys_ray.two_tower.features import UserInputs
 from recsys_ray.two_tower.loss import inclusion_log_q, paper_loss, sampled_softmax
-from recsys_ray.two_tower.rows import Examples, join
+from recsys_ray.two_tower.rows import Examples, histories_of, join
 from recsys_ray.two_tower.towers import ItemIds, TowerSpec, TwoTower
 
 _ITEM_CHUNK = 8192
-_SHIFT_SAMPLE = 2_000  # users by whom it is told what items are given
+_QUERY_CHUNK = 512
+_TERM_SAMPLE = 2_000  # users by whom it is told what items are given
 _START_SAMPLE = 20_000  # items whose directions of variance the towers start with
-_TOP = 10
 _ENOUGH = 12  # examples of an item with which its own vector is as good as half known
 
 
 @dataclass
 class TowerTask:
-    """One variant's training on one rank. ``later``: examples of the validation period, for the refit; ``memory``: as
-    of the validation's snapshot, None: the towers alone."""
+    """One variant's training on one rank. ``later``: examples of the validation period, for the refit; ``moment``: what
+    the score's terms know at the validation's snapshot; ``score``: what is chosen of the score before training."""
 
     spec: TowerSpec
     source: FeatureSource
@@ -50,7 +50,8 @@ class TowerTask:
     queries: Examples
     later: Examples
     snapshot_names: dict[int, str]
-    memory: Memory | None = None
+    moment: Moment
+    score: ScoreSpec = field(default_factory=ScoreSpec)
 
 
 def start(model: TwoTower, task: TowerTask, seed: int) -> None:
@@ -87,20 +88,9 @@ def share_unknown(chosen: Float[Tensor, "items"]) -> float:
 
 
 def sample_of_queries(task: TowerTask) -> Int[np.ndarray, "n"]:
-    """Rows of some validation queries of this rank, by whose users it is told what items are given (shares.py,
-    trends.py)."""
+    """Rows of some validation queries of this rank, by whose users it is told what item terms give to items."""
     number = len(task.queries["target"])
-    return np.arange(number)[:: -(-number // _SHIFT_SAMPLE) or 1]
-
-
-class Validated(NamedTuple):
-    """HR@10 and NDCG@100 (NaN where there is no query) with the memory's weight and ridge that are to be used, and
-    these."""
-
-    hit_rate: float
-    gain: float
-    memory: float
-    ridge: float
+    return np.arange(number)[:: -(-number // _TERM_SAMPLE) or 1]
 
 
 class TowerTrainer:
@@ -154,31 +144,20 @@ class TowerTrainer:
         return make_batch(task.examples, rows, task.spec, task.source, task.catalogue, task.snapshot_names)
 
     @torch.no_grad()
-    def validate(self, snapshot: str = "valid") -> Validated:
-        """HR@10 and NDCG@100 of the validation queries, full ranking inside the target's type, seen items left out;
-        each query is one new item of a user. Over all ranks. What is chosen, a memory's weight and ridge and the best
-        epoch, is chosen by NDCG@100, to which several times as many queries contribute."""
-        queries, task = self.task.queries, self.task
-        memory = task.memory or Memory.nothing(len(task.catalogue.ntype))
-        weights, ridges = (WEIGHTS, RIDGES) if task.memory is not None else ((0.0,), (0.0,))
-        scaled = [self.config.temperature * weight for weight in weights]
-        hits, gains = torch.zeros(2, len(weights), len(ridges), dtype=torch.float64)
-        vectors = item_vectors(self.averaged, task.source, task.catalogue, snapshot) if len(queries["target"]) else None
-        for asked in asked_by_type(queries, np.arange(len(queries["target"])), task.catalogue.ntype.numpy()):
-            assert vectors is not None
-            users = user_vectors(self.averaged, task.source, task.catalogue, snapshot, queries, asked.rows)
-            scores = asked.without_history(users @ vectors[asked.first : asked.first + asked.count].T)
-            recalled = memory.recall(asked.user, asked.history, task.spec.half_life)
-            blank = torch.from_numpy(memory.is_blank(asked.gids))
-            places = ranks_with_memory(scores, asked.target, recalled, asked.first, blank, scaled)
-            hits, gains = hits + (places < _TOP).sum(0), gains + gain_of(places).sum(0)
-        number = torch.tensor(float(len(queries["target"])), dtype=torch.float64)
-        hits, gains, number = (sum_over_ranks(part) for part in (hits, gains, number))
-        if not number:
-            return Validated(float("nan"), float("nan"), 0.0, 0.0)
-        weight, ridge = (gains == gains.max()).nonzero()[0].tolist()  # of equal ones the smallest
-        hit_rate, gain = (float(part[weight, ridge] / number) for part in (hits, gains))
-        return Validated(hit_rate, gain, scaled[weight], ridges[ridge])
+    def validate(self) -> Chosen:
+        """What validation chooses of the score, and how good it is then: full ranking inside the target's type, seen
+        items left out; each query is one new item of a user. Over all ranks."""
+        task, model, rows = self.task, self.averaged, np.arange(len(self.task.queries["target"]))
+        some = sample_of_queries(task)
+        vectors = item_vectors(model, task.source, task.catalogue, "valid") if len(rows) else torch.zeros(0, 0)
+        return choose(
+            queries_by_type(model, task, "valid", rows),
+            queries_by_type(model, task, "valid", some),
+            users_of(model, task, "valid", some),
+            vectors,
+            task.moment,
+            task.score,
+        )
 
 
 def item_vectors(model: TwoTower, source: FeatureSource, catalogue: Catalogue, snapshot: str) -> Float[Tensor, "N D"]:
@@ -203,6 +182,41 @@ def user_vectors(
         return model.users(
             UserInputs(place, users.events, users.offsets, users.age, users.country, users.tastes), tables
         )
+
+
+def users_of(model: TwoTower, task: TowerTask, snapshot: str, rows: Int[np.ndarray, "n"]) -> Users:
+    """The users of these validation queries with item features as of a snapshot."""
+    parts = np.array_split(rows, -(-len(rows) // _QUERY_CHUNK)) if len(rows) else []
+    vectors = [user_vectors(model, task.source, task.catalogue, snapshot, task.queries, part) for part in parts]
+    if not vectors:
+        return Users(torch.zeros(0, task.spec.layers[-1]), np.zeros(0, np.int64), np.zeros(0, np.int64))
+    history, _, offsets = histories_of(task.queries, rows)
+    return Users(torch.cat(vectors), np.repeat(np.arange(len(rows)), np.diff(offsets)), history)
+
+
+def queries_by_type(
+    model: TwoTower | None, task: TowerTask, snapshot: str, rows: Int[np.ndarray, "n"]
+) -> list[Queries]:
+    """These validation queries by the type of their target, some at a time, users in order.
+
+    Args:
+        model: None: users have vectors of no entries.
+    """
+    ntype, found = task.catalogue.ntype.numpy(), list[Queries]()
+    kinds = ntype[task.queries["target"][rows]] if len(rows) else np.zeros(0, np.int64)
+    for kind in np.unique(kinds):
+        mine = rows[kinds == kind]
+        mine = mine[np.argsort(task.queries["uid"][mine], kind="stable")]
+        first, last = (int(end) for end in np.searchsorted(ntype, [kind, kind + 1]))
+        for chunk in np.array_split(mine, -(-len(mine) // _QUERY_CHUNK)):
+            history, _, offsets = histories_of(task.queries, chunk)
+            row = np.repeat(np.arange(len(chunk)), np.diff(offsets))
+            target = torch.from_numpy(task.queries["target"][chunk]).long() - first
+            vectors = torch.zeros(len(chunk), 0)
+            if model is not None:
+                vectors = user_vectors(model, task.source, task.catalogue, snapshot, task.queries, chunk)
+            found.append(Queries(vectors, row, history, first, last - first, target))
+    return found
 
 
 def run_epoch(
@@ -238,20 +252,20 @@ def train_epochs(
 ) -> dict[str, Any]:
     """Train from ``state`` (empty: from the start) until the last epoch or until ``patience`` epochs in a row did not
     raise the validation NDCG@100. ``on_epoch(state, better)`` is the place for checkpoints."""
-    for key, value in (("history", []), ("best", None), ("bad", 0), ("memory", 0.0), ("ridge", 0.0)):
+    for key, value in (("history", []), ("best", None), ("bad", 0), ("score", None)):
         state.setdefault(key, value)
     config = trainer.config
     for epoch in range(len(state["history"]), config.epochs):
         if state["bad"] >= config.patience:
             break
         loss = run_epoch(trainer, optimizer, epoch, epoch * trainer.steps, on_step)
-        hit_rate, gain, memory, ridge = trainer.validate()
-        watched = gain if gain == gain else -loss  # no validation queries: the training loss
+        chosen = trainer.validate()
+        watched = chosen.gain if chosen.gain == chosen.gain else -loss  # no validation queries: the training loss
         better = state["best"] is None or watched > state["best"]
         state["best"], state["bad"] = (watched, 0) if better else (state["best"], state["bad"] + 1)
         if better:
-            state["memory"], state["ridge"] = memory, ridge
-        validated = {"valid_hr_at_10": hit_rate, "valid_ndcg_at_100": gain}
+            state["score"] = asdict(chosen.spec)
+        validated = {"valid_hr_at_10": chosen.hit_rate, "valid_ndcg_at_100": chosen.gain}
         state["history"].append({"epoch": epoch, "loss": loss, **validated})
         on_epoch(state, better)
     return state

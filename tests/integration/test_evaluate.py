@@ -20,7 +20,7 @@ from recsys_ray.config import Config, load_config
 from recsys_ray.core.errors import UserError
 from recsys_ray.core.progress import Progress
 from recsys_ray.evaluation import stage as stage
-from recsys_ray.evaluation.ranking import UserBatch
+from recsys_ray.evaluation.ranking import Scorer, UserBatch
 from recsys_ray.storage.artifacts import save_arrays, write_json
 
 pytestmark = pytest.mark.slow
@@ -46,13 +46,11 @@ class ColourTower:
     def unknown(self, users: UserBatch) -> np.ndarray:
         return users.empty
 
-    def remember(self, users: UserBatch, vectors: torch.Tensor) -> None:
-        return None
-
-    def user_vectors(self, users: UserBatch) -> torch.Tensor:
+    def scorer(self, users: UserBatch) -> Scorer:
         assert users.users is not None and len(users.users) == len(users)
         colour = [int(user_id.removeprefix("user-")) % 2 for user_id in users.users["user_id"].to_pylist()]
-        return torch.eye(2)[torch.tensor(colour)]
+        vectors = torch.eye(2)[torch.tensor(colour)]
+        return lambda first, last: vectors @ torch.from_numpy(self.item_vectors[first:last]).T
 
 
 def events_of(user: int, rng: np.random.Generator) -> list[tuple[int, int, int, int]]:
@@ -126,7 +124,7 @@ def configuration(run: Path, *overrides: str) -> Config:
 
 def go(run: Path, config: Config, out: str = "evaluation") -> dict:
     folders = (run / "ingest", run / "featurize", run / "hgnn")
-    return stage.evaluate(config, *folders, {"2t_hgnn": ColourTower()}, run / out, Progress(quiet=True), cpus=2)
+    return stage.evaluate(config, *folders, {"2t_hgnn": ColourTower}, run / out, Progress(quiet=True), cpus=2)
 
 
 def table(run: Path, out: str = "evaluation") -> dict[tuple[str, str, str], dict]:

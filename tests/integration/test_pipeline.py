@@ -22,7 +22,8 @@ from pipelines.evaluate import NAMES
 from pipelines.run import STAGES
 from recsys_ray.bundle.build import set_current
 from recsys_ray.core.clock import DAY
-from recsys_ray.evaluation.results import WITHOUT_MEMORY
+from recsys_ray.evaluation.results import MAIN
+from recsys_ray.scoring.scorer import TERMS, TRENDS, UNSEEN, ScoreSpec, without
 from recsys_ray.serving.recommender import Recommender
 from recsys_ray.storage.artifacts import load_arrays, open_artifact, save_arrays
 
@@ -58,11 +59,11 @@ def test_one_command_makes_everything(undisturbed):
     rows = metrics_of(run)
     spec = json.loads((run / "two_tower" / "hgnn" / "spec.json").read_text(encoding="utf-8"))
     assert spec["last_item"] is not None  # the data were asked, how fast the memory forgets too
-    trends = "trend" in load_arrays(run / "two_tower" / "hgnn" / "items" / "serve.safetensors")
-    assert (run / "two_tower" / "latest.safetensors").exists() and trends == any(spec["trends"])
-    assert bool(spec["mean_user"]) == (spec["blank_share"] is not None)
-    remembers = spec["memory"] > 0 or spec["blank_share"] is not None
-    models = BASELINES | set(NAMES.values()) | {WITHOUT_MEMORY}
+    score = ScoreSpec.load(run / "two_tower" / "hgnn")
+    items = load_arrays(run / "two_tower" / "hgnn" / "items" / "serve.safetensors")
+    assert (TRENDS in items) == any(score.trends) and (UNSEEN in items) == bool(score.unseen_share)
+    remembers = score.memory > 0
+    models = BASELINES | set(NAMES.values()) | {without(MAIN, term) for term in TERMS}
     assert {row["model"] for row in rows} == models
     assert (run / "bundles" / "current" / "memory.safetensors").exists() == remembers
     assert {row["item_type"] for row in rows} == {"all", "audiobook", "music", "podcast"}
@@ -273,7 +274,7 @@ def test_leave_one_out_from_tables_to_answers(undisturbed, root, data):
     assert 0 < len(edges["cut0"]) < len(edges["valid"]) < len(edges["test"]) < len(edges["serve"])
     bundle = json.loads((out / "bundles" / "current" / "manifest.json").read_text())["counts"]
     assert bundle["version"].startswith("2025123")  # the calendar's, not the logical time
-    assert not (out / "two_tower" / "latest.safetensors").exists()  # there are no last weeks
+    assert not ScoreSpec.load(out / "two_tower" / "hgnn").trends  # there are no last weeks
     user, seen = seen_by_the_busiest(out)
     answer = call("recommend", "--bundle", out / "bundles" / "current", "--user", user, "--json")
     assert answer.returncode == 0, answer.stderr[-6000:]

@@ -12,6 +12,7 @@ from bundle_world import DAY, END, EVENTS, POPULAR_DAYS, World, make_world
 
 from recsys_ray.bundle.build import find_bundle, set_current
 from recsys_ray.core.errors import ArtifactError
+from recsys_ray.scoring.scorer import TRENDS, UNSEEN
 from recsys_ray.serving.histories import Histories, HistoryWriter, whole_users
 from recsys_ray.serving.recommender import Recommender
 from recsys_ray.storage.artifacts import open_artifact
@@ -20,11 +21,11 @@ TYPES = ["audiobook", "music", "podcast"]
 
 
 @pytest.fixture(
-    scope="module", params=[(0.0, None), (0.1, [0.4, None, -0.5])], ids=["towers alone", "memory, blank items shifted"]
+    scope="module", params=[(0.0, ()), (0.1, (TRENDS, UNSEEN))], ids=["towers alone", "memory and item terms"]
 )
 def world(request, tmp_path_factory) -> World:
-    memory, shifts = request.param
-    made = make_world(tmp_path_factory.mktemp("world"), memory=memory, shifts=shifts)
+    memory, terms = request.param
+    made = make_world(tmp_path_factory.mktemp("world"), memory=memory, terms=terms)
     made.bundle()
     return made
 
@@ -103,7 +104,7 @@ def test_popularity_counts_users_of_its_own_days(world, recommender):
     ]
     pairs = np.unique(events[:, :2], axis=0)
     expected = np.bincount(pairs[:, 1], minlength=len(world.item_ids))
-    assert np.array_equal(recommender.popularity.world, expected)
+    assert np.array_equal(recommender.popularity.counted.world, expected)
 
 
 def test_poor_recall_is_not_published(tmp_path):

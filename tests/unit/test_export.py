@@ -12,6 +12,7 @@ from recsys_ray.bundle import export
 from recsys_ray.bundle.export import export_bundle, export_run
 from recsys_ray.core.errors import ArtifactError, UserError
 from recsys_ray.core.progress import Progress
+from recsys_ray.scoring.scorer import TRENDS
 from recsys_ray.storage.artifacts import load_arrays
 
 QUIET = Progress(quiet=True)
@@ -19,7 +20,7 @@ QUIET = Progress(quiet=True)
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> World:
-    made = make_world(tmp_path_factory.mktemp("world"), trends=True)
+    made = make_world(tmp_path_factory.mktemp("world"), terms=(TRENDS,))
     made.bundle()
     return made
 

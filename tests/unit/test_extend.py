@@ -26,10 +26,10 @@ from recsys_ray.core.errors import ArtifactError, ConfigError, DataError
 from recsys_ray.hgnn.inductive import EdgeList
 from recsys_ray.hgnn.model import ItemTypes
 from recsys_ray.scoring.memory import Memory
+from recsys_ray.scoring.scorer import ScoreSpec
 from recsys_ray.serving.histories import mapped_arrays
 from recsys_ray.serving.recommender import Recommender
 from recsys_ray.storage.artifacts import open_artifact
-from recsys_ray.two_tower.towers import TowerSpec
 from serve.app import create_app
 
 
@@ -185,7 +185,7 @@ def test_the_memory_holds_the_edges_of_new_items_in_both_directions(late, extend
     ids, edges = late.whole.item_ids, true_edges(late.whole, len(late.whole.item_ids))
     into = edges.dst == ids.index(late.linked)
     weight = {ids[src]: w for src, w in zip(edges.src[into].tolist(), edges.weight[into].tolist(), strict=True)}
-    ridge = TowerSpec.load(extended / "user_tower" / "spec.json").ridge
+    ridge = ScoreSpec.load(extended / "user_tower").ridge
     for item in near.tolist():
         row = new.gid[new.begin[item] : new.begin[item + 1]].tolist()
         sent = new.coefficient[new.begin[item] + row.index(gid), 0]  # from the other item to the new one
@@ -197,7 +197,7 @@ def test_the_memory_holds_the_edges_of_new_items_in_both_directions(late, extend
         asked = {"user_id": user, "history": [{"item_id": late.world.item_ids[near[0]]}], "k": 500}
         score = {found.item_id: found.score for found in Recommender.load(extended).recommend(**asked)}
         alone = Recommender.load(extended)
-        alone.memory = None
+        alone.score = replace(alone.score, memory=None)
         assert score[late.linked] > {f.item_id: f.score for f in alone.recommend(**asked)}[late.linked]
 
 
@@ -215,17 +215,17 @@ def test_popularity_counts_the_users_of_new_items(late, extended):
     recommender = Recommender.load(extended)
     rows = late.trickle.to_pylist()
     streams = {r["user_id"] for r in rows if r["event"] == "stream" and r["timestamp"] >= END - POPULAR_DAYS * DAY}
-    assert recommender.popularity.world[recommender.items.find(late.linked)] == len(streams) > 0
-    assert recommender.popularity.world[recommender.items.find(late.lonely)] == 0
-    old = Recommender.load(late.bundle).popularity
-    assert np.array_equal(recommender.popularity.world[: len(old.world)], old.world)
+    assert recommender.popularity.counted.world[recommender.items.find(late.linked)] == len(streams) > 0
+    assert recommender.popularity.counted.world[recommender.items.find(late.lonely)] == 0
+    old = Recommender.load(late.bundle).popularity.counted
+    assert np.array_equal(recommender.popularity.counted.world[: len(old.world)], old.world)
     for country in range(2):
         before, after = (np.zeros(len(recommender.items), np.int64) for _ in range(2))
-        for counts, arrays in ((before, old), (after, recommender.popularity)):
+        for counts, arrays in ((before, old), (after, recommender.popularity.counted)):
             rows_ = slice(arrays.offsets[country], arrays.offsets[country + 1])
             counts[arrays.gids[rows_]] = arrays.counts[rows_]
         assert np.array_equal(before[: len(old.world)], after[: len(old.world)])
-    assert sorted(recommender.popularity.rank.tolist()) == list(range(len(recommender.items)))
+    assert sorted(recommender.popularity.counted.rank.tolist()) == list(range(len(recommender.items)))
 
 
 def test_an_unavailable_item_is_never_recommended(late, tmp_path):

@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from bundle_world import DAY, END, POPULAR_DAYS, publish_arrays
-from late_world import HGNN_CONFIG, MEAN_USER, QUIET, SIZES, TYPES, Late, extend, make_late, rows_of, true_edges
+from late_world import HGNN_CONFIG, QUIET, SIZES, TYPES, Late, extend, make_late, rows_of, true_edges
 from toy_graph import ToyGraph
 
-from recsys_ray.bundle.build import find_bundle
+from recsys_ray.bundle.build import find_bundle, sample_profiles
 from recsys_ray.bundle.export import export_bundle
 from recsys_ray.bundle.extend import extend_bundle
 from recsys_ray.core.errors import DataError
@@ -27,7 +27,7 @@ from recsys_ray.hgnn.inductive import load_hgnn
 from recsys_ray.hgnn.inference import LocalStore, embed_items
 from recsys_ray.hgnn.model import HGNN, ItemTypes
 from recsys_ray.hgnn.signature import SignedSource, item_signatures
-from recsys_ray.serving.histories import mapped_arrays
+from recsys_ray.serving.histories import mapped_arrays, user_inputs
 from recsys_ray.serving.recommender import Recommender
 from recsys_ray.serving.requests import RequestError
 from recsys_ray.storage.artifacts import open_artifact
@@ -139,7 +139,7 @@ def test_the_embedding_from_text_alone_is_that_of_a_known_type(late, books):
     found = rows_of(books, *BOOKS)
     assert np.abs(found["embedding"][0] - late.embedding[late.lonely]).max() < 1e-4
     assert np.abs(found["embedding"][1] - late.embedding[late.lonely]).max() > 0.05
-    assert np.allclose(np.linalg.norm(found["vector"], axis=1), 1, atol=1e-5)
+    assert np.allclose(np.linalg.norm(found["vector"][:, :-1], axis=1), 1, atol=1e-5)
     assert np.abs(found["vector"][0] - found["vector"][1]).max() > 0.02
 
 
@@ -175,7 +175,7 @@ def test_a_new_type_hears_from_the_items_of_its_users(late, tmp_path):
     streams = {r["user_id"] for r in rows if r["event"] == "stream" and r["timestamp"] >= END - POPULAR_DAYS * DAY}
     popular = recommender.recommend(item_types=["book"])[0]
     assert (popular.item_id, popular.reason) == (late.linked, "popular now")
-    assert recommender.popularity.world[recommender.items.find(late.linked)] == len(streams) > 0
+    assert recommender.popularity.counted.world[recommender.items.find(late.linked)] == len(streams) > 0
     user = rows[0]["user_id"]
     assert "book" in {event.item_type for event in recommender.history(user, 1000)}
     assert not recommender.recommend(user, item_types=["book"])  # the one that there is they have seen
@@ -186,12 +186,24 @@ def test_what_is_popular_in_a_new_type_is_known_at_once(late, tmp_path):
     pairs = [(user, item) for item, users in had.items() for user in late.world.user_ids[:users]]
     names, items = zip(*pairs, strict=True)
     rows = {"user_id": names, "item_id": items, "event": ["stream"] * len(pairs), "timestamp": [END - DAY] * len(pairs)}
-    recommender = Recommender.load(extend(late, tmp_path, late.items(*had), pa.table(rows)))
+    made = extend(late, tmp_path, late.items(*had), pa.table(rows))
+    recommender = Recommender.load(made)
     gids = np.array([recommender.items.find(name) for name in had])
-    scores = recommender.vectors[gids, :-1] @ np.array(MEAN_USER, np.float32) + recommender.popular[gids]
-    share = torch.from_numpy(scores[:3] / recommender.tower.spec["temperature"]).softmax(0)
-    assert share.tolist() == pytest.approx([2 / 9, 6 / 9, 1 / 9], rel=1e-4)  # the mean user's, of those somebody had
-    assert not np.delete(recommender.popular, gids[:3]).any()
+    profiles = sample_profiles(made, 0)
+    users = recommender.tower(user_inputs(profiles, recommender.tower.tastes))
+    vectors, bias = recommender.score.wide[gids, :-1], recommender.score.wide[gids, -1]
+    share = torch.from_numpy((vectors[:3] @ users.mean(0) + bias[:3]) / 0.1).softmax(0)
+    assert share.tolist() == pytest.approx([2 / 9, 6 / 9, 1 / 9], rel=1e-3)  # the mean user's, of those somebody had
+    weights = np.zeros((len(users), 4))
+    for row, profile in enumerate(profiles):
+        raised = recommender.score.raised(np.zeros(len(profile.gids), int), profile.gids)
+        scores = vectors @ users[row] + bias
+        scores += [raised.value[raised.gid == gid, 0].sum() for gid in gids]
+        weights[row] = np.exp(np.where(np.isin(gids, profile.gids), -np.inf, scores) / 0.1)
+    told = weights[np.isfinite(weights.sum(1)) & (weights[:, :3].sum(1) > 0)]
+    assert (told[:, 3] / told.sum(1)).mean() == pytest.approx(1.5 / 10, rel=1e-3)  # one event is its item's only one
+    old = mapped_arrays(late.bundle / "vectors.safetensors")["vector"].numpy()
+    assert np.array_equal(recommender.score.wide[: len(old)], old)
 
 
 def test_a_bundle_with_a_new_type_can_be_extended(late, books, tmp_path):

@@ -25,9 +25,9 @@ from recsys_ray.graph.pairs import Window
 from recsys_ray.hgnn.inference import LocalStore, embed_items
 from recsys_ray.hgnn.model import HGNN, ItemTypes
 from recsys_ray.hgnn.signature import SignedSource, item_signatures
+from recsys_ray.scoring.choices import choices_file, count_choices
 from recsys_ray.scoring.memory import Memory, memory_file
 from recsys_ray.scoring.ridge import count_users, read_edges, solve
-from recsys_ray.scoring.trends import count_latest, latest_file
 from recsys_ray.storage.artifacts import Artifact, load_arrays, save_arrays
 from recsys_ray.two_tower.batches import ArrayFeatures
 from recsys_ray.two_tower.examples import UserEvents
@@ -84,9 +84,9 @@ def run(tmp_path) -> FinishedRun:
         users = count_users(shard, s, [0], 100, ITEMS)
         memory = Memory.of_edges(*edges[:2], solve(edges, users, 0, len(edges[1])), users, ntype)
         memory.save(memory_file(folders["two_tower"], s.name))
-    chosen = count_latest(UserEvents.read(shard), [s.time for s in snapshots[-3:]], [0], ITEMS)
-    names = [s.name for s in snapshots[-3:]]
-    save_arrays(latest_file(folders["two_tower"]), dict(zip(names, chosen, strict=True)))
+    chosen = count_choices(UserEvents.read(shard), snapshots, [0], ITEMS)
+    names = [s.name for s in snapshots]
+    save_arrays(choices_file(folders["two_tower"]), dict(zip(names, chosen, strict=True)))
     made = {
         "ingest": {"counts": counts, "config": {"events": CONFIG.events.model_dump()}},
         "graph": {
@@ -137,12 +137,12 @@ def look(run: FinishedRun) -> list[str]:
 
 def test_a_run_as_it_is_made(run):
     said = look(run)
-    assert [line.split(": made")[0] for line in said[1:]] == [
+    assert [line.split(": made")[0].split(": counted")[0] for line in said[1:]] == [
         "the activity of 40 items on 5 snapshots",
         "the embeddings of 40 items on 5 snapshots",
         "the test's vectors of 40 items (hgnn, text_only)",
         "what is remembered of pairs of items in validation and test: the edges of their snapshots",
-        "what was chosen in the last weeks before validation and test: counted from the events before each",
+        "what was chosen in all and in the last weeks on 5 snapshots",
     ]
     assert "edges into 40 items on 5 snapshots" in said[0] and not said[0].startswith("0 ")
 
@@ -165,11 +165,13 @@ def test_what_belongs_to_the_data_s_end_is_found_in_the_test(run, stage, name, s
     assert sentence in str(leak.value)
 
 
-def test_trends_of_the_data_s_end_are_found_in_the_test(run):
-    file = latest_file(run.two_tower.path)
+def test_choices_of_the_data_s_end_are_found_in_the_test(run):
+    file = choices_file(run.two_tower.path)
     tables = load_arrays(file)
     save_arrays(file, {**tables, "test": tables["serve"]})
-    with pytest.raises(LeakError, match=r"snapshot test, before 1970-03-22: item .* was chosen \[\d+, \d+\] times"):
+    with pytest.raises(
+        LeakError, match=r"snapshot test, before 1970-03-22: item .* was chosen \[\d+, \d+, \d+\] times"
+    ):
         look(run)
 
 

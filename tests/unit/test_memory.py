@@ -1,4 +1,4 @@
-"""The direct memory beside the towers: its formula, its growth, and the weight that validation gives it."""
+"""The co-interaction memory: its formula and its growth. What validation gives it is in test_choose.py."""
 
 from __future__ import annotations
 
@@ -6,28 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
-from checkerboard import CHANCE, ITEMS, VALID, board_events, board_task, board_trainer
 
-from recsys_ray.evaluation.given import Tower
-from recsys_ray.evaluation.ranking import UserBatch
-from recsys_ray.scoring.memory import (
-    REACH,
-    RIDGES,
-    RIVALS,
-    SMALL,
-    Memory,
-    Recalled,
-    _latest,
-    one_row_a_user,
-    place_kept,
-)
-from recsys_ray.scoring.places import ranks_with_memory
+from recsys_ray.scoring.memory import REACH, RIDGES, SMALL, Memory, _latest
 from recsys_ray.scoring.ridge import Edges, _ranges, solve
-from recsys_ray.scoring.scorer import TrainedTower
-from recsys_ray.two_tower.stage import VARIANTS, write_specs
-from recsys_ray.two_tower.towers import TowerSpec, UserTower
-from recsys_ray.two_tower.training import train_epochs
 
 RIDGE = RIDGES[1]
 PAIRS = {(0, 1): 0.4, (1, 0): 0.2, (2, 0): 0.1, (3, 4): -0.3, (4, 3): 0.3, (0, 5): 0.05}  # from, to: b
@@ -132,16 +113,6 @@ def test_new_items_bring_their_edges_and_replaced_ones_change_theirs(memory):
     assert grown.users.tolist() == [3, 4, 9, 6, 7, 8, 9, 4]
 
 
-def test_an_item_that_is_met_with_a_new_one_is_blank_no_more(memory):
-    """Or an answer would hold it twice: once for the edge, once as blank."""
-    silent = replace(memory, users=np.array([0, *memory.users[1:]], np.int32))
-    users = np.zeros(SIZE + 1, int)
-    users[[0, 7]] = 2, 2
-    edges = np.array([0, 7]), np.array([7, 0]), np.array([2.0, 1.0])
-    grown = silent.extended(*edges, users, np.array([7]), np.zeros(SIZE + 1, int), RIDGE)
-    assert (0, 7) in pairs_of(grown) and not grown.is_blank(np.array([0, 7])).any()
-
-
 # -- what comes to mind
 
 
@@ -183,145 +154,3 @@ def test_of_a_long_past_the_latest_items_are_recalled():
     assert len(memory.recall(np.zeros(4, np.int64), np.array([0, 1, 1, 0]), 4.0).gid) == 1
     weight = _latest(np.zeros(items, np.int64), gids, items + 1, 4.0)
     assert weight[1].tolist() == gids[3:].tolist() and 0 < weight[2][0] < 2e-4
-
-
-# -- what it is worth
-
-
-def risen(towers: np.ndarray, with_it: np.ndarray, blank: np.ndarray) -> torch.Tensor:
-    """What blank items rise by, user by user."""
-    rises = []
-    for before, after in zip(towers, with_it, strict=True):
-        best = np.argsort(-before, kind="stable")[:RIVALS]
-        known = before[best[~blank[best] & np.isfinite(before[best])]]
-        after = np.sort(after[~blank])[::-1][: len(known)]
-        rises.append(np.interp(before[blank], known[::-1], (after - known)[::-1]))
-    return torch.from_numpy(np.array(rises, np.float32))
-
-
-def test_places_are_those_of_a_dense_bonus():
-    random = np.random.default_rng(0)
-    first, users, items = 100, 400, 60
-    scores = torch.from_numpy(random.integers(0, 12, (users, items)).astype(np.float32))  # many are equal
-    scores += torch.linspace(0, 0.4, items)  # so that it is clear which 20 are the best
-    scores[torch.from_numpy(random.random((users, items)) < 0.1)] = -torch.inf
-    target = torch.from_numpy(random.integers(0, items, users))
-    scores[torch.arange(users), target] = 9.0
-    blank = torch.arange(items) % 7 == 0
-    bonus = random.integers(1, 4, (users, items, 2)) * (random.random((users, items, 1)) < 0.3)
-    bonus[:, blank] = 0
-    row, column = np.nonzero(bonus.sum(2))
-    elsewhere = np.arange(5), np.full(5, first + items + 3), np.ones((5, 2))  # of another type
-    order = np.lexsort((np.r_[first + column, elsewhere[1]], np.r_[row, elsewhere[0]]))
-    recalled = Recalled(
-        np.r_[row, elsewhere[0]][order], np.r_[first + column, elsewhere[1]][order],
-        np.r_[bonus[row, column], elsewhere[2]][order].astype(np.float32), 1000,
-    )  # fmt: skip
-    weights, bonus = [0.0, 0.5, 1.0], torch.from_numpy(bonus).float()
-    want = torch.zeros(users, 3, 2)
-    for place, weight in enumerate(weights):
-        for ridge in range(2):
-            raised = scores + weight * bonus[:, :, ridge]
-            raised[:, blank] += risen(scores.numpy(), raised.numpy(), blank.numpy())
-            own = raised.gather(1, target[:, None])
-            ahead = (raised > own).sum(1) + ((raised == own).sum(1) - 1) / 2
-            want[:, place, ridge] = ahead
-    assert torch.equal(ranks_with_memory(scores, target, recalled, first, blank, weights), want)
-    assert len(want.sum(0).unique()) > 3
-
-
-def test_a_blank_item_keeps_its_place_among_the_others():
-    random = np.random.default_rng(0)
-    before = torch.from_numpy(-np.sort(-random.normal(size=(50, RIVALS)))).float()
-    after = (before + torch.from_numpy(random.exponential(size=before.shape)).float()).sort(1, descending=True).values
-    blank = torch.from_numpy(random.normal(size=(50, 30))).float()
-    risen = blank + place_kept(blank, before, after)
-    place, kept = ((others[:, :, None] > own[:, None]).sum(1) for others, own in ((before, blank), (after, risen)))
-    assert torch.equal(place, kept) and len(place.unique()) == RIVALS + 1
-    assert torch.equal(blank.argsort(1), risen.argsort(1))
-    alone = torch.full((2, 3), -torch.inf)
-    alone[1, 0] = 1.0
-    found = place_kept(torch.tensor([[0.5, 3.0], [0.5, 3.0]]), alone, alone + torch.tensor([2.0, 0.0, 0.0]))
-    assert found.tolist() == [[0.0, 0.0], [2.0, 2.0]]  # no other item; one, which rises by 2
-    assert one_row_a_user(torch.tensor([0, 0, 2]), torch.tensor([1.0, 3.0, 2.0]), 4).tolist() == [
-        [1.0, 3.0], [-np.inf] * 2, [2.0, -np.inf], [-np.inf] * 2,
-    ]  # fmt: skip
-
-
-def _board_memory(true: bool) -> Memory:
-    """Edges between items of one colour, as the board's users make them, or between items at random."""
-    events = board_events().before(VALID)
-    src = events.gid.astype(np.int64)
-    dst = np.random.default_rng(1).permutation(src)
-    keep = src % 2 == dst % 2 if true else src != dst
-    src, dst = np.unique(np.stack([src[keep], dst[keep]]), axis=1)
-    return Memory.of_edges(src, dst, np.full((len(src), len(RIDGES)), 0.1), np.ones(ITEMS, int), np.zeros(ITEMS, int))
-
-
-@pytest.mark.parametrize("true", [True, False])
-def test_validation_weighs_the_memory_by_what_it_is_worth(true):
-    """Features tell nothing here: only the edges can."""
-    task = replace(board_task("nowhere"), memory=_board_memory(true))
-    trainer, optimizer = board_trainer(task)
-    state = train_epochs(trainer, optimizer, {})
-    found, _, weight, ridge = trainer.validate()
-    assert state["memory"] > 0  # of items that are all alike none is among the first ten: anything is better
-    assert weight > 0 and ridge == RIDGES[0] and (found > 0.9 if true else found < 2 * CHANCE)
-    alone, _ = board_trainer(replace(task, memory=None))
-    alone.averaged = trainer.averaged
-    assert alone.validate().hit_rate < 0.1 * CHANCE and alone.validate().memory == 0
-
-
-@pytest.mark.parametrize("shares", [None, [0.1, None]])
-def test_evaluation_adds_the_memory_to_the_scores(shares):
-    """User 0 has item 0 of type 0 (items 0 to 29) and then 3, which has no edge; items 40 and 41 of type 1 and item 7
-    are blank, 1 is not offered."""
-    ntype = np.repeat([0, 1], [30, 20])
-    users = np.ones(50, int)
-    users[[7, 40, 41]] = 0
-    src, dst, made = np.array([0, 0, 0, 5]), np.array([1, 35, 6, 2]), np.array([0.2, 0.1, 0.05, 0.3])[:, None]
-    memory = Memory.of_edges(src, dst, made, users, ntype)
-    spec = TowerSpec(
-        2, ["stream"], 1, 0, 3, 0, 0, 0, {}, [4], memory=0.5, half_life=1.0, temperature=0.3, blank_share=shares,
-        blank_shift={"test": [0.7, 0.0]}, mean_user={"test": [0.2, -0.1, 0.0, 0.3]},
-    )  # fmt: skip
-    available = np.arange(50) != 1
-    vectors = torch.from_numpy(np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32))
-    trend = np.where((ntype == 0) & (users > 0), np.linspace(-0.5, 0.5, 50), 0).astype(np.float32)
-    given = np.zeros((50, 1)), None, ntype, available, None, 0, memory, trend
-    towers = TrainedTower(vectors.numpy(), UserTower(spec), *given)
-    batch = UserBatch(np.arange(2), np.array([0, 2, 2]), np.array([0, 3]), np.zeros(2, int), np.arange(2))
-    towers.user_vectors = lambda users: torch.ones(2, 4)
-    towers.unknown = lambda users: np.zeros(2, bool)
-    score = Tower("t", towers, np.zeros(50)).scorer(batch)
-    plain = (torch.ones(2, 4) @ vectors.T).numpy() + trend
-    if shares:  # of type 1's 18 events each was its item's only one: 18.5 to .5
-        plain[:, 7] += 0.7
-        had = np.r_[30:40, 42:50]  # of type 1: each by one user
-        of_mean = np.exp(vectors[had].numpy() @ [0.2, -0.1, 0.0, 0.3] / 0.3)
-        plain[:, had] += 0.3 * np.log(of_mean.sum() / 18 / of_mean).astype(np.float32)
-        weight = np.exp(plain[:, 30:] / 0.3)
-        fresh = weight[:, 10:12].sum(1)
-        plain[:, 40:42] += 0.3 * np.log(37 * (weight.sum(1) - fresh) / fresh)[:, None]
-    want = plain.copy()
-    added = np.zeros(50)
-    added[[1, 35, 6]] = 0.5 * np.log1p(np.array([0.2, 0.1, 0.05]) / 3 / SMALL)
-    want[0] += added
-    for kind in range(2):
-        here = np.flatnonzero((ntype == kind) & available & ~np.isin(np.arange(50), [0, 3]))
-        want[0, here[users[here] == 0]] += risen(plain[:1, here], want[:1, here], users[here] == 0)[0].numpy()
-    parts = [(0, 12), (12, 30), (30, 38), (38, 50)]
-    found = np.concatenate([score(first, last).numpy() for first, last in parts], axis=1)
-    np.testing.assert_allclose(found, want, rtol=1e-5)
-    assert found[0, 7] > plain[0, 7] and found[1, 7] == plain[1, 7]
-
-
-def test_a_finished_variant_keeps_what_validation_chose(tmp_path):
-    """A run that is killed while its second variant trains goes on with the first one's memory."""
-    spec = TowerSpec(2, ["stream"], 1, 8, 3, 0, 0, 0, {}, [4])
-    write_specs(tmp_path, list(VARIANTS), spec)
-    replace(spec, memory=0.2, ridge=RIDGES[1]).save(tmp_path / "hgnn" / "spec.json")
-    (tmp_path / "hgnn" / "metrics.json").write_text("[]")
-    write_specs(tmp_path, list(VARIANTS), spec)
-    assert TowerSpec.load(tmp_path / "hgnn" / "spec.json").memory == 0.2
-    assert TowerSpec.load(tmp_path / "text_only" / "spec.json").hgnn_dim == 0

@@ -10,10 +10,11 @@ import torch
 from checkerboard import ITEMS, board_catalogue, board_task, board_trainer
 
 from recsys_ray.core.offsets import offsets_of
+from recsys_ray.scoring.choose import Moment, first_as_good
 from recsys_ray.scoring.memory import HALF_LIVES, RIDGES, Memory
+from recsys_ray.scoring.scorer import ScoreSpec
 from recsys_ray.two_tower.batches import ArrayFeatures, tables_for, user_inputs
 from recsys_ray.two_tower.recency import (
-    first_as_good,
     last_items_tell,
     memory_half_life,
     with_recency,
@@ -45,11 +46,11 @@ def test_the_order_counts_with_the_last_item_or_means_of_the_latest(last_item, r
 
 @pytest.mark.parametrize(("places", "wanted"), [(15, []), (16, [4.0]), (63, [4.0]), (64, [4.0, 16.0])])
 def test_means_of_the_latest_where_histories_are_long_and_the_last_item_tells(places, wanted):
-    task = replace(board_task(), memory=None)
+    task = board_task()
     task = replace(task, queries={**task.queries, "offsets": np.arange(len(task.queries["target"]) + 1) * places})
     for last_item, recent in ((True, wanted), (False, [])):
         spec = replace(task.spec, last_item=last_item)
-        assert with_recency(replace(task, spec=spec), seed=0) == replace(spec, recent=recent)
+        assert with_recency(replace(task, spec=spec), seed=0).spec == replace(spec, recent=recent)
 
 
 def queries_of(recent: bool):
@@ -87,28 +88,31 @@ def task_with_memory(recent: bool) -> TowerTask:
     near = src != dst
     made = np.full((near.sum(), len(RIDGES)), 0.1)
     memory = Memory.of_edges(src[near], dst[near], made, np.ones(ITEMS, int), catalogue.ntype.numpy())
-    return replace(board_task("nowhere"), catalogue=catalogue, queries=queries_of(recent), memory=memory)
+    moment = Moment(catalogue.ntype.numpy(), memory)
+    return replace(board_task("nowhere"), catalogue=catalogue, queries=queries_of(recent), moment=moment)
 
 
 @pytest.mark.parametrize("recent", [True, False])
 def test_the_data_say_how_fast_the_memory_forgets(recent):
     task = task_with_memory(recent)
-    found = memory_half_life(task, task.memory, seed=0)
-    assert found == memory_half_life(task, task.memory, seed=0) == (HALF_LIVES[0] if recent else HALF_LIVES[-1])
+    memory = task.moment.memory
+    found = memory_half_life(task, memory, seed=0)
+    assert found == memory_half_life(task, memory, seed=0) == (HALF_LIVES[0] if recent else HALF_LIVES[-1])
     undecided = replace(task, spec=replace(task.spec, last_item=None))
-    assert with_recency(undecided, seed=0) == replace(task.spec, last_item=False, half_life=found)
-    without = replace(task, memory=None)
-    assert with_recency(without, seed=0) == without.spec
+    told = with_recency(undecided, seed=0)
+    assert told.spec == replace(task.spec, last_item=False) and told.score == ScoreSpec(half_life=found)
+    without = replace(task, moment=replace(task.moment, memory=None))
+    assert with_recency(without, seed=0).score == ScoreSpec()
 
 
 @pytest.mark.parametrize("recent", [True, False])
 def test_validation_recalls_with_the_half_life_of_the_spec(recent, monkeypatch):
-    monkeypatch.setattr("recsys_ray.two_tower.training._TOP", 3)  # of the four of a kind and type
+    monkeypatch.setattr("recsys_ray.scoring.choose._TOP", 3)  # of the four of a kind and type
     task, found = task_with_memory(recent), []
     nobody = {"age": np.full(QUERIES, np.nan, np.float32), "country_index": np.full(QUERIES, -1)}
     task.queries.update(nobody, taste_music=np.full((QUERIES, 3), np.nan, np.float32))
     for half_life in HALF_LIVES:
-        trainer, _ = board_trainer(replace(task, spec=replace(task.spec, half_life=half_life)))
+        trainer, _ = board_trainer(replace(task, score=ScoreSpec(half_life=half_life)))
         found.append(trainer.validate().hit_rate)
     assert found == sorted(found, reverse=recent) and abs(found[0] - found[-1]) > 0.1
 

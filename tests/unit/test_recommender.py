@@ -8,7 +8,7 @@ from bundle_world import DAY, END, EVENTS, FORGOTTEN, LONELY, POPULAR_DAYS, STRA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recsys_ray.scoring.memory import RIVALS
+from recsys_ray.scoring.scorer import TRENDS, UNSEEN
 from recsys_ray.serving.reasons import because, fits
 from recsys_ray.serving.recommender import Recommender
 from recsys_ray.serving.requests import RequestError, UnknownItem
@@ -18,26 +18,12 @@ TYPES = ["audiobook", "music", "podcast"]
 
 @pytest.fixture(
     scope="module",
-    params=[
-        (0.0, None, False),
-        (0.1, None, False),
-        (0.1, [0.4, None, -0.5], False),
-        (0.0, [-0.2, None, 0.3], False),
-        (0.0, None, True),
-        (0.1, [0.4, None, -0.5], True),
-    ],
-    ids=[
-        "towers alone",
-        "memory",
-        "blank items shifted, and memory",
-        "blank items shifted",
-        "trends",
-        "blank items shifted, memory and trends",
-    ],
+    params=[(0.0, ()), (0.1, ()), (0.0, (TRENDS, UNSEEN)), (0.1, (TRENDS, UNSEEN))],
+    ids=["towers alone", "memory", "item terms", "memory and item terms"],
 )
 def world(request, tmp_path_factory) -> World:
-    memory, shifts, trends = request.param
-    made = make_world(tmp_path_factory.mktemp("world"), memory=memory, shifts=shifts, trends=trends)
+    memory, terms = request.param
+    made = make_world(tmp_path_factory.mktemp("world"), memory=memory, terms=terms)
     made.bundle()
     return made
 
@@ -52,55 +38,28 @@ def ids(items) -> list[str]:
 
 
 def test_answer_is_brute_force(world, recommender):
-    """The tower's vector against every allowed item, and what trends and the memory add."""
+    """The tower's vector against every allowed item, and what the terms add."""
     from recsys_ray.serving.histories import user_inputs
 
-    raised = shifted = 0
-
+    raised = 0
     for uid in (0, 1, 5, 11):
         profile = recommender.users.traits(uid, recommender.histories.recent(uid))
         query = recommender.tower(user_inputs([profile], recommender.tower.tastes))[0]
         seen = world.seen(world.user_ids[uid])
         allowed = [g for g, i in enumerate(world.item_ids) if world.available[g] and i not in seen]
-        trend = np.zeros(len(world.item_ids)) if world.trend is None else world.trend
-        scores = {g: float(world.vectors[g] @ query + trend[g]) for g in allowed}
+        scores = {g: float(world.vectors[g] @ query + world.bias[g]) for g in allowed}
         alone = sorted(allowed, key=lambda g: -scores[g])[:10]
-        if recommender.memory is not None:
-            _, gids, values, _ = recommender.memory.recall(np.zeros(len(profile.gids), np.int64), profile.gids, 2.0)
-            weight = recommender.tower.spec["memory"]
-            value = dict(zip(gids.tolist(), weight * values[:, 0], strict=True))
-            for kind in range(len(TYPES)):
-                mine = [g for g in sorted(allowed, key=lambda g: -scores[g]) if world.ntype[g] == kind]
-                blank = [g for g in mine if recommender.memory.users[g] == 0]
-                shift = recommender.shifts[kind]
-                if shift is None:  # of the type without examples
-                    had = recommender.memory.users[world.ntype == kind]
-                    mean_user = world.vectors @ np.array(recommender.tower.spec["mean_user"]["serve"])
-                    touched = np.flatnonzero((world.ntype == kind) & (recommender.memory.users > 0))
-                    of_mean = np.exp(mean_user[touched] / 0.3)
-                    popular = 0.3 * np.log(recommender.memory.users[touched] / sum(had) * of_mean.sum() / of_mean)
-                    scores |= {g: scores[g] + more for g, more in zip(touched, popular, strict=True) if g in scores}
-                    assert sum(had == 1) > 0 < len(blank)
-                    odds = (sum(had == 1) + 0.5) / (sum(had) + 0.5 - sum(had == 1))
-                    power = {g: np.exp(scores[g] / 0.3) for g in mine}
-                    others = sum(power[g] for g in mine if g not in blank)
-                    shift = 0.3 * np.log(odds * others / sum(power[b] for b in blank))
-                scores |= {g: scores[g] + shift for g in blank}
-                mine.sort(key=lambda g: -scores[g])
-                shifted += shift != 0
-                before = [scores[g] for g in mine[:RIVALS] if g not in blank]
-                after = sorted((scores[g] + value.get(g, 0.0) for g in mine if g not in blank), reverse=True)
-                rise = np.interp(
-                    [scores[g] for g in blank], before[::-1], np.subtract(after[: len(before)], before)[::-1]
-                )
-                scores |= {g: scores[g] + value.get(g, 0.0) for g in mine}
-                scores |= {g: scores[g] + more for g, more in zip(blank, rise, strict=True)}
+        if recommender.score.memory is not None:
+            found = recommender.score.memory.recall(np.zeros(len(profile.gids), np.int64), profile.gids, 2.0)
+            for gid, value in zip(found.gid.tolist(), found.value[:, 0].tolist(), strict=True):
+                if gid in scores:
+                    scores[gid] += 0.1 * value
         best = sorted(allowed, key=lambda g: -scores[g])
         raised += best[:10] != alone
         assert ids(recommender.recommend(world.user_ids[uid])) == [world.item_ids[g] for g in best[:10]]
         found = {item.item_id: item.score for item in recommender.recommend(world.user_ids[uid], k=len(best))}
         assert found == pytest.approx({world.item_ids[g]: scores[g] for g in best}, abs=1e-5)
-    assert (raised > 0) == (recommender.memory is not None) and (shifted > 0) == any(s != 0 for s in recommender.shifts)
+    assert (raised > 0) == (recommender.score.memory is not None)
 
 
 def test_only_the_touched_rows_matter(recommender):
@@ -178,7 +137,7 @@ def test_cold_users(world, recommender):
     assert not recommender.answer("nobody").known and recommender.answer(LONELY).known
     popular = recommender.recommend(LONELY, k=20)
     assert popular == recommender.recommend() + recommender.recommend(k=20)[10:]
-    counts = dict(zip(world.item_ids, recommender.popularity.world, strict=True))
+    counts = dict(zip(world.item_ids, recommender.popularity.counted.world, strict=True))
     best = sorted((i for g, i in enumerate(world.item_ids) if world.available[g]), key=lambda i: -counts[i])
     assert [counts[i] for i in ids(popular)] == [counts[i] for i in best[:20]]
     assert popular[0].reason == "popular now"

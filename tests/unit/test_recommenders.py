@@ -16,7 +16,7 @@ from recsys_ray.baselines.histories import HistoryRule
 from recsys_ray.baselines.vectors import MeanVectors
 from recsys_ray.evaluation import ranking as recommenders
 from recsys_ray.evaluation.given import ReadyLists, Tower
-from recsys_ray.evaluation.ranking import Recommender, UserBatch, batch_of, rank, rank_queries, top_k
+from recsys_ray.evaluation.ranking import Recommender, Scorer, UserBatch, batch_of, rank, rank_queries, top_k
 from recsys_ray.evaluation.segments import SEGMENTS, Catalogue, Events, find_queries
 
 HISTORY = colour_events()
@@ -32,11 +32,9 @@ class ColourTower:
     def unknown(self, users: UserBatch) -> np.ndarray:
         return users.empty
 
-    def remember(self, users: UserBatch, vectors: torch.Tensor) -> None:
-        return None
-
-    def user_vectors(self, users: UserBatch) -> torch.Tensor:
-        return torch.eye(2)[torch.from_numpy(users.uid % 2)]
+    def scorer(self, users: UserBatch) -> Scorer:
+        vectors = torch.eye(2)[torch.from_numpy(users.uid % 2)]
+        return lambda first, last: vectors @ torch.from_numpy(self.item_vectors[first:last]).T
 
 
 def oracle() -> ReadyLists:

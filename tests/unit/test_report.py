@@ -189,18 +189,19 @@ def test_page_and_tables_without_any_row(tmp_path):
 def test_what_the_data_told_is_shown(tmp_path):
     run = write_run(tmp_path)
     told = dict(run_facts.told_by_data(run))
-    assert told["Memory of pairs"] == "weight 0.5, ridge 30, half-life 4 places"
+    assert told["Co-interaction memory"] == "weight 0.5, ridge 30, half-life 4 places"
     assert told["Weight of trends"] == "book 0.75, podcast [new] 0"
     assert (
-        told["Share that items get together which nobody had, in the test"]
-        == "book 2.13%, podcast [new] by its own events"
+        told["Share of the test's choices that unseen items are given"] == "book 2.13%, podcast [new] by its own events"
     )
     assert told["and means of the latest, half-lives in places"] == "4"
     assert "Share of the items' own vectors that training hides" in told
-    (run / "two_tower" / "hgnn" / "spec.json").write_text('{"item_types": ["book"], "memory": 0}', encoding="utf-8")
+    (run / "two_tower" / "hgnn" / "spec.json").write_text('{"item_types": ["book"]}', encoding="utf-8")
+    (run / "two_tower" / "hgnn" / "score.json").unlink()
     told = dict(run_facts.told_by_data(run))
     assert (
-        told["Memory of pairs"] == told["Weight of trends"] == "none" and told["User tower reads the last item"] == "no"
+        told["Co-interaction memory"] == told["Weight of trends"] == "none"
+        and told["User tower reads the last item"] == "no"
     )
     (run / "two_tower" / "hgnn" / "spec.json").unlink()
     assert not run_facts.told_by_data(run)

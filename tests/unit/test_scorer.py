@@ -1,47 +1,120 @@
-"""What evaluation makes of a trained two-tower."""
+"""One score, seen twice: over all items, and through an index."""
+
+from __future__ import annotations
 
 from dataclasses import replace
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from recsys_ray.core.clock import DAY
-from recsys_ray.evaluation.ranking import UserBatch
-from recsys_ray.scoring.scorer import TrainedTower
-from recsys_ray.two_tower.towers import TowerSpec, UserTower
-
-
-def tower(**settings) -> TrainedTower:
-    spec = TowerSpec(1, ["stream"], 1, 0, 0, 1, 0, 0, {"mood": 2}, [4], countries=["DE"], **settings)
-    ntype, available = np.zeros(3, np.int64), np.ones(3, bool)
-    return TrainedTower(np.zeros((3, 4)), UserTower(spec), np.zeros((3, 1)), None, ntype, available, None, 100 * DAY)
-
-
-def batch(ages: list, countries: list, moods: list, days: list[list[int]]) -> UserBatch:
-    table = pa.table({"age": pa.array(ages, pa.float32()), "country": pa.array(countries, pa.string()), "mood": moods})
-    lengths, when = [len(own) for own in days], np.array([day * DAY for own in days for day in own], np.int64)
-    gid, event = np.zeros(len(when), np.int64), np.zeros(len(when), np.int8)
-    return UserBatch(np.arange(len(days)), np.cumsum([0, *lengths]), gid, event, when, table)
-
-
-def test_unknown_is_who_has_neither_history_nor_a_trait_that_the_tower_knows():
-    ages, countries = [None, None, 31, None, None, None], [None, None, None, "DE", "XX", None]
-    moods = [None, None, None, None, None, [0.5, 0.0]]
-    users = batch(ages, countries, moods, [[], [99], [], [], [], []])
-    assert tower().unknown(users).tolist() == [True, False, False, False, True, False]
+from recsys_ray.config import IndexConfig
+from recsys_ray.core.errors import ArtifactError
+from recsys_ray.scoring.memory import SMALL, Memory
+from recsys_ray.scoring.scorer import (
+    MEMORY,
+    TRENDS,
+    UNSEEN,
+    VECTOR,
+    Scorer,
+    ScoreSpec,
+    among,
+    with_item_terms,
+    without,
+)
+from recsys_ray.serving.index import TypeIndex, merge_best
 
 
-def test_trends_are_added_without_a_memory_too():
-    users, scores = batch([30], ["DE"], [None], [[99]]), torch.zeros(1, 2)
-    assert tower().remember(users, torch.zeros(1, 4)) is None
-    add = replace(tower(), trend=np.array([0.1, 0.2, 0.3], np.float32)).remember(users, torch.zeros(1, 4))
-    add(1, 3, scores)
-    assert scores.tolist() == [pytest.approx([0.2, 0.3])]
+def random_memory(random: np.random.Generator, items: int, ntype: np.ndarray) -> Memory:
+    src, dst = np.unique(random.integers(0, items, (2, 4 * items)), axis=1)
+    kept = src != dst
+    made = random.normal(0.05, 0.2, (int(kept.sum()), 1))
+    return Memory.of_edges(src[kept], dst[kept], made, np.ones(items, int), ntype)
 
 
-def test_a_history_before_the_window_says_nothing():
-    users = batch([None, None], [None, None], [None, None], [[10], [99]])
-    assert tower(window_days=30).unknown(users).tolist() == [True, False]
-    assert not tower().unknown(users).any()
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    sizes=st.lists(st.integers(1, 60), min_size=1, max_size=3),
+    k=st.integers(1, 40),
+    history=st.integers(0, 30),
+    excluded=st.integers(0, 30),
+    weight=st.sampled_from([0.0, 0.05, 0.3, 1.2]),
+)
+def test_the_index_finds_the_list_of_all_scores(seed, sizes, k, history, excluded, weight):
+    """Random worlds, exact index: the same list, and the same scores to float32."""
+    random = np.random.default_rng(seed)
+    items, ntype = sum(sizes), np.repeat(np.arange(len(sizes)), sizes)
+    vectors = random.normal(size=(items, 8)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    terms = {name: random.normal(0, 0.2, items).astype(np.float32) for name in (TRENDS, UNSEEN)}
+    spec = ScoreSpec(memory=weight, half_life=2.0)
+    score = Scorer.of_items({VECTOR: vectors, **terms}, spec, random_memory(random, items, ntype))
+    available = random.random(items) > 0.1
+    touched = random.integers(0, items, history)
+    forbidden = np.union1d(touched, random.integers(0, items, excluded))
+    user = random.normal(size=8).astype(np.float32)
+    user /= np.linalg.norm(user)
+
+    raised = score.raised(np.zeros(history, np.int64), touched)
+    dense = score.dense(torch.from_numpy(user)[None], raised, 0, items)[0].numpy()
+    dense[~available] = dense[forbidden] = -np.inf
+    allowed = available[raised.gid] & ~among(raised.gid, forbidden)
+    gid, value = raised.gid[allowed], raised.value[allowed, 0]
+    found = []
+    for kind in range(len(sizes)):
+        gids = np.flatnonzero(available & (ntype == kind)).astype(np.int32)
+        index = TypeIndex.build(str(kind), score.wide, gids, IndexConfig())
+        mine = ntype[gid] == kind
+        found.append(score.candidates(index, user, gid[mine], value[mine], k, forbidden))
+    scores, gids = merge_best(found, k)
+
+    order = np.lexsort((np.arange(items), -dense))[:k]
+    order = order[np.isfinite(dense[order])]
+    assert len(gids) == len(order) == len(set(gids.tolist()))
+    np.testing.assert_allclose(scores, dense[order], atol=2e-6)
+    np.testing.assert_allclose(scores, dense[gids], atol=2e-6)
+    apart = np.abs(np.diff(dense[order])) > 1e-5  # scores nearer than this may stand in either order
+    if apart.all():
+        assert gids[:-1].tolist() == order[:-1].tolist()  # the last may tie with the first that is left out
+
+
+def test_ranges_of_items_have_the_scores_of_the_whole_and_a_term_can_be_left_out():
+    random = np.random.default_rng(0)
+    vectors = random.normal(size=(50, 4)).astype(np.float32)
+    items = {VECTOR: vectors, TRENDS: np.linspace(-1, 1, 50, dtype=np.float32), UNSEEN: np.ones(50, np.float32)}
+    items[without(UNSEEN, MEMORY)] = np.full(50, 0.5, np.float32)
+    spec = ScoreSpec(memory=0.5, half_life=1.0)
+    src, dst = np.array([0, 0, 0, 5]), np.array([1, 35, 6, 2])
+    made = np.array([0.2, 0.1, 0.05, 0.3])[:, None]
+    memory = Memory.of_edges(src, dst, made, np.ones(50, int), np.zeros(50, int))
+    user, row, history = np.array([0, 0]), torch.from_numpy(random.normal(size=(2, 4)).astype(np.float32)), [0, 3]
+    score = Scorer.of_items(items, spec, memory)
+    raised = score.raised(user, np.array(history))
+    plain = (row @ torch.from_numpy(vectors).T).numpy()
+    want = plain + items[TRENDS] + items[UNSEEN]
+    want[0, [1, 35, 6]] += 0.5 * np.log1p(np.array([0.2, 0.1, 0.05]) / 3 / SMALL)  # item 3 came after item 0
+    parts = [score.dense(row, raised, first, last) for first, last in ((0, 12), (12, 30), (30, 50))]
+    np.testing.assert_allclose(torch.cat(parts, 1).numpy(), want, atol=1e-6)
+    alone = Scorer.of_items(items, spec, memory, MEMORY)
+    assert not len(alone.raised(user, np.array(history)).gid)
+    rows = {name: with_item_terms(items, name)[:, -1] for name in ("", MEMORY, TRENDS, UNSEEN)}
+    np.testing.assert_allclose(rows[""], items[TRENDS] + 1)
+    np.testing.assert_allclose(rows[MEMORY], 0.5)  # as it was made to be without the memory; no trend was stored
+    assert not rows[TRENDS].any() and not rows[UNSEEN].any()
+
+
+def test_what_validation_chose_is_kept_and_a_damaged_file_is_told(tmp_path):
+    spec = replace(ScoreSpec(), memory=0.2, trends=[0.5, 0.0], unseen_share=[0.1, None])
+    spec.save(tmp_path)
+    assert ScoreSpec.load(tmp_path) == spec
+    (tmp_path / "score.json").write_text('{"colour": 1}')
+    with pytest.raises(ArtifactError, match=r"score\.json is no description of a score"):
+        ScoreSpec.load(tmp_path)
+
+
+def test_among():
+    assert among(np.array([1, 5, 9]), np.array([0, 5, 7])).tolist() == [False, True, False]
+    assert among(np.array([1, 5]), np.zeros(0, int)).tolist() == [False, False]

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from recsys_ray.core.errors import ArtifactError
+from recsys_ray.scoring.choose import Chosen
+from recsys_ray.scoring.scorer import ScoreSpec
 from recsys_ray.storage.checkpoint import load_checkpoint, save_checkpoint
 from recsys_ray.two_tower.batches import batches_in, country_index, epoch_batches, make_batch, tables_for, user_inputs
 from recsys_ray.two_tower.features import UserInputs
@@ -20,7 +22,6 @@ from recsys_ray.two_tower.loss import inclusion_log_q, paper_loss, sampled_softm
 from recsys_ray.two_tower.rows import histories_of
 from recsys_ray.two_tower.towers import TwoTower, load_item_ids, load_towers, load_user_tower
 from recsys_ray.two_tower.training import (
-    Validated,
     item_vectors,
     refit,
     start,
@@ -90,18 +91,23 @@ def test_it_stops_when_validation_does_not_improve():
     trainer, optimizer = board_trainer(
         board_task("nowhere", rows=slice(0, 100)), CONFIG.model_copy(update={"epochs": 9, "patience": 1})
     )
-    trainer.validate = lambda: Validated(0.5, 0.25, 0.0, 0.0)
+    trainer.validate = lambda: Chosen(ScoreSpec(), 0.5, 0.25)
     assert len(train_epochs(trainer, optimizer, {})["history"]) == 2
 
 
 def test_the_best_epoch_is_the_one_with_the_best_ndcg():
     trainer, optimizer = board_trainer(board_task(rows=slice(0, 100)), CONFIG.model_copy(update={"epochs": 3}))
     figures = iter([(0.1, 0.3, 0.01, 3.0), (0.3, 0.2, 0.02, 10.0), (0.2, 0.4, 0.03, 30.0)])
-    trainer.validate = lambda: Validated(*next(figures))
+
+    def validate() -> Chosen:
+        hit_rate, gain, memory, ridge = next(figures)
+        return Chosen(ScoreSpec(memory=memory, ridge=ridge), hit_rate, gain)
+
+    trainer.validate = validate
     better = []
     state = train_epochs(trainer, optimizer, {}, on_epoch=lambda state, best: better.append(best))
     assert better == [True, False, True]
-    assert (state["best"], state["memory"], state["ridge"]) == (0.4, 0.03, 30.0)
+    assert state["best"] == 0.4 and ScoreSpec(**state["score"]) == ScoreSpec(memory=0.03, ridge=30.0)
     assert [epoch["valid_hr_at_10"] for epoch in state["history"]] == [0.1, 0.3, 0.2]
     assert [epoch["valid_ndcg_at_100"] for epoch in state["history"]] == [0.3, 0.2, 0.4]
 

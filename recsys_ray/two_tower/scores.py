@@ -1,0 +1,100 @@
+"""From trained weights to what is ranked: the share of unseen items, and the files of a variant."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from recsys_ray.cluster.train import sum_over_ranks
+from recsys_ray.scoring.choices import Choices, nobody_had
+from recsys_ray.scoring.choose import item_terms, recall_of
+from recsys_ray.scoring.memory import Memory, memory_file
+from recsys_ray.scoring.scorer import TERMS, VECTOR, ScoreSpec, without
+from recsys_ray.scoring.unseen import Period, share_ahead
+from recsys_ray.storage.artifacts import save_arrays
+from recsys_ray.two_tower.towers import ItemIds, TwoTower
+from recsys_ray.two_tower.training import TowerTask, item_vectors, queries_by_type, sample_of_queries, users_of
+
+ASKED = ("test", "serve")  # snapshots as of which items are ranked
+
+
+@dataclass(frozen=True)
+class Periods:
+    """Stretches of time that tell how much goes to unseen items, in seconds."""
+
+    test: int
+    valid: int
+    since: dict[int, int]  # index of a training snapshot -> from it to the validation period
+
+
+def unseen_shares(
+    task: TowerTask, snapshot: str, periods: Periods, choices: Mapping[str, Choices]
+) -> list[float | None]:
+    """Of each type the share of what comes after a snapshot that goes to items that nobody had (:func:`share_ahead`):
+    by the examples since each cut and, but as of the validation period itself, by the validation queries. Of all
+    ranks."""
+    examples = task.examples
+    before = [
+        _period(task, periods.since[cut], examples["target"][examples["snapshot"] >= cut], choices[name])
+        for cut, name in sorted(task.snapshot_names.items(), reverse=True)
+        if cut in periods.since
+    ]
+    asked = task.queries["target"] if snapshot != "valid" else np.zeros(0, np.int64)
+    lately = _period(task, periods.valid, asked, choices["valid"])
+    ahead = periods.valid if snapshot == "valid" else periods.test
+    return share_ahead(ahead, _unseen_items(task, choices[snapshot]), lately, before)
+
+
+def _period(task: TowerTask, seconds: int, target: np.ndarray, choices: Choices) -> Period:
+    """Of targets of all ranks that were chosen after the moment of ``choices``."""
+    ntype, targets = task.catalogue.ntype, torch.from_numpy(target).long()
+    new = targets[torch.from_numpy(nobody_had(choices))[targets]]
+    counts = torch.stack([torch.bincount(ntype[part], minlength=task.spec.num_types) for part in (targets, new)])
+    chosen, unseen = sum_over_ranks(counts.double())
+    return Period(seconds, chosen, unseen, _unseen_items(task, choices))
+
+
+def _unseen_items(task: TowerTask, choices: Choices) -> torch.Tensor:
+    """float64 [types]: how many items nobody had."""
+    new = torch.from_numpy(nobody_had(choices))
+    return torch.bincount(task.catalogue.ntype[new], minlength=task.spec.num_types).double()
+
+
+def write_towers(
+    out: Path,
+    model: TwoTower,
+    task: TowerTask,
+    score: ScoreSpec,
+    choices: Mapping[str, Choices],
+    shares: Mapping[str, list[float | None]],
+) -> None:
+    """The weights, the vectors of all items and their item terms as of the snapshots that are asked about; for the
+    evaluation also the item terms of the score without each term.
+
+    Args:
+        out: the variant's folder, in that of the stage.
+        score: what validation chose.
+        choices: by snapshot; empty: there are no item terms.
+        shares: of unseen items, by snapshot; empty: they are given nothing.
+    """
+    some = sample_of_queries(task)
+    for snapshot in ASKED:
+        vectors = item_vectors(model, task.source, task.catalogue, snapshot)
+        users, queries = users_of(model, task, snapshot, some), queries_by_type(model, task, snapshot, some)
+        memory = Memory.load(memory_file(out.parent, snapshot)).at(score.ridge) if score.memory else None
+        known = replace(task.moment, choices=choices.get(snapshot), shares=shares.get(snapshot, ()))
+        recalled = recall_of(memory, score.half_life)
+        arrays = {VECTOR: vectors.numpy()}
+        for left_out in ("", *(TERMS if snapshot == "test" else ())):
+            terms = item_terms(queries, users, vectors, known, score, recalled, left_out)
+            arrays |= {without(name, left_out): term for name, term in terms.items()}
+        save_arrays(out / "items" / f"{snapshot}.safetensors", arrays)
+    save_file(model.state_dict(), out / "model.safetensors")
+    hidden = model.ids.dropout if isinstance(model.ids, ItemIds) else 0.0
+    replace(task.spec, id_dropout=hidden).save(out / "spec.json")
+    replace(score, unseen_share=shares.get("test", [])).save(out)
