@@ -32,5 +32,5 @@ STAGE = Stage(
     inputs=("ingest", "featurize", "graph", "hgnn"),
     settings=_settings,
     run=_run,
-    version=1,
+    version=2,
 )

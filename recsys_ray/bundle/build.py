@@ -76,7 +76,7 @@ from recsys_ray.storage.artifacts import (
 )
 from recsys_ray.two_tower.towers import load_item_ids
 
-VERSION = 1  # of what a run's bundle is made of: raise it when that changes
+VERSION = 2  # of what a run's bundle is made of: raise it when that changes
 CURRENT = "current"
 VARIANT = "hgnn"  # of the two-tower stage's models, the one that is served
 MEMORY = "memory.safetensors"

@@ -1,20 +1,24 @@
 """Benchmarks: each prints what it does in a second and the ratio to something else measured in the same run.
 
-make bench          (or: python -m tests.benchmarks)
+make bench          (or: python -m tests.benchmarks NAME ...)
 """
 
 from __future__ import annotations
 
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DGLBACKEND", "pytorch")
 
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' worlds
 
 _REPEATS = 5
 
@@ -126,7 +130,46 @@ def memory() -> None:
          "as fast as EASE's inverses")  # fmt: skip
 
 
+def answers() -> None:
+    """An answer for three item types out of bundles of 10^4, 10^5 and 10^6 items, in process, one thread: as the
+    catalogue grows, an answer may take longer by what the index takes, and by nothing else. Builds the bundles, which
+    takes minutes; type i has a third of the items, and is searched through HNSW from 100,000 items on."""
+    import tempfile
+    from dataclasses import replace
+
+    import faiss
+    from bundle_world import make_world
+
+    from recsys_ray.serving.recommender import Recommender
+
+    taken: dict[int, tuple[float, float]] = {}
+    for size in (10_000, 100_000, 1_000_000):
+        with tempfile.TemporaryDirectory() as folder:
+            faiss.omp_set_num_threads(os.cpu_count() or 1)
+            third = size // 3
+            world = make_world(Path(folder), (third, third, size - 2 * third), 300, 128, 384, memory=0.1)
+            settings = {**world.config.model_dump(), "index": {"min_recall": 0.0, "exact_up_to": 100_000}}
+            replace(world, config=world.config.model_validate(settings)).bundle()
+            recommender = Recommender.load(folder, verify=False)
+            known = [user for user, uid in recommender.users.spread(100) if len(recommender.histories.recent(uid).gids)]
+
+            def with_history(answer: Recommender = recommender, users: list[str] = known) -> None:
+                for user in users:
+                    answer.recommend(user)
+
+            def without(answer: Recommender = recommender) -> None:
+                for _ in range(50):
+                    answer.recommend()
+
+            taken[size] = seconds(with_history) / len(known), seconds(without) / 50
+        smallest = taken[10_000]
+        for name, ours, other in zip(("history", "no history"), taken[size], smallest, strict=True):
+            times = f"{ours * 1e3:>8.2f} ms   {ours / other:>6.2f} times as long as with 10,000"
+            print(f"answer, {size:>9,} items, {name:<12} {times}")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for benchmark in (encoder, sampler, index, memory):
-        benchmark()
+    benchmarks = {work.__name__: work for work in (encoder, sampler, index, memory, answers)}
+    for name in sys.argv[1:] or benchmarks:
+        benchmarks[name]()
