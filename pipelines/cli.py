@@ -100,21 +100,22 @@ def run(
     Killed at any moment, it goes on at the last finished stage or epoch when it is started again. With several seeds
     the table is their mean, and its intervals cover users and seeds; the bundle is the first seed's.
     """
-    from pipelines.run import run_all, show_results
+    from pipelines.show import show_results
+    from pipelines.stages import run_all
     from pipelines.variants import run_seeds
 
     chosen = _config(config, overrides, baselines)
     if seeds == 1:
-        run_all(chosen, Progress(), force, examples)
+        run_all(chosen, Progress(), force)
     else:
         run_seeds(chosen, seeds, Progress(), force)
-        show_results(chosen, examples)
+    show_results(chosen, examples)
 
 
 def _add_stage(name: str, summary: str) -> None:
     @app.command(name, rich_help_panel="One stage at a time", help=summary)
     def stage(config: ConfigPath = None, overrides: Overrides = None, force: Force = False) -> None:
-        from pipelines.run import run_one
+        from pipelines.stages import run_one
 
         run_one(name, _config(config, overrides), Progress(), force)
 
@@ -139,9 +140,12 @@ def evaluate(
     Baselines are tuned first, each with the same number of trials. Their trials and rankings are kept below
     `run_dir/cache/evaluation`, so that after a change to the method only the method is ranked again.
     """
-    from pipelines.run import run_one
+    from pipelines.show import show_table
+    from pipelines.stages import run_one
 
-    run_one("evaluate", _config(config, overrides, baselines), Progress(), force)
+    chosen = _config(config, overrides, baselines)
+    run_one("evaluate", chosen, Progress(), force)
+    show_table(chosen)
 
 
 @app.command("check-leaks", rich_help_panel="One stage at a time")
@@ -165,7 +169,7 @@ def report(
     ] = None,
 ) -> None:
     """Draw the report again from what a finished run left, with the cost of every stage; nothing is computed."""
-    from pipelines.run import draw_report
+    from pipelines.show import draw_report
 
     Progress().say(f"report: {draw_report(_config(config, overrides), out)}")
 

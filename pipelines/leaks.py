@@ -6,9 +6,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pipelines.run import STAGES
 from pipelines.stage import check_kinship
-from recsys_ray.checks.leaks import FinishedRun, check_run
+from pipelines.stages import STAGES
+from recsys_ray.checks.finished_run import FinishedRun
+from recsys_ray.checks.leaks import check_run
 from recsys_ray.config import Config
 from recsys_ray.core.progress import Progress
 from recsys_ray.storage.artifacts import MANIFEST, Artifact, open_artifact

@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.console import Console
 
-from pipelines.run import STAGES
 from pipelines.stage import Context, Runner, Stage
+from pipelines.stages import STAGES
 from recsys_ray.bundle.build import VARIANT
 from recsys_ray.checks.probe import print_probe, probe
 from recsys_ray.config import Config

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import polars as pl
 
-from pipelines.run import STAGES
 from pipelines.stage import Runner
+from pipelines.stages import STAGES
 from pipelines.variants import TO_COMPARE, folder_of, run_variant, variant_of
 from recsys_ray.config import Config
 from recsys_ray.core.errors import UserError

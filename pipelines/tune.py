@@ -18,8 +18,8 @@ from typing import Any
 import optuna
 from ray.tune import Callback
 
-from pipelines.run import STAGES
 from pipelines.stage import Runner
+from pipelines.stages import STAGES
 from pipelines.variants import folder_of, run_variant, variant_of
 from recsys_ray.cluster.session import granted_cpus, ray_session
 from recsys_ray.cluster.train import seed_from

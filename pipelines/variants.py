@@ -11,8 +11,8 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipelines.run import STAGES
 from pipelines.stage import VARIANTS, Runner
+from pipelines.stages import STAGES
 from recsys_ray.config import Config, changed
 from recsys_ray.core.progress import Progress
 from recsys_ray.evaluation.results import DIFFERENCES, HITS, MAIN, Hits, against_all, pool

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
 
+from recsys_ray.checks.finished_run import FinishedRun, Words
 from recsys_ray.config import GraphConfig, HgnnConfig
 from recsys_ray.core.errors import LeakError
 from recsys_ray.core.progress import Progress
@@ -44,9 +44,6 @@ from recsys_ray.two_tower.examples import UserEvents
 from recsys_ray.two_tower.stage import load_catalogue
 from recsys_ray.two_tower.towers import load_towers
 from recsys_ray.two_tower.training import item_vectors
-
-if TYPE_CHECKING:
-    from recsys_ray.checks.leaks import FinishedRun, Words
 
 _ITEMS_AT_MOST = 500  # whose edges are counted again: a user with one of them brings all of the user's items
 _EMBEDDED_AT_MOST = 100  # whose neighbours' neighbours are embedded again

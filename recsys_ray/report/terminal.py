@@ -11,9 +11,7 @@ from rich.text import Text
 
 from recsys_ray.evaluation.labels import SEGMENT_NAMES, Row, main_segment, name_of, select
 from recsys_ray.evaluation.results import EVERY_TYPE, MAIN
-from recsys_ray.serving.recommender import Recommender
 
-_HISTORY = 8  # events of a user that are shown
 _NOTES = (
     "HR@10: share of lists with a hit among the first 10; NDCG@10 counts places too.",
     "cov.: share of the catalogue that is in any list of 100. Intervals are 95 %.",
@@ -58,23 +56,6 @@ def in_order(rows: Sequence[Row]) -> list[Row]:
     """The served model first, then its parts, the baselines from best to worst, controls, and the oracle."""
     roles = ("served", "part", "baseline", "control", "oracle")
     return sorted(rows, key=lambda row: (roles.index(name_of(row["model"]).role), -row["hr_at_10"]))
-
-
-def print_user(recommender: Recommender, user_id: str, console: Console, k: int = 10) -> None:
-    """Print what a user touched last, and the ``k`` items that are recommended next; one line each."""
-
-    def line(text: str, style: str | None = None) -> None:
-        console.print(text, style=style, markup=False, no_wrap=True, overflow="ellipsis", crop=True)
-
-    line(f"What user {user_id} did last", "bold")
-    history = recommender.history(user_id, _HISTORY)
-    for past in history:
-        line(f"  {past.event:<8} {past.item_type}: {past.title or past.item_id}")
-    if not history:
-        line("  nothing that counts")
-    line("What is recommended next", "bold")
-    for place, item in enumerate(recommender.recommend(user_id=user_id, k=k), 1):
-        line(f"  {place:>2}. {item.item_type}: {item.title or item.item_id}  ({item.reason})")
 
 
 def _indented(model: str) -> str:

@@ -13,8 +13,8 @@ import polars as pl
 import pytest
 
 from pipelines.leaks import check
-from pipelines.run import STAGES
 from pipelines.stage import Runner
+from pipelines.stages import STAGES
 from recsys_ray.config import Config
 from recsys_ray.core.errors import LeakError
 from recsys_ray.core.progress import Progress

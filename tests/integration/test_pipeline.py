@@ -19,7 +19,7 @@ from pipeline_world import BASELINES, SMALL, call, command, configure, metrics_o
 
 from pipelines.cli import main
 from pipelines.evaluate import NAMES
-from pipelines.run import STAGES
+from pipelines.stages import STAGES
 from recsys_ray.bundle.build import set_current
 from recsys_ray.core.clock import DAY
 from recsys_ray.evaluation.results import MAIN

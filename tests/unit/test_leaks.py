@@ -11,7 +11,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from recsys_ray.checks.leaks import Words, check_examples, check_plan, check_test, check_validation
+from recsys_ray.checks.finished_run import Words
+from recsys_ray.checks.leaks import check_examples, check_plan, check_test, check_validation
 from recsys_ray.checks.leaks_snapshots import check_activity, check_edges
 from recsys_ray.config import GraphConfig
 from recsys_ray.core.clock import DAY

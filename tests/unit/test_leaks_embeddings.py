@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from toy_graph import ToyGraph
 
-from recsys_ray.checks.leaks import FinishedRun, Words
+from recsys_ray.checks.finished_run import FinishedRun, Words
 from recsys_ray.checks.leaks_snapshots import check_snapshots
 from recsys_ray.config import Config, HgnnConfig
 from recsys_ray.core.errors import LeakError

@@ -7,10 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from recsys_ray.data.tables import Events, Tables, nobody_had, traits_of, whole_users
 
 from recsys_ray.core.clock import DAY, NEVER, days_before
 from recsys_ray.core.errors import ArtifactError
-from recsys_ray.data.tables import Events, Tables, nobody_had, traits_of, whole_users
 
 
 @pytest.fixture

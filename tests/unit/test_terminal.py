@@ -8,8 +8,9 @@ from bundle_world import make_world
 from report_world import rows
 from rich.console import Console
 
+from pipelines.show import print_user
 from recsys_ray.evaluation.labels import MODELS
-from recsys_ray.report.terminal import print_results, print_user
+from recsys_ray.report.terminal import print_results
 from recsys_ray.serving.recommender import Recommender
 
 COLUMNS, LINES = 80, 24

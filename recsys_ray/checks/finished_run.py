@@ -1,0 +1,77 @@
+"""What the checks of a finished run read: its stages, and how ids and times are named in a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import SupportsInt
+
+import pyarrow.parquet as pq
+
+from recsys_ray.config import Config, EventsConfig, GraphConfig
+from recsys_ray.core.clock import is_leave_one_out
+from recsys_ray.core.snapshots import Snapshot, snapshots_of
+from recsys_ray.data.validate import utc
+from recsys_ray.storage.artifacts import Artifact
+from recsys_ray.two_tower.examples import HistoryRules
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """The stages of a run. What decided their output is read from their manifests, not from the configuration."""
+
+    ingest: Artifact
+    featurize: Artifact
+    graph: Artifact
+    hgnn: Artifact | None
+    two_tower: Artifact | None
+    config: Config
+
+    @cached_property
+    def snapshots(self) -> list[Snapshot]:
+        return snapshots_of(self.graph.counts)
+
+    @cached_property
+    def graph_config(self) -> GraphConfig:
+        return GraphConfig.model_validate(self.graph.manifest["config"]["graph"])
+
+    @cached_property
+    def shards(self) -> list[Path]:
+        return sorted((self.ingest.path / "interactions").glob("shard-*.parquet"))
+
+    @cached_property
+    def positives(self) -> list[int]:
+        """Codes of the positive events."""
+        events = EventsConfig.model_validate(self.ingest.manifest["config"]["events"])
+        return self.codes(events.positives)
+
+    def codes(self, names: Sequence[str]) -> list[int]:
+        return [code for code, name in enumerate(self.ingest.counts["events"]) if name in names]
+
+    @property
+    def rules(self) -> HistoryRules:
+        made = self.two_tower.manifest["config"]["two_tower"]["history"] if self.two_tower else None
+        length = made or self.config.two_tower.history
+        return HistoryRules(length, self.graph_config.window_days, self.graph_config.features_as_of)
+
+
+class Words:
+    """Ids and times as a sentence has them."""
+
+    def __init__(self, ingest: Artifact) -> None:
+        self._folder, self._events = ingest.path, ingest.counts["events"]
+        self._logical = is_leave_one_out(ingest.counts)
+
+    def item(self, gid: SupportsInt) -> str:
+        return f'item "{pq.read_table(self._folder / "items.parquet", columns=["item_id"])["item_id"][int(gid)]}"'
+
+    def user(self, uid: SupportsInt) -> str:
+        return f'user "{pq.read_table(self._folder / "users.parquet", columns=["user_id"])["user_id"][int(uid)]}"'
+
+    def event(self, code: SupportsInt) -> str:
+        return str(self._events[int(code)])
+
+    def time(self, moment: SupportsInt) -> str:
+        return f"logical time {int(moment)}" if self._logical else utc(int(moment))
