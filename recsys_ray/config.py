@@ -29,7 +29,14 @@ def _as_utc(value: datetime | None) -> datetime | None:
     return value
 
 
-Moment = Annotated[datetime | None, AfterValidator(_as_utc)]
+def _no_short_number(value: Any) -> Any:
+    """A year or 20240131 would be read as unix seconds, of 1970."""
+    if isinstance(value, str | int) and str(value).strip().isdecimal() and len(str(value).strip()) < 9:
+        raise ValueError("write a date as 2024-01-31")
+    return value
+
+
+Moment = Annotated[datetime | None, BeforeValidator(_no_short_number), AfterValidator(_as_utc)]
 
 
 BASELINES = (
@@ -69,6 +76,9 @@ class DataConfig(Section):
     oracle: str | None = Field(None, description="the demo world's own best rankings; evaluation reports shares of it")
     now: Moment = Field(None, description="rows later than this moment are from the future; default: the clock")
     max_bad_share: Share = Field(0.05, description="stop when a larger share of a table's rows is quarantined")
+    leave_out: list[str] = Field(
+        [], description="kinds of bad rows to leave out however many they are, as ingest names them: [unknown item]"
+    )
     shards: Positive = Field(8, description="user shards that interactions are split into; raise it with the data")
     item_types: list[str] | None = Field(
         None, min_length=1, description="only items of these types and their interactions; default: all"
@@ -309,6 +319,21 @@ class Config(Section):
             raise ValueError(f"{protocol}: data.oracle ranks for the test period of the time split; set it to null")
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which a scalar is text or null. The fields know their types: ``positives: [3, on]`` names two events, and
+    a folder may be called 2024-06-01."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if tag.endswith((":null", ":merge"))]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def _read_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)
+
+
 def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read a YAML preset, apply dotted overrides (``["hgnn.epochs=3"]``), validate.
 
@@ -318,7 +343,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str
     tree: dict[str, Any] = {}
     if path is not None:
         try:
-            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            loaded = _read_yaml(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
         except yaml.YAMLError as error:
@@ -350,22 +375,40 @@ def changed(config: Config, overrides: Sequence[str]) -> Config:
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
-    """Set ``a.b=value`` in ``tree``; the value is read as YAML, so lists, null and numbers work."""
+    """Set ``a.b=value`` in ``tree``. A text field takes the value as it is; others read it as YAML, so that lists, null
+    and numbers work."""
     name, separator, text = override.partition("=")
     if not separator or not name.strip():
         raise ConfigError(f"--set takes NAME=VALUE, for example hgnn.hidden_dim=64, not {override!r}")
+    *parents, leaf = name.strip().split(".")
     try:
-        value = yaml.safe_load(text) if text else None
+        value = _as_text(text) if _annotation([*parents, leaf]) in (str, str | None) else _read_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override}: the value is not valid YAML") from error
     node = tree
-    *parents, leaf = name.strip().split(".")
     for parent in parents:
         child = node.get(parent)
         if not isinstance(child, dict):
             child = node[parent] = {}
         node = child
     node[leaf] = value
+
+
+def _as_text(text: str) -> str | None:
+    """The text itself, without the quotes around it; nothing and ``null`` are None."""
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        return text[1:-1]
+    return None if text in ("", "null", "~") else text
+
+
+def _annotation(names: Sequence[str]) -> Any:
+    """The type of a field of the tree; None where there is no such field."""
+    model: Any = Config
+    for name in names:
+        if not (isinstance(model, type) and issubclass(model, BaseModel) and name in model.model_fields):
+            return None
+        model = model.model_fields[name].annotation
+    return model
 
 
 def field_names(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 NAME = "recsys-ray"
 _LOG = logging.getLogger("ray.serve")
+_STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 class RecommendationService:
@@ -147,8 +148,13 @@ def serving(
         _check_port(host, port)
         _prefer_haproxy()
     ray_config = RayConfig(address=address, num_cpus=max(granted_cpus(), most), object_store_mb=256)
+    handlers = {number: signal.getsignal(number) for number in _STOPS}
     with ray_session(ray_config):
         from ray import serve
+
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():  # Ray has put its own in their place, which aborts at SIGTERM
+                signal.signal(number, handler)
 
         arguments = {"bundle": folder, "examples": examples, **vars(scaling)}
         try:
@@ -183,7 +189,7 @@ def serve_forever(
     del probe
     progress.say(f"Starting Ray Serve with bundle {version} ...")
     stop = threading.Event()
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in _STOPS}
     try:
         with serving(bundle, host, port, scaling, address, examples) as url:
             body = json.dumps({"user_id": user, "k": 10}, ensure_ascii=False).replace("'", "'\\''")

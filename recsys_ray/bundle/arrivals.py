@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from recsys_ray.config import Config
+from recsys_ray.config import Config, DataConfig
 from recsys_ray.core.errors import DataError
 from recsys_ray.core.progress import Progress
 from recsys_ray.data.reading import Batch, find_source, read_batches
@@ -28,7 +28,7 @@ from recsys_ray.data.validate import (
     check_interactions,
     check_items,
     judge_rows,
-    split_duplicates,
+    newest_of_each,
 )
 from recsys_ray.graph.pairs import Counted, PairCounter, Window, allowed_relations, keep_best, latest_items, merge
 from recsys_ray.serving.catalogue import read_table
@@ -81,8 +81,8 @@ def with_arrivals(known: Known, new: Arrivals) -> npt.NDArray[np.int16]:
 class Reader:
     """Reads tables, keeps what ingest would keep, and says what became of the rest."""
 
-    def __init__(self, quarantine: Path, max_bad_share: float, progress: Progress) -> None:
-        self._folder, self._limit, self._progress = quarantine, max_bad_share, progress
+    def __init__(self, quarantine: Path, rules: DataConfig, progress: Progress) -> None:
+        self._folder, self._rules, self._progress = quarantine, rules, progress
 
     def items(self, path: Path) -> pa.Table:
         """Checked rows with distinct ids, ascending by id.
@@ -91,11 +91,11 @@ class Reader:
             DataError: the table cannot be read, or too many rows are bad.
         """
         table, tally, bad, files = self._read("items", path, check_items)
-        table, again = split_duplicates(table, files)
-        if len(again):
-            tally.kept -= len(again)
-            tally.kinds["duplicate item_id"] = [len(again), again["reason"][0].as_py()]
-        self._settle("items", tally, [*bad, again])
+        table, other, tally.repeated = newest_of_each(table, files)
+        tally.kept -= tally.repeated + len(other)
+        if len(other):
+            tally.kinds["item_id of two types"] = [len(other), other["reason"][0].as_py()]
+        self._settle("items", tally, [*bad, other])
         return table.sort_by("item_id")
 
     def interactions(self, path: Path, catalogue: Catalogue, rules: EventRules) -> pa.Table:
@@ -130,8 +130,10 @@ class Reader:
         if rows:
             self._folder.mkdir(parents=True, exist_ok=True)
             pq.write_table(pa.concat_tables(bad), self._folder / f"{name}.parquet")
-        counts = {"read": tally.rows, "kept": tally.kept, "quarantined": rows, "ignored": tally.ignored}
-        self._progress.say(judge_rows(name, counts, tally.kinds, self._limit, self._folder))
+        counts = {"read": tally.rows, "kept": tally.kept, "quarantined": rows}
+        counts |= {"ignored": tally.ignored, "repeated": tally.repeated}
+        for line in judge_rows(name, counts, tally.kinds, tally.dropped, tally.taken, self._rules, self._folder):
+            self._progress.say(line)
 
 
 def number_arrivals(items: pa.Table, known: Known, replace: bool, new_types: bool) -> Arrivals:

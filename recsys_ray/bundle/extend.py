@@ -143,7 +143,7 @@ class _Extension:
     def run(self, items: Path, interactions: Path | None, replace: bool) -> dict[str, Any]:
         """Write all files; returns what differs in the manifest's counts."""
         counts = self.source.counts
-        reader = Reader(self.work / "quarantine", self.config.data.max_bad_share, self.progress)
+        reader = Reader(self.work / "quarantine", self.config.data, self.progress)
         known = Known.read(self.source.path, counts["item_types"])
         new = number_arrivals(reader.items(items), known, replace, self.hgnn.weights_by == "kinship")
         for name in new.types[len(known.types) :]:

@@ -26,7 +26,8 @@ from recsys_ray.data.reading import Source, find_source, replace_aside, run_task
 from recsys_ray.data.schema import nearest
 from recsys_ray.data.shuffle import Job, Tally, merge_kinds
 from recsys_ray.data.split import END, TEST_FROM, VALID_FROM, plan_split
-from recsys_ray.data.validate import EventRules, judge_rows, split_duplicates, utc
+from recsys_ray.data.understood import describe
+from recsys_ray.data.validate import EventRules, check_leave_out, judge_rows, newest_of_each, utc
 from recsys_ray.storage.artifacts import SCRATCH, write_json
 
 _BIG_SHARD = 8_000_000  # rows that one reduce task sorts in about 2 GB
@@ -39,6 +40,7 @@ def ingest(config: Config, out: Path, progress: Progress) -> dict[str, Any]:
     Raises:
         DataError: a table cannot be read, has too many bad rows or none left, or the time split leaves a period empty.
     """
+    check_leave_out(config.data.leave_out)
     scratch = out / SCRATCH
     scratch.mkdir(parents=True, exist_ok=True)
     (out / "quarantine").mkdir(exist_ok=True)
@@ -50,6 +52,8 @@ def ingest(config: Config, out: Path, progress: Progress) -> dict[str, Any]:
     counts["rows"] = {name: tally["rows"] for name, tally in run.tallies.items()}
     counts["quarantined"] = {name: tally["quarantined"] for name, tally in run.tallies.items()}
     counts["extra_columns"] = {name: source.extra for name, source in sources.items() if source.extra}
+    for line in describe(counts, run.census):
+        progress.say(f"  {line}")
     progress.say(f"  {_describe_split(counts)}")
     return counts
 
@@ -107,6 +111,7 @@ class _Run:
         self.config, self.out, self.progress, self.sources = config, out, progress, sources
         self.scratch = out / SCRATCH
         self.tallies: dict[str, dict[str, Any]] = {}
+        self.census: dict[str, Any] = {}
         for name, source in sources.items():
             if source.extra:
                 progress.say(f"  {name}: columns that nothing reads: {', '.join(source.extra)}")
@@ -136,11 +141,14 @@ class _Run:
             piece.append_column("file", pa.array(np.full(len(piece), f.file_index, dtype=np.int32)))
             for piece, f in zip(pieces, job.fragments, strict=True)
         )
-        table, extra = _first_of_each(job, table)
+        table, extra = _newest_of_each(job, table)
         table, others = self._wanted(table)
         self.settle("items", [*results, extra, others])
         table, counts = _number(table)
         _write(table, self.out / "items.parquet", self.scratch)
+        published = table["published_at"].drop_null().to_numpy()
+        self.census["published"] = [int(published.min()), int(published.max())] if len(published) else None
+        self.census["published_at_0"] = int(((published >= 0) & (published < DAY)).sum())
         counts["untitled"] = sum(result["untitled"] for result in results)
         if counts["untitled"]:
             self.progress.say(f"  items: {counts['untitled']:,} have no title; they are kept with an empty one")
@@ -171,6 +179,11 @@ class _Run:
         people = self.reduce("number users", functools.partial(shuffle.reduce_users, job, users_job, taste), None)
         if users_job:
             self.settle("users", [*users_mapped, *({**p, "rows": 0} for p in people)])
+        names = ("listed", "active")
+        self.census |= {name: sum(result[name] for result in people) for name in names}
+        self.census["examples"] = {
+            name: next((r["examples"][name] for r in people if r["examples"][name]), None) for name in names
+        }
         sizes = [result["rows"] for result in people]
         offsets = [0, *np.cumsum(sizes).tolist()]
         self._write_users()
@@ -178,7 +191,14 @@ class _Run:
         protocol = self.config.split.protocol
         events = functools.partial(shuffle.reduce_events, job, offsets, list(rules.names), positives, protocol)
         reduced = self.reduce("sort interactions", events, kept)
-        self.settle("interactions", [*mapped, *({**r, "rows": 0, "kept": -_total(r["kinds"])} for r in reduced)])
+        self.settle("interactions", [*mapped, *({**r, "rows": 0} for r in reduced)])
+        self.census |= {
+            "events": sum(result["events"] for result in reduced),
+            "first": min(result["first"] for result in reduced if result["first"] is not None),
+            "all_days": sorted({day for result in reduced for day in result["all_days"]}),
+            "of_1970": sum(result["of_1970"] for result in reduced),
+            "largest": max((result["largest"] for result in reduced), key=lambda found: found[0]),
+        }
         countries = sorted({country for result in people for country in result["countries"]})
         counts |= {"events": list(rules.names), "users": offsets[-1], "taste": taste, "countries": countries}
         counts |= self._split(reduced)
@@ -244,28 +264,35 @@ class _Run:
     def settle(self, table: str, results: Sequence[Mapping[str, Any]], quiet: bool = False) -> None:
         """Add up a table's rows, say what went to quarantine, stop where too much did."""
         kinds: dict[str, list[Any]] = {}
+        dropped: dict[str, list[Any]] = {}
+        taken: dict[str, int] = {}
         for result in results:
             merge_kinds(kinds, result["kinds"])
+            merge_kinds(dropped, result["dropped"])
+            for what, count in result["taken"].items():
+                taken[what] = taken.get(what, 0) + count
         rows = {name: sum(result[key] for result in results) for name, key in (("read", "rows"), ("kept", "kept"))}
-        rows |= {"quarantined": _total(kinds), "ignored": sum(result["ignored"] for result in results)}
+        rows |= {"quarantined": _total(kinds)}
+        rows |= {name: sum(result[name] for result in results) for name in ("ignored", "repeated")}
         by_reason = {kind: count for kind, (count, _) in sorted(kinds.items())}
         self.tallies[table] = {"rows": rows, "quarantined": by_reason}
-        said = judge_rows(table, rows, kinds, self.config.data.max_bad_share, self.out / "quarantine")
+        said = judge_rows(table, rows, kinds, dropped, taken, self.config.data, self.out / "quarantine")
         if not quiet:
-            self.progress.say(said)
+            for line in said:
+                self.progress.say(line)
 
 
 def _total(kinds: Mapping[str, Sequence[Any]]) -> int:
     return sum(count for count, _ in kinds.values())
 
 
-def _first_of_each(job: Job, table: pa.Table) -> tuple[pa.Table, dict[str, Any]]:
-    """The first row of each item_id in order of (file, row); the others go to quarantine."""
-    kept, bad = split_duplicates(table, job.file_names())
-    tally = Tally(kept=-len(bad))
+def _newest_of_each(job: Job, table: pa.Table) -> tuple[pa.Table, dict[str, Any]]:
+    """The last row of each item_id in order of (file, row), and what became of the others."""
+    kept, bad, repeated = newest_of_each(table, job.file_names())
+    tally = Tally(kept=-len(bad) - repeated, repeated=repeated)
     if len(bad):
-        shuffle.write_quarantine(job, "items-duplicates", [bad])
-        tally.kinds = {"duplicate item_id": [len(bad), bad["reason"][0].as_py()]}
+        shuffle.write_quarantine(job, "items-of-two-types", [bad])
+        tally.kinds = {"item_id of two types": [len(bad), bad["reason"][0].as_py()]}
     return kept, vars(tally)
 
 

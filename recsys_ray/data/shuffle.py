@@ -24,12 +24,10 @@ from recsys_ray.data.validate import (
     Catalogue,
     Checked,
     EventRules,
-    as_records,
     check_interactions,
     check_items,
     check_users,
-    count_kinds,
-    quarantine_table,
+    last_of_each,
 )
 
 EVENTS = pa.schema([("uid", pa.int64()), ("gid", pa.int32()), ("event", pa.int8()), ("timestamp", pa.int64())])
@@ -59,8 +57,11 @@ class Tally:
     rows: int = 0
     kept: int = 0
     ignored: int = 0
+    repeated: int = 0
     untitled: int = 0
     kinds: dict[str, list[Any]] = field(default_factory=dict)
+    dropped: dict[str, list[Any]] = field(default_factory=dict)
+    taken: dict[str, int] = field(default_factory=dict)
     lengths: dict[str, dict[str, int]] = field(default_factory=dict)
     parts: list[str] = field(default_factory=list)
 
@@ -70,6 +71,9 @@ class Tally:
         self.ignored += checked.ignored
         self.untitled += checked.untitled
         merge_kinds(self.kinds, checked.kinds)
+        merge_kinds(self.dropped, checked.dropped)
+        for what, count in checked.taken.items():
+            self.taken[what] = self.taken.get(what, 0) + count
         for name, lengths in checked.lengths.items():
             mine = self.lengths.setdefault(name, {})
             for length, count in lengths.items():
@@ -184,7 +188,8 @@ def _read_shard(job: Job, folder: str, shard: int, columns: Sequence[str] | None
 def reduce_users(events: Job, users: Job | None, taste: dict[str, int], shard: int) -> dict[str, Any]:
     """All users of a shard, sorted by id, to ``scratch/people``: those of the users table and those with an event.
 
-    ``taste``: the length that each taste vector must have; another length is a quarantined row.
+    ``taste``: the length that each taste vector must have; one of another length is left out. ``listed`` and
+    ``active`` of the result: users of the users table, and how many of them have an event.
     """
     ids = [pa.array([], pa.string())]
     seen = _read_shard(events, "interactions", shard, ["user_id"])
@@ -192,8 +197,7 @@ def reduce_users(events: Job, users: Job | None, taste: dict[str, int], shard: i
         ids.append(pc.unique(seen["user_id"]))
     tally, known = Tally(), _read_shard(users, "users", shard) if users else None
     if users and known is not None:
-        known, bad = _known_users(users, known, taste, tally)
-        write_quarantine(users, f"users-shard-{shard:05d}", [bad])
+        known = _known_users(users, known, taste, tally)
         ids.append(known["user_id"].combine_chunks())
     everyone = pc.unique(pa.concat_arrays(ids))
     everyone = everyone.take(pc.sort_indices(everyone))
@@ -208,46 +212,28 @@ def reduce_users(events: Job, users: Job | None, taste: dict[str, int], shard: i
         columns[name] = pa.nulls(len(everyone), kind) if found is None else found
     _write_parquet(pa.table(columns), events.scratch / "people" / f"{shard:05d}.parquet", events.scratch)
     countries = sorted(pc.unique(columns["country"]).drop_null().to_pylist())
-    return {**vars(tally), "rows": len(everyone), "countries": countries}
+    listed, active = (pa.array([], pa.string()) if t is None else t["user_id"].unique() for t in (known, seen))
+    both = pc.sum(pc.is_in(listed, value_set=active)).as_py() or 0
+    examples = {name: ids[0].as_py() if len(ids) else None for name, ids in (("listed", listed), ("active", active))}
+    found = {"countries": countries, "listed": len(listed), "active": both, "examples": examples}
+    return {**vars(tally), "rows": len(everyone), **found}
 
 
-def _known_users(job: Job, known: pa.Table, taste: dict[str, int], tally: Tally) -> tuple[pa.Table, pa.Table]:
-    """Rows of the users table that stay, and those in quarantine: a vector of another length, an id seen before."""
-    reasons: dict[int, tuple[str, str]] = {}
+def _known_users(job: Job, known: pa.Table, taste: dict[str, int], tally: Tally) -> pa.Table:
+    """The last row of each user, without vectors of another length than most."""
+    files, rows, names = known["file"].to_numpy(), known["row"].to_numpy(), job.file_names()
     for name, length in taste.items():
         lengths = pc.list_value_length(known[name]).fill_null(length).to_numpy()
-        for i in np.flatnonzero(lengths != length).tolist():
-            sentence = f"{name} has {lengths[i]} numbers, most users' have {length}"
-            reasons.setdefault(i, (f"{name} of wrong length", sentence))
-    codes = known["user_id"].combine_chunks().dictionary_encode().indices.to_numpy()
-    names = job.file_names()
-    first_of: dict[int, int] = {}
-    files, rows = known["file"].to_numpy(), known["row"].to_numpy()
-    for i, code in enumerate(codes.tolist()):
-        if i in reasons:
-            continue
-        first = first_of.setdefault(code, i)
-        if first != i:
-            at = f"row {rows[first]} of {names[int(files[first])]}"
-            reasons[i] = ("duplicate user_id", f"user_id is that of {at}, which was kept")
-    return _part(known, reasons, "users", names, tally)
-
-
-def _part(
-    table: pa.Table, reasons: dict[int, tuple[str, str]], name: str, files: dict[int, str], tally: Tally
-) -> tuple[pa.Table, pa.Table]:
-    """Divide rows by position into those that stay and a quarantine table."""
-    at = np.array(sorted(reasons), dtype=np.int64)
-    rejected = table.take(pa.array(at))
-    found = [reasons[i] for i in at.tolist()]
-    merge_kinds(tally.kinds, count_kinds(found))
-    tally.kept -= len(at)
-    keep = np.ones(len(table), dtype=bool)
-    keep[at] = False
-    paths = [files[i] for i in rejected["file"].to_pylist()]
-    records = as_records(rejected.drop_columns(["file", "row"]))
-    bad = quarantine_table(paths, rejected["row"].to_pylist(), name, [sentence for _, sentence in found], records)
-    return table.filter(pa.array(keep)), bad
+        if len(at := np.flatnonzero(lengths != length)):
+            where = f"row {rows[at[0]]} of {names[int(files[at[0]])]}"
+            sentence = f"{where}: {name} has {lengths[at[0]]} numbers, most users' have {length}"
+            tally.dropped[f"{name} of wrong length"] = [len(at), sentence]
+            places = pa.array(np.arange(len(known)), mask=lengths != length)
+            known = known.set_column(known.schema.get_field_index(name), name, known[name].take(places))
+    last = np.unique(last_of_each(known["user_id"].combine_chunks().dictionary_encode().indices.to_numpy()))
+    tally.repeated = len(known) - len(last)
+    tally.kept = -tally.repeated
+    return known.take(pa.array(last))
 
 
 def reduce_events(
@@ -262,7 +248,8 @@ def reduce_events(
     tally, table = Tally(), _read_shard(job, "interactions", shard)
     if table is None or not len(table):
         _write_parquet(EVENTS.empty_table(), target, job.scratch)
-        return {**vars(tally), "days": [], "last": None, "positive": None, "held_out": 0}
+        nothing = {"days": [], "last": None, "positive": None, "held_out": 0, "largest": [0, ""], "all_days": []}
+        return {**vars(tally), **nothing, "first": None, "of_1970": 0, "events": 0}
     users = pq.read_table(job.scratch / "people" / f"{shard:05d}.parquet", columns=["user_id"], use_threads=False)
     local = pc.index_in(table["user_id"], value_set=users["user_id"].combine_chunks())
     table = table.append_column("uid", pc.add(local.cast(pa.int64()), offsets[shard]))
@@ -274,11 +261,10 @@ def reduce_events(
         column = table[key].to_numpy()
         same[1:] &= column[1:] == column[:-1]
     if same.any():
-        bad = _duplicates(job, table, same, names, tally)
-        write_quarantine(job, f"interactions-shard-{shard:05d}", [bad])
+        tally.repeated, tally.kept = int(same.sum()), -int(same.sum())
         table = table.filter(pa.array(~same))
     codes = [names.index(name) for name in positives]
-    found = {**vars(tally), "rows": len(table), **_history(table, codes), "held_out": 0}
+    found = {**vars(tally), "rows": len(table), **_history(table, codes), **_census(table), "held_out": 0}
     table, schema = table.select([*EVENTS.names, "file", "row"]), EVENTS
     if protocol == "leave_one_out":
         table = _in_own_order(table, codes)
@@ -298,31 +284,20 @@ def _in_own_order(table: pa.Table, positives: Sequence[int]) -> pa.Table:
     return table.set_column(table.schema.get_field_index("timestamp"), "timestamp", pa.array(times))
 
 
-def _duplicates(job: Job, table: pa.Table, same: np.ndarray, names: Sequence[str], tally: Tally) -> pa.Table:
-    """Quarantine for the later rows of each run of equal ones."""
-    files, rows = table["file"].to_numpy(), table["row"].to_numpy()
-    at = np.flatnonzero(same)
-    first = np.maximum.accumulate(np.where(same, 0, np.arange(len(table))))[at]
-    paths = job.file_names()
-    sentences = [
-        f"user_id, item_id, event and timestamp are those of row {rows[i]} of {paths[int(files[i])]}" for i in first
-    ]
-    rejected = table.take(pa.array(at))
-    items = pq.read_table(job.out / "items.parquet", columns=["item_id"], use_threads=False)["item_id"]
-    records = as_records(
-        pa.table(
-            {
-                "user_id": rejected["user_id"],
-                "item_id": items.take(rejected["gid"]),
-                "event": pa.array(names).take(rejected["event"]),
-                "timestamp": rejected["timestamp"],
-            }
-        )
-    )
-    merge_kinds(tally.kinds, count_kinds([("duplicate", sentence) for sentence in sentences]))
-    return quarantine_table(
-        [paths[i] for i in files[at].tolist()], rows[at].tolist(), "interactions", sentences, records
-    )
+def _census(table: pa.Table) -> dict[str, Any]:
+    """What a reader wants to know of a shard's events: their number and the first moment, the unix days that have any,
+    how many are of 1970, and the user with the most. ``table`` is sorted by uid."""
+    moments, uid = table["timestamp"].to_numpy(), table["uid"].to_numpy()
+    begin = np.flatnonzero(np.r_[True, uid[1:] != uid[:-1]])
+    sizes = np.diff(np.r_[begin, len(uid)])
+    most = begin[sizes.argmax()]
+    return {
+        "events": len(table),
+        "first": int(moments.min()),
+        "all_days": np.unique(moments // DAY).tolist(),
+        "of_1970": int((moments < 365 * DAY).sum()),
+        "largest": [int(sizes.max()), table["user_id"][int(most)].as_py()],
+    }
 
 
 def _history(table: pa.Table, positives: Sequence[int]) -> dict[str, Any]:

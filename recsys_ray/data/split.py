@@ -19,6 +19,7 @@ from recsys_ray.data.validate import utc
 VALID_FROM, TEST_FROM, END = 0, 1, 2  # logical times
 _DAYS = 14  # of validation and of the test, unless they hold too little or too much
 _ENOUGH, _LEAST, _MOST = 1_000, 0.03, 0.1  # days of users in either: a number, and shares of all
+_PERIODS = 3  # training, validation and test: days are too long to divide fewer of them
 _HELD_OUT = 3  # a user with fewer new items has none to spare
 
 
@@ -73,6 +74,12 @@ def plan_split(
     Raises:
         DataError: training, validation or test would be empty; the message gives the data's range.
     """
+    if positive[0] == positive[1]:
+        raise DataError(
+            f"all positive events ({', '.join(positives)}) are of one moment, {utc(positive[0])} (UTC), so there is no "
+            "before and after to split by; give the interactions their times, or set split.protocol=leave_one_out, "
+            "which goes by the order of a user's rows where times are equal"
+        )
     after = (last // DAY + 1) * DAY
     test, valid = (int(moment.timestamp()) if moment else None for moment in (config.test_from, config.valid_from))
     if test is None:
@@ -83,11 +90,11 @@ def plan_split(
         f"validation is from {utc(valid)}, test from {utc(test)}, and the positive events ({', '.join(positives)}) run "
         f"from {utc(positive[0])} to {utc(positive[1])} (UTC)"
     )
-    change = (
-        "set split.valid_from and split.test_from inside that range"
-        if config.test_from or config.valid_from
-        else "set split.test_days and split.valid_days smaller, or split.valid_from and split.test_from to dates"
-    )
+    if config.test_from or config.valid_from or len(days) < _PERIODS:
+        change = "set split.valid_from and split.test_from to moments inside that range"
+    else:
+        change = "set split.test_days and split.valid_days smaller, or split.valid_from and split.test_from to dates"
+    change += ", or split.protocol=leave_one_out, which needs no dates"
     if valid >= test:
         raise DataError(f"the validation period is empty: {span}; {change}")
     empty = {
