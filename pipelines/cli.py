@@ -174,6 +174,26 @@ def report(
     Progress().say(f"report: {draw_report(_config(config, overrides), out)}")
 
 
+@app.command(rich_help_panel="Start here")
+def results(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs, e.g. `runs/demo`.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The Markdown page to write.")] = Path("docs/results.md"),
+) -> None:
+    """Show finished runs' results, and write them into a page with protocol, version, commit and command of each.
+
+    In a page that exists only the part between its two marks is replaced.
+    """
+    from recsys_ray.report.collect import code, protocol, read_results, write_page
+    from recsys_ray.report.terminal import print_results
+
+    console, found = Console(highlight=False), [read_results(run) for run in runs]
+    for run in found:
+        console.print(f"\n{run.name}: {protocol(run.data)}; {code(run.made_by)}", markup=False, soft_wrap=True)
+        print_results(run.metrics, run.differences, console)
+    write_page(out, found)
+    Progress().say(f"results: {out}")
+
+
 @app.command(rich_help_panel="Measure and tune")
 def study(
     name: Annotated[str, typer.Argument(help=", ".join(f"**{name}**" for name in NAMES))],

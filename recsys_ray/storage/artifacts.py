@@ -13,8 +13,10 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -248,7 +250,8 @@ def software() -> dict[str, str]:
 
 @cache
 def made_by() -> dict[str, str | None]:
-    """The package's version, and the commit where this is a checkout ("-dirty" where its files were changed)."""
+    """The package's version, the commit where this is a checkout ("-dirty" where its files were changed), and the
+    command line of this process."""
     root = Path(__file__).resolve().parents[2]
     told = None
     if (root / ".git").exists():
@@ -259,7 +262,8 @@ def made_by() -> dict[str, str | None]:
         version: str | None = importlib.metadata.version("recsys-ray")
     except importlib.metadata.PackageNotFoundError:
         version = None
-    return {"version": version, "commit": told}
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return {"version": version, "commit": told, "command": command}
 
 
 def _plain(value: Any) -> Any:

@@ -36,7 +36,7 @@ def make(tmp_path, value=1.0, print_="f" * 64):
 
 def test_published_folder_is_whole_and_without_scratch(tmp_path):
     artifact = make(tmp_path)
-    assert artifact.counts["rows"] == 3 and artifact.manifest["made_by"].keys() == {"version", "commit"}
+    assert artifact.counts["rows"] == 3 and artifact.manifest["made_by"].keys() == {"version", "commit", "command"}
     assert not (artifact.path / SCRATCH).exists()
     assert not list(tmp_path.glob(".stage.*"))
     assert open_artifact(artifact.path, verify=True).fingerprint == "f" * 64
