@@ -64,7 +64,6 @@ def ray_session(config: RayConfig) -> Iterator[int]:
         yield cpus
         return
     if config.address == "local":
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what fails is raised all the same
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a throw-away Ray that listens on this machine alone
         ray.init(
             "local",
