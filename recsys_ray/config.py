@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -382,7 +382,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set takes NAME=VALUE, for example hgnn.hidden_dim=64, not {override!r}")
     *parents, leaf = name.strip().split(".")
     try:
-        value = _as_text(text) if _annotation([*parents, leaf]) in (str, str | None) else _read_yaml(text)
+        value = _as_text(text) if _is_text([*parents, leaf], text) else _read_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override}: the value is not valid YAML") from error
     node = tree
@@ -401,14 +401,17 @@ def _as_text(text: str) -> str | None:
     return None if text in ("", "null", "~") else text
 
 
-def _annotation(names: Sequence[str]) -> Any:
-    """The type of a field of the tree; None where there is no such field."""
-    model: Any = Config
+def _is_text(names: Sequence[str], text: str) -> bool:
+    """Whether the field with these names takes ``text`` as it is; one that may be a list, too, unless it is in
+    brackets."""
+    kind: Any = Config
     for name in names:
-        if not (isinstance(model, type) and issubclass(model, BaseModel) and name in model.model_fields):
-            return None
-        model = model.model_fields[name].annotation
-    return model
+        if not (isinstance(kind, type) and issubclass(kind, BaseModel) and name in kind.model_fields):
+            return False
+        kind = kind.model_fields[name].annotation
+    kinds = {get_origin(each) or each for each in get_args(kind) or (kind,)}
+    listed = list in kinds and text.lstrip().startswith("[")
+    return get_origin(kind) is not list and str in kinds and not listed
 
 
 def field_names(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:

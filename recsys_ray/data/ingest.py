@@ -236,10 +236,11 @@ class _Run:
     def _split(self, reduced: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         events: dict[int, int] = {}
         users: dict[int, int] = {}
+        arrived: dict[int, int] = {}
         for result in reduced:
-            for day, count, active in result["days"]:
-                events[day] = events.get(day, 0) + count
-                users[day] = users.get(day, 0) + active
+            for day, *numbers in result["days"]:
+                for counted, number in zip((events, users, arrived), numbers, strict=True):
+                    counted[day] = counted.get(day, 0) + number
         moments = [result["positive"] for result in reduced if result["positive"]]
         last = max(result["last"] for result in reduced if result["last"] is not None)
         positives = self.config.events.positives
@@ -255,9 +256,11 @@ class _Run:
                     f"leave-one-out needs users with three items of a positive event ({', '.join(positives)}), and "
                     "there is none; set split.protocol=time, or check events.positives"
                 )
+            _check_users(sum(arrived.values()), positives)
             return {**facts, "valid_from": VALID_FROM, "test_from": TEST_FROM, "end": END, "held_out": held_out}
         visits = sorted(users.items())
         valid, test = plan_split(self.config.split, visits, first_and_last, last, positives)
+        _check_users(sum(number for day, number in arrived.items() if day * DAY < valid), positives)
         by_period = {name: sum(n for _, n in part) for name, part in _periods(visits, valid, test).items()}
         return {**facts, "valid_from": valid, "test_from": test, "end": last + 1, "user_days": by_period}
 
@@ -280,6 +283,14 @@ class _Run:
         if not quiet:
             for line in said:
                 self.progress.say(line)
+
+
+def _check_users(training: int, positives: Sequence[str]) -> None:
+    if training < 2:
+        raise DataError(
+            f"the positive events ({', '.join(positives)}) of the training period are all of one user; what somebody "
+            "likes is learned from what others like, so bring the events of more users, or check user_id"
+        )
 
 
 def _total(kinds: Mapping[str, Sequence[Any]]) -> int:

@@ -301,7 +301,8 @@ def _census(table: pa.Table) -> dict[str, Any]:
 
 
 def _history(table: pa.Table, positives: Sequence[int]) -> dict[str, Any]:
-    """By unix day: positive events, and users who have one; the first and last moment of these, and the last of all.
+    """By unix day: positive events, users who have one, and users who have their first one; the first and last moment
+    of these, and the last of all.
 
     ``table`` is sorted by (uid, timestamp).
     """
@@ -313,8 +314,10 @@ def _history(table: pa.Table, positives: Sequence[int]) -> dict[str, Any]:
     first = np.ones(len(day), dtype=bool)  # of a user on a day
     first[1:] = (day[1:] != day[:-1]) | (uid[1:] != uid[:-1])
     users = np.bincount(np.searchsorted(days, day[first]), minlength=len(days))
+    new = np.r_[True, uid[1:] != uid[:-1]][: len(uid)]
+    arrived = np.bincount(np.searchsorted(days, day[new]), minlength=len(days))
     return {
-        "days": np.stack([days, counts, users], axis=1).tolist(),
+        "days": np.stack([days, counts, users, arrived], axis=1).tolist(),
         "last": int(moments.max()),
         "positive": [int(wanted.min()), int(wanted.max())] if len(wanted) else None,
     }

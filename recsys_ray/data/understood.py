@@ -57,6 +57,8 @@ def _doubts(counts: Mapping[str, Any], census: Mapping[str, Any]) -> Iterator[st
             f'interactions like "{examples["active"]}": write them alike, or age, country and tastes are of no use'
         )
     most, who = census["largest"]
+    if most == 1:
+        yield "no user has two events, so no two items have a user in common; is user_id that of a visit?"
     share = most / max(census["events"], 1)
     if share > _LARGE_SHARE and share > _LARGE_MULTIPLE / max(counts["users"], 1):
         yield (

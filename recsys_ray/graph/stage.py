@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from recsys_ray.config import Config
 from recsys_ray.core.errors import DataError
 from recsys_ray.core.progress import Progress
-from recsys_ray.core.snapshots import as_records, plan_snapshots
+from recsys_ray.core.snapshots import as_records, plan_snapshots, training_snapshot
 from recsys_ray.graph.activity import write_activity
 from recsys_ray.graph.dgl.partition import partition_graph
 from recsys_ray.graph.dgl.sampling import GRAPH_JSON
@@ -33,7 +33,7 @@ def build_graph(
         ``partitions``, ``partition_method``, ``nodes_per_partition``.
 
     Raises:
-        DataError: there is nothing to train on, or fewer items than partitions.
+        DataError: there is nothing to train on, no two items share a user, or fewer items than partitions.
     """
     counts = open_artifact(ingest_dir).counts
     ntype = pq.read_table(ingest_dir / "items.parquet", columns=["ntype"]).column("ntype").to_numpy().astype(np.int16)
@@ -42,6 +42,13 @@ def build_graph(
         raise DataError(f"{len(ntype)} items cannot be cut into {parts} partitions; lower graph.partitions")
     snapshots = plan_snapshots(config.graph, counts, config.data_seed)
     edges = build_edges(config, ingest_dir, snapshots, ntype, len(counts["item_types"]), out / "edges", progress)
+    if not edges[training_snapshot(snapshots).name]:
+        names, least = ", ".join(config.events.edges), config.graph.min_support
+        raise DataError(
+            f"the graph has no edges: before the validation period no two items have {least} user(s) in common by an "
+            f"event of events.edges ({names}). Does each user have one event only, or one user_id for each visit? If "
+            "not, look at events.edges, graph.min_support, graph.relations and graph.window_days"
+        )
     write_activity(config, ingest_dir, snapshots, out, progress)
     cut = _partition(config, snapshots, ntype, featurize_dir, out, parts, progress)
     return {

@@ -211,12 +211,12 @@ def test_too_many_bad_rows_stop_the_run(tmp_path: Path) -> None:
 
 
 def test_one_type_and_no_users_table(tmp_path: Path) -> None:
-    rows = [{"user_id": "one", "item_id": n % 3, "event": "stream", "timestamp": NOW - n * DAY} for n in range(60)]
+    rows = [{"user_id": n % 2, "item_id": n % 3, "event": "stream", "timestamp": NOW - n * DAY} for n in range(60)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "e.parquet")
     pq.write_table(pa.table({"item_id": [0, 1, 2], "item_type": ["x"] * 3, "title": ["a"] * 3}), tmp_path / "i.parquet")
     data = DataConfig(items=str(tmp_path / "i.parquet"), interactions=str(tmp_path / "e.parquet"), shards=4)
     counts = run(Config(data=data), tmp_path / "out")
-    assert counts["users"] == 1 and counts["item_types"] == ["x"] and counts["taste"] == {}
+    assert counts["users"] == 2 and counts["item_types"] == ["x"] and counts["taste"] == {}
     assert sum(pq.read_metadata(f).num_rows for f in (tmp_path / "out/interactions").glob("*")) == 60
     late = Config(data=data, split=SplitConfig(test_from=datetime(2030, 1, 1)))
     with pytest.raises(DataError, match=r"(validation|test) period has no positive event"):

@@ -25,9 +25,27 @@ def test_overrides_reach_nested_fields_with_their_types():
     assert config.seed == 7
 
 
+def test_text_is_taken_as_it_is(tmp_path):
+    """What YAML would cut at a blank and #, or read as a date, a number or true."""
+    for folder in ("a #2", "2024-06-01", "12:30", "007", "yes", "a: b", "[x]", "1e3"):
+        assert load_config(None, [f"run_dir={folder}"]).run_dir == folder
+    assert load_config(None, ["run_dir='a b'", 'data.users="u"']).data.users == "u"
+    assert load_config(None, ["data.users=null"]).data.users is load_config(None, ["data.users="]).data.users is None
+    codes = load_config(None, ["events.positives=[3]", "events.edges=[3, on]", "data.item_types=[1.0]"])
+    assert (codes.events.positives, codes.events.edges, codes.data.item_types) == (["3"], ["3", "on"], ["1.0"])
+    (tmp_path / "c.yaml").write_text("run_dir: 2024-06-01\nevents: {positives: [7], edges: [7], weak: [no, ~]}\n")
+    with pytest.raises(ConfigError, match=r"events.weak.1.*None"):
+        load_config(tmp_path / "c.yaml")
+    config = load_config(tmp_path / "c.yaml", ["events.weak=[no]", "hgnn.balanced=no", "hgnn.max_steps=null"])
+    assert (config.run_dir, config.events.positives, config.events.weak) == ("2024-06-01", ["7"], ["no"])
+    assert config.hgnn.balanced is False and config.hgnn.max_steps is None
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
+        ("data.now=2024", "write a date as 2024-01-31"),
+        ("split.test_from=20240131", "write a date as 2024-01-31"),
         ("hgnn.hiden_dim=64", "did you mean 'hgnn.hidden_dim'"),
         ("hidden_dim=64", "did you mean 'hgnn.hidden_dim'"),
         ("hgn.epochs=3", "did you mean 'hgnn'"),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recsys_ray.core.clock import calendar_end, is_leave_one_out
-from recsys_ray.data.split import END, TEST_FROM, VALID_FROM, logical_times
+from recsys_ray.config import SplitConfig
+from recsys_ray.core.clock import DAY, calendar_end, is_leave_one_out
+from recsys_ray.core.errors import DataError
+from recsys_ray.data.split import END, TEST_FROM, VALID_FROM, logical_times, plan_split
 from recsys_ray.evaluation.segments import Catalogue, Events, find_queries
 
 LIKED = {"stream"}
@@ -81,6 +84,14 @@ def test_everyone_with_three_discoveries_is_asked_for_one_item_and_nobody_else_i
         training = mine[mine < VALID_FROM]
         assert (np.diff(mine) >= 0).all()
         assert training.tolist() == list(range(-len(training), 0))
+
+
+def test_events_of_one_moment_cannot_be_split_by_time():
+    with pytest.raises(DataError, match=r"one moment, 2024-01-05 .*split.protocol=leave_one_out"):
+        plan_split(SplitConfig(), [(19_727, 9)], (19_727 * DAY, 19_727 * DAY), 19_727 * DAY, ["stream"])
+    two_days = [(19_727, 9), (19_728, 9)]
+    with pytest.raises(DataError, match=r"split.valid_from and split.test_from to moments inside that range"):
+        plan_split(SplitConfig(), two_days, (19_727 * DAY, 19_728 * DAY), 19_728 * DAY, ["stream"])
 
 
 def test_a_manifest_says_which_protocol_it_is_of():
