@@ -9,9 +9,8 @@ import pytest
 from jaxtyping import install_import_hook
 
 # Before anything imports them: the shapes in these packages' annotations are checked while the tests run.
-install_import_hook(
-    ["recsys_ray.hgnn", "recsys_ray.two_tower", "recsys_ray.scoring", "recsys_ray.evaluation"], "shape_check.check"
-)
+CHECKED = ("hgnn", "two_tower", "evaluation", "scoring", "baselines")
+install_import_hook([f"recsys_ray.{name}" for name in CHECKED], "shape_check.check")
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ from recsys_ray.storage.artifacts import load_arrays, open_artifact, publish, sa
 from recsys_ray.two_tower.examples import HistoryRules, UserEvents, build_queries, training_examples
 from recsys_ray.two_tower.rows import join, take
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_local")]
+pytestmark = pytest.mark.usefixtures("ray_local")
 DAY, NOW = 86_400, 1_700_006_400  # NOW is a midnight
 VALID, TEST = NOW - 20 * DAY, NOW - 10 * DAY
 USERS, PER_TYPE, EVENTS = 80, 30, 1600

@@ -23,8 +23,6 @@ from recsys_ray.evaluation import stage as stage
 from recsys_ray.evaluation.ranking import Scorer, UserBatch
 from recsys_ray.storage.artifacts import save_arrays, write_json
 
-pytestmark = pytest.mark.slow
-
 TYPES, PER_TYPE, USERS, SHARDS = ("book", "song"), 150, 48, 3
 ITEMS = len(TYPES) * PER_TYPE
 VALID, TEST, END = 1_000_000, 2_000_000, 3_000_000

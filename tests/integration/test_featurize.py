@@ -17,7 +17,7 @@ from recsys_ray.storage.artifacts import load_arrays
 from recsys_ray.text.encoder import Encoder, find_model
 from recsys_ray.text.featurize import BLOCK, featurize
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_local")]
+pytestmark = pytest.mark.usefixtures("ray_local")
 CONFIG = Config(text=TextConfig(precision="fp32", max_tokens=32))
 
 

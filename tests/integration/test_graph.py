@@ -27,7 +27,6 @@ from recsys_ray.graph.dgl.servers import PartitionServers, count_partitions
 from recsys_ray.graph.stage import build_graph
 from recsys_ray.storage.artifacts import load_arrays, save_arrays
 
-pytestmark = pytest.mark.slow
 QUIET = Progress(quiet=True)
 
 

@@ -20,7 +20,7 @@ from recsys_ray.core.progress import Progress
 from recsys_ray.data import ingest as stage
 from recsys_ray.data.ingest import ingest
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_local")]
+pytestmark = pytest.mark.usefixtures("ray_local")
 NOW = 1_700_000_000
 DAY = 86_400
 TYPES = ["audio book", "música/🎧:live"]  # spaces, slashes, colons and emoji are a type's own business

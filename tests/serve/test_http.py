@@ -23,8 +23,6 @@ from bundle_world import FORGOTTEN, LONELY, STRANGE_IDS, World, make_world
 from recsys_ray.bundle.build import find_bundle
 from recsys_ray.serving.recommender import Recommender
 
-pytestmark = pytest.mark.slow
-
 TYPES = ["audiobook", "music", "podcast"]
 SERVE = """
 import sys

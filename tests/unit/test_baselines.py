@@ -262,21 +262,21 @@ class TestEvery:
                 model = fit(name, data, **{**changed, key: value})
                 assert (rank(model, data.users, CATALOGUE, 1, k=10) >= 0).all(), (key, value)
 
-    def test_epochs_are_what_the_watch_says(self, name, folder):
-        baseline = BASELINES[name]
-        if baseline.max_epochs is None:
-            pytest.skip("not trained by epochs")
-        seen, data = [], known_data(folder)
-        params = {**default_point(baseline.space(data.config)), "epochs": 5}
-        batch = batch_of(np.arange(USERS), colour_events())
 
-        def watch(epoch, model) -> bool:
-            seen.append(model().scorer(batch)(0, ITEMS))
-            return epoch == 2
+@pytest.mark.parametrize("name", [name for name, baseline in BASELINES.items() if baseline.max_epochs])
+def test_epochs_are_what_the_watch_says(name, folder):
+    baseline = BASELINES[name]
+    seen, data = [], known_data(folder)
+    params = {**default_point(baseline.space(data.config)), "epochs": 5}
+    batch = batch_of(np.arange(USERS), colour_events())
 
-        stopped = baseline.fit(data, params, 0, 1, watch).scorer(batch)(0, ITEMS)
-        assert len(seen) == 2 and torch.equal(seen[1], stopped) and not torch.equal(seen[0], seen[1])
-        assert torch.equal(fit(name, data, **{**params, "epochs": 2}).scorer(batch)(0, ITEMS), stopped)
+    def watch(epoch, model) -> bool:
+        seen.append(model().scorer(batch)(0, ITEMS))
+        return epoch == 2
+
+    stopped = baseline.fit(data, params, 0, 1, watch).scorer(batch)(0, ITEMS)
+    assert len(seen) == 2 and torch.equal(seen[1], stopped) and not torch.equal(seen[0], seen[1])
+    assert torch.equal(fit(name, data, **{**params, "epochs": 2}).scorer(batch)(0, ITEMS), stopped)
 
 
 def test_data_hold_only_what_was_known(folder):

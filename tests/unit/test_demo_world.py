@@ -213,7 +213,6 @@ def test_some_users_hide_age_and_taste(shards):
     assert set(more["music_taste"].drop_nulls().list.len()) == {16}
 
 
-@pytest.mark.slow
 def test_write_demo(ray_local, tmp_path):
     spec = spec_for(3_000, seed=5)
     world = write_demo(tmp_path / "world", spec, Progress(quiet=True))
