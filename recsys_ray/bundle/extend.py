@@ -52,9 +52,9 @@ from recsys_ray.data.validate import Catalogue, EventRules
 from recsys_ray.graph.activity import NEVER, count_events, describe
 from recsys_ray.graph.pairs import ONE, Counted, Window
 from recsys_ray.hgnn.inductive import Surroundings, embed_inductively
-from recsys_ray.scoring.choose import Moment, Users, item_terms
-from recsys_ray.scoring.memory import Memory, Recalled
-from recsys_ray.scoring.scorer import UNSEEN, VECTOR, ScoreSpec, among, with_item_terms
+from recsys_ray.scoring.choose import Moment, Users, unseen_term
+from recsys_ray.scoring.memory import Memory
+from recsys_ray.scoring.scorer import UNSEEN, VECTOR, ScoreSpec, with_item_terms
 from recsys_ray.serving.catalogue import Items, read_table, sorted_ids, write_table
 from recsys_ray.serving.histories import Histories, HistoryWriter, mapped_arrays, user_inputs
 from recsys_ray.serving.index import TypeIndex
@@ -282,37 +282,21 @@ class _Extension:
                 terms[UNSEEN][mine] = np.where(had[mine] == 0, given, 0)
             else:
                 whole = np.flatnonzero(ntype == kind)
-                terms[UNSEEN][whole] = self._terms_of_untrained(whole, vectors[whole], had[whole])
+                terms[UNSEEN][whole] = self._terms_of_untrained(vectors[whole], had[whole])
         save_arrays(self.work / TERMS_FILE, terms)
         save_arrays(self.work / "vectors.safetensors", {"vector": with_item_terms({VECTOR: vectors, **terms})})
 
-    def _terms_of_untrained(self, gids: Array, vectors: Array, had: Array) -> Array:
-        """What the items ``gids``, all those of a type without training examples, are given, float32 [n]; by a sample
-        of the bundle's users."""
+    def _terms_of_untrained(self, vectors: Array, had: Array) -> Array:
+        """What the items of a type without training examples, all of them, are given, float32 [n]; by a sample of the
+        bundle's users."""
         profiles = sample_profiles(self.work, self.config.seed)
         if not profiles:
-            return np.zeros(len(gids), np.float32)
-        ntype = read_table(self.work / "items.arrow")["ntype"].to_numpy().astype(np.int64)
-        tower = TowerRunner.open(self.work, load_user_tower, torch.from_numpy(ntype))
-        history = np.concatenate([profile.gids for profile in profiles])
-        row = np.repeat(np.arange(len(profiles)), [len(profile.gids) for profile in profiles])
-        # Users.history counts places in the type; other items have the numbers after its last place.
-        place = np.minimum(np.searchsorted(gids, history), len(gids) - 1)
-        coded = np.where(gids[place] == history, place, len(gids) + history)
-        users = Users(torch.from_numpy(tower(user_inputs(profiles, tower.tastes))), row, coded)
-        memory = Memory.load(self.work / MEMORY) if (self.work / MEMORY).exists() else None
-
-        def recalled(some: Users) -> Recalled:
-            if memory is None:
-                return Recalled.nothing()
-            inside = some.history < len(gids)
-            real = np.where(inside, gids[some.history * inside], some.history - len(gids))
-            user, gid, value = memory.recall(some.row, real, self.score.half_life)
-            here = among(gid, gids)
-            return Recalled(user[here], np.searchsorted(gids, gid[here]), value[here])
-
-        moment = Moment(np.zeros(len(gids), np.int64), None, had[None], False, (None,))
-        return item_terms([], users, torch.from_numpy(vectors), moment, self.score, recalled)[UNSEEN]
+            return np.zeros(len(had), np.float32)
+        ntype, none = read_table(self.work / "items.arrow")["ntype"].to_numpy(), np.zeros(0, np.int64)
+        tower = TowerRunner.open(self.work, load_user_tower, torch.from_numpy(ntype.astype(np.int64)))
+        users = Users(torch.from_numpy(tower(user_inputs(profiles, tower.tastes))), none, none)
+        moment = Moment(np.zeros(len(had), np.int64), None, had[None], False, (None,))
+        return unseen_term(users, torch.from_numpy(vectors), moment, self.score.temperature)
 
     def _write_memory(self, known: Known, new: Arrivals, directions: Counted, users: Array) -> None:
         if (self.source.path / MEMORY).exists():

@@ -4,7 +4,7 @@ Every choice maximises the same measure of the same score: NDCG@100 of the valid
 user, ranked inside its item type without the items of the user's history. HR@10 is told beside it. So does early
 stopping, and so does ``recsys-ray tune``.
 
-First the memory is chosen, with the unseen items at their share; then, with this memory, the trends of each type.
+First the memory is chosen, with the unseen items at their share; then, beside this memory, the trends of each type.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from recsys_ray.cluster.train import sum_over_ranks
 from recsys_ray.scoring import trends, unseen
 from recsys_ray.scoring.choices import Choices, nobody_had
 from recsys_ray.scoring.memory import RIDGES, WEIGHTS, Memory, Recalled
-from recsys_ray.scoring.scorer import MEMORY, TRENDS, UNSEEN, ScoreSpec
+from recsys_ray.scoring.scorer import TRENDS, UNSEEN, ScoreSpec
 
 DEPTH = 100  # places that gain something
 _TOP = 10
@@ -108,13 +108,7 @@ def gain_of(places: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 
 def places(
-    scores: Float[Tensor, "B N"],
-    target: Int64[Tensor, "B"],
-    recalled: Recalled,
-    first: int,
-    weights: Sequence[float],
-    unseen: Bool[Tensor, "N"] | None = None,
-    shifts: Float[np.ndarray, "weights ridges"] | None = None,
+    scores: Float[Tensor, "B N"], target: Int64[Tensor, "B"], recalled: Recalled, first: int, weights: Sequence[float]
 ) -> Float[Tensor, "B weights ridges"]:
     """The target's place, from 0, with each weight and ridge of the memory; look-alikes of a target stand before it by
     half: they do not all rank first. Places from ``DEPTH`` on are counted up to some number above it.
@@ -124,12 +118,8 @@ def places(
     Args:
         scores: of the towers and item terms, -inf for the history; column 0 is the item with gid ``first``.
         target: columns.
-        unseen: columns of the items that nobody had.
-        shifts: what is added to these, with each weight and ridge.
     """
     count = scores.shape[1]
-    unseen = torch.zeros(count, dtype=torch.bool) if unseen is None else unseen
-    shifts = np.zeros((len(weights), recalled.value.shape[1])) if shifts is None else shifts
     here = (recalled.gid >= first) & (recalled.gid < first + count)
     row, column, value = (
         torch.from_numpy(part[here]) for part in (recalled.user, recalled.gid - first, recalled.value)
@@ -138,106 +128,44 @@ def places(
     own, raised, is_target = scores[everyone, target], scores[row, column], column == target[row]
     scores[row, column] = -torch.inf
     scores[everyone, target] = -torch.inf
-    few = min(2 * DEPTH, count)
-    new = scores[:, unseen].topk(min(few, int(unseen.sum())), dim=1).values
-    scores[:, unseen] = -torch.inf
-    rest = scores.topk(few, dim=1).values
+    rest = scores.topk(min(2 * DEPTH, count), dim=1).values
     found = torch.zeros(len(target), len(weights), value.shape[1])
     for place, weight in enumerate(weights):
         for ridge in range(value.shape[1]):
-            shift = float(shifts[place, ridge])
-            with_it = raised + weight * value[:, ridge] + shift * unseen[column]
-            mine = own + shift * unseen[target]
-            mine = mine.index_put((row[is_target],), with_it[is_target])
-            ahead = _before(rest, mine) + _before(new + shift, mine)
+            with_it = raised + weight * value[:, ridge]
+            mine = own.index_put((row[is_target],), with_it[is_target])
             rival, limit = with_it[~is_target], mine[row[~is_target]]
+            ahead = (rest > mine[:, None]).sum(1) + (rest == mine[:, None]).sum(1) / 2
             found[:, place, ridge] = ahead.index_add(0, row[~is_target], (rival > limit).float() + (rival == limit) / 2)
     return found
 
 
-def _before(scores: Float[Tensor, "B k"], limit: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
-    return (scores > limit[:, None]).sum(1) + (scores == limit[:, None]).sum(1) / 2
-
-
-def unseen_log_odds(
-    scores: Float[Tensor, "B N"],
-    recalled: Recalled,
-    first: int,
-    weights: Sequence[float],
-    unseen: Bool[Tensor, "N"],
-    temperature: float,
-) -> Float[Tensor, "B weights ridges"]:
-    """Log-odds of the unseen items in each user's softmax over a type, with each weight and ridge of the memory; not
-    finite where a user has only one kind of items. Arguments as :func:`places`."""
-    here = (recalled.gid >= first) & (recalled.gid < first + scores.shape[1])
-    row, column, value = (
-        torch.from_numpy(part[here]) for part in (recalled.user, recalled.gid - first, recalled.value)
-    )
-    largest = scores.amax(1, keepdim=True).clamp(min=-1e30)
-    part = ((scores - largest) / temperature).exp().double()
-    base = torch.stack([part[:, ~unseen].sum(1), part[:, unseen].sum(1)])  # [2, B]
-    own, kind = part[row, column], unseen[column].long()
-    found = torch.zeros(len(scores), len(weights), value.shape[1], dtype=torch.float64)
-    for place, weight in enumerate(weights):
-        for ridge in range(value.shape[1]):
-            added = own * torch.expm1(weight * value[:, ridge].double() / temperature)
-            others, new = base.index_put((kind, row), added, accumulate=True).log()
-            found[:, place, ridge] = new - others
-    return found
-
-
-def unseen_shifts(
-    users: Users,
-    vectors: Float[Tensor, "N d"],
-    item_terms: Float[Tensor, "N"],
-    moment: Moment,
-    recalled: Callable[[Users], Recalled],
-    weights: Sequence[float],
-    temperature: float,
-) -> Float[np.ndarray, "types weights ridges"]:
-    """What the unseen items of each type are given, with each weight and ridge of the memory, so that they have their
-    share in the mean over ``users`` (recsys_ray/scoring/unseen.py); 0 where there are only such items, or none.
-
-    Args:
-        item_terms: the other item terms.
-        recalled: what histories bring to mind.
-    """
-    ridges = recalled(users.part(0, 0)).value.shape[1]
-    found = np.zeros((moment.types, len(weights), ridges))
+def unseen_term(
+    users: Users, vectors: Float[Tensor, "N d"], moment: Moment, temperature: float
+) -> Float32[np.ndarray, "N"]:
+    """What the share of unseen items gives to each item (recsys_ray/scoring/unseen.py): to unseen items of a type one
+    number, so that they have their share in the mean over ``users``; in types without training examples to the others
+    what makes the popular ones popular. 0 where no shares are known, or a type has only unseen items, or none."""
+    given = np.zeros(len(vectors), np.float32)
     if not len(moment.shares) or not len(users):
-        return found
+        return given
     assert moment.choices is not None
     for kind in range(moment.types):
         gids = moment.range_of(kind)
-        new = moment.unseen(gids)
-        if not new.any() or new.all():
-            continue
+        new, had = moment.unseen(gids), moment.choices[0, gids]
         share = moment.shares[kind] if kind < len(moment.shares) else None
-        share = unseen.share_of_events(moment.choices[0, gids]) if share is None else share
-        odds = []
-        step = max(1, _ODDS_CELLS // len(new))
-        for begin in range(0, len(users), step):
-            some = users.part(begin, min(begin + step, len(users)))
-            scores = some.without_history(some.vectors @ vectors[gids].T + item_terms[gids], gids.start)
-            odds.append(unseen_log_odds(scores, recalled(some), gids.start, weights, new, temperature))
-        together = torch.cat(odds)
-        for place in np.ndindex(len(weights), ridges):
-            found[(kind, *place)] = temperature * unseen.shift_to_share(share, together[(slice(None), *place)])
-    return found
-
-
-def popular_where_untrained(
-    users: Users, vectors: Float[Tensor, "N d"], moment: Moment, temperature: float
-) -> Float[Tensor, "N"]:
-    """What the items of types without training examples are given because of how many had each; 0 in all others."""
-    given = torch.zeros(len(vectors))
-    if not len(users) or moment.choices is None:
-        return given
-    for kind in range(moment.types if len(moment.shares) else 0):
-        if kind >= len(moment.shares) or moment.shares[kind] is None:
-            gids = moment.range_of(kind)
-            mean = users.vectors.mean(0)
-            given[gids] = unseen.popular_in_type(vectors[gids], moment.choices[0, gids], mean, temperature)
+        popular = torch.zeros(len(had))
+        if share is None:
+            share = unseen.share_of_events(had)
+            popular = unseen.popular_in_type(vectors[gids], had, users.vectors.mean(0), temperature)
+        if new.any() and not new.all():
+            odds, step = [], max(1, _ODDS_CELLS // len(new))
+            for begin in range(0, len(users), step):
+                some = users.part(begin, min(begin + step, len(users)))
+                scores = some.without_history(some.vectors @ vectors[gids].T + popular, gids.start) / temperature
+                odds.append(scores[:, new].logsumexp(1) - scores[:, ~new].logsumexp(1))
+            popular += new * temperature * unseen.shift_to_share(share, torch.cat(odds))
+        given[gids] = popular.numpy()
     return given
 
 
@@ -268,43 +196,23 @@ def trend_ratios(
     return trends.log_ratios(moment.choices, expected.numpy(), moment.ntype)
 
 
-def trend_term(
-    ratios: Float32[np.ndarray, "N"], spec: ScoreSpec, ntype: Int[np.ndarray, "N"]
-) -> Float32[np.ndarray, "N"]:
-    """w * T * log r of every item."""
-    weight = np.zeros(int(ntype.max(initial=-1)) + 1, np.float32)
-    weight[: len(spec.trends)] = spec.trends
-    return weight[ntype] * np.float32(spec.temperature) * ratios
-
-
 def item_terms(
-    queries: Sequence[Queries],
-    users: Users,
-    vectors: Float[Tensor, "N d"],
-    moment: Moment,
-    spec: ScoreSpec,
-    recalled: Callable[[Users], Recalled],
-    left_out: str = "",
+    queries: Sequence[Queries], users: Users, vectors: Float[Tensor, "N d"], moment: Moment, spec: ScoreSpec
 ) -> dict[str, Float32[np.ndarray, "N"]]:
     """The item terms as of a snapshot, as the spec has them. By this rank's users.
 
     Args:
         queries: some users by the type that they are asked about, for trends.
         users: some users, for the share of unseen items.
-        recalled: what histories bring to mind, with the spec's ridge (:func:`recall_of`).
-        left_out: a term that is not part of the score.
     """
     found = dict[str, Float32[np.ndarray, "N"]]()
-    added = popular_where_untrained(users, vectors, moment, spec.temperature)
-    if moment.with_trends and any(spec.trends) and left_out != TRENDS:
+    if any(spec.trends):
         ratios = trend_ratios(queries, vectors, moment, spec.temperature, all_ranks=False)
-        found[TRENDS] = trend_term(ratios, spec, moment.ntype)
-    if len(moment.shares) and left_out != UNSEEN:
-        rest = added + torch.from_numpy(found[TRENDS]) if TRENDS in found else added
-        recalled = recall_of(None, 0.0) if left_out == MEMORY else recalled
-        shifts = unseen_shifts(users, vectors, rest, moment, recalled, [spec.memory], spec.temperature)[:, 0, 0]
-        new = nobody_had(moment.choices) if moment.choices is not None else np.zeros(len(vectors), bool)
-        found[UNSEEN] = added.numpy() + np.where(new, shifts[moment.ntype], 0).astype(np.float32)
+        weight = np.zeros(moment.types, np.float32)
+        weight[: len(spec.trends)] = spec.trends
+        found[TRENDS] = weight[moment.ntype] * np.float32(spec.temperature) * ratios
+    if len(moment.shares):
+        found[UNSEEN] = unseen_term(users, vectors, moment, spec.temperature)
     return found
 
 
@@ -337,56 +245,51 @@ def choose(
     number = sum_over_ranks(torch.tensor(float(sum(map(len, queries))), dtype=torch.float64))
     if not number:
         return Chosen(spec, float("nan"), float("nan"))
-    added = popular_where_untrained(users, vectors, moment, spec.temperature)
+    given = torch.from_numpy(unseen_term(users, vectors, moment, spec.temperature))
     weights, ridges = (WEIGHTS, RIDGES) if moment.memory is not None else ((0.0,), (0.0,))
     scaled = [spec.temperature * weight for weight in weights]
     recalled = recall_of(moment.memory, spec.half_life)
-    hits, gains = (part.sum(0) for part in _by_type(queries, users, vectors, added, moment, recalled, scaled, spec)[:2])
+    at = torch.cat(_places_of(queries, vectors, given, recalled, scaled) or [torch.zeros(0, len(scaled), len(ridges))])
+    hits, gains = sum_over_ranks((at < _TOP).sum(0).double()), sum_over_ranks(gain_of(at).sum(0))
     weight, ridge = (gains == gains.max()).nonzero()[0].tolist()  # of equal ones the smallest
     spec = replace(spec, memory=scaled[weight], ridge=ridges[ridge])
-    hit, gain = float(hits[weight, ridge]), float(gains[weight, ridge])
+    hit, gain = hits[weight, ridge], gains[weight, ridge]
     if moment.with_trends:
-        ratios = trend_ratios(some, vectors, moment, spec.temperature, all_ranks=True)
-        one = moment.memory.at(spec.ridge) if moment.memory is not None and spec.memory else None
-        ways = [added + w * spec.temperature * torch.from_numpy(ratios) for w in trends.WEIGHTS]
-        recalled = recall_of(one, spec.half_life)
-        parts = [_by_type(queries, users, vectors, way, moment, recalled, [spec.memory], spec) for way in ways]
-        hits = torch.stack([part[0][:, 0, 0] for part in parts], 1)
-        gains = torch.stack([part[1][:, 0, 0] for part in parts], 1)  # [types, ways]
-        each = [torch.cat([own[kind] for _, _, own in parts], 1) for kind in range(moment.types)]  # [queries, ways]
-        together = sum_over_ranks(torch.stack([own.T @ own for own in each]))
-        told = [first_as_good(gains[kind], together[kind]) > 0 for kind in range(moment.types)]
-        best = [int(gains[kind].argmax()) if told[kind] else 0 for kind in range(moment.types)]
-        hit, gain = (float(sum(part[kind, way] for kind, way in enumerate(best))) for part in (hits, gains))
+        ratios = torch.from_numpy(trend_ratios(some, vectors, moment, spec.temperature, all_ranks=True))
+        memory = moment.memory.at(spec.ridge) if moment.memory is not None and spec.memory else None
+        recalled = recall_of(memory, spec.half_life)
+        ways = [given + weight * spec.temperature * ratios for weight in trends.WEIGHTS]
+        each = [_places_of(queries, vectors, way, recalled, [spec.memory]) for way in ways]
+        hits, gains = torch.zeros(2, moment.types, len(ways), dtype=torch.float64)
+        together = torch.zeros(moment.types, len(ways), len(ways), dtype=torch.float64)
+        for asked, *found in zip(queries, *each, strict=True):
+            kind, at = int(moment.ntype[asked.first]), torch.stack([way[:, 0, 0] for way in found], 1)
+            gained = gain_of(at)
+            hits[kind] += (at < _TOP).sum(0)
+            gains[kind] += gained.sum(0)
+            together[kind] += gained.T @ gained
+        hits, gains, together = (sum_over_ranks(part) for part in (hits, gains, together))
+        told = [first_as_good(*of_type) > 0 for of_type in zip(gains, together, strict=True)]
+        best = [int(own.argmax()) if tells else 0 for own, tells in zip(gains, told, strict=True)]
         spec = replace(spec, trends=[trends.WEIGHTS[way] for way in best] if any(best) else [])
-    return Chosen(spec, hit / float(number), gain / float(number))
+        hit, gain = (part[torch.arange(moment.types), torch.tensor(best)].sum() for part in (hits, gains))
+    return Chosen(spec, float(hit / number), float(gain / number))
 
 
-def _by_type(
+def _places_of(
     queries: Sequence[Queries],
-    users: Users,
     vectors: Float[Tensor, "N d"],
-    added: Float[Tensor, "N"],
-    moment: Moment,
+    given: Float[Tensor, "N"],
     recalled: Callable[[Users], Recalled],
     weights: Sequence[float],
-    spec: ScoreSpec,
-) -> tuple[Float[Tensor, "types weights ridges"], Float[Tensor, "types weights ridges"], list[Float[Tensor, "n one"]]]:
-    """With each weight and ridge of the memory the sums over all ranks' queries about each type of hits among the first
-    ten and of NDCG@100; and the latter of each of this rank's queries, where there is one weight and ridge."""
-    shifts = unseen_shifts(users, vectors, added, moment, recalled, weights, spec.temperature)
-    hits, gains = torch.zeros(2, *shifts.shape, dtype=torch.float64)
-    each: list[list[Tensor]] = [[torch.zeros(0, 1, dtype=torch.float64)] for _ in range(moment.types)]
+) -> list[Float[Tensor, "B weights ridges"]]:
+    """The places of each query's target; ``given``: the item terms."""
+    found = []
     for asked in queries:
-        gids, kind = slice(asked.first, asked.first + asked.count), int(moment.ntype[asked.first])
-        scores = asked.without_history(asked.vectors @ vectors[gids].T + added[gids], asked.first)
-        at = places(scores, asked.target, recalled(asked), asked.first, weights, moment.unseen(gids), shifts[kind])
-        gain = gain_of(at)
-        hits[kind] += (at < _TOP).sum(0)
-        gains[kind] += gain.sum(0)
-        if shifts[kind].size == 1:
-            each[kind].append(gain[:, 0])
-    return sum_over_ranks(hits), sum_over_ranks(gains), [torch.cat(parts) for parts in each]
+        gids = slice(asked.first, asked.first + asked.count)
+        scores = asked.without_history(asked.vectors @ vectors[gids].T + given[gids], asked.first)
+        found.append(places(scores, asked.target, recalled(asked), asked.first, weights))
+    return found
 
 
 def first_as_good(gains: Float[Tensor, "choices"], together: Float[Tensor, "choices choices"]) -> int:

@@ -39,9 +39,9 @@ ITEM_TERMS = (TRENDS, UNSEEN)
 VECTOR = "vector"  # beside the item terms in the two-tower's files of items
 
 
-def without(name: str, term: str = "") -> str:
-    """What an item term, or a model, is called where ``term`` is left out of the score."""
-    return f"{name}_without_{term}" if term else name
+def without(model: str, term: str) -> str:
+    """What a model is called where ``term`` is left out of its score."""
+    return f"{model}_without_{term}"
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,8 @@ def with_item_terms(
     """[v_j, b_j]; arguments as :meth:`Scorer.of_items`."""
     bias = np.zeros(len(items[VECTOR]), np.float32)
     for term in ITEM_TERMS:
-        bias += items.get(without(term, left_out), np.float32(0))
+        if term in items and term != left_out:
+            bias += items[term]
     return np.column_stack([items[VECTOR], bias])
 
 

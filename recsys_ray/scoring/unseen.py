@@ -5,7 +5,7 @@ recsys_ray/scoring/choices.py). Towers do not know it: in-batch training shows t
 where the shelf is full of these they overrate each; and where the last new items of a catalogue are about to be found,
 they underrate them. So in the softmax of a user's scores over an item type, which the towers are trained as, unseen
 items are given a share together, and keep their order (ours). One number a type is added to all their scores, so that
-they have their share in the mean over users, the other terms included (:func:`shift_to_share`):
+they have their share in the mean over users (:func:`shift_to_share`):
 
 * in a type with training examples the share that the past tells of a period as long as the one ahead
   (:func:`share_ahead`);

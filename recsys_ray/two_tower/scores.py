@@ -12,9 +12,8 @@ from safetensors.torch import save_file
 
 from recsys_ray.cluster.train import sum_over_ranks
 from recsys_ray.scoring.choices import Choices, nobody_had
-from recsys_ray.scoring.choose import item_terms, recall_of
-from recsys_ray.scoring.memory import Memory, memory_file
-from recsys_ray.scoring.scorer import TERMS, VECTOR, ScoreSpec, without
+from recsys_ray.scoring.choose import item_terms
+from recsys_ray.scoring.scorer import VECTOR, ScoreSpec
 from recsys_ray.scoring.unseen import Period, share_ahead
 from recsys_ray.storage.artifacts import save_arrays
 from recsys_ray.two_tower.towers import ItemIds, TwoTower
@@ -73,8 +72,7 @@ def write_towers(
     choices: Mapping[str, Choices],
     shares: Mapping[str, list[float | None]],
 ) -> None:
-    """The weights, the vectors of all items and their item terms as of the snapshots that are asked about; for the
-    evaluation also the item terms of the score without each term.
+    """The weights, and the vectors of all items with their item terms as of the snapshots that are asked about.
 
     Args:
         out: the variant's folder, in that of the stage.
@@ -86,14 +84,9 @@ def write_towers(
     for snapshot in ASKED:
         vectors = item_vectors(model, task.source, task.catalogue, snapshot)
         users, queries = users_of(model, task, snapshot, some), queries_by_type(model, task, snapshot, some)
-        memory = Memory.load(memory_file(out.parent, snapshot)).at(score.ridge) if score.memory else None
         known = replace(task.moment, choices=choices.get(snapshot), shares=shares.get(snapshot, ()))
-        recalled = recall_of(memory, score.half_life)
-        arrays = {VECTOR: vectors.numpy()}
-        for left_out in ("", *(TERMS if snapshot == "test" else ())):
-            terms = item_terms(queries, users, vectors, known, score, recalled, left_out)
-            arrays |= {without(name, left_out): term for name, term in terms.items()}
-        save_arrays(out / "items" / f"{snapshot}.safetensors", arrays)
+        terms = item_terms(queries, users, vectors, known, score)
+        save_arrays(out / "items" / f"{snapshot}.safetensors", {VECTOR: vectors.numpy(), **terms})
     save_file(model.state_dict(), out / "model.safetensors")
     hidden = model.ids.dropout if isinstance(model.ids, ItemIds) else 0.0
     replace(task.spec, id_dropout=hidden).save(out / "spec.json")

@@ -19,7 +19,7 @@ from recsys_ray.scoring.choose import (
     item_terms,
     places,
     recall_of,
-    unseen_shifts,
+    unseen_term,
 )
 from recsys_ray.scoring.memory import RIDGES, WEIGHTS, Memory, Recalled
 from recsys_ray.scoring.scorer import TRENDS, UNSEEN, ScoreSpec
@@ -30,10 +30,14 @@ from recsys_ray.two_tower.towers import TowerSpec
 from recsys_ray.two_tower.training import item_vectors, queries_by_type, sample_of_queries, train_epochs, users_of
 
 
-def some_recalled(random: np.random.Generator, users: int, first: int, items: int, blank: torch.Tensor) -> tuple:
-    """A bonus for each user, item and ridge, and the same as what comes to mind."""
+def test_places_are_those_of_dense_scores():
+    random = np.random.default_rng(0)
+    first, users, items = 100, 400, 60
+    scores = torch.from_numpy(random.integers(0, 12, (users, items)).astype(np.float32))  # many are equal
+    scores[torch.from_numpy(random.random((users, items)) < 0.1)] = -torch.inf
+    target = torch.from_numpy(random.integers(0, items, users))
+    scores[torch.arange(users), target] = 9.0
     bonus = random.integers(1, 4, (users, items, 2)) * (random.random((users, items, 1)) < 0.3)
-    bonus[:, blank[: items // 2].nonzero()[:, 0]] = 0
     row, column = np.nonzero(bonus.sum(2))
     elsewhere = np.arange(5), np.full(5, first + items + 3), np.ones((5, 2))  # of another type
     order = np.lexsort((np.r_[first + column, elsewhere[1]], np.r_[row, elsewhere[0]]))
@@ -41,57 +45,43 @@ def some_recalled(random: np.random.Generator, users: int, first: int, items: in
         np.r_[row, elsewhere[0]][order], np.r_[first + column, elsewhere[1]][order],
         np.r_[bonus[row, column], elsewhere[2]][order].astype(np.float32),
     )  # fmt: skip
-    return torch.from_numpy(bonus).float(), recalled
-
-
-def test_places_are_those_of_dense_scores():
-    """Unseen items, some of which a memory raises, are given a shift with each weight and ridge."""
-    random = np.random.default_rng(0)
-    first, users, items = 100, 400, 60
-    scores = torch.from_numpy(random.integers(0, 12, (users, items)).astype(np.float32))  # many are equal
-    scores[torch.from_numpy(random.random((users, items)) < 0.1)] = -torch.inf
-    target = torch.from_numpy(random.integers(0, items, users))
-    scores[torch.arange(users), target] = 9.0
-    unseen = torch.arange(items) % 7 == 0
-    bonus, recalled = some_recalled(random, users, first, items, unseen)
-    weights, shifts = [0.0, 0.5, 1.0], random.integers(-2, 3, (3, 2)).astype(float)
+    weights, bonus = [0.0, 0.5, 1.0], torch.from_numpy(bonus).float()
     want = torch.zeros(users, 3, 2)
     for place, weight in enumerate(weights):
         for ridge in range(2):
-            raised = scores + weight * bonus[:, :, ridge] + unseen * shifts[place, ridge]
+            raised = scores + weight * bonus[:, :, ridge]
             own = raised.gather(1, target[:, None])
             want[:, place, ridge] = (raised > own).sum(1) + ((raised == own).sum(1) - 1) / 2
-    assert torch.equal(places(scores.clone(), target, recalled, first, weights, unseen, shifts), want)
+    assert torch.equal(places(scores.clone(), target, recalled, first, weights), want)
     assert len(want.sum(0).unique()) > 3
     plain = places(scores, target, Recalled.nothing(), first, [0.0])[:, 0, 0]
-    assert not torch.equal(plain, want[:, 0, 0])
+    assert torch.equal(plain, want[:, 0, 0])
 
 
 def test_unseen_items_of_a_type_get_its_share_in_the_mean(monkeypatch):
-    """Of three types, the last without examples; with and without a memory; in parts of a few users."""
+    """Of three types, the last without examples; in parts of a few users."""
     monkeypatch.setattr("recsys_ray.scoring.choose._ODDS_CELLS", 300)
     random = np.random.default_rng(0)
     vectors = torch.from_numpy(random.normal(size=(90, 8)).astype(np.float32))
     ntype, had = np.arange(90) // 30, (np.arange(90) % 4).astype(np.int32)
     row, history = np.repeat(np.arange(70), 3), random.integers(0, 90, 210)
     users = Users(torch.from_numpy(random.normal(size=(70, 8)).astype(np.float32)), row, history)
-    src, dst = np.unique(random.integers(0, 90, (2, 400)), axis=1)
-    memory = Memory.of_edges(src, dst, random.random((len(src), 1)), np.ones(90, int), ntype)
     moment = Moment(ntype, None, had[None], False, [0.02, 0.6, None])
-    weights, bias = [0.0, 0.4], torch.from_numpy(random.normal(size=90).astype(np.float32))
-    found = unseen_shifts(users, vectors, bias, moment, recall_of(memory, 2.0), weights, 0.5)
-    assert found.shape == (3, 2, 1)
-    recalled = memory.recall(row, history, 2.0)
-    for place, weight in enumerate(weights):
-        scores = users.vectors @ vectors.T + bias + torch.from_numpy(found[ntype, place, 0] * (had == 0))
-        scores[recalled.user, recalled.gid] += weight * torch.from_numpy(recalled.value[:, 0])
-        scores[row, history] = -torch.inf
-        for kind, share in enumerate((0.02, 0.6, (8 + 0.5) / (had[60:].sum() + 1))):  # eight items had one user
-            of_type = (scores[:, ntype == kind] / 0.5).softmax(1)[:, had[ntype == kind] == 0].sum(1)
-            assert of_type.mean() == pytest.approx(share, abs=1e-4) and of_type.std() > 0.001
-    assert not unseen_shifts(users.part(0, 0), vectors, bias, moment, recall_of(memory, 2.0), weights, 0.5).any()
-    everybody = replace(moment, choices=np.ones((1, 90), np.int32))
-    assert not unseen_shifts(users, vectors, bias, everybody, recall_of(None, 1.0), [0.0], 0.5).any()
+    found = unseen_term(users, vectors, moment, 0.5)
+    scores = users.vectors @ vectors.T + torch.from_numpy(found)
+    scores[row, history] = -torch.inf
+    for kind, share in enumerate((0.02, 0.6, (8 + 0.5) / (had[60:].sum() + 1))):  # eight items had one user
+        of_type = (scores[:, ntype == kind] / 0.5).softmax(1)[:, had[ntype == kind] == 0].sum(1)
+        assert of_type.mean() == pytest.approx(share, abs=1e-4) and of_type.std() > 0.001
+    assert all(len(set(found[(ntype == kind) & (had == 0)])) == 1 for kind in range(3))
+    trained, somebody = ntype < 2, had > 0
+    assert not found[trained & somebody].any() and found[~trained & somebody].all()
+    popular = (vectors[~trained & somebody] @ users.vectors.mean(0) + found[~trained & somebody]) / 0.5
+    assert popular.softmax(0).tolist() == pytest.approx((had[60:][had[60:] > 0] / had[60:].sum()).tolist(), rel=1e-4)
+    assert not unseen_term(users.part(0, 0), vectors, moment, 0.5).any()
+    assert not unseen_term(users, vectors, replace(moment, shares=()), 0.5).any()
+    everybody = replace(moment, choices=np.ones((1, 90), np.int32), shares=[0.5] * 3)
+    assert not unseen_term(users, vectors, everybody, 0.5).any()
 
 
 def _board_memory(true: bool) -> Memory:
@@ -124,7 +114,6 @@ def test_validation_weighs_the_memory_by_what_it_is_worth(true):
 def test_validation_ranks_with_the_share_of_unseen_items(share):
     """Nobody had any target: with a small share nobody finds them, with a large one everybody does."""
     task = board_task("text")
-    new = np.isin(np.arange(ITEMS), task.queries["target"])
     queries = take(task.queries, np.arange(40))
     new = np.isin(np.arange(ITEMS), queries["target"])
     task = replace(task, queries=queries)
@@ -191,7 +180,7 @@ def test_what_is_measured_is_the_score_that_is_written():
     moment = Moment(task.moment.ntype, _board_memory(True), np.stack([HAD, week, week]), True, [0.3, None])
     found = choose(queries, some, users, vectors, moment, ScoreSpec(half_life=2.0))
     recalled = recall_of(moment.memory.at(found.spec.ridge), 2.0)
-    terms = item_terms(some, users, vectors, moment, found.spec, recalled)
+    terms = item_terms(some, users, vectors, moment, found.spec)
     assert {TRENDS, UNSEEN} >= set(terms) and terms[UNSEEN].any()
     bias, gain = torch.from_numpy(sum(terms.values())), 0.0
     for asked in queries:
@@ -207,7 +196,7 @@ def test_every_type_has_its_weight_of_the_trend():
     random = np.random.default_rng(0)
     moment = Moment(task.moment.ntype, None, np.stack([HAD, *(random.poisson(4, (2, ITEMS)) * (HAD > 0))]), True)
     whole, half = (
-        item_terms(some, users, vectors, moment, ScoreSpec(trends=weights), recall_of(None, 1.0))[TRENDS]
+        item_terms(some, users, vectors, moment, ScoreSpec(trends=weights))[TRENDS]
         for weights in ([1.0, 1.0], [0.5, 0.0])
     )
     np.testing.assert_allclose(half[: 2 * LIKED], 0.5 * whole[: 2 * LIKED], rtol=1e-6)

@@ -22,7 +22,6 @@ from recsys_ray.scoring.scorer import (
     ScoreSpec,
     among,
     with_item_terms,
-    without,
 )
 from recsys_ray.serving.index import TypeIndex, merge_best
 
@@ -85,7 +84,6 @@ def test_ranges_of_items_have_the_scores_of_the_whole_and_a_term_can_be_left_out
     random = np.random.default_rng(0)
     vectors = random.normal(size=(50, 4)).astype(np.float32)
     items = {VECTOR: vectors, TRENDS: np.linspace(-1, 1, 50, dtype=np.float32), UNSEEN: np.ones(50, np.float32)}
-    items[without(UNSEEN, MEMORY)] = np.full(50, 0.5, np.float32)
     spec = ScoreSpec(memory=0.5, half_life=1.0)
     src, dst = np.array([0, 0, 0, 5]), np.array([1, 35, 6, 2])
     made = np.array([0.2, 0.1, 0.05, 0.3])[:, None]
@@ -102,8 +100,9 @@ def test_ranges_of_items_have_the_scores_of_the_whole_and_a_term_can_be_left_out
     assert not len(alone.raised(user, np.array(history)).gid)
     rows = {name: with_item_terms(items, name)[:, -1] for name in ("", MEMORY, TRENDS, UNSEEN)}
     np.testing.assert_allclose(rows[""], items[TRENDS] + 1)
-    np.testing.assert_allclose(rows[MEMORY], 0.5)  # as it was made to be without the memory; no trend was stored
-    assert not rows[TRENDS].any() and not rows[UNSEEN].any()
+    np.testing.assert_allclose(rows[MEMORY], rows[""])
+    np.testing.assert_allclose(rows[TRENDS], 1)
+    np.testing.assert_allclose(rows[UNSEEN], items[TRENDS])
 
 
 def test_what_validation_chose_is_kept_and_a_damaged_file_is_told(tmp_path):
