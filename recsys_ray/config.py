@@ -11,7 +11,8 @@ import difflib
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -409,9 +410,8 @@ def _is_text(names: Sequence[str], text: str) -> bool:
         if not (isinstance(kind, type) and issubclass(kind, BaseModel) and name in kind.model_fields):
             return False
         kind = kind.model_fields[name].annotation
-    kinds = {get_origin(each) or each for each in get_args(kind) or (kind,)}
-    listed = list in kinds and text.lstrip().startswith("[")
-    return get_origin(kind) is not list and str in kinds and not listed
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    return str in kinds and not (text.lstrip().startswith("[") and any(get_origin(each) is list for each in kinds))
 
 
 def field_names(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import httpx
@@ -53,7 +54,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def running(*arguments: str, log: Path, **pipes: int) -> Iterator[subprocess.Popen]:
+def running(*arguments: str, log: Path, **pipes: Any) -> Iterator[subprocess.Popen]:
     """A process of ours, ended as a user would."""
     with log.open("w") as out:
         process = subprocess.Popen([sys.executable, "-c", *arguments], stderr=out, start_new_session=True, **pipes)
@@ -227,6 +228,19 @@ def test_z_ctrl_c_ends_it(server):
     assert time.monotonic() - started < 45
     with pytest.raises(httpx.TransportError):
         httpx.get(f"{url}/healthz")
+
+
+def test_sigterm_ends_it_as_ctrl_c_does(world, tmp_path):
+    log, port = tmp_path / "log", free_port()
+    own = os.environ | {"TMPDIR": str(tmp_path)}
+    with running(SERVE, str(world.root), str(port), log=log, env=own) as process:
+        wait_for(f"http://127.0.0.1:{port}", log)
+        assert list(tmp_path.glob("recsys-ray-*"))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    said = log.read_text()
+    assert "Stopping ..." in said and "SIGTERM received" not in said
+    assert not list(tmp_path.glob("recsys-ray-*"))
 
 
 def test_a_new_bundle_is_swapped_in_place(world, tmp_path):
