@@ -26,6 +26,6 @@ STAGE = Stage(
     inputs=(),
     settings=_settings,
     run=_run,
-    version=2,  # ids, times, lists and repeated rows are read otherwise
+    version=2,  # ids, times, lists, repeated rows and malformed records are read otherwise
     sources=lambda c: {"items": c.data.items, "interactions": c.data.interactions, "users": c.data.users},
 )

@@ -3,8 +3,10 @@ published whole."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +15,9 @@ from typing import Any
 from pipelines.peak_memory import PeakMemory
 from recsys_ray.cluster.session import ray_session
 from recsys_ray.config import Config
-from recsys_ray.core.errors import ArtifactError, DataError
+from recsys_ray.core.errors import ArtifactError
 from recsys_ray.core.progress import Progress
+from recsys_ray.data.files import find_paths, partition_of
 from recsys_ray.storage.artifacts import (
     Artifact,
     changes,
@@ -57,7 +60,7 @@ class Stage:
     settings: Callable[[Config], dict[str, Any]]  # the part of the configuration that decides the output
     run: Callable[[Context], dict[str, Any]]  # returns the counts for the manifest
     version: int  # raise it when what the stage makes changes: what it made before is then made again
-    sources: Callable[[Config], dict[str, str | None]] = lambda config: {}  # tables from outside
+    sources: Callable[[Config], Mapping[str, str | Sequence[str] | None]] = lambda config: {}  # tables from outside
     is_whole: Callable[[Config, Artifact], bool] = lambda config, artifact: True  # is what it made elsewhere there?
     shared: bool = True  # the folder is all that it makes: another run may link to it
 
@@ -185,7 +188,9 @@ def check_kinship(inputs: Mapping[str, Artifact]) -> None:
                 raise ArtifactError(f"{artifact.path} was made from another {other} than the one there is; run {name}")
 
 
-def _hash_source(table: str, path: str) -> str:
-    if not Path(path).exists():
-        raise DataError(f"data.{table}: there is no file or folder at {path}")
-    return source_fingerprint(path)
+def _hash_source(table: str, path: str | Sequence[str]) -> str:
+    """Of several files or folders, and of a folder whose name is a partition, their order and partitions count."""
+    parts = [(partition_of(str(root / "file")), source_fingerprint(root)) for root in find_paths(table, path)]
+    if len(parts) == 1 and not parts[0][0]:
+        return parts[0][1]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -21,6 +21,7 @@ from recsys_ray.core.errors import ConfigError
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
+Paths = str | Annotated[list[str], Field(min_length=1)]
 
 
 def _as_utc(value: datetime | None) -> datetime | None:
@@ -69,11 +70,11 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    """Where the tables are. Each is a Parquet or CSV file, or a folder of them."""
+    """Where the tables are. Each is a Parquet or CSV file, a folder of them, a pattern, or a list of these."""
 
-    items: str = Field("data/items", description="items: item_id, item_type, title, ...")
-    interactions: str = Field("data/interactions", description="interactions: user_id, item_id, event, timestamp")
-    users: str | None = Field(None, description="users (optional): user_id, age, country, taste vectors")
+    items: Paths = Field("data/items", description="items: item_id, item_type, title, ...")
+    interactions: Paths = Field("data/interactions", description="interactions: user_id, item_id, event, timestamp")
+    users: Paths | None = Field(None, description="users (optional): user_id, age, country, taste vectors")
     oracle: str | None = Field(None, description="the demo world's own best rankings; evaluation reports shares of it")
     now: Moment = Field(None, description="rows later than this moment are from the future; default: the clock")
     max_bad_share: Share = Field(0.05, description="stop when a larger share of a table's rows is quarantined")

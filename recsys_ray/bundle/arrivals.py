@@ -112,8 +112,8 @@ class Reader:
         self, name: str, path: Path, check: Callable[[Batch, str], Checked]
     ) -> tuple[pa.Table, Tally, list[pa.Table], dict[int, str]]:
         source, tally = find_source(name, str(path)), Tally()
-        if source.extra:
-            self._progress.say(f"  {name}: columns that nothing reads: {', '.join(source.extra)}")
+        for note in source.notes:
+            self._progress.say(f"  {name}: {note}")
         good, bad = [], []
         for fragment in source.fragments:
             for batch in read_batches(fragment):

@@ -89,8 +89,8 @@ def event_names(config: EventsConfig) -> list[str]:
     return list(dict.fromkeys([*config.positives, *config.edges, *config.weak]))
 
 
-def _paths(config: Config) -> dict[str, str]:
-    paths = {"items": config.data.items, "interactions": config.data.interactions}
+def _paths(config: Config) -> dict[str, str | list[str]]:
+    paths: dict[str, str | list[str]] = {"items": config.data.items, "interactions": config.data.interactions}
     return paths if config.data.users is None else {**paths, "users": config.data.users}
 
 
@@ -113,10 +113,8 @@ class _Run:
         self.tallies: dict[str, dict[str, Any]] = {}
         self.census: dict[str, Any] = {}
         for name, source in sources.items():
-            if source.extra:
-                progress.say(f"  {name}: columns that nothing reads: {', '.join(source.extra)}")
-            if source.other_files:
-                progress.say(f"  {name}: {len(source.other_files)} files that are neither Parquet nor CSV, left aside")
+            for note in source.notes:
+                progress.say(f"  {name}: {note}")
 
     def job(self, table: str, results: Sequence[Mapping[str, Any]] = ()) -> Job:
         fragments = self.sources[table].fragments

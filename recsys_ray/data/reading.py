@@ -6,31 +6,33 @@ streamed batch by batch, so its size does not bound the memory of the task.
 
 from __future__ import annotations
 
-import csv
 import functools
+import gzip
 import io
-import itertools
 import json
 import os
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
 from recsys_ray.cluster.session import LOGICAL_CPUS_TO_SPARE
 from recsys_ray.core.errors import DataError
 from recsys_ray.core.progress import Progress
-from recsys_ray.data.schema import TABLES, Columns, match_columns
+from recsys_ray.data.csv_records import LONGEST, Piece, Records
+from recsys_ray.data.file_kinds import HEAD, bad_utf8, not_our_csv, not_parquet, not_that_kind
+from recsys_ray.data.files import CSV, list_files, partition_of
+from recsys_ray.data.schema import TABLES, Columns, column_names, match_columns, plain, plain_type
 from recsys_ray.storage.artifacts import write_json
 
-_PARQUET, _CSV = (".parquet", ".pq"), (".csv", ".csv.gz")
-_CSV_HEAD = 1 << 20  # bytes in which the kinds of a CSV file's columns are looked up
-_CSV_BLOCK = 16 << 20  # bytes of a CSV batch; no row may be longer
+_CSV_BLOCK = LONGEST  # bytes of a CSV batch
 # Rows of a Parquet batch. Catalogue rows carry descriptions and vectors, interactions are narrow.
 BATCH_ROWS = {"items": 1 << 15, "users": 1 << 16, "interactions": 1 << 18}
 
@@ -53,8 +55,8 @@ class Fragment:
 class Batch:
     """Rows of one fragment.
 
-    ``rows``: int64, counted from 1 in the file, a CSV header not counted. ``malformed``: CSV records that have too
-    many or too few cells, as (row, text, what is wrong).
+    ``rows``: int64, counted from 1 in the file, a CSV header and empty lines not counted. ``malformed``: rows that
+    cannot be read, as (row, text, what is wrong); a CSV record that goes over several lines counts line by line.
     """
 
     table: pa.Table
@@ -70,26 +72,44 @@ class Source:
     extra: list[str]  # columns that no stage reads
     other_files: list[str]
     taste: list[str]
+    empty: list[str] = field(default_factory=list)  # files without a row
 
     @property
     def rows(self) -> int | None:
         known = [fragment.rows for fragment in self.fragments if fragment.rows is not None]
         return sum(known) if len(known) == len(self.fragments) else None
 
+    @property
+    def notes(self) -> list[str]:
+        """What was left aside, for the user."""
+        notes = [f"columns that nothing reads: {', '.join(self.extra)}"] if self.extra else []
+        for files, what in ((self.other_files, "neither Parquet nor CSV by name"), (self.empty, "empty")):
+            if files:
+                one = "1 file is" if len(files) == 1 else f"{len(files):,} files are"
+                shown = ", ".join(files[:3]) + ", ..." * (len(files) > 3)
+                notes.append(f"{one} {what} and passed over: {shown}")
+        return notes
 
-def find_source(table: str, path: str) -> Source:
+
+def find_source(table: str, path: str | Sequence[str]) -> Source:
     """List a table's files and cut them into fragments.
 
     Raises:
         DataError: no such path, no Parquet or CSV files, a file that cannot be read, a column missing.
     """
-    files, others = _list_files(table, path)
+    files, others = list_files(table, path)
     fragments: list[Fragment] = []
     extra: dict[str, None] = {}
     taste: dict[str, None] = {}
+    empty: list[str] = []
     for file_index, file in enumerate(files):
-        schema, group_rows = _describe_csv(file) if file.lower().endswith(_CSV) else _describe_parquet(file)
-        columns = match_columns(table, schema, file)
+        described = _describe_csv(file, table) if file.lower().endswith(CSV) else _describe_parquet(file)
+        if described is None or not any(rows != 0 for rows in described[1]):
+            empty.append(file)
+            continue
+        schema, group_rows = described
+        partition = {key: value for key, value in partition_of(file).items() if key not in schema.names}
+        columns = match_columns(table, _with_partition(schema, partition), file)
         extra.update(dict.fromkeys(columns.extra))
         taste.update(dict.fromkeys(columns.taste))
         first = 0
@@ -100,52 +120,76 @@ def find_source(table: str, path: str) -> Source:
             first += rows or 0
     if not fragments:
         raise DataError(f"the {table} table at {path} has no rows; check data.{table}")
-    return Source(fragments, sorted(extra), others, sorted(taste))
+    return Source(fragments, sorted(extra), others, sorted(taste), empty)
 
 
-def _list_files(table: str, path: str) -> tuple[list[str], list[str]]:
-    root = Path(path)
-    if not root.exists():
-        raise DataError(
-            f"there is no file or folder {path} for the {table} table; set data.{table} to a Parquet or CSV file, or "
-            "to a folder of them"
-        )
-    found = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
-    # Spark, Ray and others leave files like _SUCCESS and .part.crc beside the data.
-    visible = [p for p in found if not any(part.startswith((".", "_")) for part in p.relative_to(root).parts)]
-    files = [str(p) for p in visible if p.name.lower().endswith(_PARQUET + _CSV)]
-    if not files:
-        kinds = ", ".join((*_PARQUET, *_CSV))
-        raise DataError(f"{path} holds no file for the {table} table that ends in {kinds}; set data.{table}")
-    return files, [str(p) for p in visible if str(p) not in set(files)]
+def _with_partition(schema: pa.Schema, partition: Mapping[str, str | None]) -> pa.Schema:
+    for name in partition:
+        schema = schema.append(pa.field(name, pa.string()))
+    return schema
 
 
-def _describe_parquet(file: str) -> tuple[pa.Schema, list[int | None]]:
+def _name(raw: str) -> str:
+    """A column's name without what no one sees."""
+    return raw.strip().removeprefix("\ufeff").strip()
+
+
+def _describe_parquet(file: str) -> tuple[pa.Schema, list[int | None]] | None:
+    """None: the file has no bytes at all. Names are trimmed, binary is text without the mark."""
     try:
+        with Path(file).open("rb") as stream:
+            head = stream.read(HEAD)
+            stream.seek(-min(4, os.fstat(stream.fileno()).st_size), os.SEEK_END)
+            tail = stream.read()
+        if not head:
+            return None
+        other = not_parquet(file, head, tail)
+        if other:
+            raise other
         with pq.ParquetFile(file) as parquet:
             groups = parquet.metadata.num_row_groups
-            return parquet.schema_arrow, [parquet.metadata.row_group(g).num_rows for g in range(groups)]
+            fields = [pa.field(_name(f.name), text_type(f.type)) for f in parquet.schema_arrow]
+            return pa.schema(fields), [parquet.metadata.row_group(g).num_rows for g in range(groups)]
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(file, error) from error
 
 
-def _describe_csv(file: str) -> tuple[pa.Schema, list[int | None]]:
-    """Every column is text; those of no known name whose cells begin with a JSON list are vectors."""
+def _open_csv(file: str) -> BinaryIO:
+    """Python's gzip notices a file that is cut off, Arrow's does not."""
+    return cast(BinaryIO, gzip.GzipFile(file)) if file.lower().endswith(".gz") else Path(file).open("rb")
+
+
+def _describe_csv(file: str, table: str) -> tuple[pa.Schema, list[int | None]] | None:
+    """Every column is text; those of no known name that have cells like ``[0.5, ...`` are vectors. None: no header."""
     try:
-        with pa.input_stream(file, compression="detect") as stream:
-            head = stream.read(_CSV_HEAD)
-        lines = csv.reader(io.StringIO(head.decode("utf-8-sig", errors="ignore"), newline=""))
-        names = next(lines, None)
-        rows = list(itertools.islice(lines, 1000))
-    except (pa.ArrowException, OSError, csv.Error) as error:
+        with Path(file).open("rb") as stream:
+            start = stream.read(HEAD)
+        if file.lower().endswith(".gz") and start and not start.startswith(b"\x1f\x8b"):
+            raise not_that_kind(file, start) or DataError(
+                f"{file} is not compressed with gzip, though its name ends so; take .gz from its name"
+            )
+        with _open_csv(file) as stream:
+            head = stream.read(HEAD)
+        if not head.strip():
+            return None
+        other = not_that_kind(file, head)
+        if other:
+            raise other
+        records = Records(io.BytesIO(head), file)
+        said = not_our_csv(file, head, records.names, *column_names(table))
+        if said:
+            raise DataError(said)
+        pieces = list(records) if len(head) < HEAD else [next(iter(records))]
+    except (pa.ArrowException, OSError, EOFError, zlib.error) as error:
         raise _unreadable(file, error) from error
-    if not names:
-        raise DataError(f"{file} is empty; a CSV file begins with a line of column names")
     ours = {column.name for columns in TABLES.values() for column in columns}
-    lists = {name for row in rows for name, cell in zip(names, row, strict=False) if cell.lstrip().startswith("[")}
-    vector = pa.large_list(pa.float32())
-    types = [vector if name in lists and name not in ours else pa.string() for name in names]
-    return pa.schema(list(zip(names, types, strict=True))), [None if any(rows) else 0]
+    tables = [_parse(piece, len(records.names), range(len(records.names))).slice(0, 1000) for piece in pieces]
+    fields = []
+    for name, cells in zip(records.names, pa.concat_tables(tables).columns, strict=True):
+        listed = name not in ours and pc.any(pc.match_substring_regex(cells, r"^\s*[\[{]\s*[-\d.]")).as_py()
+        fields.append((name, pa.large_list(pa.float32()) if listed else pa.string()))
+    rows = any(len(piece.rows) or piece.malformed for piece in pieces) or len(head) == HEAD
+    return pa.schema(fields), [None if rows else 0]
 
 
 def _unreadable(file: str, error: Exception) -> DataError:
@@ -157,60 +201,131 @@ def read_batches(fragment: Fragment) -> Iterator[Batch]:
     """Stream a fragment.
 
     Raises:
-        DataError: the file is damaged, not UTF-8, or has a CSV record that never ends.
+        DataError: the file is damaged, or has CSV that is not UTF-8 or a record that never ends.
     """
     try:
-        yield from _read_csv(fragment) if fragment.group is None else _read_parquet(fragment)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        for batch in _read_csv(fragment) if fragment.group is None else _read_parquet(fragment):
+            for name, value in partition_of(fragment.file).items():
+                if name in fragment.columns.read and name not in batch.table.column_names:
+                    cells = pa.array([value], pa.string()).take(pa.array(np.zeros(len(batch.table), np.int8)))
+                    batch = Batch(batch.table.append_column(name, cells), batch.rows, batch.malformed)
+            yield batch
+    except (pa.ArrowException, OSError, EOFError, zlib.error) as error:
         raise _unreadable(fragment.file, error) from error
 
 
 def _read_parquet(fragment: Fragment) -> Iterator[Batch]:
     first = fragment.first_row + 1
     with pq.ParquetFile(fragment.file) as parquet:
+        names = {f.name: _name(f.name) for f in parquet.schema_arrow if _name(f.name) in fragment.columns.read}
         for batch in parquet.iter_batches(
             batch_size=BATCH_ROWS[fragment.table],
             row_groups=[fragment.group],
-            columns=fragment.columns.read,
+            columns=list(names),
             use_threads=False,
         ):
-            yield Batch(pa.Table.from_batches([batch]), np.arange(first, first + len(batch), dtype=np.int64))
+            table = pa.Table.from_batches([batch]).select(list(names)).rename_columns(list(names.values()))
+            rows = np.arange(first, first + len(batch), dtype=np.int64)
+            yield _without_bad_text(Batch(table, rows), fragment.file)
             first += len(batch)
 
 
+def text_type(kind: pa.DataType) -> pa.DataType:
+    """The plain type, with text for binary, also in lists: Impala, old Hive and others leave out the mark of text."""
+    kind = plain_type(kind)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return pa.large_list(pa.string()) if _is_binary(plain_type(kind.value_type)) else kind
+    return pa.string() if _is_binary(kind) else kind
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+
+
+def _without_bad_text(batch: Batch, file: str) -> Batch:
+    """The batch with binary columns as text; rows whose text is not UTF-8 are malformed. Writers and readers of Parquet
+    do not look."""
+    columns = {name: plain(batch.table[name]) for name in batch.table.column_names}
+    wrong: dict[int, str] = {}
+    for name, column in columns.items():
+        for row, cell in _bad_text(column):
+            wrong.setdefault(row, f"{name} is not UTF-8 text: {cell[:60]!r}")
+    told = []
+    for row in sorted(wrong):
+        cells = {name: _shown(column.slice(row, 1)) for name, column in columns.items()}
+        number = int(batch.rows[row])
+        told.append(
+            (number, json.dumps(cells, ensure_ascii=False, default=str), f"in row {number} of {file} {wrong[row]}")
+        )
+    kept = np.setdiff1d(np.arange(len(batch.table)), list(wrong))
+    if wrong:
+        columns = {name: column.take(pa.array(kept)) for name, column in columns.items()}
+    table = pa.table({name: column.cast(text_type(column.type)) for name, column in columns.items()})
+    return Batch(table, batch.rows[kept], [*batch.malformed, *told])
+
+
+def _bad_text(column: pa.Array) -> list[tuple[int, bytes]]:
+    """(row, cell) of the text that is not UTF-8."""
+    kind, binary = column.type, pa.large_binary()
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        parents = pc.list_parent_indices(column)
+        return [(parents[i].as_py(), cell) for i, cell in _bad_text(plain(column.flatten()))]
+    if _is_binary(kind):
+        try:
+            column.cast(pa.large_string())
+            return []
+        except pa.ArrowInvalid:
+            cells = column
+    elif pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        try:
+            column.validate(full=True)
+            return []
+        except pa.ArrowInvalid:
+            cells = column.cast(binary)
+    else:
+        return []
+    found = enumerate(cells.to_pylist())
+    return [(i, cell) for i, cell in found if cell is not None and bad_utf8(cell, whole=True) is not None]
+
+
+def _shown(cell: pa.Array) -> Any:
+    """A cell as JSON can hold it, whatever its text is."""
+    if _bad_text(cell):
+        flat = cell.flatten() if pa.types.is_list(cell.type) or pa.types.is_large_list(cell.type) else cell
+        return " ".join(text.decode("utf-8", "replace") for text in flat.cast(pa.large_binary()).to_pylist() if text)
+    return cell.cast(text_type(cell.type))[0].as_py()
+
+
 def _read_csv(fragment: Fragment) -> Iterator[Batch]:
-    """Row numbers survive malformed records: Arrow tells the number of each one that it leaves out."""
-    skipped: list[tuple[int, str, str]] = []
+    with _open_csv(fragment.file) as stream:
+        records = Records(stream, fragment.file, _CSV_BLOCK)
+        read = [name for name in fragment.columns.read if name in records.names]
+        places = [records.names.index(name) for name in read]
+        for piece in records:
+            if len(piece.rows) or piece.malformed:
+                table = _parse(piece, len(records.names), places).rename_columns(read)
+                yield Batch(table, piece.rows, piece.malformed)
 
-    def skip(row: pa.csv.InvalidRow) -> str:
-        wrong = f"the record has {row.actual_columns} cells where the header has {row.expected_columns}"
-        skipped.append((row.number - 1, row.text, wrong))
-        return "skip"
 
-    names = _describe_csv(fragment.file)[0].names
-    reader = pa.csv.open_csv(
-        fragment.file,
-        read_options=pa.csv.ReadOptions(use_threads=False, block_size=_CSV_BLOCK),
-        parse_options=pa.csv.ParseOptions(newlines_in_values=True, invalid_row_handler=skip),
+def _parse(piece: Piece, width: int, places: Iterable[int]) -> pa.Table:
+    """The records of a piece as a table of text; an empty cell is null."""
+    names = [str(i) for i in range(width)]
+    read = [str(i) for i in places]
+    if not len(piece.rows):
+        return pa.schema([(name, pa.string()) for name in read]).empty_table()
+    table = pa.csv.read_csv(
+        pa.BufferReader(piece.text),
+        read_options=pa.csv.ReadOptions(use_threads=False, block_size=len(piece.text) + 1, column_names=names),
+        parse_options=pa.csv.ParseOptions(newlines_in_values=True),
         convert_options=pa.csv.ConvertOptions(
             column_types=dict.fromkeys(names, pa.string()),
-            include_columns=fragment.columns.read,
+            include_columns=read,
             strings_can_be_null=True,
             null_values=[""],
         ),
     )
-    following, reported = 1, 0
-    for batch in reader:
-        # The j-th good row is the j-th number that is not among the skipped ones.
-        gone = [number for number, _, _ in skipped if number >= following]
-        candidates = np.arange(following, following + len(batch) + len(gone), dtype=np.int64)
-        rows = candidates[~np.isin(candidates, gone)][: len(batch)]
-        yield Batch(pa.Table.from_batches([batch]), rows, skipped[reported:])
-        reported = len(skipped)
-        following = int(rows[-1]) + 1 if len(rows) else following
-    if reported < len(skipped):
-        empty = pa.schema([(name, pa.string()) for name in fragment.columns.read]).empty_table()
-        yield Batch(empty, np.zeros(0, dtype=np.int64), skipped[reported:])
+    assert len(table) == len(piece.rows), (len(table), len(piece.rows))
+    return table
 
 
 # -- tasks -----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -77,15 +78,14 @@ def match_columns(table: str, schema: pa.Schema, file: str) -> Columns:
         DataError: a required column is missing, a name occurs twice, or a column has a type that cannot be read.
     """
     names = schema.names
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise DataError(f"{file} (table {table}) has the column {twice[0]!r} twice; rename one of them")
+    missing = [column.name for column in TABLES[table] if column.required and column.name not in names]
+    if missing:
+        raise DataError(_missing(table, missing, names, file))
     known = []
     for column in TABLES[table]:
         if column.name not in names:
-            if column.required:
-                raise DataError(_missing(table, column.name, names, file))
             continue
+        _check_once(table, column.name, names, file)
         found = plain_type(schema.field(column.name).type)
         if not _ACCEPTS[column.kind](found):
             raise DataError(
@@ -93,16 +93,41 @@ def match_columns(table: str, schema: pa.Schema, file: str) -> Columns:
                 f"{_WHAT[column.kind]}; convert the column"
             )
         known.append(column.name)
-    rest = [name for name in names if name not in known]
-    taste = [n for n in rest if table == "users" and _is_vector(plain_type(schema.field(n).type))]
+    rest = list(dict.fromkeys(name for name in names if name and name not in known))  # no one reads one without a name
+    taste = [n for n in rest if table == "users" and any(_is_vector(plain_type(f.type)) for f in schema if f.name == n)]
+    for name in taste:
+        _check_once(table, name, names, file)
     return Columns(tuple(known), tuple(taste), tuple(name for name in rest if name not in taste))
 
 
-def _missing(table: str, column: str, names: Sequence[str], file: str) -> str:
-    near = {name.lower(): name for name in names}
-    match = difflib.get_close_matches(column, list(near), n=1, cutoff=0.5)
-    hint = f"; did you mean to call {near[match[0]]!r} {column!r}?" if match else f"; add a column {column!r}"
-    return f"{file} (table {table}) has no column {column!r}, its columns are: {', '.join(names) or 'none'}{hint}"
+def _check_once(table: str, column: str, names: Sequence[str], file: str) -> None:
+    if names.count(column) > 1:
+        raise DataError(f"{file} (table {table}) has the column {column!r} twice; rename one of them")
+
+
+def column_names(table: str) -> tuple[list[str], list[str]]:
+    """Names that the columns of any table may have, and those that ``table`` must have."""
+    known = dict.fromkeys(column.name for columns in TABLES.values() for column in columns)
+    return list(known), [column.name for column in TABLES[table] if column.required]
+
+
+def _missing(table: str, columns: Sequence[str], names: Sequence[str], file: str) -> str:
+    ours = {column.name for column in TABLES[table]}
+    free = {re.sub(r"[\W_]", "", name).lower(): name for name in names if name not in ours}
+    renamed, absent = [], []
+    for column in columns:
+        match = difflib.get_close_matches(column.replace("_", ""), list(free), n=1, cutoff=0.6)
+        if match:
+            renamed.append(f"{free.pop(match[0])!r} to {column!r}")
+        else:
+            absent.append(repr(column))
+    advice = [f"rename {', '.join(renamed)}"] * bool(renamed) + [f"add {', '.join(absent)}"] * bool(absent)
+    one = "column" if len(columns) == 1 else "columns"
+    there = ", ".join(name or "(no name)" for name in names) or "none"
+    return (
+        f"{file} (table {table}) has no {one} {', '.join(map(repr, columns))}, its columns are: {there}; "
+        f"{' and '.join(advice)}"
+    )
 
 
 def nearest(name: str, choices: Sequence[str]) -> str:

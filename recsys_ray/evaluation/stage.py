@@ -26,6 +26,7 @@ from recsys_ray.baselines.tuning import Tuned, tune, untuned
 from recsys_ray.cluster.pool import alone, cpus_of_one_host, in_parallel
 from recsys_ray.config import Config
 from recsys_ray.core.progress import Progress
+from recsys_ray.data.files import find_paths
 from recsys_ray.evaluation.given import ORACLE, ReadyLists, Tower, TowerModel, read_oracle
 from recsys_ray.evaluation.queries import (
     LAYOUT,
@@ -221,7 +222,8 @@ def _tower(name: str, open_towers: Callable[[], TowerModel], popular: np.ndarray
 
 def _oracle(job: Job) -> Callable[[], ReadyLists]:
     types = job.setting.catalogue.types
-    return partial(read_oracle, Path(job.config.data.oracle or ""), job.setting.ingest, types)
+    (path,) = find_paths("oracle", job.config.data.oracle or "")
+    return partial(read_oracle, path, job.setting.ingest, types)
 
 
 def _rank(
