@@ -14,7 +14,7 @@ from pipelines.stage import Context, Stage
 from recsys_ray.config import Config
 from recsys_ray.evaluation.given import TowerModel
 from recsys_ray.evaluation.results import MAIN
-from recsys_ray.evaluation.stage import evaluate
+from recsys_ray.evaluation.stage import REPORT, evaluate
 from recsys_ray.evaluation.towers import TrainedTowers
 from recsys_ray.hgnn.outputs import load_embeddings
 from recsys_ray.scoring.scorer import TERMS, without
@@ -83,4 +83,5 @@ STAGE = Stage(
     run=_run,
     version=3,  # a row without each term
     sources=lambda config: {"oracle": config.data.oracle},
+    page=REPORT,
 )

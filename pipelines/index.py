@@ -25,7 +25,7 @@ def _run(context: Context) -> dict[str, Any]:
 def _is_whole(config: Config, artifact: Artifact) -> bool:
     """The bundle lies outside the stage's folder: it must still be there, and live, or one that extends it must be."""
     try:
-        live = open_artifact(find_bundle(f"{config.run_dir}/bundles/current"))
+        live = open_artifact(find_bundle(f"{config.run_dir}/bundles"))
     except UserError:
         return False
     return live.counts["base"] == artifact.counts["bundle"]

@@ -12,7 +12,8 @@ from recsys_ray.checks.finished_run import FinishedRun
 from recsys_ray.checks.leaks import check_run
 from recsys_ray.config import Config
 from recsys_ray.core.progress import Progress
-from recsys_ray.storage.artifacts import MANIFEST, Artifact, open_artifact
+from recsys_ray.storage.artifacts import Artifact
+from recsys_ray.storage.outputs import current_folder, current_output
 
 _OPTIONAL = ("hgnn", "two-tower")
 
@@ -26,9 +27,9 @@ def check(config: Config, progress: Progress, sample: int) -> None:
     """
     found: dict[str, Artifact] = {}
     for name in ("ingest", "featurize", "graph", *_OPTIONAL):
-        folder = Path(config.run_dir) / STAGES[name].folder
-        if name not in _OPTIONAL or (folder / MANIFEST).exists():
-            found[name] = open_artifact(folder)
+        folder = STAGES[name].folder
+        if name not in _OPTIONAL or current_folder(Path(config.run_dir) / folder):
+            found[name] = current_output(config.run_dir, folder)
     check_kinship(found)
     run = FinishedRun(
         found["ingest"], found["featurize"], found["graph"], found.get("hgnn"), found.get("two-tower"), config

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -48,4 +47,4 @@ def run_probe(config: Config, progress: Progress, force: bool = False) -> None:
         made = runner.run(STAGE.name, force=force)
     console = Console(highlight=False)
     print_probe(json.loads((made.path / "metrics.json").read_text(encoding="utf-8")), console)
-    console.print(f"Picture  {Path(config.run_dir) / STAGE.folder / 'probe.png'}", soft_wrap=True)
+    console.print(f"Picture  {made.path / 'probe.png'}", soft_wrap=True)

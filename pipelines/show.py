@@ -13,7 +13,7 @@ from recsys_ray.evaluation.results import DIFFERENCES
 from recsys_ray.report.terminal import print_results
 from recsys_ray.report.write import write_report
 from recsys_ray.serving.recommender import Recommender
-from recsys_ray.storage.artifacts import open_artifact
+from recsys_ray.storage.outputs import current_output
 
 _HISTORY = 8  # events of a user that are shown
 
@@ -23,9 +23,9 @@ def show_results(config: Config, examples: int = 1) -> None:
     console, run_dir = Console(highlight=False), Path(config.run_dir)
     show_table(config)
     console.print(
-        f"\nReport  {run_dir / 'evaluation' / 'report.html'}: by item type, kind of user, popularity", soft_wrap=True
+        f"\nReport  {run_dir / STAGES['evaluate'].page}: by item type, kind of user, popularity", soft_wrap=True
     )
-    bundle = run_dir / "bundles" / "current"
+    bundle = run_dir / "bundles"
     console.print(f"Serve   recsys-ray serve --bundle {bundle}", soft_wrap=True)
     if examples:
         recommender = Recommender.load(bundle, verify=False)
@@ -35,7 +35,7 @@ def show_results(config: Config, examples: int = 1) -> None:
 
 
 def show_table(config: Config) -> None:
-    folder = Path(config.run_dir) / "evaluation"
+    folder = current_output(config.run_dir, STAGES["evaluate"].folder).path
     metrics, differences = (
         json.loads((folder / name).read_text(encoding="utf-8")) for name in ("metrics.json", DIFFERENCES)
     )
@@ -49,8 +49,8 @@ def draw_report(config: Config, out: Path | None = None) -> Path:
         ArtifactError: there is no finished evaluation.
     """
     run_dir = Path(config.run_dir)
-    evaluation = open_artifact(run_dir / STAGES["evaluate"].folder).path
-    path = out or run_dir / "report.html"
+    evaluation = current_output(run_dir, STAGES["evaluate"].folder).path
+    path = out or run_dir / STAGES["evaluate"].page
     write_report(path, json.loads((evaluation / "metrics.json").read_text(encoding="utf-8")), config, run_dir)
     return path
 

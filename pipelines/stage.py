@@ -7,7 +7,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,21 @@ from recsys_ray.data.files import find_paths, partition_of
 from recsys_ray.storage.artifacts import (
     Artifact,
     changes,
-    find_current,
     fingerprint,
     open_artifact,
     publish,
     read_manifest,
-    share,
     source_fingerprint,
+)
+from recsys_ray.storage.lock import run_lock
+from recsys_ray.storage.outputs import (
+    check_layout,
+    current_folder,
+    current_output,
+    find_finished,
+    put_file,
+    remove_unnamed,
+    set_current,
     work_folder,
 )
 
@@ -62,17 +70,24 @@ class Stage:
     version: int  # raise it when what the stage makes changes: what it made before is then made again
     sources: Callable[[Config], Mapping[str, str | Sequence[str] | None]] = lambda config: {}  # tables from outside
     is_whole: Callable[[Config, Artifact], bool] = lambda config, artifact: True  # is what it made elsewhere there?
-    shared: bool = True  # the folder is all that it makes: another run may link to it
+    shared: bool = True  # the folder is all that it makes: another run may point at it
+    page: str = ""  # a file of the output that is put into the run's folder as well
 
 
 VARIANTS = "variants"  # below the folder of a run: the same run with some settings changed, a folder each
 
 
+def family(home: Path) -> list[Path]:
+    """The folders of a run and of its variants."""
+    return [home, *sorted((home / VARIANTS).glob("*"))]
+
+
 class Runner:
     """Runs stages of one configuration; Ray is started when the first of them has work to do.
 
-    What this run and its variants have in common is made once: an output that a sibling has with the same fingerprint
-    is linked, not made again. All of them share one cache.
+    What this run and its variants have in common is made once: where a sibling has an output with the same fingerprint,
+    this run points at it. All of them share one cache. The folder of the run is locked meanwhile; who runs variants
+    holds the lock of their home.
 
     Args:
         home: the folder of the run that this one is a variant of; default: it is the run itself.
@@ -87,6 +102,8 @@ class Runner:
         self._cpus: int | None = None
 
     def __enter__(self) -> Runner:
+        if self.home == Path(self.config.run_dir):
+            self._exit.enter_context(run_lock(self.home))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -110,26 +127,24 @@ class Runner:
         hashes |= {table: _hash_source(table, path) for table, path in stage.sources(config).items() if path}
         settings = stage.settings(config)
         expected = fingerprint(stage.name, settings, hashes, stage.version)
-        target = Path(config.run_dir) / stage.folder
-        current = None if force else find_current(target, expected)
-        if current is not None and stage.is_whole(config, current):
-            self.progress.say(f"{place}  {name}: up to date")
-            return current
-        if not force and stage.shared and (made := self._made_elsewhere(stage.folder, expected)):
-            self.progress.say(f"{place}  {name}: the same as in {made}")
-            return share(made, target)
+        run_dir = Path(config.run_dir)
+        parent = run_dir / stage.folder
+        check_layout(run_dir, stage.folder)
+        if not force and (found := self._find(stage, expected)):
+            shared = found.path.parent != parent and current_folder(parent) != found.path
+            self.progress.say(f"{place}  {name}: {f'the same as in {found.path.parent}' if shared else 'up to date'}")
+            return make_current(stage, found, run_dir, self.home)
         self.progress.say(f"{place}  {name}: {stage.summary}")
-        if not force and (why := why_again(target, stage, settings, hashes)):
+        if not force and (why := why_again(parent, stage, settings, hashes)):
             self.progress.say(f"    made again: {why}")
         cpus, hosts = self._ray()
         started = time.monotonic()
-        work = work_folder(target, expected)
+        work = work_folder(parent, expected[:16])
         with PeakMemory() as memory:
             counts = stage.run(Context(config, inputs, work, self.progress, cpus, hosts, self.home / "cache"))
         seconds = time.monotonic() - started
         artifact = publish(
             work,
-            target,
             stage.name,
             expected,
             stage.version,
@@ -139,21 +154,24 @@ class Runner:
             seconds=round(seconds, 1),
             peak_memory_mb=round(memory.peak_mb),
         )
-        self.progress.say(f"    done in {seconds:,.0f} s, peak memory {memory.peak_mb:,.0f} MB -> {target}")
-        return artifact
+        self.progress.say(f"    done in {seconds:,.0f} s, peak memory {memory.peak_mb:,.0f} MB -> {work}")
+        return make_current(stage, artifact, run_dir, self.home)
 
-    def _made_elsewhere(self, folder: str, expected: str) -> Path | None:
-        """A sibling's finished output with this fingerprint."""
-        own = Path(self.config.run_dir).resolve()
-        for run in (self.home, *sorted((self.home / VARIANTS).glob("*"))):
-            if run.resolve() != own and find_current(run / folder, expected):
-                return run / folder
-        return None
+    def _find(self, stage: Stage, expected: str) -> Artifact | None:
+        """A finished output with this fingerprint: the run's own, or that of a sibling."""
+        run_dir = Path(self.config.run_dir)
+        for run in [run_dir, *(run for run in family(self.home) if stage.shared and run != run_dir)]:
+            with suppress(ArtifactError):
+                made = current_output(run, stage.folder)
+                if made.fingerprint == expected and stage.is_whole(self.config, made):
+                    return made
+        # One that was finished, and the run killed before it was pointed at.
+        left = find_finished(run_dir / stage.folder, expected[:16], expected)
+        return left if left and stage.is_whole(self.config, left) else None
 
     def _input(self, name: str, other: str) -> Artifact:
-        path = Path(self.config.run_dir) / self.stages[other].folder
         try:
-            return open_artifact(path)
+            return current_output(self.config.run_dir, self.stages[other].folder)
         except ArtifactError as error:
             raise ArtifactError(f"{name} needs the output of {other}: {error}") from error
 
@@ -166,15 +184,27 @@ class Runner:
         return self._cpus, max(hosts, 1)
 
 
-def why_again(target: Path, stage: Stage, settings: dict[str, Any], inputs: Mapping[str, str]) -> str:
-    """Why the output at ``target`` does not do, in words; empty where there is none."""
-    manifest = read_manifest(target)
-    if manifest is None:
+def make_current(stage: Stage, made: Artifact, run_dir: Path, home: Path) -> Artifact:
+    """Let the run point at an output, show its page, and remove what no run of the family points at any more."""
+    parent = run_dir / stage.folder
+    moved = current_folder(parent) != made.path
+    if moved:
+        set_current(parent, made.path)
+    if stage.page and (moved or not (run_dir / stage.page).exists()):
+        put_file(made.path / stage.page, run_dir / stage.page)
+    remove_unnamed(run_dir, stage.folder, family(home))
+    return made
+
+
+def why_again(parent: Path, stage: Stage, settings: dict[str, Any], inputs: Mapping[str, str]) -> str:
+    """Why the current output below ``parent`` does not do, in words; empty where there is none."""
+    folder = current_folder(parent)
+    if folder is None:
         return ""
-    if found := changes(manifest, stage.version, settings, inputs):
+    if (manifest := read_manifest(folder)) and (found := changes(manifest, stage.version, settings, inputs)):
         return "; ".join(found)
     try:
-        open_artifact(target)
+        open_artifact(folder)
     except ArtifactError as error:
         return str(error)
     return "what it published elsewhere is not there any more"

@@ -17,6 +17,8 @@ from recsys_ray.core.errors import UserError
 from recsys_ray.core.progress import Progress
 from recsys_ray.evaluation.results import HITS, Hits
 from recsys_ray.storage.artifacts import Artifact
+from recsys_ray.storage.lock import run_lock
+from recsys_ray.storage.outputs import current_output
 from recsys_ray.studies.changed_tables import write_changed
 from recsys_ray.studies.compare import judge
 from recsys_ray.studies.page import write_page
@@ -39,7 +41,12 @@ def run_study(name: str, config: Config, seeds: int, out: Path, command: str, pr
     """
     if name not in STUDIES:
         raise UserError(f"there is no study {name!r}; there are {', '.join(STUDIES)}")
-    study = STUDIES[name]
+    with run_lock(config.run_dir):
+        return _run_study(STUDIES[name], config, seeds, out, command, progress)
+
+
+def _run_study(study: Study, config: Config, seeds: int, out: Path, command: str, progress: Progress) -> list[str]:
+    name = study.name
     if study.needs_dates and config.split.protocol != "time":
         raise UserError(f"the study {name} needs dates, which split.protocol={config.split.protocol} does not have")
     with Runner(config, STAGES, progress) as runner:
@@ -80,7 +87,8 @@ def _run(
         table = write_changed(variant.table, ingest, target, config.data_seed)
         overrides.append(f"data.interactions={json.dumps(str(table))}")
     if variant.weights_of:
-        weights = folder_of(config, _folder(study, variant.weights_of, seed)) / "hgnn" / "model.safetensors"
+        trained = current_output(folder_of(config, _folder(study, variant.weights_of, seed)), STAGES["hgnn"].folder)
+        weights = trained.path / "model.safetensors"
         overrides.append(f"hgnn.weights={json.dumps(str(weights))}")
     own = variant_of(config, _folder(study, variant.name, seed), overrides)
     stages = TO_COMPARE[: TO_COMPARE.index(variant.until) + 1]

@@ -27,6 +27,8 @@ from recsys_ray.config import Config
 from recsys_ray.core.errors import UserError
 from recsys_ray.core.progress import Progress
 from recsys_ray.storage.artifacts import MANIFEST, write_json
+from recsys_ray.storage.lock import run_lock
+from recsys_ray.storage.outputs import current_folder
 from recsys_ray.tuning.space import (
     Choice,
     Dimension,
@@ -65,6 +67,11 @@ def tune(config: Config, count: int, out: Path, only: list[str], progress: Progr
     Raises:
         UserError: every trial failed.
     """
+    with run_lock(config.run_dir):
+        return _tune(config, count, out, only, progress, fresh)
+
+
+def _tune(config: Config, count: int, out: Path, only: list[str], progress: Progress, fresh: bool) -> Trial:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     space = space_for(config, only)
     folder = (Path(config.run_dir) / _FOLDER / identity(config, space)).absolute()
@@ -113,8 +120,8 @@ class Record:
         """Write a trial down and make room: what it trained is not needed any more."""
         params, started = self.running.pop(trial_id)
         seconds = time.monotonic() - started
-        whole = (folder_of(self.config, name_of(params)) / STAGES["two-tower"].folder / MANIFEST).exists()
-        stopped = not whole and not error
+        made = current_folder(folder_of(self.config, name_of(params)) / STAGES["two-tower"].folder)
+        stopped = not (made and (made / MANIFEST).exists()) and not error
         trial = Trial(params, max(curve) if curve else None, tuple(curve), round(seconds, 1), stopped, error)
         self.trials.append(trial)
         self._spent.append(seconds)
@@ -136,15 +143,7 @@ class Record:
         for trial in self.trials:
             folder = folder_of(self.config, name_of(trial.params))
             for output in _BULKY:
-                for left in [folder / output, *folder.glob(f".{output}.*")]:
-                    _remove(left)
-
-
-def _remove(folder: Path) -> None:
-    if folder.is_symlink():
-        folder.unlink()
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(folder / output, ignore_errors=True)
 
 
 def _trial_from(fields: Mapping[str, Any]) -> Trial:

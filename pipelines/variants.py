@@ -1,7 +1,7 @@
 """Variants of a run: the same configuration with some settings or another seed, in folders of their own below it.
 
 ``<run_dir>/variants/<name>/`` looks like a run's folder. Whatever a variant has in common with the run or with another
-variant is made once and linked (:class:`pipelines.stage.Runner`).
+variant is made once; the others point at it (:class:`pipelines.stage.Runner`).
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipelines.stage import VARIANTS, Runner
+from pipelines.stage import VARIANTS, Runner, make_current
 from pipelines.stages import STAGES
 from recsys_ray.config import Config, changed
 from recsys_ray.core.progress import Progress
 from recsys_ray.evaluation.results import DIFFERENCES, HITS, MAIN, Hits, against_all, pool
 from recsys_ray.report.examples import EXAMPLES, POPULARITY
 from recsys_ray.report.item_map import MAP
-from recsys_ray.storage.artifacts import Artifact, find_current, fingerprint, publish, work_folder, write_json
+from recsys_ray.storage.artifacts import Artifact, fingerprint, publish, write_json
+from recsys_ray.storage.lock import run_lock
+from recsys_ray.storage.outputs import find_finished, work_folder
 
 _OF_THE_FIRST = ("tuning.json", EXAMPLES, POPULARITY, MAP)  # what several seeds show of one of them
 TO_COMPARE = tuple(name for name in STAGES if name != "index")  # a variant is compared, not served
@@ -36,7 +38,8 @@ def folder_of(config: Config, name: str) -> Path:
 def run_variant(
     config: Config, variant: Config, progress: Progress, stages: Sequence[str] = TO_COMPARE
 ) -> Mapping[str, Artifact]:
-    """Bring a variant of the run ``config`` up to date; returns its outputs by stage."""
+    """Bring a variant of the run ``config`` up to date; returns its outputs by stage. The caller holds ``run_lock`` of
+    the run."""
     with Runner(variant, STAGES, progress, home=Path(config.run_dir)) as runner:
         return runner.chain(list(stages))
 
@@ -46,6 +49,11 @@ def run_seeds(config: Config, count: int, progress: Progress, force: bool = Fals
 
     The bundle is of the first seed. Each seed's own evaluation is in ``variants/seed-<n>/evaluation``.
     """
+    with run_lock(config.run_dir):
+        return _run_seeds(config, count, progress, force)
+
+
+def _run_seeds(config: Config, count: int, progress: Progress, force: bool) -> Artifact:
     seeds = list(range(config.seed, config.seed + count))
     if force:
         for seed in seeds:
@@ -68,11 +76,11 @@ def pool_seeds(config: Config, seeds: list[int], evaluations: Sequence[Artifact]
     inputs = {f"seed-{seed}": artifact.fingerprint for seed, artifact in zip(seeds, evaluations, strict=True)}
     settings = {"seeds": seeds, "bootstrap": config.evaluate.bootstrap}
     expected = fingerprint("evaluate seeds", settings, inputs, stage.version)
-    target = Path(config.run_dir) / stage.folder
-    if current := find_current(target, expected):
+    run_dir = Path(config.run_dir)
+    if made := find_finished(run_dir / stage.folder, expected[:16], expected):
         progress.say(f"mean of {len(seeds)} seeds: up to date")
-        return current
-    work = work_folder(target, expected)
+        return make_current(stage, made, run_dir, run_dir)
+    work = work_folder(run_dir / stage.folder, expected[:16])
     hits = [Hits.load(artifact.path / HITS) for artifact in evaluations]
     tables = [json.loads((artifact.path / "metrics.json").read_text(encoding="utf-8")) for artifact in evaluations]
     rows = pool(tables, hits, seeds, config.evaluate.bootstrap, config.seed)
@@ -84,12 +92,12 @@ def pool_seeds(config: Config, seeds: list[int], evaluations: Sequence[Artifact]
             shutil.copyfile(first.path / name, work / name)
     cost = {name: first.manifest[name] for name in ("seconds", "peak_memory_mb")}
     spent = cost["seconds"], cost["peak_memory_mb"]
-    write_report(work / "report.html", rows, config, Path(config.run_dir), work, lambda: spent)
+    write_report(work / stage.page, rows, config, run_dir, work, lambda: spent)
     counts = dict(first.counts) | {
         "seeds": seeds,
         "hr_at_10": {r["model"]: r["hr_at_10"] for r in rows if (r["item_type"], r["segment"]) == ("all", "warm")},
     }
-    progress.say(f"mean of {len(seeds)} seeds -> {target}")
-    return publish(
-        work, target, stage.name, expected, stage.version, config=settings, inputs=inputs, counts=counts, **cost
-    )
+    facts = {"config": settings, "inputs": inputs, "counts": counts, **cost}
+    made = publish(work, stage.name, expected, stage.version, **facts)
+    progress.say(f"mean of {len(seeds)} seeds -> {work}")
+    return make_current(stage, made, run_dir, run_dir)

@@ -19,7 +19,7 @@ from recsys_ray.core.progress import Progress
 from recsys_ray.scoring.choices import choices_file
 from recsys_ray.scoring.memory import RIDGES, Memory, memory_file
 from recsys_ray.scoring.scorer import TRENDS, UNSEEN, VECTOR, ScoreSpec
-from recsys_ray.storage.artifacts import Artifact, publish, save_arrays, work_folder
+from recsys_ray.storage.artifacts import Artifact, publish, save_arrays
 
 DAY = 86_400
 END = 1_700_000_000
@@ -149,7 +149,8 @@ def published(item_id: str) -> int | None:
 
 
 def write_ingest(world: World, types: list[str], per_type: Sequence[int], random: np.random.Generator) -> None:
-    work = work_folder(world.root / "ingest", "ingest")
+    work = world.root / "ingest"
+    work.mkdir(parents=True, exist_ok=True)
     size, users = len(world.item_ids), len(world.user_ids)
     items = {
         "item_id": world.item_ids,
@@ -200,14 +201,13 @@ def write_ingest(world: World, types: list[str], per_type: Sequence[int], random
         "end": END,
         "days": [],
     }
-    publish(work, world.root / "ingest", "ingest", "ingest", counts=counts)
+    publish(work, "ingest", "ingest", counts=counts)
 
 
 def publish_arrays(target: Path, files: dict[str, dict[str, np.ndarray]], **facts: Any) -> None:
-    work = work_folder(target, target.name)
     for name, arrays in files.items():
-        save_arrays(work / name, arrays)
-    publish(work, target, target.name, target.name, **{"counts": {}, **facts})
+        save_arrays(target / name, arrays)
+    publish(target, target.name, target.name, **facts)
 
 
 def some_memory(items: int) -> Memory:
@@ -227,8 +227,8 @@ def _write_towers(
 
     from recsys_ray.two_tower.towers import TowerSpec, TwoTower
 
-    work, size = work_folder(target, target.name), len(world.item_ids)
-    (work / "hgnn" / "items").mkdir(parents=True, exist_ok=True)
+    size = len(world.item_ids)
+    (target / "hgnn" / "items").mkdir(parents=True, exist_ok=True)
     spec = TowerSpec(
         num_types=len(types), events=EVENTS, text_dim=text, hgnn_dim=dim, activity_dim=3, num_countries=2,
         num_languages=0, num_categories=1, tastes={"music": TASTE}, layers=[16, dim], item_types=types,
@@ -239,11 +239,11 @@ def _write_towers(
         unseen_share=list(shares),
     )  # fmt: skip
     if memory:
-        some_memory(size).save(memory_file(work, "serve"))
-    save_arrays(choices_file(work), {"serve": np.stack([had(size)] * 3)})
+        some_memory(size).save(memory_file(target, "serve"))
+    save_arrays(choices_file(target), {"serve": np.stack([had(size)] * 3)})
     torch.manual_seed(0)
-    save_file(TwoTower(spec).state_dict(), work / "hgnn" / "model.safetensors")
-    spec.save(work / "hgnn" / "spec.json")
-    score.save(work / "hgnn")
-    save_arrays(work / "hgnn" / "items" / "serve.safetensors", {VECTOR: world.vectors, **world.terms})
-    publish(work, target, target.name, target.name, counts={})
+    save_file(TwoTower(spec).state_dict(), target / "hgnn" / "model.safetensors")
+    spec.save(target / "hgnn" / "spec.json")
+    score.save(target / "hgnn")
+    save_arrays(target / "hgnn" / "items" / "serve.safetensors", {VECTOR: world.vectors, **world.terms})
+    publish(target, target.name, target.name)

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recsys_ray.config import Config, DataConfig, GraphConfig
-from recsys_ray.storage.artifacts import publish, save_arrays, work_folder
+from recsys_ray.storage.artifacts import publish, save_arrays
 
 DAY = 86_400
 DAYS = 100
@@ -28,7 +28,7 @@ def write_world(
     event = (rng.random(events) < 0.2).astype(np.int8)  # 0 stream, 1 follow
     order = np.lexsort((event, gid, timestamp, uid))
     table = pa.table({"uid": uid[order], "gid": gid[order], "event": event[order], "timestamp": timestamp[order]})
-    ingest = work_folder(root / "ingest", "0" * 16)
+    ingest = root / "ingest"
     (ingest / "interactions").mkdir(parents=True, exist_ok=True)
     edges = np.searchsorted(uid, np.linspace(0, users, shards + 1).astype(int))
     for shard in range(shards):
@@ -46,11 +46,11 @@ def write_world(
         "end": int(timestamp.max()) + 1 if events else DAYS * DAY,
         "days": [[day, int(n)] for day, n in enumerate(days.tolist()) if n],
     }
-    publish(ingest, root / "ingest", "ingest", "0" * 16, counts=counts)
+    publish(ingest, "ingest", "0" * 16, counts=counts)
     vectors = rng.normal(size=(items, TEXT_DIM)).astype(np.float16)
     (root / "featurize").mkdir()
     save_arrays(root / "featurize" / "text.safetensors", {"vector": vectors})
-    return root / "ingest", root / "featurize"
+    return ingest, root / "featurize"
 
 
 def small_config(**graph: object) -> Config:

@@ -29,7 +29,7 @@ from recsys_ray.scoring.ridge import Edges, solve
 from recsys_ray.scoring.scorer import TRENDS, UNSEEN, VECTOR, ScoreSpec
 from recsys_ray.serving.histories import mapped_arrays
 from recsys_ray.serving.recommender import Recommender
-from recsys_ray.storage.artifacts import publish, save_arrays, work_folder
+from recsys_ray.storage.artifacts import publish, save_arrays
 from recsys_ray.text.encoder import encoder_fingerprint, find_model
 from recsys_ray.text.featurize import encode_alike
 from recsys_ray.two_tower.batches import ArrayFeatures
@@ -175,12 +175,12 @@ def write_stages(world, text, embedding, hidden, model, towers, spec, encoder) -
     write_ingest(world, TYPES, np.bincount(world.ntype).tolist(), np.random.default_rng(0))
     facts = {"config": bundle_world.FEATURIZE["config"], "counts": {"precision": "fp32", "encoder": encoder}}
     publish_arrays(root / "featurize", {"text.safetensors": {"vector": text}}, **facts)
-    work = work_folder(root / "hgnn", "hgnn")
+    work = root / "hgnn"
     part = {"gid": np.arange(size), "embedding": embedding, "hidden": hidden.astype(np.float16)}
     save_arrays(work / "embeddings" / "serve" / "part-00000.safetensors", part)
     save_file(model.state_dict(), work / "model.safetensors")
-    publish(work, root / "hgnn", "hgnn", "hgnn", config={"hgnn": HGNN_CONFIG.model_dump(mode="json")}, counts={})
-    work = work_folder(root / "two_tower", "two_tower")
+    publish(work, "hgnn", "hgnn", config={"hgnn": HGNN_CONFIG.model_dump(mode="json")})
+    work = root / "two_tower"
     save_arrays(work / "hgnn" / "items" / "serve.safetensors", {VECTOR: world.vectors, **world.terms})
     had = users_of_items(world)
     save_arrays(choices_file(work), {"serve": np.stack([had, np.zeros_like(had), np.zeros_like(had)])})
@@ -190,7 +190,7 @@ def write_stages(world, text, embedding, hidden, model, towers, spec, encoder) -
     edges, users = true_edges(world, size), np.bincount(world.events[:, 1], minlength=size)
     memory = Memory.of_edges(*edges[:2], solve(edges, users, 0, len(edges[1])), users, world.ntype)
     memory.save(memory_file(work, "serve"))
-    publish(work, root / "two_tower", "two_tower", "two_tower", counts={})
+    publish(work, "two_tower", "two_tower")
 
 
 def extend(late: Late, out: Path, items: pa.Table, trickle: pa.Table | None = None, **options) -> Path:

@@ -12,6 +12,7 @@ from pathlib import Path
 import yaml
 
 from pipelines.cli import main
+from recsys_ray.storage.outputs import current_output
 
 BASELINES = {"popularity", "item_knn", "llm_knn", "hgnn", "oracle"}
 TABLES = ("items", "interactions", "users", "oracle")
@@ -53,5 +54,10 @@ def configure(root: Path, world: Path, name: str, /, **changes: dict) -> Path:
     return root / f"{name}.yaml"
 
 
+def output(run: Path, stage: str) -> Path:
+    """The current output of a stage."""
+    return current_output(run, stage).path
+
+
 def metrics_of(run: Path) -> list[dict]:
-    return json.loads((run / "evaluation" / "metrics.json").read_text(encoding="utf-8"))
+    return json.loads((output(run, "evaluation") / "metrics.json").read_text(encoding="utf-8"))

@@ -8,6 +8,7 @@ from typing import Any
 
 from recsys_ray.baselines.tuning import Tuned
 from recsys_ray.evaluation.labels import SEGMENT_NAMES
+from recsys_ray.storage.outputs import current_folder, set_current
 
 EVIL = "</script><script>document.title='harmed'</script><img src=x onerror=alert(1)>$m$ \"'&"
 MODELS = ("popularity", "item_knn", "hgnn", "two_tower_text_only", "2t_hgnn", EVIL, "oracle")
@@ -45,6 +46,13 @@ def rows(seeds: int = 0) -> list[dict[str, Any]]:
     return found
 
 
+def output(run: Path, stage: str) -> Path:
+    """The current output of a stage, begun if there is none."""
+    if current_folder(run / stage) is None:
+        set_current(run / stage, run / stage / "made")
+    return run / stage / "made"
+
+
 def write_run(run: Path) -> Path:
     """The files beside the figures that a finished run has; returns ``run``."""
     day = 86_400
@@ -53,22 +61,22 @@ def write_run(run: Path) -> Path:
         "valid_from": 80 * day, "test_from": 90 * day, "end": 100 * day, "days": [[d, d % 9] for d in range(100)],
         "rows": {"items": {"read": 100, "kept": 100}},
     }  # fmt: skip
-    _write(run / "ingest" / "manifest.json", {"counts": counts, "seconds": 75, "peak_memory_mb": 1500})
+    _write(output(run, "ingest") / "manifest.json", {"counts": counts, "seconds": 75, "peak_memory_mb": 1500})
     epochs = [{"epoch": k, "loss": 2.0 - 0.1 * k, "valid_loss": 2.1 - 0.1 * k} for k in range(5)]
-    _write(run / "hgnn" / "metrics.json", epochs)
-    (run / "two_tower" / "hgnn").mkdir(parents=True)
-    (run / "two_tower" / "hgnn" / "metrics.json").write_text("damaged")
+    _write(output(run, "hgnn") / "metrics.json", epochs)
+    (output(run, "two_tower") / "hgnn").mkdir(parents=True)
+    (output(run, "two_tower") / "hgnn" / "metrics.json").write_text("damaged")
     epoch = {"epoch": 0, "loss": 1.0, "valid_hr_at_10": 0.25, "valid_ndcg_at_100": 0.2}
-    _write(run / "two_tower" / "text_only" / "metrics.json", [epoch])
+    _write(output(run, "two_tower") / "text_only" / "metrics.json", [epoch])
     spec = {"item_types": list(TYPES[1:]), "last_item": True, "recent": [4.0], "id_dropout": None}
-    _write(run / "two_tower" / "hgnn" / "spec.json", spec)
+    _write(output(run, "two_tower") / "hgnn" / "spec.json", spec)
     score = {"memory": 0.05, "temperature": 0.1, "ridge": 30.0, "half_life": 4.0, "trends": [0.75, 0.0],
              "unseen_share": [0.0213, None]}  # fmt: skip
-    _write(run / "two_tower" / "hgnn" / "score.json", score)
-    _write(run / "evaluation" / "tuning.json", {"item_knn": _search()})
-    _write(run / "evaluation" / "popularity.json", _popularity())
-    _write(run / "evaluation" / "map.json", _map())
-    _write(run / "evaluation" / "examples.json", _examples())
+    _write(output(run, "two_tower") / "hgnn" / "score.json", score)
+    _write(output(run, "evaluation") / "tuning.json", {"item_knn": _search()})
+    _write(output(run, "evaluation") / "popularity.json", _popularity())
+    _write(output(run, "evaluation") / "map.json", _map())
+    _write(output(run, "evaluation") / "examples.json", _examples())
     return run
 
 

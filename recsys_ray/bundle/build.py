@@ -21,13 +21,12 @@ Layout of ``bundles/<version>/``:
   ``had``, int32 [items]: users who ever chose each item)
 - ``manifest.json``: checksums, counts, configuration, recall@10 of every index against exact search
 
-``bundles/current`` is a relative link to the live version and is swapped in one step.
+``bundles/current.json`` names the live version and is replaced in one step.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -65,19 +64,17 @@ from recsys_ray.serving.tower import LoadTower, TowerRunner, load_user_tower
 from recsys_ray.storage.artifacts import (
     SCRATCH,
     Artifact,
-    find_current,
     fingerprint,
     load_arrays,
     open_artifact,
     publish,
     save_arrays,
-    work_folder,
     write_json,
 )
+from recsys_ray.storage.outputs import current_folder, find_finished, set_current, work_folder
 from recsys_ray.two_tower.towers import load_item_ids
 
 VERSION = 2  # of what a run's bundle is made of: raise it when that changes
-CURRENT = "current"
 VARIANT = "hgnn"  # of the two-tower stage's models, the one that is served
 MEMORY = "memory.safetensors"
 TERMS_FILE = "terms.safetensors"
@@ -136,7 +133,7 @@ def build_bundle(
     progress: Progress,
     load_tower: LoadTower = load_user_tower,
 ) -> Artifact:
-    """Build ``out_root``/<version> and point ``out_root``/current at it.
+    """Build ``out_root``/<version> and make it the current one.
 
     A bundle of the same inputs and configuration that is already there is kept; the version is a date (of the data's
     last event) and the start of the fingerprint, so that the same inputs always make the same version.
@@ -147,20 +144,20 @@ def build_bundle(
     sources = _Sources.open(ingest_dir, featurize_dir, hgnn_dir, two_tower_dir)
     check_metric(sources.spec.get("metric"), two_tower_dir / VARIANT)
     expected = bundle_fingerprint(config, sources.prints)
-    target = out_root / version_name(calendar_end(sources.ingest.counts), expected)
-    bundle = find_current(target, expected)
+    version = version_name(calendar_end(sources.ingest.counts), expected)
+    bundle = find_finished(out_root, version, expected)
     if bundle is None:
-        work = work_folder(target, expected)
-        progress.say(f"    bundle {target.name}")
+        work = work_folder(out_root, version)
+        progress.say(f"    bundle {work.name}")
         _write_items(work, sources)
         _write_seeds(work, sources)
         _write_users(work, sources)
         _write_events(work, config, sources, progress)
         recall, exact = _write_indexes(work, config, sources, progress, load_tower)
         facts = {"config": config.model_dump(mode="json"), "inputs": sources.prints}
-        counts = _counts(config, sources, target.name) | {"recall_at_10": recall, "exact": exact}
-        bundle = publish(work, target, "bundle", expected, VERSION, counts=counts, **facts)
-    set_current(out_root, target.name)
+        counts = _counts(config, sources, work.name) | {"recall_at_10": recall, "exact": exact}
+        bundle = publish(work, "bundle", expected, VERSION, counts=counts, **facts)
+    set_current(out_root, bundle.path)
     return bundle
 
 
@@ -169,23 +166,17 @@ def version_name(end: int, expected: str) -> str:
     return f"{datetime.fromtimestamp(end - 1, tz=UTC):%Y%m%d}-{expected[:12]}"
 
 
-def set_current(root: Path, version: str) -> None:
-    """Point ``root``/current at ``version`` in one step: there is no moment without a live bundle."""
-    aside = root / f".{CURRENT}.{os.getpid()}"
-    aside.unlink(missing_ok=True)
-    aside.symlink_to(version, target_is_directory=True)
-    aside.replace(root / CURRENT)
-
-
 def find_bundle(path: str | Path) -> Path:
-    """The concrete folder that ``path`` means: a bundle, a ``current`` link, a ``bundles`` folder or a run's folder.
+    """The concrete folder that ``path`` means: a bundle, a folder of bundles (``bundles`` or ``bundles/current``: the
+    current one), or a run's folder.
 
     Raises:
         ArtifactError: there is no bundle.
     """
     given = Path(path)
-    for folder in (given, given / CURRENT, given / "bundles" / CURRENT):
-        if (folder / "manifest.json").is_file() and (folder / "user_tower").is_dir():
+    parents = (given, given / "bundles", *([given.parent] if given.stem == "current" else []))
+    for folder in (given, *(current_folder(parent) for parent in parents)):
+        if folder and (folder / "manifest.json").is_file() and (folder / "user_tower").is_dir():
             return folder.resolve()
     raise ArtifactError(f"{given} is no bundle and holds none; 'recsys-ray run' or 'recsys-ray index' builds one")
 

@@ -16,6 +16,7 @@ from recsys_ray.hgnn.outputs import load_embeddings
 from recsys_ray.serving.catalogue import read_table
 from recsys_ray.serving.histories import mapped_arrays
 from recsys_ray.storage.artifacts import open_artifact
+from recsys_ray.storage.outputs import current_output
 from recsys_ray.two_tower.towers import TowerSpec
 
 VECTORS = ("text", "hgnn", "tower")
@@ -31,14 +32,14 @@ def export_run(run: Path, out: Path, snapshot: str, vectors: Sequence[str], prog
         UserError: there is no such snapshot or kind of vector.
     """
     _check(vectors)
-    ingest = open_artifact(run / "ingest")
+    ingest = current_output(run, "ingest")
     items = pq.read_table(ingest.path / "items.parquet", columns=["item_id", "item_type", "title"])
 
     def text() -> np.ndarray:
-        return mapped_arrays(open_artifact(run / "featurize").path / "text.safetensors")["vector"].numpy()
+        return mapped_arrays(current_output(run, "featurize").path / "text.safetensors")["vector"].numpy()
 
     def hgnn() -> np.ndarray:
-        folder = open_artifact(run / "hgnn").path
+        folder = current_output(run, "hgnn").path
         known = sorted(path.name for path in (folder / "embeddings").iterdir())
         if snapshot not in known:
             raise UserError(f"there is no snapshot {snapshot!r}; the graph stage made {', '.join(known)}")
@@ -50,7 +51,7 @@ def export_run(run: Path, out: Path, snapshot: str, vectors: Sequence[str], prog
                 f"the item tower's vectors are there as of {' and '.join(_TOWER_SNAPSHOTS)}, not of {snapshot!r}; "
                 "leave 'tower' out of --vectors"
             )
-        folder = open_artifact(run / "two_tower").path / VARIANT / "items"
+        folder = current_output(run, "two_tower").path / VARIANT / "items"
         return mapped_arrays(folder / f"{snapshot}.safetensors")["vector"].numpy()
 
     return _write(items, {"text": text, "hgnn": hgnn, "tower": tower}, vectors, out, progress)

@@ -41,7 +41,6 @@ from recsys_ray.bundle.build import (
     find_bundle,
     sample_profiles,
     sample_queries,
-    set_current,
     version_name,
 )
 from recsys_ray.config import Config, HgnnConfig, TextConfig
@@ -63,15 +62,14 @@ from recsys_ray.serving.tower import TowerRunner, load_user_tower
 from recsys_ray.storage.artifacts import (
     SCRATCH,
     Artifact,
-    find_current,
     fingerprint,
     load_arrays,
     open_artifact,
     publish,
     save_arrays,
     source_fingerprint,
-    work_folder,
 )
+from recsys_ray.storage.outputs import find_finished, set_current, work_folder
 from recsys_ray.text.featurize import encode_alike, text_of
 from recsys_ray.two_tower.batches import ArrayFeatures
 from recsys_ray.two_tower.stage import catalogue_of
@@ -103,7 +101,7 @@ def extend_bundle(
         items, interactions: tables as ingest takes them. Interactions may be with any item.
         out: folder of bundles; default: the one that ``bundle`` is in.
         replace: embed items anew that the bundle has; they keep their stored edges as far as histories have them.
-        make_current: point ``out``/current at the new bundle.
+        make_current: make the new bundle the current one of ``out``.
         cpus: threads of the text encoder.
 
     Raises:
@@ -116,18 +114,18 @@ def extend_bundle(
     if interactions is not None:
         inputs["interactions"] = source_fingerprint(interactions)
     expected = fingerprint("embed-items", {"replace": replace}, inputs, _VERSION)
-    found = [path for path in root.glob(f"*-{expected[:12]}") if find_current(path, expected)]
-    if found:
-        progress.say(f"    bundle {found[0].name}: up to date")
-        made = open_artifact(found[0])
+    version = version_name(source.counts["end"], expected)
+    made = find_finished(root, version, expected)
+    if made:
+        progress.say(f"    bundle {made.path.name}: up to date")
     else:
-        work = work_folder(root / "embed-items", expected)
+        work = work_folder(root, version)
         counts = {**source.counts, **_Extension(source, work, progress, cpus).run(items, interactions, replace)}
-        counts["version"] = version_name(counts["end"], expected)
+        counts["version"] = work.name
         facts = {"config": source.manifest["config"], "inputs": inputs, "counts": counts}
-        made = publish(work, root / counts["version"], "bundle", expected, _VERSION, **facts)
+        made = publish(work, "bundle", expected, _VERSION, **facts)
     if make_current:
-        set_current(root, made.path.name)
+        set_current(root, made.path)
     return made
 
 

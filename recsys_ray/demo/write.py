@@ -1,12 +1,12 @@
 """Writing the demo world to Parquet: a Ray Data job of independent shards.
 
 Each shard is a function of the spec and its number, so the tables are the same bit for bit on any number of workers,
-and a shard that is tried twice writes the same file. The world appears whole: it is written aside, then renamed.
+and a shard that is tried twice writes the same file. Files are put in place when all of them are written,
+``world.json`` last.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -33,8 +33,10 @@ from recsys_ray.demo.world import (
     WorldSpec,
     catalogue_of,
 )
+from recsys_ray.storage.artifacts import write_json
 
 FORMAT = 1
+_TABLES = ("items", "users", "interactions", "oracle")
 _ITEMS_PER_FILE = 20_000
 _UTC = pa.timestamp("us", tz="UTC")
 
@@ -56,19 +58,18 @@ def write_demo(out: Path, spec: WorldSpec, progress: Progress) -> dict[str, Any]
         raise DataError(f"{out} holds something other than a demo world; choose another folder or empty it")
     aside = out.with_name(f".{out.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
-    for table in ("items", "users", "interactions", "oracle"):
+    for table in _TABLES:
         (aside / table).mkdir(parents=True)
     world = _summary(spec, _run(aside, spec, progress))
-    (aside / "world.json").write_text(json.dumps(world, indent=2) + "\n", encoding="utf-8")
-    if out.exists():  # moved out of the way first: a rename onto a full folder fails
-        old = out.with_name(f".{out.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        out.rename(old)
-        aside.rename(out)
-        shutil.rmtree(old)
-    else:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        aside.rename(out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "world.json", {"format": FORMAT})  # whoever kills this leaves a world that is made again
+    for table in _TABLES:
+        shutil.rmtree(out / table, ignore_errors=True)
+        (out / table).mkdir()
+        for file in (aside / table).iterdir():
+            file.replace(out / table / file.name)
+    write_json(out / "world.json", world)
+    shutil.rmtree(aside)
     return world
 
 

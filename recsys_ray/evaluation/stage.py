@@ -48,6 +48,8 @@ from recsys_ray.report.examples import write_gallery
 from recsys_ray.report.item_map import MAP, draw_map, item_spaces, sample_items
 from recsys_ray.storage.artifacts import fingerprint, load_arrays, save_arrays, write_json
 
+REPORT = "report.html"
+
 
 def evaluate(
     config: Config,
@@ -70,7 +72,7 @@ def evaluate(
         towers: how to open two-tower models, by the name that they get in the table, in the table's order.
         out: a work folder on storage that every node sees. Finished parts in its ``_scratch`` are used again.
         cpus: tasks at once, one thread each; and threads of a baseline's fit.
-        run_dir: where the report finds the other stages' facts; default: beside ``ingest_dir``.
+        run_dir: where the report finds the other stages' facts; default: the folder that ``ingest_dir`` is in.
         cache: where trials and rankings of baselines are kept for later evaluations; default: ``run_dir``'s.
         spent: tells the seconds and the peak memory in MB of this stage so far, for the report.
 
@@ -110,7 +112,7 @@ def evaluate(
         spaces |= {name: build().item_vectors[gids] for name, build in list(towers.items())[-1:]}
         alone(draw_map, setting, survey.facts, gids, spaces, out / MAP, cpus=1)
         task.advance()
-    write_report(out / "report.html", rows, config, run_dir, out, spent)
+    write_report(out / REPORT, rows, config, run_dir, out, spent)
     if not rows:
         progress.say(
             "    nothing to evaluate: no user has a positive event on an item that was new to the user in the test "

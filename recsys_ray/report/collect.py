@@ -13,7 +13,7 @@ from recsys_ray.evaluation.labels import Row, main_segment, name_of, select
 from recsys_ray.evaluation.results import DIFFERENCES, EVERY_TYPE, MAIN
 from recsys_ray.report import run_facts
 from recsys_ray.report.terminal import in_order
-from recsys_ray.storage.artifacts import open_artifact
+from recsys_ray.storage.outputs import current_output
 
 START, END = "<!-- recsys-ray results: begin -->", "<!-- recsys-ray results: end -->"
 _HEAD = "# Results\n"
@@ -37,7 +37,7 @@ def read_results(run_dir: str | Path) -> Results:
         ArtifactError: there is no finished evaluation, or no ingest, in this folder.
     """
     run = Path(run_dir)
-    evaluation, ingest = open_artifact(run / "evaluation"), open_artifact(run / "ingest")
+    evaluation, ingest = current_output(run, "evaluation"), current_output(run, "ingest")
     metrics, differences = (
         json.loads((evaluation.path / name).read_text(encoding="utf-8")) for name in ("metrics.json", DIFFERENCES)
     )

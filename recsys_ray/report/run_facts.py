@@ -14,6 +14,7 @@ from typing import Any
 from recsys_ray.core.clock import DAY
 from recsys_ray.evaluation.labels import name_of
 from recsys_ray.scoring.scorer import SCORE
+from recsys_ray.storage.outputs import current_folder
 
 STAGES = ("ingest", "featurize", "graph", "hgnn", "two_tower", "index", "evaluation")
 _CURVES = {"hgnn": "HGNN", "two_tower/hgnn": "Two-tower of 2T-HGNN", "two_tower/text_only": "Two-tower without HGNN"}
@@ -31,9 +32,14 @@ def read_json(path: Path) -> Any:
         return None
 
 
+def current(run_dir: Path, stage: str) -> Path:
+    """The stage's current output, or a path where nothing is."""
+    return current_folder(run_dir / stage) or run_dir / stage / "none"
+
+
 def manifests(run_dir: Path) -> dict[str, dict[str, Any]]:
     """Folder of a stage -> its manifest, in the order of the stages."""
-    found = {stage: read_json(run_dir / stage / "manifest.json") for stage in STAGES}
+    found = {stage: read_json(current(run_dir, stage) / "manifest.json") for stage in STAGES}
     return {stage: manifest for stage, manifest in found.items() if isinstance(manifest, dict)}
 
 
@@ -111,7 +117,8 @@ def training(run_dir: Path) -> list[dict[str, Any]]:
     """What each training recorded of its epochs: one plot for the losses, one for each other figure."""
     plots: list[dict[str, Any]] = []
     for place, name in _CURVES.items():
-        epochs = read_json(run_dir / place / "metrics.json")
+        stage, _, variant = place.partition("/")
+        epochs = read_json(current(run_dir, stage) / variant / "metrics.json")
         if isinstance(epochs, dict):
             epochs = epochs.get("epochs")
         series: dict[str, list[tuple[float, float]]] = {}
@@ -157,7 +164,7 @@ def tuning(evaluation: Path) -> list[dict[str, str]]:
 
 def told_by_data(run_dir: Path) -> list[tuple[str, str]]:
     """What the two-tower stage chose by the data, as (name, value): ``spec.json`` and ``score.json`` of 2T-HGNN."""
-    folder = run_dir / "two_tower" / "hgnn"
+    folder = current(run_dir, "two_tower") / "hgnn"
     spec, score = read_json(folder / "spec.json"), read_json(folder / SCORE) or {}
     if not isinstance(spec, dict):
         return []

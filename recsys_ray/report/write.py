@@ -43,7 +43,7 @@ def write_report(
         evaluation: where examples, map and so on lie; default: the run's own evaluation.
         spent: seconds and peak MB of an evaluation that is still at work.
     """
-    evaluation = evaluation or run_dir / "evaluation"
+    evaluation = evaluation or run_facts.current(run_dir, "evaluation")
     found = run_facts.manifests(run_dir)
     counts = found.get("ingest", {}).get("counts", {})
     segment = main_segment(metrics)

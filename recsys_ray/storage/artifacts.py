@@ -1,9 +1,7 @@
-"""What a stage leaves behind: one folder with a manifest, which appears whole or not at all.
+"""What a stage leaves behind: a folder with a manifest, which is written last and makes the output real.
 
-A stage writes into a work folder beside its final place. ``publish`` adds the manifest (inputs and their hashes,
-configuration, counts, checksums, software) and renames the folder; a reader never sees a half-written one. The work
-folder is named after the stage's fingerprint, so that a killed stage finds its own checkpoints again and a stage with
-other inputs or another configuration starts afresh.
+The manifest holds inputs and their fingerprints, configuration, counts, checksums, and what software made it. Where
+outputs lie, and which is current: recsys_ray/storage/outputs.py.
 """
 
 from __future__ import annotations
@@ -11,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import shlex
 import shutil
@@ -106,15 +103,6 @@ def open_artifact(path: str | Path, verify: bool = False) -> Artifact:
     return Artifact(folder, manifest)
 
 
-def find_current(path: str | Path, expected: str) -> Artifact | None:
-    """The artifact at ``path`` if it is whole and has this fingerprint, else None."""
-    try:
-        artifact = open_artifact(path)
-    except ArtifactError:
-        return None
-    return artifact if artifact.fingerprint == expected else None
-
-
 def changes(manifest: Mapping[str, Any], version: int, config: Any, inputs: Mapping[str, str]) -> list[str]:
     """Why an output with this manifest is not what a stage of this version, with this configuration and these inputs,
     would make; empty where it is."""
@@ -147,59 +135,22 @@ def _some(names: list[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def work_folder(target: str | Path, expected: str) -> Path:
-    """The folder beside ``target`` to write into. What an interrupted run of the same fingerprint left is kept;
-    what runs of other fingerprints left is removed."""
-    target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = target.parent / f".{target.name}.{expected[:16]}"
-    for other in target.parent.glob(f".{target.name}.*"):
-        if other != folder:
-            shutil.rmtree(other, ignore_errors=True)
-    folder.mkdir(exist_ok=True)
-    return folder
+def publish(work: Path, stage: str, expected: str, version: int = 1, **facts: Any) -> Artifact:
+    """Make an output of what is in ``work``: remove the scratch and write the manifest, which makes it real.
 
-
-def publish(work: Path, target: str | Path, stage: str, expected: str, version: int = 1, **facts: Any) -> Artifact:
-    """Write the manifest into ``work`` and rename it to ``target``, replacing what was there.
-
-    ``facts`` (version, config, inputs, counts, schema, seconds, ...) go into the manifest as they are.
+    ``facts`` (config, inputs, counts, schema, seconds, ...) go into the manifest as they are.
     """
-    target = Path(target)
     shutil.rmtree(work / SCRATCH, ignore_errors=True)
     files = {
         str(p.relative_to(work)): {"bytes": p.stat().st_size, "sha256": sha256(p)}
         for p in sorted(work.rglob("*"))
-        if p.is_file() and p.name != MANIFEST
+        if p.is_file()
     }
     manifest = {"format": FORMAT, "stage": stage, "version": version, "fingerprint": expected}
     manifest |= {"config": {}, "inputs": {}, "counts": {}, **facts, "made_by": made_by(), "software": software()}
     manifest["files"] = files
     write_json(work / MANIFEST, manifest)
-    if target.is_symlink():  # shared with another run: let go of it, and never write through it
-        target.unlink()
-    if target.exists():  # a rename cannot replace a folder that holds something
-        old = target.parent / f".{target.name}.old"
-        shutil.rmtree(old, ignore_errors=True)
-        target.replace(old)
-        work.replace(target)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        work.replace(target)
-    return open_artifact(target)
-
-
-def share(source: Path, target: str | Path) -> Artifact:
-    """Let ``target`` be a relative link to the published folder ``source``, in place of what was there."""
-    target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.parent / f".{target.name}.link"
-    aside.unlink(missing_ok=True)
-    aside.symlink_to(os.path.relpath(source.resolve(), target.parent.resolve()), target_is_directory=True)
-    if target.is_dir() and not target.is_symlink():  # a rename cannot replace a folder
-        shutil.rmtree(target)
-    aside.replace(target)
-    return open_artifact(target)
+    return open_artifact(work)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -118,9 +118,8 @@ def write_changed(change: Any, ingest: Artifact, out: Path, seed: int) -> Path:
     made = {"change": [type(change).__name__, asdict(change)], "seed": seed, "ingest": ingest.fingerprint}
     if (out / f".{_DONE}").exists() and _read(out / f".{_DONE}") == made:
         return out
-    aside = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
     items = pl.read_parquet(ingest.path / "items.parquet", columns=["item_id", "ntype"])
     users = pl.read_parquet(ingest.path / "users.parquet", columns=["user_id"])["user_id"]
     ids, ntype, names = items["item_id"], items["ntype"].to_numpy(), list(ingest.counts["events"])
@@ -140,10 +139,8 @@ def write_changed(change: Any, ingest: Artifact, out: Path, seed: int) -> Path:
                 "event": pl.Series(names)[events["event"].cast(pl.Int64)],
                 "timestamp": events["timestamp"],
             }
-        ).filter(kept[rows]).write_parquet(aside / shard.name)
-    write_json(aside / f".{_DONE}", made)  # ingest passes over hidden files
-    shutil.rmtree(out, ignore_errors=True)
-    aside.rename(out)
+        ).filter(kept[rows]).write_parquet(out / shard.name)
+    write_json(out / f".{_DONE}", made)  # last: now it is whole. Ingest passes over hidden files
     return out
 
 

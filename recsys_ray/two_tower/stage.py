@@ -29,8 +29,9 @@ from recsys_ray.scoring.choose import Moment
 from recsys_ray.scoring.memory import Memory, memory_file
 from recsys_ray.scoring.ridge import fit_memories
 from recsys_ray.scoring.scorer import ScoreSpec
-from recsys_ray.storage.artifacts import SCRATCH, Artifact, load_arrays, write_json
+from recsys_ray.storage.artifacts import MANIFEST, SCRATCH, Artifact, load_arrays, write_json
 from recsys_ray.storage.checkpoint import load_checkpoint, read_state, save_checkpoint
+from recsys_ray.storage.outputs import current_folder
 from recsys_ray.two_tower.batches import Catalogue, batches_in, country_index
 from recsys_ray.two_tower.examples import (
     HistoryRules,
@@ -259,14 +260,14 @@ def catalogue_of(
 
 
 def epochs_so_far(folder: Path, variant: str) -> list[dict[str, Any]]:
-    """The epochs of a training, finished or under way, by the folder that it publishes or will publish."""
-    for finished in [folder, *folder.parent.glob(f".{folder.name}.*")]:
-        if (finished / variant / "metrics.json").exists():
-            history: list[dict[str, Any]] = json.loads((finished / variant / "metrics.json").read_text("utf-8"))
+    """The epochs of a training, under way or finished. ``folder``: that of the stage, in the run's."""
+    at_work = [output for output in folder.glob("*/") if not (output / MANIFEST).exists()]
+    for output in at_work or filter(None, [current_folder(folder)]):
+        if (output / variant / "metrics.json").exists():
+            history: list[dict[str, Any]] = json.loads((output / variant / "metrics.json").read_text("utf-8"))
             return history
-    for checkpoint in folder.parent.glob(f".{folder.name}.*/{SCRATCH}/{variant}/{_CHECKPOINT}"):
-        with suppress(OSError, SafetensorError):  # renamed or removed at this moment: the next look will tell
-            return list(read_state(checkpoint)["history"])
+        with suppress(OSError, SafetensorError):  # none yet, or replaced or removed at this moment
+            return list(read_state(output / SCRATCH / variant / _CHECKPOINT)["history"])
     return []
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
-from report_world import EVIL, MODELS, TYPES, differences, rows, write_run
+from report_world import EVIL, MODELS, TYPES, differences, output, rows, write_run
 
 from recsys_ray.config import Config
 from recsys_ray.report.write import write_report
@@ -25,7 +25,7 @@ FLAGS = ("no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-b
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> Path:
     run = write_run(tmp_path_factory.mktemp("page") / "run")
-    (run / "evaluation" / "differences.json").write_text(json.dumps(differences()))
+    (output(run, "evaluation") / "differences.json").write_text(json.dumps(differences()))
     write_report(run / "report.html", rows(seeds=2), Config(), run)
     return run / "report.html"
 

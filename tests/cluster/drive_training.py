@@ -18,7 +18,8 @@ from recsys_ray.demo.write import write_demo
 from recsys_ray.graph.stage import build_graph
 from recsys_ray.hgnn.outputs import load_embeddings
 from recsys_ray.hgnn.stage import train_hgnn
-from recsys_ray.storage.artifacts import Artifact, load_arrays, publish, save_arrays, work_folder
+from recsys_ray.storage.artifacts import Artifact, load_arrays, publish, save_arrays
+from recsys_ray.storage.outputs import work_folder
 from recsys_ray.two_tower.stage import train_two_tower
 
 EVENTS, TEXT_DIM = 6_000, 32
@@ -40,8 +41,7 @@ def settings(root: Path, workers: int) -> Config:
 
 def finish(work: Path, counts: dict[str, Any]) -> Artifact:
     """Publish what a stage left in its work folder."""
-    target = work.parent / work.name.split(".")[1]
-    return publish(work, target, target.name, target.name, counts=counts)
+    return publish(work, work.parent.name, work.name, counts=counts)
 
 
 def text_vectors(root: Path, items: int) -> Artifact:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pipeline_world import call
 
-from recsys_ray.storage.artifacts import open_artifact
+from recsys_ray.storage.outputs import current_output
 
 FILE = Path(__file__).parent / "figures.json"
 EVENTS, SEED = 6000, 0
@@ -72,9 +72,9 @@ def figures_of(run: Path) -> dict[str, float]:
     figures |= {f"ingest.{kind}": n for kind, n in zip(ingest["item_types"], ingest["items_per_type"], strict=True)}
     figures |= {f"graph.{snapshot}": sum(edges.values()) for snapshot, edges in graph["edges"].items()}
     figures["hgnn.valid_loss"] = hgnn["last"][0]["valid_loss"]
-    for model, last in open_artifact(run / "two_tower").counts["last"].items():
+    for model, last in current_output(run, "two_tower").counts["last"].items():
         figures |= {f"two_tower.{model}.{measure}": last[0][measure] for measure in ("loss", "valid_ndcg_at_100")}
-    for row in json.loads((run / "evaluation" / "metrics.json").read_text(encoding="utf-8")):
+    for row in json.loads((current_output(run, "evaluation").path / "metrics.json").read_text(encoding="utf-8")):
         if (row["item_type"], row["segment"]) in SHOWN:
             place = f"evaluation.{row['model']}.{row['item_type']}.{row['segment']}"
             figures |= {f"{place}.{measure}": row[measure] for measure in ("queries", *MEASURES)}

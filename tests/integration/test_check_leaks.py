@@ -20,7 +20,8 @@ from recsys_ray.core.errors import LeakError
 from recsys_ray.core.progress import Progress
 from recsys_ray.core.snapshots import Snapshot, snapshots_of
 from recsys_ray.graph.activity import ACTIVITY
-from recsys_ray.storage.artifacts import load_arrays, open_artifact, publish, save_arrays, work_folder
+from recsys_ray.storage.artifacts import load_arrays, publish, save_arrays
+from recsys_ray.storage.outputs import current_output, set_current, work_folder
 from recsys_ray.two_tower.examples import HistoryRules, UserEvents, build_queries, training_examples
 from recsys_ray.two_tower.rows import join, take
 
@@ -64,25 +65,25 @@ def run(root: Path, events: pl.DataFrame, protocol: str, **graph: Any) -> Config
     )
     with Runner(config, STAGES, Progress(quiet=True)) as runner:
         ingest = runner.run("ingest")
-        work = work_folder(root / "run" / "featurize", "0" * 16)
+        work = work_folder(root / "run" / "featurize", "made")
         vectors = np.random.default_rng(0).normal(size=(len(ids), 8)).astype(np.float16)
         save_arrays(work / "text.safetensors", {"vector": vectors})
-        publish(work, root / "run" / "featurize", "featurize", "0" * 16, inputs={"ingest": ingest.fingerprint},
-                counts={"text_dim": 8})  # fmt: skip
+        publish(work, "featurize", "0" * 16, inputs={"ingest": ingest.fingerprint}, counts={"text_dim": 8})
+        set_current(work.parent, work)
         runner.run("graph")
     return config
 
 
 def features(config: Config) -> tuple[list[Snapshot], dict[str, bytes], dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Snapshots; edge file and activity of each; training examples; validation queries."""
-    root = Path(config.run_dir)
-    counts, snapshots = open_artifact(root / "ingest").counts, snapshots_of(open_artifact(root / "graph").counts)
-    activity = load_arrays(root / "graph" / ACTIVITY)
+    ingest, graph = (current_output(config.run_dir, stage) for stage in ("ingest", "graph"))
+    counts, snapshots = ingest.counts, snapshots_of(graph.counts)
+    activity = load_arrays(graph.path / ACTIVITY)
     seen = {
-        s.name: (root / "graph" / "edges" / f"{s.name}.parquet").read_bytes() + activity[s.name].tobytes()
+        s.name: (graph.path / "edges" / f"{s.name}.parquet").read_bytes() + activity[s.name].tobytes()
         for s in snapshots
     }
-    shards = [UserEvents.read(p) for p in sorted((root / "ingest" / "interactions").glob("*.parquet"))]
+    shards = [UserEvents.read(p) for p in sorted((ingest.path / "interactions").glob("*.parquet"))]
     valid, test = counts["valid_from"], counts["test_from"]
     parts = [training_examples(events, [0], snapshots, valid, RULES) for events in shards]
     asked = [build_queries(events, [0], valid, test, RULES) for events in shards]
@@ -147,7 +148,7 @@ def test_a_fold_changes_no_feature_of_its_own_examples_but_the_history(ray_local
     events = table()
     config = run(tmp_path / "whole", events, "leave_one_out")
     snapshots, seen, examples, _ = features(config)
-    users = pl.read_parquet(Path(config.run_dir) / "ingest" / "users.parquet")["user_id"].to_list()
+    users = pl.read_parquet(current_output(config.run_dir, "ingest").path / "users.parquet")["user_id"].to_list()
     fold = {users[uid] for uid in np.flatnonzero(snapshots[0].without.has(np.arange(len(users))))}
     assert 5 < len(fold) < USERS - 5
     late = events["user_id"].is_in(list(fold)).to_numpy()

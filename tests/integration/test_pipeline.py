@@ -15,17 +15,18 @@ import httpx
 import polars as pl
 import psutil
 import pytest
-from pipeline_world import BASELINES, SMALL, call, call_apart, command, configure, metrics_of
+from pipeline_world import BASELINES, SMALL, call, call_apart, command, configure, metrics_of, output
 
 from pipelines.cli import main
 from pipelines.evaluate import NAMES
 from pipelines.stages import STAGES
-from recsys_ray.bundle.build import set_current
+from recsys_ray.bundle.build import find_bundle
 from recsys_ray.core.clock import DAY
 from recsys_ray.evaluation.results import MAIN
 from recsys_ray.scoring.scorer import TERMS, TRENDS, UNSEEN, ScoreSpec, without
 from recsys_ray.serving.recommender import Recommender
 from recsys_ray.storage.artifacts import load_arrays, open_artifact, save_arrays
+from recsys_ray.storage.outputs import set_current
 
 
 @pytest.fixture(scope="module")
@@ -53,43 +54,44 @@ def test_one_command_makes_everything(undisturbed):
     run, _, done = undisturbed
     for stage in STAGES.values():
         assert f"{stage.name}: {stage.summary}" in done.stderr
-        assert (run / stage.folder / "manifest.json").exists()
+        assert (output(run, stage.folder) / "manifest.json").exists()
     rows = metrics_of(run)
-    spec = json.loads((run / "two_tower" / "hgnn" / "spec.json").read_text(encoding="utf-8"))
+    spec = json.loads((output(run, "two_tower") / "hgnn" / "spec.json").read_text(encoding="utf-8"))
     assert spec["last_item"] is not None  # the data were asked, how fast the memory forgets too
-    score = ScoreSpec.load(run / "two_tower" / "hgnn")
-    items = load_arrays(run / "two_tower" / "hgnn" / "items" / "serve.safetensors")
+    score = ScoreSpec.load(output(run, "two_tower") / "hgnn")
+    items = load_arrays(output(run, "two_tower") / "hgnn" / "items" / "serve.safetensors")
     assert (TRENDS in items) == any(score.trends) and (UNSEEN in items) == bool(score.unseen_share)
     remembers = score.memory > 0
     models = BASELINES | set(NAMES.values()) | {without(MAIN, term) for term in TERMS}
     assert {row["model"] for row in rows} == models
-    assert (run / "bundles" / "current" / "memory.safetensors").exists() == remembers
+    assert (find_bundle(run) / "memory.safetensors").exists() == remembers
     assert {row["item_type"] for row in rows} == {"all", "audiobook", "music", "podcast"}
-    assert (run / "evaluation" / "report.html").stat().st_size > 10_000
+    page = (run / "report.html").read_bytes()
+    assert len(page) > 10_000 and page == (output(run, "evaluation") / "report.html").read_bytes()
     for promised in ("HR@10", "report.html", "recsys-ray serve", "user "):
         assert promised in done.stdout
 
 
 def test_the_second_run_skips_every_stage(undisturbed, monkeypatch):
     run, config, _ = undisturbed
-    before = {name: (run / stage.folder / "manifest.json").stat().st_mtime_ns for name, stage in STAGES.items()}
+    before = {name: (output(run, stage.folder) / "manifest.json").stat().st_mtime_ns for name, stage in STAGES.items()}
     monkeypatch.delattr("pipelines.stage.ray_session")  # Ray is not even started
     done = call("run", "--config", config)
     assert done.returncode == 0, done.stderr[-6000:]
     assert done.stderr.count("up to date") == len(STAGES)
-    assert before == {name: (run / s.folder / "manifest.json").stat().st_mtime_ns for name, s in STAGES.items()}
+    assert before == {name: (output(run, s.folder) / "manifest.json").stat().st_mtime_ns for name, s in STAGES.items()}
 
 
 def test_the_report_is_drawn_again_from_what_there_is(undisturbed, tmp_path):
     run, config, _ = undisturbed
-    before = (run / "evaluation" / "report.html").stat().st_mtime_ns
+    before = (output(run, "evaluation") / "report.html").stat().st_mtime_ns
     with pytest.raises(SystemExit) as done:
         main(["report", "--config", str(config), "--out", str(tmp_path / "page.html")])
     assert not done.value.code
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     for shown in ("Map of the items", "Users and their lists", "Learning curves", "evaluation</th>"):
         assert shown in page
-    assert (run / "evaluation" / "report.html").stat().st_mtime_ns == before
+    assert (output(run, "evaluation") / "report.html").stat().st_mtime_ns == before
 
 
 def test_an_answer_over_http_has_nothing_that_the_user_has_seen(undisturbed, tmp_path):
@@ -125,11 +127,11 @@ def test_an_answer_over_http_has_nothing_that_the_user_has_seen(undisturbed, tmp
 
 def seen_by_the_busiest(run):
     """The user with the most events, and the ids of their items."""
-    events = pl.read_parquet(run / "ingest" / "interactions" / "*.parquet")
+    events = pl.read_parquet(output(run, "ingest") / "interactions" / "*.parquet")
     uid = events["uid"].value_counts(sort=True)["uid"][0]
     gids = events.filter(pl.col("uid") == uid)["gid"].unique().to_list()
-    items = pl.read_parquet(run / "ingest" / "items.parquet")["item_id"]
-    users = pl.read_parquet(run / "ingest" / "users.parquet")["user_id"]
+    items = pl.read_parquet(output(run, "ingest") / "items.parquet")["item_id"]
+    users = pl.read_parquet(output(run, "ingest") / "users.parquet")["user_id"]
     return users[uid], {items[gid] for gid in gids}
 
 
@@ -151,7 +153,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one(undisturbed, root, data):
         shutil.copytree(run / stage, killed / stage)
     process = subprocess.Popen(command("run", "--config", config), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 200
-    while not list(killed.glob(".hgnn.*/_scratch/checkpoint.safetensors")):  # in the midst of training
+    while not list(killed.glob("hgnn/*/_scratch/checkpoint.safetensors")):  # in the midst of training
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -159,7 +161,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one(undisturbed, root, data):
     names = {child.pid: child.name() for child in children}
     process.kill()
     process.wait()
-    assert not (killed / "hgnn").exists(), "it was done before it was killed"
+    assert not (output(killed, "hgnn") / "current.json").exists(), "it was done before it was killed"
     _, alive = psutil.wait_procs(children, timeout=15)
     assert not [child for child in alive if "Train" in names[child.pid]], "a worker outlived the run"
     for child in alive:  # Ray's agents, which take their time
@@ -169,14 +171,15 @@ def test_a_killed_run_ends_as_an_undisturbed_one(undisturbed, root, data):
     assert done.returncode == 0, done.stderr[-6000:]
     assert done.stderr.count("up to date") == 3
     for name in ("model.safetensors", "metrics.json"):
-        assert (killed / "hgnn" / name).read_bytes() == (run / "hgnn" / name).read_bytes(), name
+        assert (output(killed, "hgnn") / name).read_bytes() == (output(run, "hgnn") / name).read_bytes(), name
     assert metrics_of(killed) == metrics_of(run)
-    assert not [path for path in killed.iterdir() if path.name.startswith(".")]
+    for stage in STAGES.values():
+        assert len(list((killed / stage.folder).glob("*/"))) == 1
 
 
 def test_given_weights_embed_without_training(undisturbed, root, data, capsys):
     run, _, _ = undisturbed
-    given = run / "hgnn" / "model.safetensors"
+    given = output(run, "hgnn") / "model.safetensors"
     config, daily = configure(root, data, "daily", hgnn={"weights": str(given)}), root / "daily"
     for stage in ("ingest", "featurize", "graph"):
         shutil.copytree(run / stage, daily / stage)
@@ -184,11 +187,10 @@ def test_given_weights_embed_without_training(undisturbed, root, data, capsys):
     assert "does not fit" in complaint(capsys, "hgnn", "--config", config, "--set", "hgnn.hidden_dim=8")
     done = call("hgnn", "--config", config)
     assert done.returncode == 0, done.stderr[-6000:]
-    for path in (run / "hgnn" / "embeddings").rglob("*.safetensors"):
-        assert (daily / path.relative_to(run)).read_bytes() == path.read_bytes()
-    assert (
-        "up to date" in call("hgnn", "--config", config, "--set", f"hgnn.weights={daily / 'hgnn' / given.name}").stderr
-    )
+    made = output(daily, "hgnn")
+    for path in (output(run, "hgnn") / "embeddings").rglob("*.safetensors"):
+        assert (made / path.relative_to(output(run, "hgnn"))).read_bytes() == path.read_bytes()
+    assert "up to date" in call("hgnn", "--config", config, "--set", f"hgnn.weights={made / given.name}").stderr
 
 
 def test_an_unknown_field_is_one_sentence_and_exit_code_2(root, data):
@@ -257,7 +259,7 @@ def test_leave_one_out_from_tables_to_answers(undisturbed, root, data):
     done = call("run", "--config", config)
     assert done.returncode == 0, done.stderr[-6000:]
     out = root / "left-out"
-    events = pl.read_parquet(out / "ingest" / "interactions" / "*.parquet")
+    events = pl.read_parquet(output(out, "ingest") / "interactions" / "*.parquet")
     held_out = events.filter(pl.col("timestamp") == 1)["uid"].n_unique()
     assert f"leave-one-out: {held_out} of" in done.stderr
     rows = {(row["model"], row["item_type"], row["segment"]): row for row in metrics_of(out)}
@@ -265,13 +267,15 @@ def test_leave_one_out_from_tables_to_answers(undisturbed, root, data):
         row = rows[model, "all", "all"]
         assert row["users"] == row["queries"] == held_out == rows[model, "all", "warm"]["users"]
     assert {item_type for _, item_type, _ in rows} == {"all", "music", "podcast"}
-    snapshots = {s["name"]: s for s in json.loads((out / "graph" / "manifest.json").read_text())["counts"]["snapshots"]}
+    snapshots = {
+        s["name"]: s for s in json.loads((output(out, "graph") / "manifest.json").read_text())["counts"]["snapshots"]
+    }
     assert list(snapshots) == ["cut0", "cut1", "valid", "test", "serve"]
-    edges = {name: pl.read_parquet(out / "graph" / "edges" / f"{name}.parquet") for name in snapshots}
+    edges = {name: pl.read_parquet(output(out, "graph") / "edges" / f"{name}.parquet") for name in snapshots}
     assert 0 < len(edges["cut0"]) < len(edges["valid"]) < len(edges["test"]) < len(edges["serve"])
-    bundle = json.loads((out / "bundles" / "current" / "manifest.json").read_text())["counts"]
+    bundle = json.loads((find_bundle(out) / "manifest.json").read_text())["counts"]
     assert bundle["version"].startswith("2025123")  # the calendar's, not the logical time
-    assert not ScoreSpec.load(out / "two_tower" / "hgnn").trends  # there are no last weeks
+    assert not ScoreSpec.load(output(out, "two_tower") / "hgnn").trends  # there are no last weeks
     user, seen = seen_by_the_busiest(out)
     answer = call("recommend", "--bundle", out / "bundles" / "current", "--user", user, "--json")
     assert answer.returncode == 0, answer.stderr[-6000:]
@@ -285,9 +289,9 @@ def test_leave_one_out_from_tables_to_answers(undisturbed, root, data):
 def base(undisturbed):
     """The run's own bundle; afterwards it is live again."""
     bundles = undisturbed[0] / "bundles"
-    name = (bundles / "current").readlink().name
-    yield bundles / name
-    set_current(bundles, name)
+    live = find_bundle(bundles)
+    yield live
+    set_current(bundles, live)
 
 
 def test_new_items_are_recommended_without_training(undisturbed, data, base, tmp_path):
@@ -309,20 +313,20 @@ def test_new_items_are_recommended_without_training(undisturbed, data, base, tmp
     assert "new-0" not in {item.item_id for item in recommender.recommend(user_id=user, item_types=["music"], k=500)}
     done = call("run", "--config", config)  # the run is as it was: it leaves the new bundle live
     assert done.stderr.count("up to date") == len(STAGES)
-    assert live.readlink().name == recommender.version
+    assert find_bundle(live).name == recommender.version
 
 
 def test_items_that_are_embedded_again_stay_where_they_are(undisturbed, data, base, tmp_path):
     """Those whose users' histories the bundle has in full: it then knows all of their edges."""
     run, _, _ = undisturbed
-    end, ids = open_artifact(base).counts["end"], pl.read_parquet(run / "ingest" / "items.parquet")["item_id"]
-    events = pl.read_parquet(run / "ingest" / "interactions" / "*.parquet").filter(
+    end, ids = open_artifact(base).counts["end"], pl.read_parquet(output(run, "ingest") / "items.parquet")["item_id"]
+    events = pl.read_parquet(output(run, "ingest") / "interactions" / "*.parquet").filter(
         pl.col("timestamp") >= end - SMALL["graph"]["window_days"] * DAY
     )
     busy = events["uid"].value_counts().filter(pl.col("count") > SMALL["two_tower"]["history"])["uid"]
     cut = set(events.filter(pl.col("uid").is_in(busy.implode()))["gid"])
     whole = [gid for gid in range(len(ids)) if gid not in cut]
-    edges = pl.read_parquet(run / "graph" / "edges" / "serve.parquet")
+    edges = pl.read_parquet(output(run, "graph") / "edges" / "serve.parquet")
     assert edges["dst"].is_in(whole).sum() > 5
     items = pl.read_parquet(data / "items" / "*.parquet").filter(pl.col("item_id").is_in(ids[whole].implode()))
     items.write_parquet(tmp_path / "again.parquet")
@@ -330,14 +334,14 @@ def test_items_that_are_embedded_again_stay_where_they_are(undisturbed, data, ba
     done = call("embed-items", tmp_path / "again.parquet", "--bundle", base, "--out", out, "--replace")
     assert done.returncode == 0, done.stderr[-6000:]
     for file, name in (("hgnn", "embedding"), ("vectors", "vector")):
-        before, after = (load_arrays(b / f"{file}.safetensors")[name] for b in (base, out / "current"))
+        before, after = (load_arrays(b / f"{file}.safetensors")[name] for b in (base, find_bundle(out)))
         assert before.shape == after.shape
         assert (before * after).sum(1).min() > 0.995, file  # texts may be encoded at a lower precision
 
 
 def test_an_item_of_the_bundle_is_refused_without_replace(undisturbed, data, base, capsys):
     assert "already in the bundle" in complaint(capsys, "embed-items", data / "items", "--bundle", base)
-    assert (base.parent / "current").readlink().name == base.name
+    assert find_bundle(base.parent) == base
 
 
 def test_embeddings_are_exported_and_probed(undisturbed, tmp_path):
@@ -347,10 +351,10 @@ def test_embeddings_are_exported_and_probed(undisturbed, tmp_path):
     assert done.returncode == 0, done.stderr[-6000:]
     table = pl.read_parquet(out)
     assert table.columns == ["item_id", "item_type", "title", "text", "hgnn", "tower"]
-    assert table["item_id"].equals(pl.read_parquet(run / "ingest" / "items.parquet")["item_id"])
+    assert table["item_id"].equals(pl.read_parquet(output(run, "ingest") / "items.parquet")["item_id"])
     done = call("probe", "--config", config)
     assert done.returncode == 0, done.stderr[-6000:]
-    metrics = json.loads((run / "probe" / "metrics.json").read_text(encoding="utf-8"))
+    metrics = json.loads((output(run, "probe") / "metrics.json").read_text(encoding="utf-8"))
     found = {(row["target"], row["vectors"]): row for row in metrics["classification"]}
     assert {target for target, _ in found} | set(metrics["absent"]) == {"item_type", "language", "category"}
     assert {"item_type", "language"} <= {target for target, _ in found}
@@ -361,7 +365,7 @@ def test_embeddings_are_exported_and_probed(undisturbed, tmp_path):
     similar = [row for row in metrics["similar"] if (row["item_type"], row["segment"]) == ("all", "all")]
     assert [row["vectors"] for row in similar] == ["text", "hgnn", "tower"]
     assert all(row["recall_at_10"] <= row["recall_at_100"] for row in similar)
-    assert (run / "probe" / "probe.png").stat().st_size > 10_000
+    assert (output(run, "probe") / "probe.png").stat().st_size > 10_000
     for promised in ("macro-F1", "text+hgnn", "probe.png", "Similar items"):
         assert promised in done.stdout
     again = call("probe", "--config", config)
@@ -380,7 +384,8 @@ def test_no_feature_of_a_run_looks_past_its_time_and_one_that_does_is_found(undi
                        ("two_tower/hgnn/items/test", "the test's vector by the two-tower hgnn of item")):  # fmt: skip
         forged = root / "forged"
         shutil.copytree(run, forged, ignore=shutil.ignore_patterns("bundles", "cache"))
-        target = forged / f"{name}.safetensors"  # what it is after the last event, not before the test
+        stage, _, file = name.partition("/")
+        target = output(forged, stage) / f"{file}.safetensors"  # what it is after the last event, not before the test
         later = load_arrays(Path(str(target).replace("/test", "/serve")))
         save_arrays(target, {key: later[key] for key in load_arrays(target)})
         assert said in complaint(capsys, "check-leaks", "--config", config, "--set", f"run_dir={forged}")

@@ -5,57 +5,99 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from recsys_ray.core.errors import ArtifactError
+from recsys_ray.core.errors import ArtifactError, UserError
 from recsys_ray.storage.artifacts import (
     FORMAT,
     SCRATCH,
     changes,
-    find_current,
     fingerprint,
     load_arrays,
     open_artifact,
     publish,
     save_arrays,
     source_fingerprint,
+)
+from recsys_ray.storage.lock import run_lock
+from recsys_ray.storage.outputs import (
+    current_folder,
+    current_output,
+    find_finished,
+    remove_unnamed,
+    set_current,
     work_folder,
 )
 
 
 def make(tmp_path, value=1.0, print_="f" * 64):
-    target = tmp_path / "stage"
-    work = work_folder(target, print_)
+    work = work_folder(tmp_path / "stage", print_[:16])
     save_arrays(work / "table.safetensors", {"x": np.full(3, value)})
     (work / SCRATCH).mkdir(exist_ok=True)
     (work / SCRATCH / "resume").write_text("state")
-    return publish(work, target, "stage", print_, counts={"rows": 3})
+    return publish(work, "stage", print_, counts={"rows": 3})
 
 
-def test_published_folder_is_whole_and_without_scratch(tmp_path):
+def test_an_output_is_whole_and_without_scratch(tmp_path):
     artifact = make(tmp_path)
     assert artifact.counts["rows"] == 3 and artifact.manifest["made_by"].keys() == {"version", "commit", "command"}
     assert not (artifact.path / SCRATCH).exists()
-    assert not list(tmp_path.glob(".stage.*"))
     assert open_artifact(artifact.path, verify=True).fingerprint == "f" * 64
 
 
-def test_publishing_again_replaces(tmp_path):
-    make(tmp_path, 1.0)
-    artifact = make(tmp_path, 2.0, "e" * 64)
-    assert load_arrays(artifact.path / "table.safetensors")["x"][0] == 2.0
-    assert find_current(artifact.path, "f" * 64) is None
-    assert find_current(artifact.path, "e" * 64) is not None
+def test_a_pointer_names_the_current_output_and_what_none_names_is_removed(tmp_path):
+    first, second = make(tmp_path), make(tmp_path, 2.0, "e" * 64)
+    stage, variant = tmp_path / "stage", tmp_path / "variants" / "v"
+    with pytest.raises(ArtifactError, match="no finished output"):
+        current_output(tmp_path, "stage")
+    set_current(stage, first.path)
+    set_current(variant / "stage", first.path)
+    set_current(stage, second.path)
+    assert json.loads((stage / "current.json").read_text()) == {"output": "e" * 16}
+    assert current_output(tmp_path, "stage").fingerprint == "e" * 64
+    assert current_folder(variant / "stage") == first.path
+    unfinished = work_folder(stage, "d" * 16)
+    remove_unnamed(tmp_path, "stage", [tmp_path, variant])
+    assert first.path.exists() and second.path.exists() and not unfinished.exists()
+    remove_unnamed(tmp_path, "stage", [tmp_path])
+    assert not first.path.exists() and second.path.exists()
 
 
-def test_work_of_the_same_fingerprint_is_kept_and_of_others_removed(tmp_path):
-    first = work_folder(tmp_path / "stage", "a" * 64)
-    (first / "half").write_text("x")
-    assert (work_folder(tmp_path / "stage", "a" * 64) / "half").exists()
-    work_folder(tmp_path / "stage", "b" * 64)
-    assert not first.exists()
+def test_what_was_interrupted_is_found_again_and_what_is_finished_is_not_written_into(tmp_path):
+    work = work_folder(tmp_path / "stage", "f" * 16)
+    (work / "half").write_text("x")
+    assert (work_folder(tmp_path / "stage", "f" * 16) / "half").exists()
+    assert find_finished(tmp_path / "stage", "f" * 16, "f" * 64) is None
+    made = make(tmp_path)
+    assert made.path == work and find_finished(tmp_path / "stage", "f" * 16, "f" * 64) == made
+    again = make(tmp_path, 2.0)
+    assert again.path.name == "f" * 16 + "-2"
+    assert load_arrays(made.path / "table.safetensors")["x"][0] == 1.0
+    (made.path / "table.safetensors").unlink()
+    assert find_finished(tmp_path / "stage", "f" * 16, "f" * 64) == again
+
+
+def test_outputs_of_an_earlier_layout_are_refused_in_a_sentence(tmp_path):
+    (tmp_path / "stage").mkdir()
+    (tmp_path / "stage" / "manifest.json").write_text("{}")
+    with pytest.raises(ArtifactError, match=r"made by an earlier version of recsys-ray.*set another run_dir"):
+        current_output(tmp_path, "stage")
+
+
+def test_two_runs_in_one_folder_are_refused_and_a_dead_one_is_not_in_the_way(tmp_path):
+    code = f"import time\nfrom recsys_ray.storage.lock import run_lock\nwith run_lock({str(tmp_path)!r}):\n"
+    other = subprocess.Popen([sys.executable, "-c", code + " print(1, flush=True); time.sleep(99)"], stdout=-1)
+    assert other.stdout is not None and other.stdout.readline()
+    with pytest.raises(UserError, match=f"another run is at work in .*process {other.pid} on "), run_lock(tmp_path):
+        pass
+    other.kill()
+    other.wait()
+    with run_lock(tmp_path), run_lock(tmp_path):
+        pass
 
 
 def test_damage_is_noticed(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from bundle_world import DAY, END, EVENTS, POPULAR_DAYS, World, make_world
 
-from recsys_ray.bundle.build import find_bundle, set_current
+from recsys_ray.bundle.build import find_bundle
 from recsys_ray.core.errors import ArtifactError
 from recsys_ray.scoring.scorer import TRENDS, UNSEEN
 from recsys_ray.serving.histories import Histories, HistoryWriter, whole_users
@@ -32,14 +33,15 @@ def world(request, tmp_path_factory) -> World:
 
 @pytest.fixture(scope="module")
 def recommender(world) -> Recommender:
-    return Recommender.load(world.root / "bundles" / "current")
+    return Recommender.load(world.root / "bundles")
 
 
 def test_bundle_is_whole_and_current(world):
-    link = world.root / "bundles" / "current"
-    assert not link.readlink().is_absolute()
-    bundle = open_artifact(link, verify=True)
-    assert bundle.counts["version"] == link.readlink().name == find_bundle(world.root).name
+    bundles = world.root / "bundles"
+    bundle = open_artifact(find_bundle(bundles), verify=True)
+    assert json.loads((bundles / "current.json").read_text()) == {"output": bundle.counts["version"]}
+    for named in (world.root, bundles / "current", bundles / "current.json", bundles / bundle.counts["version"]):
+        assert find_bundle(named) == bundle.path  # what may be given to --bundle
     assert bundle.counts["recall_at_10"] == dict.fromkeys(TYPES, 1.0)
     assert not [path for path in bundle.path.rglob("*") if path.suffix in (".pkl", ".pt", ".npy")]
 
@@ -48,14 +50,6 @@ def test_same_inputs_make_the_same_version_and_are_kept(world):
     before = (find_bundle(world.root) / "manifest.json").stat().st_mtime_ns
     assert world.bundle().path.name == find_bundle(world.root).name
     assert (find_bundle(world.root) / "manifest.json").stat().st_mtime_ns == before
-
-
-def test_current_moves_in_one_step(tmp_path):
-    for version in ("a", "b"):
-        (tmp_path / version).mkdir()
-        set_current(tmp_path, version)
-        assert (tmp_path / "current").readlink() == Path(version)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "current"]
 
 
 def test_histories_are_those_of_the_events(world, recommender):
@@ -113,7 +107,7 @@ def test_poor_recall_is_not_published(tmp_path):
     bad = World(**{**vars(world), "config": world.config.model_validate({"index": poor})})
     with pytest.raises(ArtifactError, match=r"index of '.*' finds 0\.\d+ .*min_recall=0.9"):
         bad.bundle()
-    assert not (tmp_path / "bundles" / "current").exists()
+    assert not (tmp_path / "bundles" / "current.json").exists()
     good = World(**{**vars(world), "config": world.config.model_validate({"index": {"exact_up_to": 10}})})
     counts = good.bundle().counts
     assert counts["exact"] == dict.fromkeys(TYPES, False) and min(counts["recall_at_10"].values()) > 0.9
@@ -137,12 +131,10 @@ def test_inputs_that_do_not_fit_are_refused(tmp_path, change, monkeypatch):
     sentences = {"metric": "metric 'l2'", "norm": "length 2", "embedding": "each of the 120", "rows": "119 rows"}
     with pytest.raises(ArtifactError, match=sentences[change]):
         world.bundle()
-    assert not (tmp_path / "bundles" / "current").exists()
+    assert not (tmp_path / "bundles" / "current.json").exists()
 
 
 def _unchecked(path: Path, verify: bool = False):
-    import json
-
     from recsys_ray.storage.artifacts import Artifact
 
     return Artifact(path, json.loads((path / "manifest.json").read_text()))

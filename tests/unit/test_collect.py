@@ -12,6 +12,7 @@ from pipelines.cli import main
 from recsys_ray.core.errors import ArtifactError
 from recsys_ray.report.collect import END, START, read_results, write_page
 from recsys_ray.storage.artifacts import made_by, publish
+from recsys_ray.storage.outputs import set_current, work_folder
 
 DAY = 86_400
 
@@ -27,10 +28,11 @@ def finished_run(run: Path, seeds: int = 0) -> Path:
         "ingest": {},
         "evaluation": {"metrics.json": rows(seeds), "differences.json": differences()},
     }.items():
-        (work := run / f".{name}").mkdir()
+        work = work_folder(run / name, "made")
         for file, content in files.items():
             (work / file).write_text(json.dumps(content), encoding="utf-8")
-        publish(work, run / name, name, "0" * 64, counts=counts)
+        publish(work, name, "0" * 64, counts=counts)
+        set_current(work.parent, work)
     return run
 
 

@@ -14,6 +14,7 @@ from recsys_ray.core.errors import ArtifactError, UserError
 from recsys_ray.core.progress import Progress
 from recsys_ray.scoring.scorer import TRENDS
 from recsys_ray.storage.artifacts import load_arrays
+from recsys_ray.storage.outputs import set_current
 
 QUIET = Progress(quiet=True)
 
@@ -22,6 +23,8 @@ QUIET = Progress(quiet=True)
 def world(tmp_path_factory) -> World:
     made = make_world(tmp_path_factory.mktemp("world"), terms=(TRENDS,))
     made.bundle()
+    for stage in ("ingest", "featurize", "hgnn", "two_tower"):  # a run that points at them
+        set_current(made.root / "run" / stage, made.root / stage)
     return made
 
 
@@ -36,7 +39,7 @@ def matrix(table: pa.Table, name: str) -> np.ndarray:
 
 def test_a_run_is_exported_in_pieces(world, tmp_path, in_pieces):
     out = tmp_path / "new folder" / "items.parquet"
-    assert export_run(world.root, out, "serve", ["text", "hgnn", "tower"], QUIET) == len(world.item_ids)
+    assert export_run(world.root / "run", out, "serve", ["text", "hgnn", "tower"], QUIET) == len(world.item_ids)
     file = pq.ParquetFile(out)
     assert file.num_row_groups == -(-len(world.item_ids) // 32)
     table = file.read()
@@ -54,13 +57,13 @@ def test_a_run_is_exported_in_pieces(world, tmp_path, in_pieces):
 
 
 def test_a_bundle_is_exported_like_its_run(world, tmp_path, in_pieces):
-    export_run(world.root, tmp_path / "run.parquet", "serve", ["hgnn", "tower"], QUIET)
+    export_run(world.root / "run", tmp_path / "run.parquet", "serve", ["hgnn", "tower"], QUIET)
     export_bundle(world.root / "bundles" / "current", tmp_path / "bundle.parquet", ["hgnn", "tower"], QUIET)
     assert pq.read_table(tmp_path / "bundle.parquet").equals(pq.read_table(tmp_path / "run.parquet"))
 
 
 def test_only_the_wanted_vectors_are_written(world, tmp_path):
-    export_run(world.root, tmp_path / "a.parquet", "serve", ["text"], QUIET)
+    export_run(world.root / "run", tmp_path / "a.parquet", "serve", ["text"], QUIET)
     assert pq.read_schema(tmp_path / "a.parquet").names == ["item_id", "item_type", "title", "text"]
 
 
@@ -74,7 +77,7 @@ def test_only_the_wanted_vectors_are_written(world, tmp_path):
 )
 def test_what_is_not_there_is_one_sentence(world, tmp_path, snapshot, vectors, sentence):
     with pytest.raises(UserError, match=sentence):
-        export_run(world.root, tmp_path / "a.parquet", snapshot, vectors, QUIET)
+        export_run(world.root / "run", tmp_path / "a.parquet", snapshot, vectors, QUIET)
     assert not list(tmp_path.iterdir())
 
 

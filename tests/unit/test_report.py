@@ -8,7 +8,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from report_world import EVIL, MODELS, differences, rows, write_run
+from report_world import EVIL, MODELS, differences, output, rows, write_run
 
 from recsys_ray.config import Config
 from recsys_ray.evaluation.labels import contest, name_of
@@ -133,8 +133,8 @@ def test_hits_are_marked(page):
 
 
 def test_page_of_several_seeds(tmp_path):
-    (tmp_path / "evaluation").mkdir()
-    (tmp_path / "evaluation" / "differences.json").write_text(json.dumps(differences()))
+    output(tmp_path, "evaluation").mkdir()
+    (output(tmp_path, "evaluation") / "differences.json").write_text(json.dumps(differences()))
     report.write_report(tmp_path / "report.html", rows(seeds=3), Config(), tmp_path)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "0, 1, 2" in page and "intervals over users and seeds" in page
@@ -196,22 +196,22 @@ def test_what_the_data_told_is_shown(tmp_path):
     )
     assert told["and means of the latest, half-lives in places"] == "4"
     assert "Share of the items' own vectors that training hides" in told
-    (run / "two_tower" / "hgnn" / "spec.json").write_text('{"item_types": ["book"]}', encoding="utf-8")
-    (run / "two_tower" / "hgnn" / "score.json").unlink()
+    (output(run, "two_tower") / "hgnn" / "spec.json").write_text('{"item_types": ["book"]}', encoding="utf-8")
+    (output(run, "two_tower") / "hgnn" / "score.json").unlink()
     told = dict(run_facts.told_by_data(run))
     assert (
         told["Co-interaction memory"] == told["Weight of trends"] == "none"
         and told["User tower reads the last item"] == "no"
     )
-    (run / "two_tower" / "hgnn" / "spec.json").unlink()
+    (output(run, "two_tower") / "hgnn" / "spec.json").unlink()
     assert not run_facts.told_by_data(run)
 
 
 def test_leave_one_out_has_no_dates(tmp_path):
     run = write_run(tmp_path)
-    manifest = json.loads((run / "ingest" / "manifest.json").read_text())
+    manifest = json.loads((output(run, "ingest") / "manifest.json").read_text())
     manifest["counts"] |= {"protocol": "leave_one_out", "valid_from": 1, "test_from": 2, "end": 3}
-    (run / "ingest" / "manifest.json").write_text(json.dumps(manifest))
+    (output(run, "ingest") / "manifest.json").write_text(json.dumps(manifest))
     report.write_report(tmp_path / "report.html", rows(), Config(), run)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "1970-01-01" not in page and data_of(page)["dated"] is False

@@ -11,7 +11,8 @@ from pipelines.stage import VARIANTS, Context, Runner, Stage
 from recsys_ray.config import Config
 from recsys_ray.core.errors import ArtifactError
 from recsys_ray.core.progress import Progress
-from recsys_ray.storage.artifacts import open_artifact, write_json
+from recsys_ray.storage.artifacts import write_json
+from recsys_ray.storage.outputs import current_folder, current_output
 
 
 class Local(Runner):
@@ -68,7 +69,7 @@ def test_what_is_made_again_says_why(world, capsys):
     assert said() == ["the stage changed (version 1 -> 2)"]
     assert made.manifest["version"] == 2 and made.manifest["made_by"]["version"] == version("recsys-ray")
     (made.path / "number.json").unlink()
-    changed.run("b")
+    made = changed.run("b")
     assert "number.json is missing" in said()[0]
     manifest = json.loads((made.path / "manifest.json").read_text())
     write_json(made.path / "manifest.json", manifest | {"format": 3})
@@ -117,8 +118,12 @@ def family(tmp_path):
     return runner, runs, tmp_path / "run"
 
 
-def number(folder) -> int:
-    return json.loads((folder / "number.json").read_text())
+def number(run, stage: str) -> int:
+    return json.loads((current_output(run, stage).path / "number.json").read_text())
+
+
+def outputs(run, stage: str) -> list[str]:
+    return sorted(folder.name for folder in (run / stage).glob("*/"))
 
 
 def test_variants_share_what_they_have_in_common(family):
@@ -127,33 +132,81 @@ def test_variants_share_what_they_have_in_common(family):
     runner("other", seed=1).chain(["a", "b", "c"])
     assert runs == ["a", "b", "c", "c"]
     other = home / VARIANTS / "other"
-    assert [(other / name).is_symlink() for name in "abc"] == [True, True, False]
-    assert not (other / "a").readlink().is_absolute()  # the whole run may be moved
+    assert [current_folder(other / name) == current_folder(home / name) for name in "abc"] == [True, True, False]
+    assert [len(outputs(other, name)) for name in "abc"] == [0, 0, 1]
     runner("third", seed=1, data_seed=5).chain(["a", "b", "c"])
     runner("fourth", seed=2, data_seed=5).chain(["a", "b"])  # from a variant, not from the run
     assert runs == ["a", "b", "c", "c", "a", "b", "c"]
-    shutil.move(home, home.with_name("moved"))
-    assert open_artifact(home.with_name("moved") / VARIANTS / "fourth" / "b").fingerprint
+    shutil.move(home, home.with_name("moved"))  # the whole run may be moved
+    assert current_output(home.with_name("moved") / VARIANTS / "fourth", "b").fingerprint
 
 
-def test_a_variant_never_writes_through_a_link(family):
+def test_a_variant_never_changes_what_it_shares(family):
     runner, runs, home = family
     runner().chain(["a", "b"])
     runner("other").chain(["a", "b"])
-    made = {name: number(home / name) for name in "ab"}
+    made = {name: number(home, name) for name in "ab"}
     runner("other", data_seed=1).chain(["a", "b"])  # now it needs its own
     runner("other", data_seed=1).run("b", force=True)
     assert runs == ["a", "b", "a", "b", "b"]
-    assert {name: number(home / name) for name in "ab"} == made
-    assert not (home / VARIANTS / "other" / "a").is_symlink()
-    runner("other").chain(["a", "b"])  # and back: its own folders give way to links
-    assert (home / VARIANTS / "other" / "a").is_symlink() and len(runs) == 5
+    assert {name: number(home, name) for name in "ab"} == made
+    other = home / VARIANTS / "other"
+    assert [len(outputs(other, name)) for name in "ab"] == [1, 1]
+    runner("other").chain(["a", "b"])  # and back: its own give way to those of the run
+    assert [outputs(other, name) for name in "ab"] == [[], []] and len(runs) == 5
 
 
-def test_a_link_to_what_is_gone_is_made_again(family):
+def test_what_a_variant_points_at_stays_when_the_run_moves_on(family):
+    runner, runs, home = family
+    runner().chain(["a"])
+    runner("other").chain(["a"])
+    runner(data_seed=1).chain(["a"])
+    assert len(outputs(home, "a")) == 2 and number(home / VARIANTS / "other", "a") == 1
+    runner("other", data_seed=1).chain(["a"])
+    runner(data_seed=1).chain(["a"])
+    assert len(outputs(home, "a")) == 1 and runs == ["a", "a"]
+
+
+def test_a_pointer_to_what_is_gone_is_made_again(family):
     runner, runs, home = family
     runner().chain(["a"])
     runner("other").chain(["a"])
     shutil.rmtree(home / "a")
     runner("other").chain(["a"])
-    assert runs == ["a", "a"] and not (home / VARIANTS / "other" / "a").is_symlink()
+    assert runs == ["a", "a"] and len(outputs(home / VARIANTS / "other", "a")) == 1
+
+
+def test_a_forced_stage_leaves_one_output(world, tmp_path):
+    runner, runs = world
+    first = runner().run("a")
+    second = runner().run("a", force=True)
+    assert runs == ["a", "a"] and outputs(tmp_path, "a") == [second.path.name] and first.path != second.path
+    runner().run("a")
+    assert runs == ["a", "a"]
+
+
+def test_a_run_that_was_killed_before_it_pointed_at_its_output_makes_nothing_anew(world, tmp_path):
+    runner, runs = world
+    runner().run("a")
+    (tmp_path / "a" / "current.json").unlink()
+    runner().chain(["a", "b"])
+    assert runs == ["a", "b"]
+
+
+def test_a_page_is_put_into_the_folder_of_the_run(world, tmp_path):
+    runner, _ = world
+    once = runner()
+    once.stages = {"a": dataclasses.replace(once.stages["a"], page="number.json")}
+    once.run("a")
+    assert json.loads((tmp_path / "number.json").read_text()) == 1
+    (tmp_path / "number.json").unlink()
+    once.run("a")
+    assert json.loads((tmp_path / "number.json").read_text()) == 1
+
+
+def test_a_folder_of_an_earlier_layout_is_refused(world, tmp_path):
+    runner, _ = world
+    (tmp_path / "a").mkdir()
+    write_json(tmp_path / "a" / "manifest.json", {"format": 3})
+    with pytest.raises(ArtifactError, match="earlier version of recsys-ray"):
+        runner().run("a")

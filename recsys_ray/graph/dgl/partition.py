@@ -189,7 +189,7 @@ def _write(
         save_tensors(str(folder / f"part{p}" / "node_feat.dgl"), features)
         save_tensors(str(folder / f"part{p}" / "edge_feat.dgl"), {})
         _save_graphs(str(folder / f"part{p}" / "graph.dgl"), [piece], formats=["csc"], sort_etypes=False)
-        description[f"part-{p}"] = {  # relative to the JSON: the folder is renamed when the stage is published
+        description[f"part-{p}"] = {  # relative to the JSON: the folder may be moved
             "node_feats": f"part{p}/node_feat.dgl",
             "edge_feats": f"part{p}/edge_feat.dgl",
             "part_graph": f"part{p}/graph.dgl",
