@@ -1,0 +1,147 @@
+"""The store does the same in a folder and in a bucket of S3 (moto's server)."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+from recsys_ray.core.errors import ArtifactError, UserError
+from recsys_ray.storage.artifacts import open_artifact, publish
+from recsys_ray.storage.store import Place, local_output
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """The query of URIs of the bucket ``test``, on a server of this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "test")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        server.start()
+        host, port = server.get_host_and_port()
+        client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1")
+        client.create_bucket(Bucket="test")
+        yield f"?scheme=http&region=us-east-1&endpoint_override={host}:{port}"
+        server.stop()
+
+
+@pytest.fixture(params=["path", "file", "s3"])
+def place(request, tmp_path, bucket, monkeypatch) -> Place:
+    monkeypatch.setenv("RECSYS_RAY_CACHE", str(tmp_path / "cache"))
+    if request.param == "s3":
+        return Place(f"s3://test/{tmp_path.name}{bucket}")
+    (tmp_path / "store").mkdir()
+    return Place(str(tmp_path / "store") if request.param == "path" else f"file://{tmp_path}/store")
+
+
+def folder_of(root: Path, **files: str) -> Path:
+    for name, text in files.items():
+        path = root / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def test_files_are_put_and_read(place):
+    file = place / "a" / "b.json"
+    with pytest.raises(FileNotFoundError):
+        file.read()
+    assert not file.exists()
+    for data in (b"one", b"another"):
+        file.write(data)
+        assert file.read() == data
+    assert file.kind() == "file" and (place / "a").kind() == "folder" and (place / "c").kind() == "none"
+    with file.open() as opened:
+        opened.seek(3)
+        assert opened.read(2) == b"th"
+    assert (file / ".." / "b.json").read() == (place / "a" / "x" / "../b.json").read() == b"another"
+
+
+def test_folders_are_listed_and_removed(place, tmp_path):
+    assert place.files() == {} and place.folders() == []
+    place.upload(folder_of(tmp_path / "mine", a="1", b__c="22", b__d__e="333"))
+    assert {name: size for name, (size, _) in place.files().items()} == {"a": 1, "b/c": 2, "b/d/e": 3}
+    assert place.folders() == ["b"] and (place / "b").folders() == ["d"]
+    (place / "b").delete()
+    (place / "nothing").delete()
+    assert list(place.files()) == ["a"]
+    (place / "a").delete()
+    assert place.files() == {}
+
+
+def test_a_folder_goes_there_and_back(place, tmp_path):
+    place.upload(folder_of(tmp_path / "mine", a="1", b__c="22"))
+    place.download(tmp_path / "back")
+    assert (tmp_path / "back" / "a").read_text() == "1" and (tmp_path / "back" / "b" / "c").read_text() == "22"
+    place.download(tmp_path / "one", ["b/c"])
+    assert [path.name for path in (tmp_path / "one").rglob("*")] == ["b", "c"]
+
+
+def output(root: Path, text: str = "x") -> Path:
+    folder_of(root, a=text, b__c="22")
+    return publish(root, "stage", "f" * 64, counts={"rows": 3}).path
+
+
+def test_an_output_is_used_where_it_is_or_through_the_cache(place, tmp_path):
+    with pytest.raises(ArtifactError, match="no finished output"):
+        open_artifact(local_output(place / "made"))
+    (place / "made").upload(output(tmp_path / "mine"))
+    folder = local_output(place / "made")
+    assert open_artifact(folder, verify=True).counts["rows"] == 3
+    assert (folder == tmp_path / "store" / "made") == place.is_local  # no copy of what is here
+    assert local_output(place / "made") == folder
+    (place / "other").upload(output(tmp_path / "theirs", "y"))
+    assert (local_output(place / "other") / "a").read_text() == "y"
+
+
+def test_a_killed_upload_leaves_nothing_that_is_taken_for_whole(place, tmp_path, monkeypatch):
+    made = output(tmp_path / "mine")
+    copy = Place._copy_in
+
+    def dies(self: Place, file: Path, name: str) -> None:
+        if name == "b/c":
+            raise KeyboardInterrupt
+        copy(self, file, name)
+
+    monkeypatch.setattr(Place, "_copy_in", dies)
+    with pytest.raises(KeyboardInterrupt):
+        (place / "made").upload(made)
+    with pytest.raises(ArtifactError, match="no finished output"):
+        open_artifact(local_output(place / "made"))
+    monkeypatch.setattr(Place, "_copy_in", copy)
+    (place / "made").upload(made)
+    assert open_artifact(local_output(place / "made"), verify=True)
+
+
+def test_a_copy_that_was_cut_off_is_made_again(place, tmp_path):
+    (place / "made").upload(output(tmp_path / "mine"))
+    folder = local_output(place / "made")
+    if not place.is_local:
+        (folder / "a").unlink()
+        assert (local_output(place / "made") / "a").read_text() == "x"
+
+
+def test_several_processes_get_one_copy(place, tmp_path):
+    (place / "made").upload(output(tmp_path / "mine"))
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        folders = pool.map(local_output, [place / "made"] * 6)
+    assert len(set(folders)) == 1 and open_artifact(folders[0], verify=True)
+
+
+def test_a_damaged_manifest_is_one_sentence(place):
+    (place / "made" / "manifest.json").write(b"{")
+    with pytest.raises(ArtifactError, match="is damaged"):
+        open_artifact(local_output(place / "made"))
+
+
+def test_a_store_that_cannot_be_used_is_one_sentence(bucket):
+    with pytest.raises(UserError, match=r"s3://nowhere/x.* cannot be used .*check the address and your credentials"):
+        Place(f"s3://nowhere/x{bucket}").write(b"1")
+    with pytest.raises(UserError, match="is no place that can be read"):
+        Place("ftp2://x/y").read()
