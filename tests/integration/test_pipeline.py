@@ -161,7 +161,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one(undisturbed, root, data):
     names = {child.pid: child.name() for child in children}
     process.kill()
     process.wait()
-    assert not (output(killed, "hgnn") / "current.json").exists(), "it was done before it was killed"
+    assert not (killed / "hgnn" / "current.json").exists(), "it was done before it was killed"
     _, alive = psutil.wait_procs(children, timeout=15)
     assert not [child for child in alive if "Train" in names[child.pid]], "a worker outlived the run"
     for child in alive:  # Ray's agents, which take their time
