@@ -47,7 +47,7 @@ def world(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     config = small_config(max_neighbors=1000)
     out = root / ".graph.work"
     counts = build_graph(config, ingest, featurize, out, QUIET, num_hosts=1)
-    out.rename(root / "graph")  # as publishing does
+    out.rename(root / "graph")  # a run may be moved
     return {"root": root, "ingest": ingest, "graph": root / "graph", "counts": counts, "config": config}
 
 
