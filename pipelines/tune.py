@@ -30,6 +30,7 @@ from recsys_ray.storage.artifacts import MANIFEST, write_json
 from recsys_ray.storage.lock import run_lock
 from recsys_ray.storage.outputs import current_folder
 from recsys_ray.tuning.space import (
+    MEASURE,
     Choice,
     Dimension,
     Params,
@@ -93,7 +94,7 @@ def _tune(config: Config, count: int, out: Path, only: list[str], progress: Prog
     items = dict(zip(ingest.counts["item_types"], ingest.counts["items_per_type"], strict=True))
     write_preset(out, config, best, record.trials, {"Data": f"{events:,} events; items: {items}"})
     write_trials(folder, record.trials)
-    progress.say(f"best of {len(record.trials)} trials: validation HR@10 {best.score:.4f} -> {out}")
+    progress.say(f"best of {len(record.trials)} trials: validation NDCG@100 {best.score:.4f} -> {out}")
     progress.say(f"trials: {folder / 'trials.md'}, {folder / 'trials.png'}")
     return best
 
@@ -131,7 +132,7 @@ class Record:
         if not self.running:  # what another trial may be using stays
             self._make_room()
         best, left = best_of(self.trials), self.count - len(self.trials)
-        score = f"failed ({error})" if trial.score is None else f"HR@10 {trial.score:.4f}"
+        score = f"failed ({error})" if trial.score is None else f"NDCG@100 {trial.score:.4f}"
         self.progress.say(
             f"trial {len(self.trials)} of {self.count}: {score}, {len(curve)} epochs{', stopped early' * stopped}, "
             f"{seconds / 60:.1f} min; best {best.score if best else 0:.4f}; about "
@@ -233,7 +234,7 @@ class _Watch(Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        self.curves[trial.trial_id].append(float(result["valid_hr_at_10"]))
+        self.curves[trial.trial_id].append(float(result[MEASURE]))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.record.finish(trial.trial_id, self.curves.pop(trial.trial_id))
@@ -260,10 +261,10 @@ def _run_trial(params: dict[str, Any], tree: dict[str, Any], cwd: str) -> None:
         finished = bool(ray.wait([running], timeout=_POLL_S)[0])
         if finished:
             ray.get(running)
-        epochs = [epoch["valid_hr_at_10"] for epoch in epochs_so_far(folder, "hgnn")]
+        epochs = [epoch[MEASURE] for epoch in epochs_so_far(folder, "hgnn")]
         for figure in epochs[len(curve) :]:
             curve.append(figure)
-            ray_tune.report({"score": max(curve), "valid_hr_at_10": figure})
+            ray_tune.report({"score": max(curve), MEASURE: figure})
         if finished:
             return
 

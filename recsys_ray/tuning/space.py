@@ -1,6 +1,6 @@
 """The search space of ``recsys-ray tune``, and what a tuning leaves: a preset, a table, a plot. No Ray in here.
 
-The score is the two-tower's best HR@10 on the validation period; the test period is never looked at.
+The score is the two-tower's best NDCG@100 on the validation period; the test period is never looked at.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from recsys_ray.core.errors import ConfigError
 from recsys_ray.report.palette import PALETTE
 
 Params = Mapping[str, float | str]  # dotted field -> number, or the text of a choice as YAML reads it
+
+
+MEASURE = "valid_ndcg_at_100"  # a trial's score, of its best epoch: what training, too, chooses by
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class Trial:
 
     params: Params
     score: float | None  # None: it failed
-    curve: tuple[float, ...]  # validation HR@10 after each epoch
+    curve: tuple[float, ...]  # validation NDCG@100 after each epoch
     seconds: float
     stopped: bool  # ended early because others were better by then
     error: str = ""
@@ -142,7 +145,7 @@ def name_of(params: Params) -> str:
 def identity(config: Config, space: Sequence[Dimension]) -> str:
     """Changes with all that a score depends on besides the trial's parameters; earlier trials then do not count."""
     tree = config.model_dump(mode="json", exclude={"run_dir", "ray", "evaluate", "index"})
-    text = json.dumps([tree, [repr(d) for d in space]], sort_keys=True, default=str)
+    text = json.dumps([MEASURE, tree, [repr(d) for d in space]], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -162,7 +165,7 @@ def write_preset(path: Path, config: Config, best: Trial, trials: Sequence[Trial
     lines = [
         f"Found by recsys-ray tune: {len(trials)} trials, {sum(t.stopped for t in trials)} of them stopped early, "
         f"{sum(t.seconds for t in trials) / 3600:.1f} hours.",
-        f"Validation HR@10 of the two-tower {best.score:.4f}"
+        f"Validation NDCG@100 of the two-tower {best.score:.4f}"
         + (f", of the configuration that it began with {start:.4f}." if start is not None else "."),
         *(f"{name}: {value}" for name, value in facts.items()),
     ]
@@ -193,7 +196,7 @@ def write_trials(folder: Path, trials: Sequence[Trial]) -> None:
     names = list(trials[0].params) if trials else []
     order = sorted(range(len(trials)), key=lambda k: -(trials[k].score or -1.0))
     lines = [
-        f"| place | trial | valid HR@10 | epochs | minutes | {' | '.join(names)} |",
+        f"| place | trial | valid NDCG@100 | epochs | minutes | {' | '.join(names)} |",
         "|---:" * 5 + "|---" * len(names) + "|",
     ]
     for place, k in enumerate(order, 1):
@@ -222,7 +225,7 @@ def _draw(path: Path, trials: Sequence[Trial], names: Sequence[str]) -> None:
         best = [max(scores[: k + 1]) for k in range(len(scores))]
         axes.step([k for k, _ in scored], best, where="post", color=PALETTE[3])
         axes.set_xlabel("trial")
-        axes.set_ylabel("validation HR@10")
+        axes.set_ylabel("validation NDCG@100")
         for number, name in enumerate(names):
             axes = figure.add_subplot(grid[1 + number // columns, number % columns])
             values = [trial.params[name] for _, trial in scored]
