@@ -26,8 +26,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    help="From interaction logs to a served recommendation. New here? **demo-data**, then **run**, then **serve**; "
-    "`make demo` does it all.",
+    help="From interaction logs to a served recommendation. New here? Call **demo-data**, then **run**, then "
+    "**serve**; `make demo` does the first two. `recsys-ray VERB --help` explains a verb, with an example.",
 )
 
 ConfigPath = Annotated[
@@ -48,8 +48,15 @@ Baselines = Annotated[
         + ". Each is tuned on the validation period (`evaluate.trials`); `all` takes hours on large data.",
     ),
 ]
-Seeds = Annotated[int, typer.Option("--seeds", min=1, help="Training seeds: the configured one and those after it.")]
+Seeds = Annotated[
+    int, typer.Option("--seeds", min=1, help="How many training seeds: the configured one and those after it.")
+]
 BundlePath = Annotated[str, typer.Option("--bundle", "-b", help="A bundle folder, or a run's `bundles/current`.")]
+
+
+def _example(command: str) -> str:
+    """The last line of a verb's help."""
+    return f"Example: `{command}`"
 
 
 def _config(path: Path | None, overrides: list[str] | None, baselines: str | None = None) -> Config:
@@ -57,13 +64,17 @@ def _config(path: Path | None, overrides: list[str] | None, baselines: str | Non
     return load_config(path, [*(overrides or []), *chosen])
 
 
-@app.command("demo-data", rich_help_panel="Start here")
+@app.command(
+    "demo-data",
+    rich_help_panel="Start here",
+    epilog=_example("recsys-ray demo-data --out data/demo-20000 --events 20000"),
+)
 def demo_data(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the tables.")] = Path("data/demo"),
     events: Annotated[int, typer.Option(min=2000, help="Interactions, thousands to hundreds of millions.")] = 100_000,
     seed: Annotated[int, typer.Option(help="The same seed makes the same world, bit for bit.")] = 0,
 ) -> None:
-    """Generate the demo world: audiobooks, podcasts and music, users with tastes, a year of events."""
+    """Generate the demo data: audiobooks, podcasts and music, users with tastes, a year of events."""
     from recsys_ray.cluster.session import ray_session
     from recsys_ray.config import RayConfig
     from recsys_ray.demo.world import spec_for
@@ -86,7 +97,7 @@ def _plain(spec: Any) -> Any:
     return json.loads(json.dumps(asdict(spec), default=str))
 
 
-@app.command(rich_help_panel="Start here")
+@app.command(rich_help_panel="Start here", epilog=_example("recsys-ray run --config my.yaml --set two_tower.epochs=20"))
 def run(
     config: ConfigPath = None,
     overrides: Overrides = None,
@@ -97,8 +108,8 @@ def run(
 ) -> None:
     """Run all stages, skipping those that are up to date, and show the results on one screen.
 
-    Killed at any moment, it goes on at the last finished stage or epoch when it is started again. With several seeds
-    the table is their mean, and its intervals cover users and seeds; the bundle is the first seed's.
+    If it is stopped or crashes, start it again: it goes on at the last finished stage or epoch. With several seeds the
+    table shows their mean, with intervals over users and seeds; the bundle is the first seed's.
     """
     from pipelines.show import show_results
     from pipelines.stages import run_all
@@ -113,7 +124,9 @@ def run(
 
 
 def _add_stage(name: str, summary: str) -> None:
-    @app.command(name, rich_help_panel="One stage at a time", help=summary)
+    example = _example(f"recsys-ray {name} --config my.yaml")
+
+    @app.command(name, rich_help_panel="One stage at a time", help=summary, epilog=example)
     def stage(config: ConfigPath = None, overrides: Overrides = None, force: Force = False) -> None:
         from pipelines.stages import run_one
 
@@ -131,7 +144,9 @@ for _name, _summary in {
     _add_stage(_name, _summary)
 
 
-@app.command(rich_help_panel="One stage at a time")
+@app.command(
+    rich_help_panel="One stage at a time", epilog=_example("recsys-ray evaluate --config my.yaml --baselines all")
+)
 def evaluate(
     config: ConfigPath = None, overrides: Overrides = None, baselines: Baselines = None, force: Force = False
 ) -> None:
@@ -148,19 +163,21 @@ def evaluate(
     show_table(chosen)
 
 
-@app.command("check-leaks", rich_help_panel="One stage at a time")
+@app.command(
+    "check-leaks", rich_help_panel="One stage at a time", epilog=_example("recsys-ray check-leaks --config my.yaml")
+)
 def check_leaks(
     config: ConfigPath = None,
     overrides: Overrides = None,
     sample: Annotated[int, typer.Option(min=1, help="Examples, queries and items of each kind to look at.")] = 2000,
 ) -> None:
-    """Check that no feature of a finished run looks past its time; exit code 2 and a sentence where one does."""
+    """Check that no feature of a finished run uses the future; if one does, print a sentence and exit with code 2."""
     from pipelines.leaks import check
 
     check(_config(config, overrides), Progress(), sample)
 
 
-@app.command(rich_help_panel="Start here")
+@app.command(rich_help_panel="Start here", epilog=_example("recsys-ray report --config my.yaml"))
 def report(
     config: ConfigPath = None,
     overrides: Overrides = None,
@@ -168,13 +185,13 @@ def report(
         Path | None, typer.Option("--out", "-o", help="The page; default: `report.html` in the run's folder.")
     ] = None,
 ) -> None:
-    """Draw the report again from what a finished run left, with the cost of every stage; nothing is computed."""
+    """Write report.html again from a finished run; nothing is computed anew."""
     from pipelines.show import draw_report
 
     Progress().say(f"report: {draw_report(_config(config, overrides), out)}")
 
 
-@app.command(rich_help_panel="Start here")
+@app.command(rich_help_panel="Start here", epilog=_example("recsys-ray results runs/demo runs/mine"))
 def results(
     runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs, e.g. `runs/demo`.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The Markdown page to write.")] = Path("docs/results.md"),
@@ -194,7 +211,7 @@ def results(
     Progress().say(f"results: {out}")
 
 
-@app.command(rich_help_panel="Measure and tune")
+@app.command(rich_help_panel="Measure and tune", epilog=_example("recsys-ray study parts --config my.yaml --seeds 3"))
 def study(
     name: Annotated[str, typer.Argument(help=", ".join(f"**{name}**" for name in NAMES))],
     config: ConfigPath = None,
@@ -202,9 +219,9 @@ def study(
     seeds: Seeds = 1,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for page, plot and figures.")] = Path("docs/studies"),
 ) -> None:
-    """Measure a claim of the papers on your data: variants of the configuration, compared on the same queries.
+    """Measure a claim of the papers on your data: runs variants of the configuration and compares them.
 
-    Killed at any moment, it goes on where it was when it is started again. Variants lie below `run_dir/variants`.
+    If it is stopped or crashes, start it again: it goes on where it was. Variants lie below `run_dir/variants`.
     """
     from pipelines.study import run_study
 
@@ -215,7 +232,9 @@ def study(
         print(line)
 
 
-@app.command(rich_help_panel="Measure and tune")
+@app.command(
+    rich_help_panel="Measure and tune", epilog=_example("recsys-ray tune --config my.yaml --trials 40 --only two_tower")
+)
 def tune(
     config: ConfigPath = None,
     overrides: Overrides = None,
@@ -224,18 +243,21 @@ def tune(
     only: Annotated[
         list[str] | None, typer.Option(metavar="FIELD", help="Only fields that begin so, e.g. `two_tower`. Repeatable.")
     ] = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the trials of earlier runs.")] = True,
+    resume: Annotated[bool, typer.Option(help="Use the trials of earlier runs.")] = True,
 ) -> None:
-    """Search for better settings with Ray Tune, by the validation period alone, and write them as a preset.
+    """Search for better settings with Ray Tune, on the validation period only, and write them as a configuration.
 
-    Killed at any moment, it goes on where it was when it is started again.
+    If it is stopped or crashes, start it again: it goes on where it was.
     """
     from pipelines.tune import tune as search
 
     search(_config(config, overrides), trials, out, only or [], Progress(), fresh=not resume)
 
 
-@app.command(rich_help_panel="Ask and serve")
+@app.command(
+    rich_help_panel="Ask and serve",
+    epilog=_example("recsys-ray recommend --bundle runs/demo/bundles/current --item podcast-0000001 --type audiobook"),
+)
 def recommend(
     bundle: BundlePath,
     user: Annotated[str | None, typer.Option("--user", "-u", help="A user id; unknown ones are new users.")] = None,
@@ -246,10 +268,10 @@ def recommend(
     country: Annotated[str | None, typer.Option(help="Country as in the users table.")] = None,
     item_type: Annotated[list[str] | None, typer.Option("--type", "-t", help="Only this type. Repeatable.")] = None,
     k: Annotated[int, typer.Option("-k", help="How many.")] = 10,
-    exclude: Annotated[list[str] | None, typer.Option(help="An item that must not come. Repeatable.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="An item to leave out. Repeatable.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Ask a bundle without a server: a known user, or anyone with a few items or traits."""
+    """Recommend items without a server: for a known user, or for anyone with a few items or traits."""
     from dataclasses import asdict
 
     from recsys_ray.serving.recommender import Recommender
@@ -278,7 +300,9 @@ def recommend(
         )
 
 
-@app.command(rich_help_panel="Ask and serve")
+@app.command(
+    rich_help_panel="Ask and serve", epilog=_example("recsys-ray serve --bundle runs/demo/bundles/current --port 8000")
+)
 def serve(
     bundle: BundlePath,
     host: Annotated[str, typer.Option(help="Interface to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
@@ -294,7 +318,11 @@ def serve(
     serve_forever(bundle, host, port, scaling, address, progress=Progress())
 
 
-@app.command("embed-items", rich_help_panel="Embeddings")
+@app.command(
+    "embed-items",
+    rich_help_panel="Embeddings",
+    epilog=_example("recsys-ray embed-items new.parquet --bundle runs/mine/bundles/current"),
+)
 def embed_items(
     items: Annotated[Path, typer.Argument(exists=True, help="New items: a table as for ingest, Parquet or CSV.")],
     bundle: BundlePath,
@@ -302,7 +330,7 @@ def embed_items(
         Path | None, typer.Option("--interactions", "-i", exists=True, help="What users did with them so far.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of bundles; default: the bundle's.")] = None,
-    replace: Annotated[bool, typer.Option("--replace", help="Embed items anew that the bundle has.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Embed items again that the bundle already has.")] = False,
     current: Annotated[
         bool, typer.Option("--current/--no-current", help="Point `current` at the new bundle, or leave it.")
     ] = True,
@@ -313,7 +341,11 @@ def embed_items(
     run_it(items, bundle, interactions, out, replace, current, Progress())
 
 
-@app.command("export-embeddings", rich_help_panel="Embeddings")
+@app.command(
+    "export-embeddings",
+    rich_help_panel="Embeddings",
+    epilog=_example("recsys-ray export-embeddings --config my.yaml --out items.parquet"),
+)
 def export_embeddings(
     out: Annotated[Path, typer.Option("--out", "-o", help="The Parquet file to write.")],
     config: ConfigPath = None,
@@ -338,9 +370,9 @@ def export_embeddings(
     run_it(folder, bundle, out, snapshot, [name.strip() for name in vectors.split(",")], Progress())
 
 
-@app.command(rich_help_panel="Embeddings")
+@app.command(rich_help_panel="Embeddings", epilog=_example("recsys-ray probe --config my.yaml"))
 def probe(config: ConfigPath = None, overrides: Overrides = None, force: Force = False) -> None:
-    """Show what the embeddings know of categories and languages, and of items that users share later, beside text."""
+    """Measure what the embeddings tell of category, language and items that users will share, beside the text."""
     from pipelines.probe import run_probe
 
     run_probe(_config(config, overrides), Progress(), force)

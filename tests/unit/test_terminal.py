@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 
+import typer
 from bundle_world import make_world
 from report_world import rows
 from rich.console import Console
+from typer.testing import CliRunner
 
+from pipelines.cli import app
 from pipelines.show import print_user
 from recsys_ray.evaluation.labels import MODELS
 from recsys_ray.report.terminal import print_results
@@ -80,3 +83,12 @@ def test_example_user_is_one_line_an_item(tmp_path):
     print_user(recommender, user, Console(file=(wide := io.StringIO()), width=300), k=4)
     first = recommender.recommend(user_id=user, k=1)[0]
     assert f"1. {first.item_type}: {first.title}" in wide.getvalue()
+
+
+def test_every_verb_explains_itself_with_an_example():
+    verbs = typer.main.get_command(app).commands
+    assert {"run", "serve", "results", "two-tower"} <= set(verbs)
+    for name in verbs:
+        shown = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": str(COLUMNS)})
+        assert shown.exit_code == 0 and f"Example: recsys-ray {name}" in shown.output
+        assert max(map(len, shown.output.splitlines())) <= COLUMNS
