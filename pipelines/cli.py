@@ -112,8 +112,8 @@ def run(
     table shows their mean, with intervals over users and seeds; the bundle is the first seed's.
     """
     from pipelines.show import show_results
-    from pipelines.stages import run_all
     from pipelines.variants import run_seeds
+    from recsys_ray.stages.chain import run_all
 
     chosen = _config(config, overrides, baselines)
     if seeds == 1:
@@ -128,7 +128,7 @@ def _add_stage(name: str, summary: str) -> None:
 
     @app.command(name, rich_help_panel="One stage at a time", help=summary, epilog=example)
     def stage(config: ConfigPath = None, overrides: Overrides = None, force: Force = False) -> None:
-        from pipelines.stages import run_one
+        from recsys_ray.stages.chain import run_one
 
         run_one(name, _config(config, overrides), Progress(), force)
 
@@ -156,7 +156,7 @@ def evaluate(
     `run_dir/cache/evaluation`, so that after a change to the method only the method is ranked again.
     """
     from pipelines.show import show_table
-    from pipelines.stages import run_one
+    from recsys_ray.stages.chain import run_one
 
     chosen = _config(config, overrides, baselines)
     run_one("evaluate", chosen, Progress(), force)

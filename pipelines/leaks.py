@@ -6,12 +6,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pipelines.stage import check_kinship
-from pipelines.stages import STAGES
 from recsys_ray.checks.finished_run import FinishedRun
 from recsys_ray.checks.leaks import check_run
 from recsys_ray.config import Config
 from recsys_ray.core.progress import Progress
+from recsys_ray.stages.chain import STAGES
+from recsys_ray.stages.runner import check_kinship
 from recsys_ray.storage.artifacts import Artifact
 from recsys_ray.storage.outputs import current_folder, current_output
 

@@ -7,12 +7,12 @@ from typing import Any
 
 from rich.console import Console
 
-from pipelines.stage import Context, Runner, Stage
-from pipelines.stages import STAGES
 from recsys_ray.bundle.build import VARIANT
 from recsys_ray.checks.probe import print_probe, probe
 from recsys_ray.config import Config
 from recsys_ray.core.progress import Progress
+from recsys_ray.stages.chain import STAGES
+from recsys_ray.stages.runner import Context, Runner, Stage
 
 
 def _settings(config: Config) -> dict[str, Any]:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pipelines.stages import STAGES
 from recsys_ray.config import Config
 from recsys_ray.evaluation.results import DIFFERENCES
 from recsys_ray.report.terminal import print_results
 from recsys_ray.report.write import write_report
 from recsys_ray.serving.recommender import Recommender
+from recsys_ray.stages.chain import STAGES
 from recsys_ray.storage.outputs import current_output
 
 _HISTORY = 8  # events of a user that are shown

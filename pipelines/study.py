@@ -9,13 +9,13 @@ from pathlib import Path
 
 import polars as pl
 
-from pipelines.stage import Runner
-from pipelines.stages import STAGES
 from pipelines.variants import TO_COMPARE, folder_of, run_variant, variant_of
 from recsys_ray.config import Config
 from recsys_ray.core.errors import UserError
 from recsys_ray.core.progress import Progress
 from recsys_ray.evaluation.results import HITS, Hits
+from recsys_ray.stages.chain import STAGES
+from recsys_ray.stages.runner import Runner
 from recsys_ray.storage.artifacts import Artifact
 from recsys_ray.storage.lock import run_lock
 from recsys_ray.storage.outputs import current_output

@@ -18,14 +18,14 @@ from typing import Any
 import optuna
 from ray.tune import Callback
 
-from pipelines.stage import Runner
-from pipelines.stages import STAGES
 from pipelines.variants import folder_of, run_variant, variant_of
 from recsys_ray.cluster.session import granted_cpus, ray_session
 from recsys_ray.cluster.train import seed_from
 from recsys_ray.config import Config
 from recsys_ray.core.errors import UserError
 from recsys_ray.core.progress import Progress
+from recsys_ray.stages.chain import STAGES
+from recsys_ray.stages.runner import Runner
 from recsys_ray.storage.artifacts import MANIFEST, write_json
 from recsys_ray.storage.lock import run_lock
 from recsys_ray.storage.outputs import current_folder

@@ -1,7 +1,7 @@
 """Variants of a run: the same configuration with some settings or another seed, in folders of their own below it.
 
 ``<run_dir>/variants/<name>/`` looks like a run's folder. Whatever a variant has in common with the run or with another
-variant is made once; the others point at it (:class:`pipelines.stage.Runner`).
+variant is made once; the others point at it (:class:`recsys_ray.stages.runner.Runner`).
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipelines.stage import VARIANTS, Runner, make_current
-from pipelines.stages import STAGES
 from recsys_ray.config import Config, changed
 from recsys_ray.core.progress import Progress
 from recsys_ray.evaluation.results import DIFFERENCES, HITS, MAIN, Hits, against_all, pool
 from recsys_ray.report.examples import EXAMPLES, POPULARITY
 from recsys_ray.report.item_map import MAP
+from recsys_ray.stages.chain import STAGES
+from recsys_ray.stages.runner import VARIANTS, Runner, make_current
 from recsys_ray.storage.artifacts import Artifact, fingerprint, publish, write_json
 from recsys_ray.storage.lock import run_lock
 from recsys_ray.storage.outputs import find_finished, work_folder

@@ -13,13 +13,13 @@ import polars as pl
 import pytest
 
 from pipelines.leaks import check
-from pipelines.stage import Runner
-from pipelines.stages import STAGES
 from recsys_ray.config import Config
 from recsys_ray.core.errors import LeakError
 from recsys_ray.core.progress import Progress
 from recsys_ray.core.snapshots import Snapshot, snapshots_of
 from recsys_ray.graph.activity import ACTIVITY
+from recsys_ray.stages.chain import STAGES
+from recsys_ray.stages.runner import Runner
 from recsys_ray.storage.artifacts import load_arrays, publish, save_arrays
 from recsys_ray.storage.outputs import current_output, set_current, work_folder
 from recsys_ray.two_tower.examples import HistoryRules, UserEvents, build_queries, training_examples

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import shutil
 import signal
@@ -17,14 +18,15 @@ import psutil
 import pytest
 from pipeline_world import BASELINES, SMALL, call, call_apart, command, configure, metrics_of, output
 
+import recsys_ray
 from pipelines.cli import main
-from pipelines.evaluate import NAMES
-from pipelines.stages import STAGES
 from recsys_ray.bundle.build import find_bundle
 from recsys_ray.core.clock import DAY
 from recsys_ray.evaluation.results import MAIN
 from recsys_ray.scoring.scorer import TERMS, TRENDS, UNSEEN, ScoreSpec, without
 from recsys_ray.serving.recommender import Recommender
+from recsys_ray.stages.chain import STAGES
+from recsys_ray.stages.evaluate import NAMES
 from recsys_ray.storage.artifacts import load_arrays, open_artifact, save_arrays
 from recsys_ray.storage.outputs import set_current
 
@@ -72,10 +74,18 @@ def test_one_command_makes_everything(undisturbed):
         assert promised in done.stdout
 
 
+def test_the_example_of_the_package_runs(undisturbed, tmp_path, monkeypatch):
+    _, config, _ = undisturbed
+    shutil.copyfile(config, tmp_path / "my.yaml")
+    monkeypatch.chdir(tmp_path)
+    ran = doctest.testmod(recsys_ray)
+    assert (ran.failed, ran.attempted) == (0, 5)
+
+
 def test_the_second_run_skips_every_stage(undisturbed, monkeypatch):
     run, config, _ = undisturbed
     before = {name: (output(run, stage.folder) / "manifest.json").stat().st_mtime_ns for name, stage in STAGES.items()}
-    monkeypatch.delattr("pipelines.stage.ray_session")  # Ray is not even started
+    monkeypatch.delattr("recsys_ray.stages.runner.ray_session")  # Ray is not even started
     done = call("run", "--config", config)
     assert done.returncode == 0, done.stderr[-6000:]
     assert done.stderr.count("up to date") == len(STAGES)

@@ -16,7 +16,7 @@ def growth(work: str) -> float:
     script = "\n".join(
         [
             "import subprocess, sys, time",
-            "from pipelines.peak_memory import PeakMemory",
+            "from recsys_ray.stages.peak_memory import PeakMemory",
             "with PeakMemory() as before: pass",
             "with PeakMemory() as memory:",
             f"    {work}",

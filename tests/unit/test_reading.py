@@ -16,12 +16,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipelines.stage import _hash_source
 from recsys_ray.config import DataConfig
 from recsys_ray.core.errors import DataError
 from recsys_ray.data.csv_records import Records
 from recsys_ray.data.reading import _parse, find_source, read_batches
 from recsys_ray.data.validate import check_users
+from recsys_ray.stages.runner import _hash_source
 
 SONGS = [{"item_id": f"s{i}", "item_type": "song", "title": f"Song {i}"} for i in range(12)]
 LISTENS = [{"user_id": 7 + i, "item_id": "s1", "event": "play", "timestamp": 1_700_000_000 + i} for i in range(5)]

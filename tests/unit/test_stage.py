@@ -7,10 +7,10 @@ from importlib.metadata import version
 
 import pytest
 
-from pipelines.stage import VARIANTS, Context, Runner, Stage
 from recsys_ray.config import Config
 from recsys_ray.core.errors import ArtifactError
 from recsys_ray.core.progress import Progress
+from recsys_ray.stages.runner import VARIANTS, Context, Runner, Stage
 from recsys_ray.storage.artifacts import write_json
 from recsys_ray.storage.outputs import current_folder, current_output
 

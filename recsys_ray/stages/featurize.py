@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipelines.stage import Context, Stage
+from recsys_ray.stages.runner import Context, Stage
 from recsys_ray.text.featurize import featurize
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipelines.stage import Context, Stage
 from recsys_ray.config import Config
+from recsys_ray.stages.runner import Context, Stage
 from recsys_ray.two_tower.stage import train_two_tower
 
 

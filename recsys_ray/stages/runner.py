@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.peak_memory import PeakMemory
 from recsys_ray.cluster.session import ray_session
 from recsys_ray.config import Config
 from recsys_ray.core.errors import ArtifactError
 from recsys_ray.core.progress import Progress
 from recsys_ray.data.files import find_paths, partition_of
+from recsys_ray.stages.peak_memory import PeakMemory
 from recsys_ray.storage.artifacts import (
     Artifact,
     changes,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipelines.stage import Context, Stage
 from recsys_ray.config import Config
 from recsys_ray.core.errors import ArtifactError
 from recsys_ray.hgnn.stage import train_hgnn
+from recsys_ray.stages.runner import Context, Stage
 from recsys_ray.storage.artifacts import sha256
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipelines.stage import Context, Stage
 from recsys_ray.config import Config
 from recsys_ray.data.ingest import ingest
+from recsys_ray.stages.runner import Context, Stage
 
 
 def _settings(config: Config) -> dict[str, Any]:

@@ -9,8 +9,6 @@ from typing import Any
 
 import polars as pl
 
-from pipelines.peak_memory import PeakMemory
-from pipelines.stage import Context, Stage
 from recsys_ray.config import Config
 from recsys_ray.evaluation.given import TowerModel
 from recsys_ray.evaluation.results import MAIN
@@ -18,6 +16,8 @@ from recsys_ray.evaluation.stage import REPORT, evaluate
 from recsys_ray.evaluation.towers import TrainedTowers
 from recsys_ray.hgnn.outputs import load_embeddings
 from recsys_ray.scoring.scorer import TERMS, without
+from recsys_ray.stages.peak_memory import PeakMemory
+from recsys_ray.stages.runner import Context, Stage
 from recsys_ray.storage.artifacts import load_arrays
 
 VARIANT = "hgnn"

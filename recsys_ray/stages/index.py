@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipelines.stage import Context, Stage
 from recsys_ray.bundle.build import VERSION, build_bundle, find_bundle
 from recsys_ray.config import Config
 from recsys_ray.core.errors import UserError
+from recsys_ray.stages.runner import Context, Stage
 from recsys_ray.storage.artifacts import Artifact, open_artifact
 
 
