@@ -277,6 +277,10 @@ class _Run:
         rows |= {name: sum(result[name] for result in results) for name in ("ignored", "repeated")}
         by_reason = {kind: count for kind, (count, _) in sorted(kinds.items())}
         self.tallies[table] = {"rows": rows, "quarantined": by_reason}
+        lost = self.tallies["items"]["quarantined"]
+        if table == "interactions" and "unknown item" in kinds and lost:
+            why = ", ".join(f"{kind} {count:,}" for kind, count in lost.items())
+            kinds["unknown item"][1] += f" (rows of the items table are in quarantine: {why})"
         said = judge_rows(table, rows, kinds, dropped, taken, self.config.data, self.out / "quarantine")
         if not quiet:
             for line in said:

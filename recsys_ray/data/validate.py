@@ -29,6 +29,7 @@ QUARANTINE = pa.schema(
     ]
 )
 MAX_AGE = 130
+MALFORMED = "malformed record"
 
 
 class Findings:
@@ -241,7 +242,7 @@ def _divide(table: str, batch: Batch, file: str, values: Mapping[str, pa.Array],
     records = as_records(rejected)
     for row, text, wrong in batch.malformed:
         rows.append(row)
-        reasons.append(("malformed record", wrong))
+        reasons.append((MALFORMED, wrong))
         records.append(json.dumps({"text": text}, ensure_ascii=False))
     dropped = {}
     for unfit, kind, say in findings.dropped:
@@ -337,6 +338,8 @@ def judge_rows(
     if said:
         parts.append(f"{rows['quarantined']:,} to quarantine ({said})")
     lines = [f"  {table}: {', '.join(parts)}"]
+    if MALFORMED in kinds:  # what these rows were is not known, so the first one is shown
+        lines.append(f"    {kinds[MALFORMED][1]}")
     for kind, (count, example) in _frequent(dropped):
         instead = "taken for false" if kind == "unreadable available" else "left empty"
         lines.append(f"    {kind}: {count:,}, {instead}, as in {example}")
@@ -352,7 +355,7 @@ _MEND = {
     "unknown item": "Add rows for these items to the items table",
     "unknown event": "Put these names into the lists of the events section (events.ignore is for those without use)",
     "timestamp in the future": "Set data.now later if they are right",
-    "malformed record": "Put cells that hold commas, quotes or line breaks into double quotes",
+    MALFORMED: "Put cells that hold commas, quotes or line breaks into double quotes",
 }
 
 
