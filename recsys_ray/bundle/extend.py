@@ -67,9 +67,9 @@ from recsys_ray.storage.artifacts import (
     open_artifact,
     publish,
     save_arrays,
-    source_fingerprint,
 )
 from recsys_ray.storage.outputs import find_finished, set_current, work_folder
+from recsys_ray.storage.store import source_fingerprint
 from recsys_ray.text.featurize import encode_alike, text_of
 from recsys_ray.two_tower.batches import ArrayFeatures
 from recsys_ray.two_tower.stage import catalogue_of

@@ -28,9 +28,10 @@ from recsys_ray.core.errors import DataError
 from recsys_ray.core.progress import Progress
 from recsys_ray.data.csv_records import LONGEST, Piece, Records
 from recsys_ray.data.file_kinds import HEAD, bad_utf8, not_our_csv, not_parquet, not_that_kind
-from recsys_ray.data.files import CSV, list_files, partition_of
+from recsys_ray.data.files import CSV, ends_in, list_files, partition_of
 from recsys_ray.data.schema import TABLES, Columns, column_names, match_columns, plain, plain_type
 from recsys_ray.storage.artifacts import write_json
+from recsys_ray.storage.store import Place
 
 _CSV_BLOCK = LONGEST  # bytes of a CSV batch
 # Rows of a Parquet batch. Catalogue rows carry descriptions and vectors, interactions are narrow.
@@ -103,7 +104,7 @@ def find_source(table: str, path: str | Sequence[str]) -> Source:
     taste: dict[str, None] = {}
     empty: list[str] = []
     for file_index, file in enumerate(files):
-        described = _describe_csv(file, table) if file.lower().endswith(CSV) else _describe_parquet(file)
+        described = _describe_csv(file, table) if ends_in(file, CSV) else _describe_parquet(file)
         if described is None or not any(rows != 0 for rows in described[1]):
             empty.append(file)
             continue
@@ -137,16 +138,16 @@ def _name(raw: str) -> str:
 def _describe_parquet(file: str) -> tuple[pa.Schema, list[int | None]] | None:
     """None: the file has no bytes at all. Names are trimmed, binary is text without the mark."""
     try:
-        with Path(file).open("rb") as stream:
+        with Place(file).open() as stream:
             head = stream.read(HEAD)
-            stream.seek(-min(4, os.fstat(stream.fileno()).st_size), os.SEEK_END)
+            stream.seek(max(0, stream.size() - 4))
             tail = stream.read()
         if not head:
             return None
         other = not_parquet(file, head, tail)
         if other:
             raise other
-        with pq.ParquetFile(file) as parquet:
+        with Place(file).open() as opened, pq.ParquetFile(opened) as parquet:
             groups = parquet.metadata.num_row_groups
             fields = [pa.field(_name(f.name), text_type(f.type)) for f in parquet.schema_arrow]
             return pa.schema(fields), [parquet.metadata.row_group(g).num_rows for g in range(groups)]
@@ -156,15 +157,16 @@ def _describe_parquet(file: str) -> tuple[pa.Schema, list[int | None]] | None:
 
 def _open_csv(file: str) -> BinaryIO:
     """Python's gzip notices a file that is cut off, Arrow's does not."""
-    return cast(BinaryIO, gzip.GzipFile(file)) if file.lower().endswith(".gz") else Path(file).open("rb")
+    stream = Place(file).open()
+    return cast(BinaryIO, gzip.GzipFile(fileobj=stream) if ends_in(file, (".gz",)) else stream)
 
 
 def _describe_csv(file: str, table: str) -> tuple[pa.Schema, list[int | None]] | None:
     """Every column is text; those of no known name that have cells like ``[0.5, ...`` are vectors. None: no header."""
     try:
-        with Path(file).open("rb") as stream:
+        with Place(file).open() as stream:
             start = stream.read(HEAD)
-        if file.lower().endswith(".gz") and start and not start.startswith(b"\x1f\x8b"):
+        if ends_in(file, (".gz",)) and start and not start.startswith(b"\x1f\x8b"):
             raise not_that_kind(file, start) or DataError(
                 f"{file} is not compressed with gzip, though its name ends so; take .gz from its name"
             )
@@ -216,7 +218,7 @@ def read_batches(fragment: Fragment) -> Iterator[Batch]:
 
 def _read_parquet(fragment: Fragment) -> Iterator[Batch]:
     first = fragment.first_row + 1
-    with pq.ParquetFile(fragment.file) as parquet:
+    with Place(fragment.file).open() as opened, pq.ParquetFile(opened) as parquet:
         names = {f.name: _name(f.name) for f in parquet.schema_arrow if _name(f.name) in fragment.columns.read}
         for batch in parquet.iter_batches(
             batch_size=BATCH_ROWS[fragment.table],

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import torch
 
@@ -17,6 +16,7 @@ from recsys_ray.baselines.histories import popular_where
 from recsys_ray.core.errors import DataError
 from recsys_ray.core.offsets import spread
 from recsys_ray.evaluation.ranking import Scorer, UserBatch
+from recsys_ray.storage.store import Place
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,14 +86,14 @@ class ReadyLists:
         return score
 
 
-def read_oracle(path: Path, ingest: Path, item_types: tuple[str, ...]) -> ReadyLists:
+def read_oracle(path: Place, ingest: Path, item_types: tuple[str, ...]) -> ReadyLists:
     """The demo world's best rankings (columns user_id, item_type, item_ids) in uids and gids.
 
     Raises:
         DataError: the table cannot be read, or names items that are not in the catalogue.
     """
     try:
-        table = ds.dataset(path).to_table(columns=["user_id", "item_type", "item_ids"])
+        table = path.dataset().to_table(columns=["user_id", "item_type", "item_ids"])
     except (OSError, KeyError, ValueError) as error:
         raise DataError(f"data.oracle: {path} cannot be read as user_id, item_type, item_ids: {error}") from error
     users = pq.read_table(ingest / "users.parquet", columns=["user_id"])["user_id"]

@@ -25,7 +25,6 @@ from recsys_ray.storage.artifacts import (
     open_artifact,
     publish,
     read_manifest,
-    source_fingerprint,
 )
 from recsys_ray.storage.lock import run_lock
 from recsys_ray.storage.outputs import (
@@ -38,6 +37,7 @@ from recsys_ray.storage.outputs import (
     set_current,
     work_folder,
 )
+from recsys_ray.storage.store import source_fingerprint
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -53,18 +52,6 @@ def fingerprint(stage: str, config: Any, inputs: Mapping[str, str], version: int
     """Hash of all that decides a stage's output; ``version`` is that of the stage's code."""
     text = json.dumps([FORMAT, stage, version, config, dict(sorted(inputs.items()))], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def source_fingerprint(path: str | Path) -> str:
-    """Hash of the names and contents below ``path``, about a second a gigabyte and thread. Neither place nor times
-    count: a copied or restored table, or a run folder that was moved, makes nothing anew."""
-    root = Path(path)
-    files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
-    with ThreadPoolExecutor() as threads:
-        contents = list(threads.map(sha256, files))
-    names = [root.name] if files == [root] else [str(file.relative_to(root)) for file in files]
-    described = list(zip(names, contents, strict=True))
-    return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
 
 def read_manifest(path: str | Path) -> dict[str, Any] | None:

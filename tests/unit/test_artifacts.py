@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 
@@ -21,7 +19,6 @@ from recsys_ray.storage.artifacts import (
     open_artifact,
     publish,
     save_arrays,
-    source_fingerprint,
 )
 from recsys_ray.storage.lock import run_lock
 from recsys_ray.storage.outputs import (
@@ -146,20 +143,3 @@ def test_changes_are_named_by_field_and_input():
     ]
     many = {"x": dict.fromkeys("abcdef", 0)}
     assert changes(manifest, 1, many, {"ingest": "i"})[0].endswith(" and 2 more)")
-
-
-def test_a_table_is_known_by_its_names_and_contents_wherever_it_lies(tmp_path):
-    table, copy = tmp_path / "one" / "items", tmp_path / "another" / "items"
-    (table / "day=1").mkdir(parents=True)
-    (table / "day=1" / "part.csv").write_text("abc\n")
-    shutil.copytree(table, copy)
-    os.utime(copy / "day=1" / "part.csv", (0, 0))
-    assert source_fingerprint(copy) == source_fingerprint(table)
-    assert source_fingerprint(copy / "day=1" / "part.csv") == source_fingerprint(table / "day=1" / "part.csv")
-
-    before = {source_fingerprint(table)}
-    (table / "day=1" / "part.csv").write_text("abd\n")  # of the same length
-    before.add(source_fingerprint(table))
-    (table / "day=1").rename(table / "day=2")
-    before.add(source_fingerprint(table))
-    assert len(before) == 3

@@ -343,7 +343,6 @@ def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row["user_id"] for row in read("interactions", both)[0]] == ["9", "8"]  # in this order, each once
     assert "nothing matches" in refusal("interactions", f"{tmp_path}/*.pq")
     assert "no file or folder" in refusal("interactions", "~/elsewhere")
-    assert "URI" in refusal("interactions", "s3://bucket/log")
     hashes = [_hash_source("interactions", path) for path in (str(first), both, both[::-1], [str(first)])]
     assert hashes[0] == hashes[3] and len(set(hashes)) == 3
     assert DataConfig(interactions=both).interactions == both

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import gzip
 import multiprocessing
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
 import pytest
 from moto.server import ThreadedMotoServer
 
-from recsys_ray.core.errors import ArtifactError, UserError
+from recsys_ray.core.errors import ArtifactError, DataError, UserError
+from recsys_ray.data.reading import find_source, read_batches
 from recsys_ray.storage.artifacts import open_artifact, publish
-from recsys_ray.storage.store import Place, local_output
+from recsys_ray.storage.store import Place, local_output, source_fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -145,3 +152,48 @@ def test_a_store_that_cannot_be_used_is_one_sentence(bucket):
         Place(f"s3://nowhere/x{bucket}").write(b"1")
     with pytest.raises(UserError, match="is no place that can be read"):
         Place("ftp2://x/y").read()
+
+
+def test_a_table_is_known_by_its_names_and_contents_wherever_it_lies(tmp_path):
+    table, copy = tmp_path / "one" / "items", tmp_path / "another" / "items"
+    (table / "day=1").mkdir(parents=True)
+    (table / "day=1" / "part.csv").write_text("abc\n")
+    shutil.copytree(table, copy)
+    os.utime(copy / "day=1" / "part.csv", (0, 0))
+    assert source_fingerprint(copy) == source_fingerprint(table)
+    assert source_fingerprint(copy / "day=1" / "part.csv") == source_fingerprint(table / "day=1" / "part.csv")
+
+    before = {source_fingerprint(table)}
+    (table / "day=1" / "part.csv").write_text("abd\n")  # of the same length
+    before.add(source_fingerprint(table))
+    (table / "day=1").rename(table / "day=2")
+    before.add(source_fingerprint(table))
+    assert len(before) == 3
+
+
+def test_a_table_has_the_same_fingerprint_wherever_it_lies(place, tmp_path):
+    table = folder_of(tmp_path / "items", day_1__part="abc\n", day_2="x")
+    (place / "items").upload(table)
+    assert source_fingerprint(str(place / "items")) == source_fingerprint(table)
+    (place / "items" / "day_2").write(b"y")
+    assert source_fingerprint(str(place / "items")) != source_fingerprint(table)
+
+
+def test_tables_are_read_where_they_lie(place, tmp_path):
+    table = pa.table({"user_id": ["u", "v"], "item_id": ["i", "j"], "timestamp": [1_700_000_000, 1_700_000_001]})
+    mine = tmp_path / "mine"
+    (mine / "event=stream").mkdir(parents=True)
+    pq.write_table(table, mine / "event=stream" / "part.parquet")
+    (mine / "event=follow").mkdir()
+    pa.csv.write_csv(table, mine / "event=follow" / "part.csv")
+    with gzip.open(mine / "event=follow" / "more.csv.gz", "wb") as packed:
+        pa.csv.write_csv(table, packed)
+    (mine / "_SUCCESS").write_text("")
+    place.upload(mine)
+    found = find_source("interactions", str(place))
+    assert [Place(fragment.file).name for fragment in found.fragments] == ["more.csv.gz", "part.csv", "part.parquet"]
+    rows = [batch.table for fragment in found.fragments for batch in read_batches(fragment)]
+    assert [table["user_id"].to_pylist() for table in rows] == [["u", "v"]] * 3
+    assert [table["event"].to_pylist()[0] for table in rows] == ["follow", "follow", "stream"]
+    with pytest.raises(DataError, match="there is no file or folder at"):
+        find_source("interactions", str(place / "nowhere"))
