@@ -67,7 +67,7 @@ def changes(kept: dict[str, float], found: dict[str, float]) -> list[str]:
 
 def figures_of(run: Path) -> dict[str, float]:
     """What each stage of a finished run made, one name a figure; whole numbers are counts."""
-    ingest, graph, hgnn = (open_artifact(run / stage).counts for stage in ("ingest", "graph", "hgnn"))
+    ingest, graph, hgnn = (current_output(run, stage).counts for stage in ("ingest", "graph", "hgnn"))
     figures: dict[str, float] = {"ingest.users": ingest["users"]}
     figures |= {f"ingest.{kind}": n for kind, n in zip(ingest["item_types"], ingest["items_per_type"], strict=True)}
     figures |= {f"graph.{snapshot}": sum(edges.values()) for snapshot, edges in graph["edges"].items()}
