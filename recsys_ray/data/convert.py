@@ -33,7 +33,7 @@ NOTHING = {"text": _NOTHING, "other": (*_NOTHING, "NA")}
 
 class Converted(NamedTuple):
     """``values``: one representation, null where a cell is missing or does not fit; ``bad``: bool [rows], a cell is
-    there but does not fit; ``taken``: cells that were taken for something that is worth a word, by what it is."""
+    there but does not fit; ``taken``: cells that were read as something else than the plainest form, by what it is."""
 
     values: pa.Array
     bad: np.ndarray

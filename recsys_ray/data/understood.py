@@ -26,7 +26,7 @@ def describe(counts: Mapping[str, Any], census: Mapping[str, Any]) -> list[str]:
             the users table, and those of them with an event), ``examples`` (an id of either), ``published`` (first and
             last, or None), ``published_at_0`` (items of 1 January 1970).
     """
-    return [*_facts(counts, census), *(f"look: {sentence}" for sentence in _doubts(counts, census))]
+    return [*_facts(counts, census), *(f"check: {sentence}" for sentence in _doubts(counts, census))]
 
 
 def _facts(counts: Mapping[str, Any], census: Mapping[str, Any]) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recsys_ray.config import DataConfig
@@ -30,7 +30,7 @@ CENSUS = {
 
 def doubts(counts: dict[str, Any] | None = None, **census: Any) -> list[str]:
     lines = describe(COUNTS | (counts or {}), CENSUS | census)
-    return [line.removeprefix("look: ") for line in lines if line.startswith("look: ")]
+    return [line.removeprefix("check: ") for line in lines if line.startswith("check: ")]
 
 
 def test_facts() -> None:
@@ -100,6 +100,7 @@ def test_the_newest_row_of_an_item_counts_and_an_item_has_one_type() -> None:
 
 
 @given(st.lists(st.integers(0, 5)))
+@settings(deadline=None)
 def test_last_of_each(codes: list[int]) -> None:
     wanted = [max(j for j, other in enumerate(codes) if other == code) for code in codes]
     assert last_of_each(np.array(codes, np.int64)).tolist() == wanted
