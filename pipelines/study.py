@@ -13,6 +13,7 @@ from pipelines.variants import TO_COMPARE, folder_of, run_variant, variant_of
 from recsys_ray.config import Config
 from recsys_ray.core.errors import UserError
 from recsys_ray.core.progress import Progress
+from recsys_ray.data.tables import Tables
 from recsys_ray.evaluation.results import HITS, Hits
 from recsys_ray.stages.chain import STAGES
 from recsys_ray.stages.runner import Runner
@@ -102,7 +103,7 @@ def _folder(study: Study, variant: str, seed: int) -> str:
 def _result(outputs: Sequence[Mapping[str, Artifact]]) -> Result:
     """What the seeds of one variant left."""
     evaluations = [made["evaluate"] for made in outputs if "evaluate" in made]
-    users = pl.read_parquet(outputs[0]["ingest"].path / "users.parquet", columns=["user_id"])["user_id"]
+    users = pl.Series("user_id", Tables(outputs[0]["ingest"].path).user_ids)
     stages = outputs[0].keys()
     return Result(
         hits=[Hits.load(artifact.path / HITS) for artifact in evaluations],

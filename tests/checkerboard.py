@@ -15,10 +15,11 @@ from recsys_ray.cluster.train import seed_from
 from recsys_ray.config import TwoTowerConfig
 from recsys_ray.core.clock import DAY
 from recsys_ray.core.snapshots import Snapshot
+from recsys_ray.data.tables import Events
 from recsys_ray.graph.activity import COLUMNS
 from recsys_ray.scoring.choose import Moment
 from recsys_ray.two_tower.batches import ArrayFeatures, Catalogue
-from recsys_ray.two_tower.examples import HistoryRules, UserEvents, build_examples, build_queries, validation_examples
+from recsys_ray.two_tower.examples import HistoryRules, build_examples, build_queries, validation_examples
 from recsys_ray.two_tower.rows import take
 from recsys_ray.two_tower.towers import TowerSpec, TwoTower
 from recsys_ray.two_tower.training import TowerTask, TowerTrainer
@@ -38,7 +39,7 @@ RULES = HistoryRules(length=80, window_days=None)
 CONFIG = TwoTowerConfig(layers=(32, 16), batch_size=64, epochs=6, patience=9, learning_rate=0.01, history=80)
 
 
-def board_events() -> UserEvents:
+def board_events() -> Events:
     """Every user's events; event 0 is a stream, 1 a weak signal that comes an hour before some streams."""
     random = np.random.default_rng(0)
     rows = []
@@ -50,7 +51,7 @@ def board_events() -> UserEvents:
             rows += [(uid, t, g, 0) for g, t in zip(liked, moments, strict=True)]
             rows += [(uid, t - 3600, g, 1) for g, t in zip(liked[:5], moments[:5], strict=True)]
     uid, moment, gid, event = np.array(sorted(rows), np.int64).T
-    return UserEvents(uid, gid.astype(np.int32), event.astype(np.int8), moment)
+    return Events(uid, gid.astype(np.int32), event.astype(np.int8), moment)
 
 
 def board_features(telling: str) -> ArrayFeatures:
@@ -79,7 +80,7 @@ def board_task(telling: str = "hgnn", with_hgnn: bool = True, rows: slice = slic
     """Training and validation as the job would make them, with nothing known of any user."""
     events, unknown = board_events(), {}
     known = events.timestamp < VALID
-    before = UserEvents(*(column[known] for column in vars(events).values()))
+    before = Events(*(column[known] for column in vars(events).values()))
     examples = build_examples(before, [0], SNAPSHOTS[:2], RULES)
     queries = build_queries(events, [0], VALID, TEST, RULES)
     later = validation_examples(events, [0], SNAPSHOTS, TEST, RULES)

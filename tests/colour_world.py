@@ -12,8 +12,8 @@ import numpy as np
 from recsys_ray.baselines import BASELINES
 from recsys_ray.baselines.interface import KnownData, Params, default_point
 from recsys_ray.config import Config, load_config
+from recsys_ray.data.tables import Catalogue, Events
 from recsys_ray.evaluation.ranking import Recommender
-from recsys_ray.evaluation.segments import Catalogue, Events
 from recsys_ray.storage.artifacts import save_arrays
 
 USERS, PER_TYPE, DIM = 40, 60, 16

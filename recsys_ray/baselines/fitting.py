@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 
 from recsys_ray.baselines import BASELINES
 from recsys_ray.baselines.interface import KnownData, Params
 from recsys_ray.config import Config
+from recsys_ray.data.tables import Events
 from recsys_ray.evaluation.metrics import score_queries
-from recsys_ray.evaluation.queries import Setting, read_events
+from recsys_ray.evaluation.queries import Setting, known_before
 from recsys_ray.evaluation.ranking import Recommender, rank_queries
-from recsys_ray.evaluation.segments import SEGMENTS, Events, Queries, find_queries
+from recsys_ray.evaluation.segments import SEGMENTS, Queries, find_queries
 from recsys_ray.storage.artifacts import load_arrays, save_arrays
 
 _TUNING_USERS = 5_000  # warm users of the validation period by whom parameters are chosen
@@ -47,23 +47,16 @@ class Job:
 def read_known(job: Job, moment: int, snapshot: str) -> KnownData:
     """All that happened before ``moment``, of the users that baselines are fitted to."""
     setting, limit = job.setting, job.config.evaluate.fit_users
-    users = pq.ParquetFile(setting.ingest / "users.parquet").metadata.num_rows
+    users = setting.ingest.num_users
     sample = None
     if users > limit:
         sample = np.sort(np.random.default_rng(setting.data_seed).choice(users, limit, replace=False))
     parts = []
     for shard in job.shards:
-        events = read_events(shard)
-        known = events.timestamp < moment
-        parts.append(events.select(known if sample is None else known & np.isin(events.uid, sample)))
-    events = join_events(parts)
+        known = Events.read(shard).before(moment)
+        parts.append(known if sample is None else known.select(np.isin(known.uid, sample)))
+    events = Events.join(parts)
     return KnownData(job.config, setting.catalogue, events, moment, setting.positive, snapshot, job.featurize, job.hgnn)
-
-
-def join_events(parts: list[Events]) -> Events:
-    """Shards hold users in ascending order: one after the other they are sorted."""
-    columns = (np.concatenate([getattr(part, name) for part in parts]) for name in Events.__dataclass_fields__)
-    return Events(*columns)
 
 
 def prepare_validation(job: Job) -> int:
@@ -76,21 +69,19 @@ def prepare_validation(job: Job) -> int:
         setting = job.setting
         asked = []
         for shard in job.shards:
-            events = read_events(shard)
+            events = Events.read(shard)
             found = find_queries(events, setting.catalogue, setting.positive, setting.valid_from, setting.test_from)
             asked.append(found.keep_users(found.uid[found.warm]))
         users = np.unique(np.concatenate([queries.uid for queries in asked]))
         chosen = np.random.default_rng(setting.data_seed).permutation(users)[:_TUNING_USERS]
         histories, arrays, offset = [], [], 0
         for shard, queries in zip(job.shards, asked, strict=True):
-            events = read_events(shard)
-            known = (events.timestamp < setting.valid_from) & np.isin(events.uid, chosen)
-            histories.append(events.select(known))
+            histories.append(known_before(Events.read(shard), setting.valid_from, chosen))
             kept = queries.keep_users(chosen)
             arrays.append({**kept.as_arrays(), "truth_query": kept.truth_query + offset})
             offset += len(kept)
         merged = {name: np.concatenate([part[name] for part in arrays]) for name in arrays[0]}
-        history = {f"history_{name}": column for name, column in vars(join_events(histories)).items()}
+        history = {f"history_{name}": column for name, column in vars(Events.join(histories)).items()}
         save_arrays(job.validation, {**merged, **history})
     return len(load_arrays(job.validation)["uid"])
 

@@ -39,8 +39,8 @@ from recsys_ray.baselines.propagation import SparseMap, row_means
 from recsys_ray.baselines.sampling import softmax_loss
 from recsys_ray.cluster.train import generator_for, seed_from
 from recsys_ray.config import Config
+from recsys_ray.data.tables import Catalogue
 from recsys_ray.evaluation.ranking import Scorer, UserBatch, as_tensor
-from recsys_ray.evaluation.segments import Catalogue
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,8 +12,8 @@ import torch
 from recsys_ray.baselines.interface import Choice, KnownData, Params, Real, Space, Whole, values_with
 from recsys_ray.config import Config
 from recsys_ray.core.clock import DAY
+from recsys_ray.data.tables import Catalogue
 from recsys_ray.evaluation.ranking import Scorer, UserBatch
-from recsys_ray.evaluation.segments import Catalogue
 
 if TYPE_CHECKING:
     from torch import Tensor

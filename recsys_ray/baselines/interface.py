@@ -15,8 +15,8 @@ import numpy as np
 from recsys_ray.config import Config
 from recsys_ray.core.clock import DAY
 from recsys_ray.core.errors import ArtifactError, UserError
+from recsys_ray.data.tables import Catalogue, Events
 from recsys_ray.evaluation.ranking import Recommender, UserBatch, batch_of
-from recsys_ray.evaluation.segments import Catalogue, Events
 
 Params = dict[str, Any]  # a point of a search space; plain values, so that it can be JSON
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, embedding, softplus
 
-from recsys_ray.evaluation.segments import Catalogue
+from recsys_ray.data.tables import Catalogue
 
 
 def by_type(catalogue: Catalogue, items: Tensor) -> Iterator[tuple[int, int, Tensor]]:

@@ -20,8 +20,8 @@ from recsys_ray.baselines.interface import Baseline, Choice, KnownData, Params, 
 from recsys_ray.baselines.sampling import batch_size, softmax_loss
 from recsys_ray.cluster.train import seed_from
 from recsys_ray.config import Config
+from recsys_ray.data.tables import Catalogue
 from recsys_ray.evaluation.ranking import Scorer, UserBatch
-from recsys_ray.evaluation.segments import Catalogue
 
 if TYPE_CHECKING:
     from torch import Tensor

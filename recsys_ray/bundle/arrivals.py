@@ -21,6 +21,7 @@ from recsys_ray.core.errors import DataError
 from recsys_ray.core.progress import Progress
 from recsys_ray.data.reading import Batch, find_source, read_batches
 from recsys_ray.data.shuffle import Tally
+from recsys_ray.data.tables import Events
 from recsys_ray.data.validate import (
     Catalogue,
     Checked,
@@ -32,7 +33,7 @@ from recsys_ray.data.validate import (
 )
 from recsys_ray.graph.pairs import Counted, PairCounter, Window, allowed_relations, keep_best, latest_items, merge
 from recsys_ray.serving.catalogue import read_table
-from recsys_ray.serving.histories import Events, Histories
+from recsys_ray.serving.histories import Histories
 
 Longs = npt.NDArray[np.int64]
 
@@ -201,7 +202,7 @@ class Trickle:
     @property
     def known(self) -> Events:
         """Events of the bundle's users."""
-        return self.events.where(self.events.uid < self.users)
+        return self.events.select(self.events.uid < self.users)
 
 
 def no_trickle(users: int) -> Trickle:
@@ -253,10 +254,10 @@ def arriving_edges(
     touched = trickle.events.uid[np.isin(trickle.events.gid, new.gid)]
     involved = np.union1d(touched, histories.who_touched(new.gid[new.replaced]))
     old = histories.events(involved[involved < trickle.users])
-    mine = trickle.events.where(np.isin(trickle.events.uid, involved))
-    both = Events(*(np.concatenate(pair) for pair in zip(vars(old).values(), vars(mine).values(), strict=True)))
-    both = both.where(np.isin(both.event, codes))
-    both = both.where(np.lexsort((both.timestamp, both.uid)))  # stable: of equal times the stored ones first
+    mine = trickle.events.select(np.isin(trickle.events.uid, involved))
+    both = Events.join([old, mine])
+    both = both.select(np.isin(both.event, codes))
+    both = both.select(np.lexsort((both.timestamp, both.uid)))  # stable: of equal times the stored ones first
     counter, parts = PairCounter(size, window, rules.max_history, rules.pair_half_life), list[Counted]()
     for counted in (*counter.add(both.uid, both.gid, both.timestamp), counter.flush()):
         parts.append(counted.take(np.isin(counted.dst, new.gid) | np.isin(counted.src, new.gid)))

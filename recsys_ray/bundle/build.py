@@ -31,20 +31,21 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from recsys_ray.config import Config, IndexConfig
-from recsys_ray.core.clock import calendar_end, is_leave_one_out, popular_days
+from recsys_ray.core.clock import calendar_end, days_before, is_leave_one_out, popular_days
 from recsys_ray.core.errors import ArtifactError
 from recsys_ray.core.progress import Progress
-from recsys_ray.graph.activity import NEVER, Counts, add_counts, count_events
+from recsys_ray.data.tables import Tables, traits_of, whole_users
+from recsys_ray.graph.activity import Counts, add_counts, count_events
 from recsys_ray.scoring.choices import choices_file
 from recsys_ray.scoring.memory import Memory, memory_file
 from recsys_ray.scoring.scorer import ITEM_TERMS, SCORE, ScoreSpec, with_item_terms
@@ -56,7 +57,6 @@ from recsys_ray.serving.histories import (
     RawArrays,
     mapped_arrays,
     user_inputs,
-    whole_users,
 )
 from recsys_ray.serving.index import METRIC, TypeIndex, as_queries, check_metric, check_unit_norm, recall_at
 from recsys_ray.serving.popularity import PopularityCounter, popularity_arrays
@@ -72,6 +72,7 @@ from recsys_ray.storage.artifacts import (
     write_json,
 )
 from recsys_ray.storage.outputs import current_folder, find_finished, set_current, work_folder
+from recsys_ray.two_tower.batches import country_index
 from recsys_ray.two_tower.towers import load_item_ids
 
 VERSION = 2  # of what a run's bundle is made of: raise it when that changes
@@ -79,7 +80,7 @@ VARIANT = "hgnn"  # of the two-tower stage's models, the one that is served
 MEMORY = "memory.safetensors"
 TERMS_FILE = "terms.safetensors"
 _SAMPLE = 1_000  # queries that recall is measured with
-_DAY = 86_400
+_EVENTS = 500_000  # that are added to histories at once
 
 
 @dataclass(frozen=True)
@@ -107,13 +108,17 @@ class _Sources:
         return {name: artifact.fingerprint for name, artifact in stages.items()}
 
     @property
+    def tables(self) -> Tables:
+        return Tables(self.ingest.path)
+
+    @property
     def history(self) -> int:
         return int(self.spec["history"])
 
     def start(self, config: Config) -> int:
         """First moment of the window before the data's end, unix seconds."""
         days = self.spec.get("window_days", config.graph.window_days)
-        return 0 if days is None else calendar_end(self.ingest.counts) - days * _DAY
+        return days_before(calendar_end(self.ingest.counts), days)
 
 
 def bundle_fingerprint(config: Config, prints: Mapping[str, str]) -> str:
@@ -218,7 +223,7 @@ def _per_type(counts: Mapping[str, Any]) -> list[int]:
 
 def _write_items(work: Path, sources: _Sources) -> None:
     names = ["item_id", "title", "ntype", "available"]
-    table = pq.read_table(sources.ingest.path / "items.parquet", columns=names)
+    table = sources.tables.items(*names)
     text, size = sources.featurize.path / "text.safetensors", len(table)
     vectors = sources.two_tower.path / VARIANT / "items" / "serve.safetensors"
     for path in (text, vectors):
@@ -284,53 +289,39 @@ def _write_seeds(work: Path, sources: _Sources) -> None:
 
 def _write_users(work: Path, sources: _Sources) -> None:
     counts = sources.ingest.counts
-    sizes, countries = dict(counts.get("taste", {})), pa.array(counts.get("countries", []), pa.string())
-    file = pq.ParquetFile(sources.ingest.path / "users.parquet")
-    write_table(work / "user_ids.arrow", sorted_ids(file.read(["user_id"])["user_id"], "uid"))
+    sizes, countries = dict(counts.get("taste", {})), counts.get("countries", [])
+    write_table(work / "user_ids.arrow", sorted_ids(sources.tables.user_ids, "uid"))
     columns: dict[str, tuple[type, int | None]] = {"age": (np.float32, None), "country": (np.int16, None)}
     columns |= {f"taste.{name}": (np.float32, size) for name, size in sizes.items()}
     raw = RawArrays(work / SCRATCH, columns)
-    for batch in file.iter_batches(batch_size=100_000, columns=["age", "country", *sizes]):
-        codes = pa.compute.index_in(batch["country"].cast(pa.string()), value_set=countries).fill_null(-1)
-        age = batch["age"].cast(pa.float32()).to_numpy(zero_copy_only=False)
-        raw.append(age=age, country=codes.to_numpy(zero_copy_only=False))
-        for name, size in sizes.items():
-            raw.append(**{f"taste.{name}": _rows(batch[name], size)})
+    for batch in sources.tables.users_in_batches():
+        traits = traits_of(batch, sizes)
+        raw.append(age=traits["age"], country=country_index(countries, traits["country"]))
+        raw.append(**{f"taste.{name}": traits[f"taste_{name}"] for name in sizes})
     raw.close(work / "users.safetensors")
-
-
-def _rows(lists: pa.Array, size: int) -> npt.NDArray[np.float32]:
-    """List column -> [rows, size]; a null list becomes a row of NaN."""
-    table = np.full((len(lists), size), np.nan, np.float32)
-    table[np.asarray(lists.is_valid())] = lists.drop_null().flatten().to_numpy(zero_copy_only=False).reshape(-1, size)
-    return table
 
 
 def _write_events(work: Path, config: Config, sources: _Sources, progress: Progress) -> None:
     """Histories, popularity and activity, in one pass over the interactions."""
     counts, items = sources.ingest.counts, sum(_per_type(sources.ingest.counts))
     start, users = sources.start(config), int(counts["users"])
-    days = popular_days(counts, config.index.popular_days)
-    since = 0 if days is None else calendar_end(counts) - days * _DAY
+    since = days_before(calendar_end(counts), popular_days(counts, config.index.popular_days))
     writer = HistoryWriter(work / SCRATCH, users, items, start, sources.history)
-    names = list(counts["events"])
-    positive = [names.index(name) for name in config.events.positives if name in names]
+    tables = sources.tables
+    positive = tables.codes(config.events.positives)
     country = mapped_arrays(work / "users.safetensors")["country"].numpy().astype(np.int64)
     popular, activity, end = PopularityCounter(items, country), _no_activity(items), calendar_end(counts)
-    folder = sources.ingest.path / "interactions"
-    rows = sum(pq.ParquetFile(path).metadata.num_rows for path in folder.glob("shard-*.parquet"))
-    with progress.task("histories", rows, "events") as task:
-        for events in whole_users(folder):
+    with progress.task("histories", tables.num_events, "events") as task:
+        for events in chain.from_iterable(whole_users(shard, _EVENTS, calendar=True) for shard in tables.shards):
             writer.add(events)
-            popular.add(events.where((events.timestamp >= since) & np.isin(events.event, positive)))
+            popular.add(events.select(events.timestamp >= since).of(positive))
             # Leave-one-out has no calendar: as in the graph stage, all that happened has just happened.
             when = np.full(len(events), end - 1) if is_leave_one_out(counts) else events.timestamp
             new = count_events(events.gid, events.event, when, end, positive, items)
             activity = add_counts(iter([activity, new]))
             task.advance(len(events))
     writer.close(work / "histories.safetensors")
-    table = pq.read_table(sources.ingest.path / "items.parquet", columns=["published_at"])
-    published = table["published_at"].cast(pa.int64()).fill_null(NEVER).to_numpy()
+    published = tables.published
     arrays = popularity_arrays(*popular.counts(), published, len(counts.get("countries", [])))
     save_arrays(work / "popularity.safetensors", arrays)
     arrays = {"counts": activity[0], "first": activity[1], "published": published}

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from recsys_ray.bundle.build import VARIANT, find_bundle
 from recsys_ray.core.errors import ArtifactError, UserError
 from recsys_ray.core.progress import Progress
+from recsys_ray.data.tables import Tables
 from recsys_ray.hgnn.outputs import load_embeddings
 from recsys_ray.serving.catalogue import read_table
 from recsys_ray.serving.histories import mapped_arrays
@@ -32,8 +33,7 @@ def export_run(run: Path, out: Path, snapshot: str, vectors: Sequence[str], prog
         UserError: there is no such snapshot or kind of vector.
     """
     _check(vectors)
-    ingest = current_output(run, "ingest")
-    items = pq.read_table(ingest.path / "items.parquet", columns=["item_id", "item_type", "title"])
+    items = Tables(current_output(run, "ingest").path).items("item_id", "item_type", "title")
 
     def text() -> np.ndarray:
         return mapped_arrays(current_output(run, "featurize").path / "text.safetensors")["vector"].numpy()

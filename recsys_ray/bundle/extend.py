@@ -44,11 +44,11 @@ from recsys_ray.bundle.build import (
     version_name,
 )
 from recsys_ray.config import Config, HgnnConfig, TextConfig
-from recsys_ray.core.clock import DAY, is_leave_one_out
+from recsys_ray.core.clock import NEVER, days_before, is_leave_one_out
 from recsys_ray.core.progress import Progress
 from recsys_ray.data.schema import nearest
 from recsys_ray.data.validate import Catalogue, EventRules
-from recsys_ray.graph.activity import NEVER, count_events, describe
+from recsys_ray.graph.activity import count_events, describe
 from recsys_ray.graph.pairs import ONE, Counted, Window
 from recsys_ray.hgnn.inductive import Surroundings, embed_inductively
 from recsys_ray.scoring.choose import Moment, Users, unseen_term
@@ -151,7 +151,7 @@ class _Extension:
             rows = reader.interactions(interactions, self._catalogue(known, new), self._rules())
             trickle = number_trickle(rows, self.source.path, new, counts)
         end = max(int(counts["end"]), (trickle.last or 0) + 1)
-        start = 0 if counts["window_days"] is None else end - counts["window_days"] * DAY
+        start = days_before(end, counts["window_days"])
         histories = Histories(self.source.path / "histories.safetensors")
         codes = self._codes(self.config.events.edges)
         edges, directions, users = arriving_edges(
@@ -266,8 +266,8 @@ class _Extension:
         terms = {name: np.concatenate([stored[name], np.zeros(new.added, stored[name].dtype)]) for name in stored}
         vectors = np.concatenate([wide[:, :-1], np.zeros((new.added, wide.shape[1] - 1), np.float32)])
         vectors[new.gid] = towers
-        chosen = trickle.events.where(np.isin(trickle.events.event, self._codes(self.config.events.positives)))
-        chosen = chosen.where(np.isin(chosen.gid, new.gid))
+        chosen = trickle.events.of(self._codes(self.config.events.positives))
+        chosen = chosen.select(np.isin(chosen.gid, new.gid))
         pairs = np.unique(chosen.uid * len(ntype) + chosen.gid)
         had = terms["had"] = terms["had"] + np.bincount(pairs % len(ntype), minlength=len(ntype)).astype(np.int32)
         for kind in np.unique(new.ntype):
@@ -337,7 +337,7 @@ class _Extension:
         out = published[published <= self._rules().now]
         moment = max(end, int(out.max(initial=0)))
         size = len(stored["first"]) + new.added
-        events = trickle.events.where(np.isin(trickle.events.gid, new.gid))
+        events = trickle.events.select(np.isin(trickle.events.gid, new.gid))
         positive = self._codes(self.config.events.positives)
         timeless = is_leave_one_out(self.source.counts)
         when = np.full(len(events), moment - 1) if timeless else events.timestamp
@@ -393,10 +393,9 @@ class _Extension:
             histories.extend(trickle.known, writer, self.work / "histories.safetensors")
         else:
             shutil.copyfile(source / "histories.safetensors", self.work / "histories.safetensors")
-        events = trickle.events.where(np.isin(trickle.events.event, self._codes(self.config.events.positives)))
-        days = counts.get("popular_days")  # bundles of earlier versions have none: all counts
-        since = 0 if days is None else end - days * DAY
-        events = events.where((events.timestamp >= since) & np.isin(events.gid, new.gid[~new.replaced]))
+        events = trickle.events.of(self._codes(self.config.events.positives))
+        since = days_before(end, counts.get("popular_days"))  # bundles of earlier versions have none: all counts
+        events = events.select((events.timestamp >= since) & np.isin(events.gid, new.gid[~new.replaced]))
         country = np.full(max(trickle.users, int(events.uid.max(initial=-1)) + 1), -1, np.int64)
         country[: trickle.users] = mapped_arrays(source / "users.safetensors")["country"].numpy()
         counter = PopularityCounter(size, country)

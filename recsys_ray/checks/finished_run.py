@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import SupportsInt
-
-import pyarrow.parquet as pq
 
 from recsys_ray.config import Config, EventsConfig, GraphConfig
 from recsys_ray.core.clock import is_leave_one_out
 from recsys_ray.core.snapshots import Snapshot, snapshots_of
+from recsys_ray.data.tables import Tables
 from recsys_ray.data.validate import utc
 from recsys_ray.storage.artifacts import Artifact
 from recsys_ray.two_tower.examples import HistoryRules
@@ -38,17 +35,14 @@ class FinishedRun:
         return GraphConfig.model_validate(self.graph.manifest["config"]["graph"])
 
     @cached_property
-    def shards(self) -> list[Path]:
-        return sorted((self.ingest.path / "interactions").glob("shard-*.parquet"))
+    def tables(self) -> Tables:
+        return Tables(self.ingest.path)
 
     @cached_property
     def positives(self) -> list[int]:
         """Codes of the positive events."""
         events = EventsConfig.model_validate(self.ingest.manifest["config"]["events"])
-        return self.codes(events.positives)
-
-    def codes(self, names: Sequence[str]) -> list[int]:
-        return [code for code, name in enumerate(self.ingest.counts["events"]) if name in names]
+        return self.tables.codes(events.positives)
 
     @property
     def rules(self) -> HistoryRules:
@@ -61,14 +55,14 @@ class Words:
     """Ids and times as a sentence has them."""
 
     def __init__(self, ingest: Artifact) -> None:
-        self._folder, self._events = ingest.path, ingest.counts["events"]
+        self._tables, self._events = Tables(ingest.path), ingest.counts["events"]
         self._logical = is_leave_one_out(ingest.counts)
 
     def item(self, gid: SupportsInt) -> str:
-        return f'item "{pq.read_table(self._folder / "items.parquet", columns=["item_id"])["item_id"][int(gid)]}"'
+        return f'item "{self._tables.item_ids[int(gid)]}"'
 
     def user(self, uid: SupportsInt) -> str:
-        return f'user "{pq.read_table(self._folder / "users.parquet", columns=["user_id"])["user_id"][int(uid)]}"'
+        return f'user "{self._tables.user_ids[int(uid)]}"'
 
     def event(self, code: SupportsInt) -> str:
         return str(self._events[int(code)])

@@ -19,11 +19,11 @@ from recsys_ray.checks.leaks_snapshots import check_snapshots
 from recsys_ray.core.errors import LeakError
 from recsys_ray.core.progress import Progress
 from recsys_ray.core.snapshots import Snapshot, training_snapshot
-from recsys_ray.evaluation.queries import known_before, read_events
+from recsys_ray.data.tables import Events
+from recsys_ray.evaluation.queries import known_before
 from recsys_ray.evaluation.ranking import UserBatch, batch_of
-from recsys_ray.evaluation.segments import Catalogue, Queries, find_queries
+from recsys_ray.evaluation.segments import Queries, find_queries
 from recsys_ray.two_tower.examples import (
-    UserEvents,
     build_queries,
     training_examples,
     validation_examples,
@@ -60,9 +60,9 @@ def check_plan(snapshots: Sequence[Snapshot], counts: Mapping[str, Any], words: 
 def _check_users(run: FinishedRun, sample: int, words: Words, progress: Progress) -> Iterator[str]:
     """Examples, validation queries and test queries, shard by shard."""
     valid, test, end = (int(run.ingest.counts[name]) for name in ("valid_from", "test_from", "end"))
-    catalogue, positive = _catalogue(run), np.isin(np.arange(len(run.ingest.counts["events"])), run.positives)
+    catalogue, positive = run.tables.catalogue, np.isin(np.arange(len(run.ingest.counts["events"])), run.positives)
     random = np.random.default_rng(run.config.seed)
-    share = -(-sample // len(run.shards))
+    share = -(-sample // len(run.tables.shards))
     looked, there = Counter[str](), Counter[str]()
 
     def some(kind: str, count: int) -> np.ndarray:
@@ -71,9 +71,9 @@ def _check_users(run: FinishedRun, sample: int, words: Words, progress: Progress
         there[kind] += count
         return rows
 
-    with progress.task("examples and queries", len(run.shards), "shards") as task:
-        for shard in run.shards:
-            events = UserEvents.read(shard)
+    with progress.task("examples and queries", len(run.tables.shards), "shards") as task:
+        for shard in run.tables.shards:
+            events = Events.read(shard)
             examples = training_examples(events, run.positives, run.snapshots, valid, run.rules)
             rows = some("training examples", len(examples["target"]))
             check_examples(events, examples, rows, run.snapshots, valid, words)
@@ -83,10 +83,10 @@ def _check_users(run: FinishedRun, sample: int, words: Words, progress: Progress
             queries = build_queries(events, run.positives, valid, test, run.rules)
             rows = some("validation queries", len(queries["target"]))
             check_validation(events, queries, rows, valid, words)
-            asked = find_queries(read_events(shard), catalogue, positive, test, end)
+            asked = find_queries(events, catalogue, positive, test, end)
             uids = np.unique(asked.uid)
             uids = uids[some("users of the test", len(uids))]
-            batch = batch_of(uids, known_before(read_events(shard), test, uids))
+            batch = batch_of(uids, known_before(events, test, uids))
             check_test(asked.keep_users(uids), batch, test, words)
             task.advance()
     holds = {
@@ -99,14 +99,8 @@ def _check_users(run: FinishedRun, sample: int, words: Words, progress: Progress
         yield f"{looked[kind]:,} of {there[kind]:,} {kind}: {what}"
 
 
-def _catalogue(run: FinishedRun) -> Catalogue:
-    types = tuple(run.ingest.counts["item_types"])
-    bounds = np.concatenate([[0], np.cumsum(run.ingest.counts["items_per_type"])]).astype(np.int64)
-    return Catalogue(types, bounds, np.ones(int(bounds[-1]), bool))
-
-
 def check_examples(
-    events: UserEvents,
+    events: Events,
     examples: Mapping[str, np.ndarray],
     rows: np.ndarray,
     snapshots: Sequence[Snapshot],
@@ -139,7 +133,7 @@ def check_examples(
 
 
 def check_validation(
-    events: UserEvents, queries: Mapping[str, np.ndarray], rows: np.ndarray, valid_from: int, words: Words
+    events: Events, queries: Mapping[str, np.ndarray], rows: np.ndarray, valid_from: int, words: Words
 ) -> None:
     """Validation queries ``rows``."""
     for row in rows.tolist():
@@ -150,7 +144,7 @@ def check_validation(
             raise LeakError(f"the validation query of {user} for {item}: {leak}") from None
 
 
-def _check_history(events: UserEvents, examples: Mapping[str, np.ndarray], row: int, moment: int, words: Words) -> None:
+def _check_history(events: Events, examples: Mapping[str, np.ndarray], row: int, moment: int, words: Words) -> None:
     """The row's history holds events of its user from before ``moment``, each at most once, and not its target."""
     uid, target = int(examples["uid"][row]), int(examples["target"][row])
     first, last = np.searchsorted(events.uid, [uid, uid + 1])

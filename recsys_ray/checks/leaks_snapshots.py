@@ -19,6 +19,7 @@ from recsys_ray.config import GraphConfig, HgnnConfig
 from recsys_ray.core.errors import LeakError
 from recsys_ray.core.progress import Progress
 from recsys_ray.core.snapshots import Snapshot
+from recsys_ray.data.tables import Events
 from recsys_ray.graph import pairs
 from recsys_ray.graph.activity import (
     ACTIVITY,
@@ -27,8 +28,6 @@ from recsys_ray.graph.activity import (
     add_counts,
     count_events,
     describe,
-    read_published,
-    read_types,
 )
 from recsys_ray.graph.pairs import Counted, PairCounter, Window
 from recsys_ray.hgnn.model import HGNN, ItemTypes
@@ -40,7 +39,6 @@ from recsys_ray.scoring.memory import Memory, memory_file
 from recsys_ray.scoring.ridge import count_users, read_edges, solve
 from recsys_ray.storage.artifacts import load_arrays
 from recsys_ray.two_tower.batches import ArrayFeatures
-from recsys_ray.two_tower.examples import UserEvents
 from recsys_ray.two_tower.stage import load_catalogue
 from recsys_ray.two_tower.towers import load_towers
 from recsys_ray.two_tower.training import item_vectors
@@ -50,16 +48,14 @@ _EMBEDDED_AT_MOST = 100  # whose neighbours' neighbours are embedded again
 _TOLERANCE = 1e-3  # of unit vectors: sums in another order
 _ALL = -1
 
-Columns = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # uid, gid, event, timestamp
-
 
 def check_snapshots(run: FinishedRun, sample: int, words: Words, progress: Progress) -> Iterator[str]:
     """Edges, activity, embeddings and the test's item vectors; yields a line for each."""
-    ntype = read_types(run.ingest.path).astype(np.int16)
+    ntype = run.tables.ntype
     random = np.random.default_rng(run.config.seed)
     some = np.sort(random.permutation(len(ntype))[: min(sample, _ITEMS_AT_MOST)])
-    codes, seed = run.codes(run.graph.manifest["config"]["edges"]), run.graph.manifest["config"]["seed"]
-    published = read_published(run.ingest.path, run.ingest.counts)
+    codes, seed = run.tables.codes(run.graph.manifest["config"]["edges"]), run.graph.manifest["config"]["seed"]
+    published = run.tables.published_in_time
     activity = load_arrays(run.graph.path / ACTIVITY)
     allowed = pairs.allowed_relations(run.graph_config.relations, run.ingest.counts["item_types"])
     edges = 0
@@ -67,9 +63,9 @@ def check_snapshots(run: FinishedRun, sample: int, words: Words, progress: Progr
         for snapshot in run.snapshots:
             stored = run.graph.path / "edges" / f"{snapshot.name}.parquet"
             edges += check_edges(
-                run.shards, snapshot, stored, some, ntype, codes, run.graph_config, allowed, seed, words
+                run.tables.shards, snapshot, stored, some, ntype, codes, run.graph_config, allowed, seed, words
             )
-            check_activity(run.shards, snapshot, activity[snapshot.name], published, ntype, run.positives, words)
+            check_activity(run.tables.shards, snapshot, activity[snapshot.name], published, ntype, run.positives, words)
             task.advance(detail=snapshot.name)
     on = f"on {len(run.snapshots)} snapshots"
     yield f"{edges:,} edges into {len(some):,} items {on}: made by the events before each"
@@ -93,14 +89,10 @@ def check_snapshots(run: FinishedRun, sample: int, words: Words, progress: Progr
         yield f"what was chosen in all and in the last weeks {on}: counted from the events before each"
 
 
-def events_before(shard: Path, snapshot: Snapshot) -> Columns:
+def events_before(shard: Path, snapshot: Snapshot) -> Events:
     """A shard without all that the snapshot must not know."""
-    table = pq.read_table(shard, columns=["uid", "gid", "event", "timestamp"])
-    uid, gid, event, time = (column.to_numpy() for column in table.columns)
-    known = time < snapshot.time
-    if snapshot.without is not None:
-        known &= ~snapshot.without.has(uid)
-    return uid[known], gid[known], event[known], time[known]
+    events = Events.read(shard).before(snapshot.time)
+    return events if snapshot.without is None else events.select(~snapshot.without.has(events.uid))
 
 
 def check_edges(
@@ -125,10 +117,11 @@ def check_edges(
     """
     items, parts = len(ntype), [Counted.none()]
     for shard in shards:
-        uid, gid, event, time = events_before(shard, snapshot)
-        wanted = np.isin(event, codes) & np.isin(uid, np.unique(uid[np.isin(gid, some)]))
+        events = events_before(shard, snapshot)
+        wanted = np.isin(events.uid, np.unique(events.uid[np.isin(events.gid, some)]))
+        pairing = events.select(wanted).of(codes)
         counter = PairCounter(items, Window(snapshot.start, snapshot.time), config.max_history, config.pair_half_life)
-        for counted in (*counter.add(uid[wanted], gid[wanted], time[wanted]), counter.flush()):
+        for counted in (*counter.add(pairing.uid, pairing.gid, pairing.timestamp), counter.flush()):
             parts.append(counted.take(np.isin(counted.dst, some)))
     made = pairs.merge(parts, items)
     made = made.take(allowed[ntype[made.src], ntype[made.dst]])
@@ -170,8 +163,8 @@ def check_activity(
 
     def counts() -> Iterator[Counts]:
         for shard in shards:
-            _, gid, event, time = events_before(shard, snapshot)
-            yield count_events(gid, event, time, snapshot.time, positives, len(published))
+            known = events_before(shard, snapshot)
+            yield count_events(known.gid, known.event, known.timestamp, snapshot.time, positives, len(published))
 
     made = describe(*add_counts(counts()), published, ntype, snapshot.time).astype(np.float16)
     if not np.array_equal(made, stored):
@@ -219,8 +212,7 @@ def check_embeddings(run: FinishedRun, snapshot: Snapshot, some: np.ndarray, nty
     starts = np.concatenate([[0], np.cumsum(run.ingest.counts["items_per_type"])]).astype(np.int64)
     model = HGNN(text.shape[1], config, ItemTypes(torch.from_numpy(starts))).eval()
     model.load_state_dict({k: torch.from_numpy(v) for k, v in load_arrays(run.hgnn.path / "model.safetensors").items()})
-    ids = pq.read_table(run.ingest.path / "items.parquet", columns=["item_id"])["item_id"].to_pylist()
-    packed = torch.from_numpy(item_signatures(ids, config.signature_dim).copy())
+    packed = torch.from_numpy(item_signatures(run.tables.item_ids.to_pylist(), config.signature_dim).copy())
     file = EdgeFile(run.graph.path / "edges" / f"{snapshot.name}.parquet", ntype, text)
     source = SignedSource(file, packed, config.signature_dim)
     blocks = build_blocks(source, torch.from_numpy(some.astype(np.int64)), snapshot.index, [_ALL, _ALL])
@@ -235,9 +227,7 @@ def check_item_vectors(run: FinishedRun, words: Words) -> list[str]:
     text = load_arrays(run.featurize.path / "text.safetensors")["vector"]
     source = ArrayFeatures(text=text, hgnn_test=load_embeddings(run.hgnn.path, "test", len(text)))
     facts = run.ingest.counts
-    catalogue = load_catalogue(
-        run.ingest.path / "items.parquet", run.graph.path / ACTIVITY, facts["languages"], facts["categories"]
-    )
+    catalogue = load_catalogue(run.tables, run.graph.path / ACTIVITY, facts["languages"], facts["categories"])
     variants = sorted(path.parent.name for path in run.two_tower.path.glob("*/spec.json"))
     for variant in variants:
         made = item_vectors(load_towers(run.two_tower.path / variant), source, catalogue, "test").numpy()
@@ -251,8 +241,10 @@ def check_memory(run: FinishedRun, snapshot: Snapshot, ntype: np.ndarray, words:
     """The pairs that raise scores in validation or test are those of its snapshot's edges and events."""
     assert run.two_tower is not None
     stored = Memory.load(memory_file(run.two_tower.path, snapshot.name))
-    codes, history = run.codes(run.graph.manifest["config"]["edges"]), run.graph_config.max_history
-    users = np.add.reduce([count_users(shard, snapshot, codes, history, len(ntype)) for shard in run.shards])
+    codes, history = run.tables.codes(run.graph.manifest["config"]["edges"]), run.graph_config.max_history
+    users = np.add.reduce(
+        [count_users(events, snapshot, codes, history, len(ntype)) for events in map(Events.read, run.tables.shards)]
+    )
     edges = read_edges(run.graph.path / "edges" / f"{snapshot.name}.parquet")
     made = Memory.of_edges(*edges[:2], solve(edges, users, 0, len(edges[1])), users, ntype)
     for gid in range(len(ntype)):
@@ -269,9 +261,8 @@ def check_choices(run: FinishedRun, snapshot: Snapshot, items: int, words: Words
     assert run.two_tower is not None
     stored = load_arrays(choices_file(run.two_tower.path))[snapshot.name]
     made = np.zeros_like(stored)
-    for shard in run.shards:
-        events = UserEvents(*events_before(shard, snapshot))
-        made += count_choices(events, [snapshot], run.positives, items)[0]
+    for shard in run.tables.shards:
+        made += count_choices(events_before(shard, snapshot), [snapshot], run.positives, items)[0]
     wrong = np.flatnonzero((made != stored).any(0))
     if len(wrong):
         raise LeakError(

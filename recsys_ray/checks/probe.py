@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import ray
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -25,7 +24,7 @@ from recsys_ray.checks.similar import Period
 from recsys_ray.cluster.train import seed_from
 from recsys_ray.config import Config
 from recsys_ray.core.progress import Progress
-from recsys_ray.evaluation.segments import Catalogue
+from recsys_ray.data.tables import Catalogue, Tables
 from recsys_ray.hgnn.outputs import load_embeddings
 from recsys_ray.storage.artifacts import SCRATCH, Artifact, load_arrays, write_json
 
@@ -51,12 +50,8 @@ def probe(
     """
     from recsys_ray.checks.probe_plot import draw_probe
 
-    table = pq.read_table(
-        ingest.path / "items.parquet", columns=["item_type", "ntype", "language", "categories", "available"]
-    )
-    types = tuple(ingest.counts["item_types"])
-    bounds = np.searchsorted(table["ntype"].to_numpy(), np.arange(len(types) + 1)).astype(np.int64)
-    catalogue = Catalogue(types, bounds, table["available"].to_numpy())
+    tables = Tables(ingest.path)
+    table, catalogue = tables.items("item_type", "language", "categories"), tables.catalogue
     vectors = _vectors(featurize, hgnn, two_tower, variant, len(table))
     labels, absent = classification.find_labels(table)
     for target, reason in absent.items():
@@ -67,11 +62,10 @@ def probe(
         row["in_text"] = _FIELDS.get(row["target"]) in fields
     period = Period(
         ingest.counts["valid_from"], ingest.counts["test_from"], ingest.counts["end"],
-        [c for c, name in enumerate(ingest.counts["events"]) if name in config.events.edges],
+        tables.codes(config.events.edges),
         config.graph.max_history, seed_from(config.seed, "probe"),
     )  # fmt: skip
-    shards = sorted((ingest.path / "interactions").glob("shard-*.parquet"))
-    near = _look_up(config, shards, period, catalogue, vectors, progress)
+    near = _look_up(config, tables.shards, period, catalogue, vectors, progress)
     if not near:
         progress.say("    no pairs of items that users share in the test period alone: no probe of similar items")
     metrics = {"snapshot": SNAPSHOT, "classification": rows, "similar": near, "absent": absent}

@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import scipy.sparse as sp
 import torch
 
+from recsys_ray.data.tables import Catalogue, Events
 from recsys_ray.evaluation.metrics import bootstrap_interval
-from recsys_ray.evaluation.queries import read_events
-from recsys_ray.evaluation.segments import Catalogue
 from recsys_ray.graph.pairs import Window, edge_hash, key_bits, latest_items, pair_keys
 
 CUTOFFS = (10, 100)
@@ -40,10 +38,9 @@ def shared_pairs(shard: Path, period: Period, catalogue: Catalogue, limit: int) 
 
     Of more than ``limit``, those with the smallest hashes: a uniform sample, which shards can merge.
     """
-    events, items = read_events(shard), catalogue.items
-    events = events.select(np.isin(events.event, period.codes))
+    events, items = Events.read(shard).of(period.codes), catalogue.items
     window = Window(period.test_from, period.end)
-    latest = latest_items(events.uid, events.gid.astype(np.int64), events.timestamp, window, period.max_history, items)
+    latest = latest_items(events.uid, events.gid, events.timestamp, window, period.max_history, items)
     found = np.empty((2, 0), np.int64)
     for keys in pair_keys(*latest, window, items):
         pair = np.stack(np.divmod(np.unique(keys >> sum(key_bits(items))), items))
@@ -61,14 +58,14 @@ def merge_pairs(parts: Sequence[np.ndarray], limit: int, period: Period) -> np.n
 def survey_past(shard: Path, period: Period, pairs: np.ndarray, items: int) -> tuple[np.ndarray, np.ndarray]:
     """Whether a user of the shard had both items of a pair before the test period, bool [pairs]; and which items had
     an event before the validation period, bool [items]."""
-    table = pq.read_table(shard, columns=["uid", "gid", "event", "timestamp"])
-    uid, gid, event, time = (table.column(i).to_numpy() for i in range(4))
-    trained = np.bincount(gid[time < period.valid_from], minlength=items) > 0
+    events = Events.read(shard)
+    trained = np.bincount(events.before(period.valid_from).gid, minlength=items) > 0
     wanted, place = np.unique(pairs, return_inverse=True)
     a, b = place.reshape(pairs.shape)
-    kept = (time < period.test_from) & np.isin(event, period.codes) & np.isin(gid, wanted)
-    users, row = np.unique(uid[kept], return_inverse=True)
-    column = np.searchsorted(wanted, gid[kept])
+    past = events.before(period.test_from).of(period.codes)
+    past = past.select(np.isin(past.gid, wanted))
+    users, row = np.unique(past.uid, return_inverse=True)
+    column = np.searchsorted(wanted, past.gid)
     shape = (max(len(users), 1), max(len(wanted), 1))
     touched = sp.csc_array((np.ones(len(row), np.float32), (row, column)), shape=shape)
     known = np.zeros(pairs.shape[1], bool)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 
 from recsys_ray.baselines.histories import popular_where
 from recsys_ray.core.errors import DataError
 from recsys_ray.core.offsets import spread
+from recsys_ray.data.tables import Tables
 from recsys_ray.evaluation.ranking import Scorer, UserBatch
 from recsys_ray.storage.store import Place
 
@@ -86,7 +85,7 @@ class ReadyLists:
         return score
 
 
-def read_oracle(path: Place, ingest: Path, item_types: tuple[str, ...]) -> ReadyLists:
+def read_oracle(path: Place, ingest: Tables, item_types: tuple[str, ...]) -> ReadyLists:
     """The demo world's best rankings (columns user_id, item_type, item_ids) in uids and gids.
 
     Raises:
@@ -96,15 +95,13 @@ def read_oracle(path: Place, ingest: Path, item_types: tuple[str, ...]) -> Ready
         table = path.dataset().to_table(columns=["user_id", "item_type", "item_ids"])
     except (OSError, KeyError, ValueError) as error:
         raise DataError(f"data.oracle: {path} cannot be read as user_id, item_type, item_ids: {error}") from error
-    users = pq.read_table(ingest / "users.parquet", columns=["user_id"])["user_id"]
-    items = pq.read_table(ingest / "items.parquet", columns=["item_id"])["item_id"]
-    uid = pc.fill_null(pc.index_in(table["user_id"], value_set=users), -1).to_numpy()
+    uid = pc.fill_null(pc.index_in(table["user_id"], value_set=ingest.user_ids), -1).to_numpy()
     types = pc.fill_null(pc.index_in(table["item_type"], value_set=pa.array(item_types)), -1).to_numpy()
     known = (uid >= 0) & (types >= 0)  # of others, ingest kept no event: there is no query to answer
     key = np.where(known, uid.astype(np.int64) * len(item_types) + types, -1)
     order = np.argsort(key, kind="stable")[np.count_nonzero(~known) :]
     lists = table["item_ids"].combine_chunks().take(order)
-    gid = pc.fill_null(pc.index_in(lists.flatten(), value_set=items), -1).to_numpy().astype(np.int64)
+    gid = pc.fill_null(pc.index_in(lists.flatten(), value_set=ingest.item_ids), -1).to_numpy().astype(np.int64)
     if (gid < 0).any():
         raise DataError(f"data.oracle: {path} names items that are not in the catalogue; generate the data again")
     length = pc.fill_null(pc.list_value_length(lists), 0).to_numpy()

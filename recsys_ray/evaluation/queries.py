@@ -6,21 +6,17 @@ the driver adds the files up.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from recsys_ray.config import Config
-from recsys_ray.core.clock import DAY, popular_days
-from recsys_ray.core.errors import ArtifactError
-from recsys_ray.evaluation.segments import Catalogue, Events, ItemFacts, Queries, find_queries, popularity_tiers
+from recsys_ray.core.clock import days_before, popular_days
+from recsys_ray.data.tables import Catalogue, Events, Tables
+from recsys_ray.evaluation.segments import ItemFacts, Queries, find_queries, popularity_tiers
 from recsys_ray.storage.artifacts import SCRATCH, load_arrays, save_arrays
 
 
@@ -28,7 +24,7 @@ from recsys_ray.storage.artifacts import SCRATCH, load_arrays, save_arrays
 class Setting:
     """What every task of an evaluation needs to know. Moments are unix seconds."""
 
-    ingest: Path
+    ingest: Tables
     scratch: Path
     catalogue: Catalogue
     positive: np.ndarray  # bool [event names]
@@ -49,19 +45,14 @@ def prepare(config: Config, ingest: Path, out: Path) -> Setting:
     Raises:
         ArtifactError: the ingest stage's output is missing or damaged.
     """
-    try:
-        counts = json.loads((ingest / "manifest.json").read_text(encoding="utf-8"))["counts"]
-        items = pq.read_table(ingest / "items.parquet", columns=["ntype", "available"])
-    except (OSError, json.JSONDecodeError, pa.ArrowInvalid) as error:
-        raise ArtifactError(f"{ingest} cannot be read ({error}); run ingest again") from error
+    tables = Tables(ingest)
+    counts = tables.counts
     scratch = out / SCRATCH
     scratch.mkdir(parents=True, exist_ok=True)
-    types = tuple(counts["item_types"])
-    bounds = np.searchsorted(items["ntype"].to_numpy(), np.arange(len(types) + 1))
     return Setting(
-        ingest=ingest,
+        ingest=tables,
         scratch=scratch,
-        catalogue=Catalogue(types, bounds.astype(np.int64), pc.fill_null(items["available"], True).to_numpy()),
+        catalogue=tables.catalogue,
         positive=np.isin(counts["events"], config.events.positives),
         valid_from=counts["valid_from"],
         test_from=counts["test_from"],
@@ -72,13 +63,6 @@ def prepare(config: Config, ingest: Path, out: Path) -> Setting:
         popular_days=popular_days(counts, config.index.popular_days),
         windows=tuple(config.evaluate.popularity_days),
     )
-
-
-def read_events(shard: Path) -> Events:
-    """All events of a shard, sorted by (uid, timestamp)."""
-    table = pq.read_table(shard, columns=["uid", "gid", "event", "timestamp"])
-    uid, gid, event, timestamp = (table[name].to_numpy() for name in table.column_names)
-    return Events(uid.astype(np.int64), gid.astype(np.int64), event, timestamp.astype(np.int64))
 
 
 def known_before(events: Events, moment: int, uids: np.ndarray) -> Events:
@@ -99,14 +83,13 @@ def survey_shard(setting: Setting, shard: Path) -> None:
     target = part_of(setting, "survey", shard)
     if target.exists():
         return
-    events = read_events(shard)
+    events = Events.read(shard)
     queries = find_queries(events, setting.catalogue, setting.positive, setting.test_from, setting.end)
     items = setting.catalogue.items
     before = events.timestamp < setting.test_from
     positive = before & setting.positive[events.event]
-    lately = positive
-    if setting.popular_days is not None:
-        lately = positive & (events.timestamp >= setting.test_from - setting.popular_days * DAY)
+    ever = np.iinfo(np.int64).min
+    lately = positive & (events.timestamp >= days_before(setting.test_from, setting.popular_days, ever))
     chosen = np.unique(events.uid[lately] * items + events.gid[lately]) % items  # once for each user
     arrays = {
         "positives": np.bincount(events.gid[positive], minlength=items),
@@ -114,19 +97,9 @@ def survey_shard(setting: Setting, shard: Path) -> None:
         "popular": np.bincount(chosen, minlength=items),
     }
     for days in setting.windows:
-        inside = positive & (events.timestamp >= setting.test_from - days * DAY)
+        inside = positive & (events.timestamp >= days_before(setting.test_from, days))
         arrays[f"recent_{days}"] = np.bincount(events.gid[inside], minlength=items)
     save_arrays(target, {**arrays, **queries.as_arrays()})
-
-
-def read_users(path: Path, uids: np.ndarray) -> pa.Table:
-    """Rows ``uids`` (ascending) of the users table; row groups without any of them are not read."""
-    file = pq.ParquetFile(path)
-    sizes = [file.metadata.row_group(k).num_rows for k in range(file.metadata.num_row_groups)]
-    begins = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    groups = [k for k in range(len(sizes)) if np.diff(np.searchsorted(uids, begins[k : k + 2]))[0]]
-    rows = np.concatenate([np.arange(begins[k], begins[k + 1]) for k in groups]) if groups else np.zeros(0, np.int64)
-    return file.read_row_groups(groups).take(np.searchsorted(rows, uids))
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ import pyarrow as pa
 import torch
 
 from recsys_ray.core.offsets import offsets_of, spread
+from recsys_ray.data.tables import Catalogue, Events
 from recsys_ray.evaluation.metrics import CUTOFF, DEPTH, find_hits
-from recsys_ray.evaluation.segments import SEGMENTS, Catalogue, Events, Queries
+from recsys_ray.evaluation.segments import SEGMENTS, Queries
 
 if TYPE_CHECKING:
     from jaxtyping import Float

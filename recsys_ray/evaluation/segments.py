@@ -11,44 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from recsys_ray.data.tables import Catalogue, Events
+
 TIERS = 5
 SEGMENTS = ("all", "warm", "new_to_type", "cold", "cold_items", *(f"tier{k + 1}" for k in range(TIERS)))
-
-
-@dataclass(frozen=True)
-class Catalogue:
-    """Items by ``gid``. The ingest stage sorts them by type, so a type is a range of gids."""
-
-    types: tuple[str, ...]
-    bounds: np.ndarray  # int64 [types + 1]: type k holds bounds[k] <= gid < bounds[k + 1]
-    available: np.ndarray  # bool [items]: may be recommended
-
-    @property
-    def items(self) -> int:
-        return len(self.available)
-
-    def range_of(self, item_type: int) -> tuple[int, int]:
-        return int(self.bounds[item_type]), int(self.bounds[item_type + 1])
-
-    def type_of(self, gid: np.ndarray) -> np.ndarray:
-        """int64 [n]: number of the type of each item."""
-        return np.searchsorted(self.bounds, gid, side="right") - 1
-
-
-@dataclass(frozen=True)
-class Events:
-    """Interactions of whole users, sorted by (uid, timestamp). Columns of shape [events]."""
-
-    uid: np.ndarray  # int64
-    gid: np.ndarray  # int64
-    event: np.ndarray  # int8, index into the ingest manifest's events
-    timestamp: np.ndarray  # int64, unix seconds
-
-    def select(self, chosen: np.ndarray) -> Events:
-        return Events(self.uid[chosen], self.gid[chosen], self.event[chosen], self.timestamp[chosen])
-
-    def __len__(self) -> int:
-        return len(self.uid)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from recsys_ray.cluster.pool import alone, cpus_of_one_host, in_parallel
 from recsys_ray.config import Config
 from recsys_ray.core.progress import Progress
 from recsys_ray.data.files import find_paths
+from recsys_ray.data.tables import Events
 from recsys_ray.evaluation.given import ORACLE, ReadyLists, Tower, TowerModel, read_oracle
 from recsys_ray.evaluation.queries import (
     LAYOUT,
@@ -36,8 +37,6 @@ from recsys_ray.evaluation.queries import (
     merge_survey,
     part_of,
     prepare,
-    read_events,
-    read_users,
     survey_shard,
 )
 from recsys_ray.evaluation.ranking import Recommender, Stranger, rank_queries, stranger_name
@@ -89,9 +88,9 @@ def evaluate(
     baselines = [baseline for baseline in chosen_baselines(config) if hgnn_dir or "hgnn" not in baseline.inputs]
     out = Path(out).resolve()
     setting = prepare(config, Path(ingest_dir).resolve(), out)
-    run_dir = Path(run_dir or setting.ingest.parent).resolve()
+    run_dir = Path(run_dir or setting.ingest.folder.parent).resolve()
     kept = Path(cache or run_dir / "cache").resolve() / "evaluation"
-    shards = sorted((setting.ingest / "interactions").glob("shard-*.parquet"))
+    shards = setting.ingest.shards
     survey = _survey(setting, shards, config.evaluate.max_users, progress, cpus)
     job = Job(config, setting, shards, Path(featurize_dir).resolve(), Path(hgnn_dir).resolve() if hgnn_dir else None)
     threads = cpus_of_one_host(cpus)
@@ -167,7 +166,7 @@ def _tuning_counts(tuned: Tuned) -> dict[str, Any]:
 def _baseline_folder(job: Job, baseline: Baseline, kept: Path) -> Path:
     """Where trials and rankings of a baseline are kept. They do not depend on the method's own models, so another
     evaluation of the run or of its variants uses them again; the name has a hash of all that they do depend on."""
-    inputs = {"ingest": job.setting.ingest, "featurize": job.featurize, "hgnn": job.hgnn}
+    inputs = {"ingest": job.setting.ingest.folder, "featurize": job.featurize, "hgnn": job.hgnn}
     prints = {}
     for name in ("ingest", *baseline.inputs):
         try:
@@ -268,9 +267,9 @@ def _rank_shard(
     """Rank for the queries of ``uids`` and write where the truths stand."""
     torch.set_num_threads(1)
     queries = Queries.from_arrays(load_arrays(part_of(setting, "survey", shard))).keep_users(uids)
-    history = known_before(read_events(shard), setting.test_from, uids)
+    history = known_before(Events.read(shard), setting.test_from, uids)
     member = segment_queries(queries, segment_truths(queries, facts))
-    users = read_users(setting.ingest / "users.parquet", np.unique(queries.uid))
+    users = setting.ingest.users(np.unique(queries.uid))
     found = rank_queries(model, queries, member, history, users, setting.catalogue, setting.batch_size)
     arrays: dict[str, np.ndarray] = {
         "hit_query": found.hit_query.astype(np.int32),

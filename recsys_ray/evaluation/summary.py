@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
+from recsys_ray.data.tables import Catalogue
 from recsys_ray.evaluation.given import ORACLE, ReadyLists
 from recsys_ray.evaluation.metrics import QueryScores, bootstrap_interval, mean_interval, score_queries
 from recsys_ray.evaluation.queries import Setting, Survey, part_of
 from recsys_ray.evaluation.ranking import Ranked
 from recsys_ray.evaluation.results import EVERY_TYPE, Hits, Row
-from recsys_ray.evaluation.segments import SEGMENTS, Catalogue, Queries, segment_truths
+from recsys_ray.evaluation.segments import SEGMENTS, Queries, segment_truths
 from recsys_ray.storage.artifacts import load_arrays
 
 

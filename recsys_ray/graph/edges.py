@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -20,16 +20,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recsys_ray.config import Config
-from recsys_ray.core.errors import ArtifactError
 from recsys_ray.core.progress import Progress
 from recsys_ray.core.snapshots import Snapshot
+from recsys_ray.data.tables import Tables, whole_users
 from recsys_ray.graph import pairs
 from recsys_ray.graph.pairs import Counted, PairCounter, Window
 from recsys_ray.storage.artifacts import SCRATCH, write_json
 
 _COUNTED = pa.schema([(name, pa.int64() if name == "weight" else pa.int32()) for name in pairs.COLUMNS])
 _EDGES = pa.schema([*((name, pa.int32()) for name in ("src", "dst", "support")), ("weight", pa.float32())])
-_ROWS = 1_000_000  # events that a task reads at a time
+_ROWS = 1_000_000  # edges that are read at a time
 
 
 def build_edges(
@@ -55,11 +55,8 @@ def build_edges(
         ArtifactError: the ingest folder has no interactions.
         ConfigError: ``graph.relations`` names an item type that there is not.
     """
-    shards = sorted((ingest_dir / "interactions").glob("shard-*.parquet"))
-    if not shards:
-        raise ArtifactError(f"{ingest_dir} holds no interactions; run ingest again")
-    counts = json.loads((ingest_dir / "manifest.json").read_text(encoding="utf-8"))["counts"]
-    codes = [code for code, name in enumerate(counts["events"]) if name in config.events.edges]
+    tables = Tables(ingest_dir)
+    shards, codes = tables.shards, tables.codes(config.events.edges)
     out.mkdir(parents=True, exist_ok=True)
     todo = [snapshot for snapshot in snapshots if not (out / f"{snapshot.name}.parquet").exists()]
     if todo:
@@ -67,7 +64,7 @@ def build_edges(
         ranges = min(max(1, config.data.shards), len(ntype))
         bounds = [len(ntype) * r // ranges for r in range(1, ranges + 1)]
         _count(config, shards, todo, codes, bounds, scratch, progress)
-        allowed = pairs.allowed_relations(config.graph.relations, counts["item_types"])
+        allowed = pairs.allowed_relations(config.graph.relations, tables.counts["item_types"])
         _reduce(config, todo, ntype, len(bounds), scratch, out, progress, allowed)
         shutil.rmtree(scratch, ignore_errors=True)
     return {s.name: _relation_counts(out / f"{s.name}.parquet", ntype, num_types) for s in snapshots}
@@ -163,33 +160,14 @@ def count_shard(
             _write_ranges(counted, bounds, folder / f"{name}-{files[name]}.parquet")
             files[name] += 1
 
-    for uid, gid, timestamp in _whole_users(shard, codes):
+    for batch in whole_users(shard):
+        events = batch.of(codes)
         for name, counter in counters.items():
-            for full in counter.add(uid, gid, timestamp):
+            for full in counter.add(events.uid, events.gid, events.timestamp):
                 write(name, full)
     for name, counter in counters.items():
         write(name, counter.flush())
     write_json(folder / "done.json", _described(windows))
-
-
-def _whole_users(shard: Path, codes: list[int]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """uid, gid, timestamp of the events that make edges, in chunks that never split a user."""
-    carried: list[np.ndarray] | None = None
-    with pq.ParquetFile(shard) as file:
-        for batch in file.iter_batches(_ROWS, columns=["uid", "gid", "timestamp", "event"]):
-            uid, gid, timestamp, event = (batch.column(i).to_numpy(zero_copy_only=False) for i in range(4))
-            wanted = np.isin(event, codes)
-            columns = [uid[wanted], gid[wanted], timestamp[wanted]]
-            if carried is not None:
-                columns = [np.concatenate(pair) for pair in zip(carried, columns, strict=True)]
-            if len(columns[0]) == 0:
-                continue
-            cut = int(np.searchsorted(columns[0], columns[0][-1]))  # the last user may go on in the next batch
-            if cut:
-                yield columns[0][:cut], columns[1][:cut], columns[2][:cut]
-            carried = [column[cut:] for column in columns]
-    if carried is not None and len(carried[0]):
-        yield carried[0], carried[1], carried[2]
 
 
 def _write_ranges(counted: Counted, bounds: Sequence[int], path: Path) -> None:

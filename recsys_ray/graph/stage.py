@@ -7,17 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from recsys_ray.config import Config
 from recsys_ray.core.errors import DataError
 from recsys_ray.core.progress import Progress
 from recsys_ray.core.snapshots import as_records, plan_snapshots, training_snapshot
+from recsys_ray.data.tables import Tables
 from recsys_ray.graph.activity import write_activity
 from recsys_ray.graph.dgl.partition import partition_graph
 from recsys_ray.graph.dgl.sampling import GRAPH_JSON
 from recsys_ray.graph.edges import build_edges
-from recsys_ray.storage.artifacts import open_artifact
 
 
 def build_graph(
@@ -35,8 +34,8 @@ def build_graph(
     Raises:
         DataError: there is nothing to train on, no two items share a user, or fewer items than partitions.
     """
-    counts = open_artifact(ingest_dir).counts
-    ntype = pq.read_table(ingest_dir / "items.parquet", columns=["ntype"]).column("ntype").to_numpy().astype(np.int16)
+    tables = Tables(ingest_dir)
+    counts, ntype = tables.counts, tables.ntype
     parts = config.graph.partitions or num_hosts
     if len(ntype) < parts:
         raise DataError(f"{len(ntype)} items cannot be cut into {parts} partitions; lower graph.partitions")

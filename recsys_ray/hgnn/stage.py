@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -18,6 +17,7 @@ from recsys_ray.config import Config, HgnnConfig
 from recsys_ray.core.errors import ArtifactError
 from recsys_ray.core.progress import Progress
 from recsys_ray.core.snapshots import snapshots_of, training_snapshot
+from recsys_ray.data.tables import Tables
 from recsys_ray.graph.dgl.store import PartitionStore
 from recsys_ray.hgnn.inference import LocalStore, embed_items
 from recsys_ray.hgnn.model import HGNN, ItemTypes
@@ -56,7 +56,7 @@ def train_hgnn(
         "graph": str(graph.path.resolve()),
         "out": str(out.resolve()),
         "starts": [0, *itertools.accumulate(ingest.counts["items_per_type"])],
-        "items": str((ingest.path / "items.parquet").resolve()),
+        "ingest": str(ingest.path.resolve()),
         "text_dim": featurize.counts["text_dim"],
         "snapshots": [(s.name, s.index) for s in snapshots],
         "trained": bool(config.hgnn.weights),
@@ -98,7 +98,7 @@ def _train_rank(parameters: dict[str, Any]) -> None:
         types = ItemTypes(torch.tensor(parameters["starts"]))
         model = HGNN(parameters["text_dim"], config, types)
         place, sharing = place_in_partition(client.part, rank, world)
-        ids = pl.read_parquet(parameters["items"], columns=["item_id"])["item_id"].to_list()
+        ids = Tables(Path(parameters["ingest"])).item_ids.to_pylist()
         packed = torch.from_numpy(item_signatures(ids, config.signature_dim).copy())
         source = SignedSource(client, packed, config.signature_dim)
         rank_run = _RankRun(parameters, config, types, model, client, source, rank, world, place, sharing)

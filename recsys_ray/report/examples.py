@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from recsys_ray.data.tables import Events
 from recsys_ray.evaluation.labels import Row, contest, ordered
 from recsys_ray.evaluation.metrics import CUTOFF
-from recsys_ray.evaluation.queries import Setting, Survey, part_of, read_users
+from recsys_ray.evaluation.queries import Setting, Survey, known_before, part_of
 from recsys_ray.evaluation.segments import TIERS, Queries
 from recsys_ray.storage.artifacts import load_arrays, write_json
 
@@ -158,24 +156,21 @@ def _pool(setting: Setting, number: int, mask: np.ndarray) -> np.ndarray:
     return np.random.default_rng([setting.data_seed, number]).permutation(np.flatnonzero(mask))[:_POOL]
 
 
-def _histories(setting: Setting, survey: Survey, uids: np.ndarray) -> dict[int, pa.Table]:
-    """uid -> events before the test period (gid, event, timestamp), in order of time. Only these users' rows stay."""
-    found: dict[int, pa.Table] = {}
+def _histories(setting: Setting, survey: Survey, uids: np.ndarray) -> dict[int, Events]:
+    """uid -> events before the test period, in order of time. Only these users' rows stay."""
+    found: dict[int, Events] = {}
     for shard, users in survey.users.items():
         wanted = np.intersect1d(users, uids)
         if not len(wanted):
             continue
-        where = pc.field("uid").isin(wanted.tolist()) & (pc.field("timestamp") < setting.test_from)
-        table = pq.read_table(shard, columns=["uid", "gid", "event", "timestamp"], filters=where)
-        column = table["uid"].to_numpy()
+        events = known_before(Events.read(shard), setting.test_from, wanted)
         for uid in wanted:  # sorted by (uid, timestamp)
-            begin, end = np.searchsorted(column, [uid, uid + 1])
-            found[int(uid)] = table.slice(begin, end - begin)
+            found[int(uid)] = events.select(slice(*np.searchsorted(events.uid, [uid, uid + 1])))
     return found
 
 
 def _choose(
-    queries: Queries, pools: dict[str, np.ndarray], history: dict[int, pa.Table], wanted: int
+    queries: Queries, pools: dict[str, np.ndarray], history: dict[int, Events], wanted: int
 ) -> list[tuple[str, int]]:
     """(kind, query), each user once. Of a kind, those with a telling history first, and item types in turns."""
     chosen: list[tuple[str, int]] = []
@@ -199,12 +194,12 @@ def _choose(
 
 
 def _example(
-    setting: Setting, survey: Survey, models: Sequence[str], kind: str, query: int, history: dict[int, pa.Table]
+    setting: Setting, survey: Survey, models: Sequence[str], kind: str, query: int, history: dict[int, Events]
 ) -> dict[str, Any]:
     queries = survey.queries
     uid = int(queries.uid[query])
     past = history[uid]
-    latest = past.slice(max(len(past) - _SHOWN_HISTORY, 0)).to_pylist()[::-1]
+    latest = past.select(slice(max(len(past) - _SHOWN_HISTORY, 0), None))
     shard = next(shard for shard, users in survey.users.items() if np.isin(uid, users))
     place = query - survey.query_offset[shard]
     lists = {name: load_arrays(part_of(setting, name, shard))["heads"][place] for name in models}
@@ -213,7 +208,10 @@ def _example(
         "kind": kind,
         "item_type": setting.catalogue.types[queries.item_type[query]],
         "events": len(past),
-        "history": [{name: event[name] for name in ("gid", "event", "timestamp")} for event in latest],
+        "history": [
+            {"gid": int(latest.gid[row]), "event": int(latest.event[row]), "timestamp": int(latest.timestamp[row])}
+            for row in reversed(range(len(latest)))
+        ],
         "truths": queries.truth_item[queries.truth_query == query].tolist(),
         "recommended": {name: head[head >= 0].tolist() for name, head in lists.items()},
     }
@@ -225,12 +223,10 @@ def _gids(example: dict[str, Any]) -> list[int]:
 
 
 def _items(setting: Setting, gids: list[int]) -> dict[int, dict[str, Any]]:
-    table = pq.read_table(setting.ingest / "items.parquet", columns=["item_id", "item_type", "title"]).take(gids)
+    table = setting.ingest.items("item_id", "item_type", "title").take(gids)
     return dict(zip(gids, table.to_pylist(), strict=True))
 
 
 def _user_ids(setting: Setting, uids: np.ndarray) -> dict[int, str]:
     known = np.unique(uids)
-    return dict(
-        zip(known.tolist(), read_users(setting.ingest / "users.parquet", known)["user_id"].to_pylist(), strict=True)
-    )
+    return dict(zip(known.tolist(), setting.ingest.users(known)["user_id"].to_pylist(), strict=True))

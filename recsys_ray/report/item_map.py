@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 from scipy.linalg import orthogonal_procrustes
 
+from recsys_ray.data.tables import Catalogue
 from recsys_ray.evaluation.queries import Setting
-from recsys_ray.evaluation.segments import Catalogue, ItemFacts
+from recsys_ray.evaluation.segments import ItemFacts
 from recsys_ray.hgnn.outputs import load_embeddings
 from recsys_ray.storage.artifacts import load_arrays, write_json
 
@@ -70,7 +70,7 @@ def draw_map(
     if path.exists() or len(gids) < _FEWEST or not spaces:
         return
     item_type = setting.catalogue.type_of(gids)
-    table = pq.read_table(setting.ingest / "items.parquet", columns=["item_id", "title"]).take(gids)
+    table = setting.ingest.items("item_id", "title").take(gids)
     drawn: dict[str, Any] = {}
     start: np.ndarray | None = None
     with threadpool_limits(1):  # sums in another order would give another layout

@@ -19,8 +19,10 @@ from recsys_ray.cluster.pool import in_parallel
 from recsys_ray.config import Config
 from recsys_ray.core.clock import DAY
 from recsys_ray.core.snapshots import Snapshot
-from recsys_ray.storage.artifacts import Artifact, save_arrays
-from recsys_ray.two_tower.examples import UserEvents, first_touches
+from recsys_ray.data.tables import Events, Tables, has_code
+from recsys_ray.scoring.ridge import count_users
+from recsys_ray.storage.artifacts import save_arrays
+from recsys_ray.two_tower.examples import first_touches
 
 PERIODS = ((30, 7), (7, 0))  # from and to so many days before a moment, the oldest first
 Choices = Int[np.ndarray, "ever_and_periods items"]  # row 0: users who ever chose each item; then of each of PERIODS
@@ -36,34 +38,54 @@ def nobody_had(choices: Choices) -> Bool[np.ndarray, "items"]:
     return choices[0] == 0
 
 
-def write_choices(config: Config, ingest: Artifact, snapshots: Sequence[Snapshot], out: Path, cpus: int) -> None:
-    """Count the choices as of each of these snapshots. One task a shard of interactions."""
-    items = sum(ingest.counts["items_per_type"])
-    names = list(ingest.counts["events"])
-    positives = [names.index(name) for name in config.events.positives if name in names]
-    shards = sorted((ingest.path / "interactions").resolve().glob("shard-*.parquet"))
+def write_choices(
+    config: Config, ingest: Tables, snapshots: Sequence[Snapshot], remembered: Sequence[Snapshot], out: Path, cpus: int
+) -> dict[str, Int[np.ndarray, "items"]]:
+    """Count the choices as of ``snapshots`` and, in the same pass over each shard, the users of items that the
+    memories of ``remembered`` need (:func:`recsys_ray.scoring.ridge.count_users`), which are returned by name. One task
+    a shard of interactions.
+
+    Memory: for each item 12 bytes a snapshot and 8 a remembered one, here and in each task.
+    """
+    events, items = config.events, sum(ingest.counts["items_per_type"])
+    arguments = snapshots, ingest.codes(events.positives), remembered, ingest.codes(events.edges)
     counts = np.zeros((len(snapshots), 1 + len(PERIODS), items), np.int32)
-    for counted in in_parallel([(count_shard, shard, snapshots, positives, items) for shard in shards], cpus):
-        counts += counted
-    save_arrays(choices_file(out), {snapshot.name: counts[k] for k, snapshot in enumerate(snapshots)})
+    users = np.zeros((len(remembered), items), np.int64)
+    jobs = [(count_shard, shard, *arguments, config.graph.max_history, items) for shard in ingest.shards]
+    for chosen, had in in_parallel(jobs, cpus):
+        counts += chosen
+        users += had
+    if snapshots:
+        save_arrays(choices_file(out), {snapshot.name: counts[k] for k, snapshot in enumerate(snapshots)})
+    return {snapshot.name: users[k] for k, snapshot in enumerate(remembered)}
 
 
 def count_shard(
-    shard: Path, snapshots: Sequence[Snapshot], positives: Sequence[int], items: int
-) -> Int[np.ndarray, "snapshots ever_and_periods items"]:
-    """The choices of a shard's users; see :func:`count_choices`."""
-    return count_choices(UserEvents.read(shard), snapshots, positives, items)
+    shard: Path,
+    snapshots: Sequence[Snapshot],
+    positives: Sequence[int],
+    remembered: Sequence[Snapshot],
+    edges: Sequence[int],
+    max_history: int,
+    items: int,
+) -> tuple[Int[np.ndarray, "snapshots ever_and_periods items"], Int[np.ndarray, "remembered items"]]:
+    """The choices of a shard's users and the users of items; see :func:`count_choices` and :func:`count_users`."""
+    events = Events.read(shard)
+    users = np.zeros((len(remembered), items), np.int64)
+    for k, snapshot in enumerate(remembered):
+        users[k] = count_users(events, snapshot, edges, max_history, items)
+    return count_choices(events, snapshots, positives, items), users
 
 
 def count_choices(
-    events: UserEvents, snapshots: Sequence[Snapshot], positives: Sequence[int], items: int
+    events: Events, snapshots: Sequence[Snapshot], positives: Sequence[int], items: int
 ) -> Int[np.ndarray, "snapshots ever_and_periods items"]:
     """How many users chose each item before each snapshot, and in each of ``PERIODS`` before it.
 
     Args:
         positives: codes of the positive events.
     """
-    chosen = first_touches(events, np.isin(events.event, np.asarray(positives, events.event.dtype)))
+    chosen = first_touches(events, has_code(events.event, positives))
     uid, gid, time = events.uid[chosen], events.gid[chosen], events.timestamp[chosen]
     counts = np.zeros((len(snapshots), 1 + len(PERIODS), items), np.int32)
     for k, snapshot in enumerate(snapshots):

@@ -11,12 +11,12 @@ L1 term. The weight counts a user for less the further back i lies before j, and
 A pair i, k that the graph dropped counts as 0 users; G may then have negative eigenvalues, and coefficients that a
 small ridge lets grow without measure are cut at -1 and 1.
 
-One task a shard of interactions counts users, one a range of items solves.
+One task a range of items solves; users are counted by shard with what else is counted there (choices.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,14 +24,13 @@ import numpy as np
 import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 
-from recsys_ray.cluster.pool import in_parallel, result_of
-from recsys_ray.config import Config
+from recsys_ray.cluster.pool import result_of
 from recsys_ray.core.offsets import spread
 from recsys_ray.core.progress import Progress
 from recsys_ray.core.snapshots import Snapshot
+from recsys_ray.data.tables import Events
 from recsys_ray.graph.pairs import Window, latest_items
 from recsys_ray.scoring.memory import RIDGES, Memory, memory_file
-from recsys_ray.storage.artifacts import Artifact
 
 _RANGES = 8  # of items, whose systems are solved by one task each
 
@@ -46,36 +45,29 @@ class Edges(NamedTuple):
 
 
 def fit_memories(
-    config: Config,
-    ingest: Artifact,
+    ntype: Int[np.ndarray, "items"],
     graph: Path,
-    snapshots: Sequence[Snapshot],
+    users_of: Mapping[str, Int[np.ndarray, "items"]],
     out: Path,
     progress: Progress,
-    cpus: int,
 ) -> None:
-    """Write the memory of each of these snapshots (:func:`memory_file`); what is there is kept."""
+    """Write the memory of each snapshot of ``users_of`` (:func:`memory_file`).
+
+    Args:
+        users_of: snapshot -> users of each item (:func:`count_users`).
+    """
     import ray
 
-    names = list(ingest.counts["events"])
-    codes = [names.index(name) for name in config.events.edges if name in names]
-    shards = sorted((ingest.path / "interactions").resolve().glob("shard-*.parquet"))
-    ntype = pq.read_table(ingest.path / "items.parquet", columns=["ntype"])["ntype"].to_numpy()
-    todo = [snapshot for snapshot in snapshots if not memory_file(out, snapshot.name).exists()]
-    with progress.task("memory", len(todo) * _RANGES, "ranges of items") as task:
-        for snapshot in todo:
-            jobs = [(count_users, shard, snapshot, codes, config.graph.max_history, len(ntype)) for shard in shards]
-            users = np.zeros(len(ntype), np.int64)
-            for counted in in_parallel(jobs, cpus):  # one after the other: each is as long as the catalogue
-                users += counted
-            edges = read_edges(graph / "edges" / f"{snapshot.name}.parquet")
+    with progress.task("memory", len(users_of) * _RANGES, "ranges of items") as task:
+        for snapshot, users in users_of.items():
+            edges = read_edges(graph / "edges" / f"{snapshot}.parquet")
             shared, remote = (ray.put(edges), ray.put(users)), ray.remote(num_cpus=1)(solve)
             parts = []
             for part in [remote.remote(*shared, begin, end) for begin, end in _ranges(edges.dst)]:
                 parts.append(result_of(part))
                 task.advance()
             memory = Memory.of_edges(edges.src, edges.dst, np.concatenate(parts), users, ntype)
-            memory.save(memory_file(out, snapshot.name))
+            memory.save(memory_file(out, snapshot))
 
 
 def _ranges(dst: Int[np.ndarray, "n"]) -> list[tuple[int, int]]:
@@ -90,14 +82,12 @@ def read_edges(path: Path) -> Edges:
 
 
 def count_users(
-    shard: Path, snapshot: Snapshot, codes: Sequence[int], max_history: int, items: int
+    events: Events, snapshot: Snapshot, codes: Sequence[int], max_history: int, items: int
 ) -> Int[np.ndarray, "items"]:
-    """How many users of a shard had each item, by the events that make the snapshot's edges."""
-    table = pq.read_table(shard, columns=["uid", "gid", "event", "timestamp"])
-    uid, gid, event, time = (column.to_numpy() for column in table.columns)
-    wanted = np.isin(event, codes)
+    """How many users had each item, by the events that make the snapshot's edges (``codes``)."""
+    made = events.of(codes)
     window = Window(snapshot.start, snapshot.time, snapshot.without)
-    _, latest, _ = latest_items(uid[wanted], gid[wanted], time[wanted], window, max_history, items)
+    _, latest, _ = latest_items(made.uid, made.gid, made.timestamp, window, max_history, items)
     return np.bincount(latest, minlength=items)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,15 +16,14 @@ from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file
 
 from recsys_ray.core.errors import ArtifactError
+from recsys_ray.data.tables import Events
 from recsys_ray.two_tower.features import UserInputs
 
 Array = npt.NDArray[Any]
-_COLUMNS = ["uid", "gid", "event", "timestamp"]
 _USERS = 100_000  # whose histories are extended at once
 _DTYPES = {"int8": "I8", "int16": "I16", "int32": "I32", "int64": "I64", "float32": "F32"}
 
@@ -81,50 +80,14 @@ def mapped_arrays(path: Path) -> dict[str, torch.Tensor]:
         raise ArtifactError(f"{path} is damaged ({error}); build the bundle again") from error
 
 
-@dataclass(frozen=True)
-class Events:
-    """Events sorted by (uid, timestamp); all arrays [n]."""
-
-    uid: npt.NDArray[np.int64]
-    gid: npt.NDArray[np.int64]
-    event: npt.NDArray[np.int64]
-    timestamp: npt.NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.uid)
-
-    def where(self, keep: Array | slice) -> Events:
-        return Events(self.uid[keep], self.gid[keep], self.event[keep], self.timestamp[keep])
-
-
-def whole_users(folder: Path, rows: int = 500_000) -> Iterator[Events]:
-    """Events below ``folder``/shard-*.parquet at unix seconds, in batches of about ``rows``; no user is cut in two."""
-    rest: list[Array] | None = None
-    for file in sorted(folder.glob("shard-*.parquet")):
-        parquet = pq.ParquetFile(file)
-        real = "happened_at" in parquet.schema_arrow.names  # leave-one-out: ``timestamp`` is a logical time
-        columns = [*_COLUMNS[:-1], "happened_at"] if real else _COLUMNS
-        for batch in parquet.iter_batches(batch_size=rows, columns=columns):
-            new = [batch.column(name).to_numpy(zero_copy_only=False).astype(np.int64) for name in columns]
-            now = new if rest is None else [np.concatenate(pair) for pair in zip(rest, new, strict=True)]
-            if not len(now[0]):
-                continue
-            cut = int(np.searchsorted(now[0], now[0][-1]))  # where the last user begins: more of it may follow
-            if cut:
-                yield Events(*(column[:cut] for column in now))
-            rest = [column[cut:] for column in now]
-    if rest is not None and len(rest[0]):
-        yield Events(*rest)
-
-
 def latest(events: Events, count: int) -> Events:
     """The last ``count`` events of every user."""
     from_end = np.searchsorted(events.uid, events.uid, side="right") - np.arange(len(events))
-    return events.where(from_end <= count)
+    return events.select(from_end <= count)
 
 
 class HistoryWriter:
-    """Collects histories batch by batch (see :func:`whole_users`)."""
+    """Collects histories, a batch of whole users after the other."""
 
     def __init__(self, scratch: Path, users: int, items: int, start: int, length: int) -> None:
         """Recent events: those from ``start`` (unix seconds) on, the last ``length`` of each user."""
@@ -149,7 +112,7 @@ class HistoryWriter:
         uid, gid = np.divmod(np.unique(uid * self._items + gid), self._items)
         self._raw.append(seen_gids=gid)
         np.add.at(self._seen, uid + 1, 1)
-        recent = latest(events.where(events.timestamp >= self._start), self._length)
+        recent = latest(events.select(events.timestamp >= self._start), self._length)
         self._raw.append(recent_gids=recent.gid, recent_events=recent.event, recent_timestamps=recent.timestamp)
         np.add.at(self._recent, recent.uid + 1, 1)
 
@@ -229,17 +192,17 @@ class Histories:
 
     def extend(self, new: Events, writer: HistoryWriter, path: Path) -> None:
         """Write these histories and the events ``new`` (of known users) to ``path``, some users at a time."""
-        new = new.where(np.lexsort((new.event, new.gid, new.timestamp, new.uid)))
+        new = new.select(np.lexsort((new.event, new.gid, new.timestamp, new.uid)))
         users = len(self._recent_offsets) - 1
         for begin in range(0, users, _USERS):
             uids = np.arange(begin, min(begin + _USERS, users))
-            mine = new.where(slice(*np.searchsorted(new.uid, [begin, begin + _USERS])))
+            mine = new.select(slice(*np.searchsorted(new.uid, [begin, begin + _USERS])))
             row, index = _ranges(self._seen[0], uids)
             seen = np.concatenate([uids[row], mine.uid]), np.concatenate([self._seen[1][index], mine.gid])
             old = self.events(uids)
-            both = Events(*(np.concatenate(pair) for pair in zip(vars(old).values(), vars(mine).values(), strict=True)))
+            both = Events.join([old, mine])
             order = np.lexsort((both.timestamp, both.uid))  # stable: of equal times the old ones first
-            writer.add_apart(*seen, both.where(order))
+            writer.add_apart(*seen, both.select(order))
         writer.close(path)
 
     def active(self) -> npt.NDArray[np.int64]:

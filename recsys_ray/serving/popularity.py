@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from recsys_ray.graph.activity import NEVER
+from recsys_ray.core.clock import NEVER
+from recsys_ray.data.tables import Events
 from recsys_ray.scoring.scorer import among
-from recsys_ray.serving.histories import Events, mapped_arrays
+from recsys_ray.serving.histories import mapped_arrays
 
 _PRIOR = 100.0  # how many events the world's ranking counts as beside a country's own
 _OLDEST = np.iinfo(np.int64).min + 1

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from recsys_ray.bundle.build import MEMORY, find_bundle
+from recsys_ray.core.clock import DAY
 from recsys_ray.scoring.memory import Memory
 from recsys_ray.scoring.scorer import Scorer, ScoreSpec, among
 from recsys_ray.serving.catalogue import Items, Users
@@ -37,7 +38,6 @@ from recsys_ray.serving.requests import (
 from recsys_ray.serving.tower import LoadTower, TowerRunner, load_user_tower
 from recsys_ray.storage.artifacts import Artifact, open_artifact
 
-_DAY = 86_400
 HistoryEntry = Mapping[str, Any]  # item_id, event (optional), timestamp (optional, unix seconds)
 
 
@@ -263,7 +263,7 @@ class Recommender:
         days = self.artifact.counts["window_days"]
         if days is not None:
             last = max(int(self.artifact.counts["end"]), new[-1][0])
-            inside = order[moments[order] >= last - days * _DAY]
+            inside = order[moments[order] >= last - days * DAY]
             order = inside if len(inside) else order
         order = order[-self.artifact.counts["history"] :]
         gids, events = np.concatenate([stored.gids, added[:, 1]]), np.concatenate([stored.events, added[:, 2]])

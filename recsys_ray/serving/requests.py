@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from recsys_ray.core.clock import DAY
 from recsys_ray.core.errors import UserError
 from recsys_ray.serving.catalogue import Items
 
 MAX_K = 500
-_DAY = 86_400
 _OLDEST = 130  # years
 
 
@@ -87,7 +87,7 @@ def _moment(timestamp: Any, place: int, end: int) -> int | None:
     field = f"history.{place}.timestamp"
     if isinstance(timestamp, bool) or not isinstance(timestamp, int | float) or not math.isfinite(timestamp):
         raise RequestError(field, f"must be unix seconds, not {timestamp!r}")
-    if timestamp > now + _DAY:
+    if timestamp > now + DAY:
         hint = "; it looks like milliseconds" if timestamp > 1e11 else ""
         raise RequestError(field, f"{timestamp!r} lies in the future{hint}; unix seconds are expected")
     return int(timestamp)

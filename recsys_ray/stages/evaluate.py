@@ -7,9 +7,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import polars as pl
+import numpy as np
 
 from recsys_ray.config import Config
+from recsys_ray.data.tables import Tables
 from recsys_ray.evaluation.given import TowerModel
 from recsys_ray.evaluation.results import MAIN
 from recsys_ray.evaluation.stage import REPORT, evaluate
@@ -47,8 +48,8 @@ def _evaluate(context: Context, spent: Callable[[], tuple[float, float]]) -> dic
     inputs = {name: artifact.path for name, artifact in context.inputs.items()}
     text = load_arrays(inputs["featurize"] / "text.safetensors")["vector"]
     hgnn = load_embeddings(inputs["hgnn"], "test", len(text)).numpy()
-    items = pl.read_parquet(inputs["ingest"] / "items.parquet", columns=["ntype"])
-    features = text, hgnn, items["ntype"].cast(pl.Int64).to_numpy(), context.inputs["ingest"].counts["test_from"]
+    ntype = Tables(inputs["ingest"]).ntype.astype(np.int64)
+    features = text, hgnn, ntype, context.inputs["ingest"].counts["test_from"]
     terms = [term for term in TERMS if getattr(context.config.two_tower, term)]  # also one without weight: in another
     towers: dict[str, Callable[[], TowerModel]] = {  # seed it may have one
         without(MAIN, term): partial(TrainedTowers.open, inputs["two-tower"] / VARIANT, *features, term)

@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import polars as pl
+import pyarrow as pa
 import pyarrow.parquet as pq
 
+from recsys_ray.core.clock import DAY
 from recsys_ray.core.errors import DataError
+from recsys_ray.data.tables import Events, Tables
 from recsys_ray.storage.artifacts import Artifact, write_json
 
-WEEK = 7 * 86_400
+WEEK = 7 * DAY
 FEW = 200  # rows of one type; a group of fewer is joined with the next week's
 _DONE = "made.json"
 
@@ -120,26 +122,23 @@ def write_changed(change: Any, ingest: Artifact, out: Path, seed: int) -> Path:
         return out
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    items = pl.read_parquet(ingest.path / "items.parquet", columns=["item_id", "ntype"])
-    users = pl.read_parquet(ingest.path / "users.parquet", columns=["user_id"])["user_id"]
-    ids, ntype, names = items["item_id"], items["ntype"].to_numpy(), list(ingest.counts["events"])
-    shards = sorted((ingest.path / "interactions").glob("shard-*.parquet"))
-    columns = [pl.read_parquet(shard, columns=["gid", "timestamp"]) for shard in shards]
-    gid, timestamp = (pl.concat(columns)[name].to_numpy() for name in ("gid", "timestamp"))
-    log = Log(gid, timestamp, ntype[gid], list(ingest.counts["item_types"]), ingest.counts["test_from"])
+    tables = Tables(ingest.path)
+    users, ids, names = tables.user_ids, tables.item_ids, pa.array(ingest.counts["events"])
+    shards = [(events.gid.astype(np.int32), events.timestamp) for events in map(Events.read, tables.shards)]
+    gid, timestamp = (np.concatenate(column) for column in zip(*shards, strict=True))
+    log = Log(gid, timestamp, tables.ntype[gid], list(ingest.counts["item_types"]), ingest.counts["test_from"])
     kept, gid = change.apply(log, seed)
     start = 0
-    for shard in shards:
-        rows = slice(start, start := start + pq.ParquetFile(shard).metadata.num_rows)
-        events = pl.read_parquet(shard)
-        pl.DataFrame(
-            {
-                "user_id": users[events["uid"]],
-                "item_id": ids[gid[rows]],
-                "event": pl.Series(names)[events["event"].cast(pl.Int64)],
-                "timestamp": events["timestamp"],
-            }
-        ).filter(kept[rows]).write_parquet(out / shard.name)
+    for shard in tables.shards:
+        events = Events.read(shard)
+        rows = slice(start, start := start + len(events))
+        columns = {
+            "user_id": users.take(events.uid),
+            "item_id": ids.take(gid[rows]),
+            "event": names.take(events.event),
+            "timestamp": events.timestamp,
+        }
+        pq.write_table(pa.table(columns).filter(kept[rows]), out / shard.name)
     write_json(out / f".{_DONE}", made)  # last: now it is whole. Ingest passes over hidden files
     return out
 

@@ -20,10 +20,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from recsys_ray.config import Config, TextConfig
+from recsys_ray.core.clock import DAY
 from recsys_ray.core.errors import ConfigError, DataError
 from recsys_ray.core.precision import Precision, choose_precision
 from recsys_ray.core.progress import Progress
 from recsys_ray.data.reading import replace_aside
+from recsys_ray.data.tables import Tables
 from recsys_ray.storage.artifacts import SCRATCH, save_arrays
 from recsys_ray.text.encoder import Encoder, ModelSource, encoder_fingerprint, find_model
 
@@ -33,7 +35,7 @@ BLOCK = 256
 RANDOM = "random"  # text.model: no encoder
 _RANDOM_DIM = 384  # as wide as the packaged encoder's
 _HASH = 16  # bytes
-_STALE_S = 86_400
+_STALE_S = DAY
 _FEW = 200  # below this many texts, a second actor takes longer to load its model than it saves
 
 
@@ -63,8 +65,7 @@ def featurize(
         ConfigError: the model cannot be had.
     """
     if config.text.model == RANDOM:
-        ids = pq.read_table(ingest_dir / "items.parquet", columns=["item_id"])["item_id"].to_pylist()
-        save_arrays(out / "text.safetensors", {"vector": random_vectors(ids)})
+        save_arrays(out / "text.safetensors", {"vector": random_vectors(Tables(ingest_dir).item_ids.to_pylist())})
         return {"text_dim": _RANDOM_DIM, "texts_distinct": 0, "encoded": 0, "reused": 0, "precision": "fp32",
                 "encoder": RANDOM}  # fmt: skip
     source, precision = find_model(config.text.model), choose_precision(config.text.precision)
@@ -74,7 +75,7 @@ def featurize(
     scratch = out / SCRATCH
     scratch.mkdir(parents=True, exist_ok=True)
 
-    texts = item_texts(ingest_dir / "items.parquet", config.text)
+    texts = item_texts(Tables(ingest_dir), config.text)
     hashes = pa.array(map(hash_text, texts.to_pylist()), pa.binary(_HASH))
     coded = hashes.dictionary_encode()
     known, _ = _cached_hashes(cache, progress)
@@ -146,14 +147,13 @@ def random_vectors(item_ids: Sequence[str]) -> np.ndarray:
 # -- texts -----------------------------------------------------------------------------------------------------------
 
 
-def item_texts(items: Path, config: TextConfig) -> pa.Array:
+def item_texts(tables: Tables, config: TextConfig) -> pa.Array:
     """large_string [items]: the configured fields, or the name of the item's type where all of them are empty."""
     texts: list[pa.Array] = []
-    with pq.ParquetFile(items) as file:
-        for batch in file.iter_batches(columns=[*config.fields, "item_type"], batch_size=1 << 16, use_threads=False):
-            texts.append(pa.array((text_of(row, config.fields) for row in batch.to_pylist()), pa.large_string()))
+    for batch in tables.items_in_batches(*config.fields, "item_type"):
+        texts.append(pa.array((text_of(row, config.fields) for row in batch.to_pylist()), pa.large_string()))
     if not texts:
-        raise DataError(f"{items} has no rows; run ingest again")
+        raise DataError(f"{tables.folder} has no items; run ingest again")
     return pa.concat_arrays(texts)
 
 

@@ -8,40 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
-import polars as pl
-import pyarrow.parquet as pq
 from jaxtyping import Bool, Int
 
 from recsys_ray.core.clock import DAY
 from recsys_ray.core.offsets import offsets_of, spread
 from recsys_ray.core.snapshots import Snapshot, training_snapshot
+from recsys_ray.data.tables import Events, Tables, has_code, traits_of
 from recsys_ray.two_tower.rows import OFFSETS
 
 _NONE = -1  # no snapshot
 _ROWS = 1 << 16  # whose histories are made at once
-
-
-@dataclass(frozen=True)
-class UserEvents:
-    """Events sorted by (uid, timestamp)."""
-
-    uid: Int[np.ndarray, "n"]
-    gid: Int[np.ndarray, "n"]
-    event: Int[np.ndarray, "n"]
-    timestamp: Int[np.ndarray, "n"]
-
-    def before(self, moment: int) -> UserEvents:
-        """The events with ``timestamp < moment``."""
-        known = self.timestamp < moment
-        return UserEvents(self.uid[known], self.gid[known], self.event[known], self.timestamp[known])
-
-    @staticmethod
-    def read(shard: str | Path) -> UserEvents:
-        table = pq.read_table(shard, columns=["uid", "gid", "event", "timestamp"])
-        return UserEvents(*(table.column(name).to_numpy() for name in ("uid", "gid", "event", "timestamp")))
 
 
 @dataclass(frozen=True)
@@ -57,7 +35,7 @@ class HistoryRules:
         return (1 << 40) if self.window_days is None else self.window_days * DAY
 
 
-def first_touches(events: UserEvents, positive: Bool[np.ndarray, "n"]) -> Int[np.ndarray, "m"]:
+def first_touches(events: Events, positive: Bool[np.ndarray, "n"]) -> Int[np.ndarray, "m"]:
     """Positions of the first positive event of each (user, item), in order."""
     where = np.flatnonzero(positive)
     if not len(where):
@@ -68,7 +46,7 @@ def first_touches(events: UserEvents, positive: Bool[np.ndarray, "n"]) -> Int[np
 
 
 def histories(
-    events: UserEvents, users: Int[np.ndarray, "m"], moments: Int[np.ndarray, "m"], rules: HistoryRules
+    events: Events, users: Int[np.ndarray, "m"], moments: Int[np.ndarray, "m"], rules: HistoryRules
 ) -> tuple[Int[np.ndarray, "m"], Int[np.ndarray, "m"]]:
     """Where the latest ``length`` events of each user with ``moment - window <= timestamp < moment`` begin, and how
     many there are."""
@@ -77,7 +55,7 @@ def histories(
     return starts, np.maximum(ends - starts, 0)
 
 
-def _ranges(events: UserEvents, users: np.ndarray, moments: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
+def _ranges(events: Events, users: np.ndarray, moments: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
     """First position inside the window and first at or after the moment, by one search over (uid, timestamp)."""
     if not len(events.uid):
         return np.zeros(len(users), np.int64), np.zeros(len(users), np.int64)
@@ -91,7 +69,7 @@ def _ranges(events: UserEvents, users: np.ndarray, moments: np.ndarray, window: 
 
 
 def build_examples(
-    events: UserEvents, positives: Sequence[int], snapshots: Sequence[Snapshot], rules: HistoryRules
+    events: Events, positives: Sequence[int], snapshots: Sequence[Snapshot], rules: HistoryRules
 ) -> dict[str, np.ndarray]:
     """Examples of all snapshots that have an interval of them, each with the one snapshot that it may see.
 
@@ -99,7 +77,7 @@ def build_examples(
         uid int64 [m], target int32 [m], timestamp int64 [m], snapshot int16 [m], and the histories as
         recsys_ray/two_tower/rows.py has them: history int32 [n], history_event int8 [n], offsets int64 [m + 1].
     """
-    chosen = first_touches(events, np.isin(events.event, np.asarray(positives, events.event.dtype)))
+    chosen = first_touches(events, has_code(events.event, positives))
     snapshot = np.full(len(chosen), _NONE, np.int16)
     for each in snapshots:
         if each.examples is not None:
@@ -122,7 +100,7 @@ def build_examples(
 
 
 def training_examples(
-    events: UserEvents, positives: Sequence[int], snapshots: Sequence[Snapshot], valid_from: int, rules: HistoryRules
+    events: Events, positives: Sequence[int], snapshots: Sequence[Snapshot], valid_from: int, rules: HistoryRules
 ) -> dict[str, np.ndarray]:
     """:func:`build_examples` for the training cuts out of the events before ``valid_from``."""
     cuts = [s for s in snapshots if s.name.startswith("cut")]
@@ -130,7 +108,7 @@ def training_examples(
 
 
 def validation_examples(
-    events: UserEvents, positives: Sequence[int], snapshots: Sequence[Snapshot], test_from: int, rules: HistoryRules
+    events: Events, positives: Sequence[int], snapshots: Sequence[Snapshot], test_from: int, rules: HistoryRules
 ) -> dict[str, np.ndarray]:
     """Examples of the validation period, out of the events before ``test_from``: for the refit.
 
@@ -143,12 +121,12 @@ def validation_examples(
 
 
 def build_queries(
-    events: UserEvents, positives: Sequence[int], start: int, end: int, rules: HistoryRules
+    events: Events, positives: Sequence[int], start: int, end: int, rules: HistoryRules
 ) -> dict[str, np.ndarray]:
     """Validation queries: for each user with new positives in ``start <= t < end``, one row per such item, with the
     history before ``start`` and nothing after it. Same columns as :func:`build_examples` without snapshot, and
     ``seen``: whether the user had touched the item before (such rows are left out)."""
-    chosen = first_touches(events, np.isin(events.event, np.asarray(positives, events.event.dtype)))
+    chosen = first_touches(events, has_code(events.event, positives))
     chosen = chosen[(events.timestamp[chosen] >= start) & (events.timestamp[chosen] < end)]
     chosen = chosen[~_touched_before(events, chosen, start)]
     moments = np.full(len(chosen), start, np.int64)
@@ -159,7 +137,7 @@ def build_queries(
     }
 
 
-def _touched_before(events: UserEvents, chosen: np.ndarray, start: int) -> np.ndarray:
+def _touched_before(events: Events, chosen: np.ndarray, start: int) -> np.ndarray:
     """Whether the user had any event on the item before ``start``."""
     items = int(events.gid.max(initial=0)) + 1
     pairs = events.uid.astype(np.int64) * items + events.gid
@@ -167,7 +145,7 @@ def _touched_before(events: UserEvents, chosen: np.ndarray, start: int) -> np.nd
 
 
 def _past(
-    events: UserEvents, chosen: Int[np.ndarray, "m"], moments: Int[np.ndarray, "m"], rules: HistoryRules
+    events: Events, chosen: Int[np.ndarray, "m"], moments: Int[np.ndarray, "m"], rules: HistoryRules
 ) -> dict[str, np.ndarray]:
     """History of the events ``chosen`` before ``moments``, without the items of these events themselves."""
     begin, length = histories(events, events.uid[chosen], moments, rules)
@@ -186,22 +164,7 @@ def _past(
     }
 
 
-def user_columns(users: str | Path, uids: Int[np.ndarray, "m"], tastes: dict[str, int]) -> dict[str, np.ndarray]:
+def user_columns(ingest: Tables, uids: Int[np.ndarray, "m"], tastes: dict[str, int]) -> dict[str, np.ndarray]:
     """Age (NaN: absent), country (string, "" absent) and taste vectors (NaN rows: absent) of these users."""
-    if not len(uids):
-        empty = {f"taste_{name}": np.zeros((0, dim), np.float32) for name, dim in tastes.items()}
-        return {"age": np.zeros(0, np.float32), "country": np.zeros(0, "<U1"), **empty}
-    first, last = int(uids.min()), int(uids.max())
-    frame = pl.scan_parquet(users).slice(first, last - first + 1).select(["age", "country", *tastes]).collect()
-    rows = uids - first
-    columns = {
-        "age": frame["age"].cast(pl.Float32).fill_null(float("nan")).to_numpy()[rows],
-        "country": frame["country"].fill_null("").to_numpy()[rows].astype(str),
-    }
-    for name, dim in tastes.items():
-        table = np.full((frame.height, dim), np.nan, np.float32)
-        there = frame[name].is_not_null().to_numpy()
-        if there.any():
-            table[there] = np.stack(frame[name].drop_nulls().to_list()).astype(np.float32)
-        columns[f"taste_{name}"] = table[rows]
-    return columns
+    users, row = np.unique(uids, return_inverse=True)
+    return {name: column[row] for name, column in traits_of(ingest.users(users), tastes).items()}

@@ -23,6 +23,7 @@ from recsys_ray.core.errors import DataError
 from recsys_ray.core.precision import choose_precision
 from recsys_ray.core.progress import Progress
 from recsys_ray.core.snapshots import Snapshot, snapshots_of
+from recsys_ray.data.tables import Events, Tables
 from recsys_ray.graph.activity import ACTIVITY, COLUMNS
 from recsys_ray.scoring.choices import Choices, choices_file, write_choices
 from recsys_ray.scoring.choose import Moment
@@ -35,7 +36,6 @@ from recsys_ray.storage.outputs import current_folder
 from recsys_ray.two_tower.batches import Catalogue, batches_in, country_index
 from recsys_ray.two_tower.examples import (
     HistoryRules,
-    UserEvents,
     build_queries,
     training_examples,
     user_columns,
@@ -77,11 +77,13 @@ def train_two_tower(
     per_worker = max(1, cpus // workers)
     variants = [name for name, with_hgnn in VARIANTS.items() if with_hgnn or config.two_tower.ablation]
     write_specs(out, variants, spec)
-    asked = [snapshot for snapshot in snapshots if snapshot.name in ("valid", "test", "serve")]
-    if config.two_tower.memory:
-        fit_memories(config, ingest, graph.path, asked, out, progress, cpus)
-    if config.two_tower.trends or config.two_tower.unseen:
-        write_choices(config, ingest, snapshots, out, cpus)
+    asked = [s for s in snapshots if config.two_tower.memory and s.name in ("valid", "test", "serve")]
+    asked = [s for s in asked if not memory_file(out, s.name).exists()]  # what is there is kept
+    counted = snapshots if config.two_tower.trends or config.two_tower.unseen else []
+    if asked or counted:
+        tables = Tables(ingest.path)
+        users = write_choices(config, tables, counted, asked, out, cpus)
+        fit_memories(tables.ntype, graph.path, users, out, progress)
     parameters = {
         "config": config.two_tower.model_dump(),
         "seed": seed_from(config.seed, "two_tower"),
@@ -89,7 +91,7 @@ def train_two_tower(
         "precision": choose_precision(config.two_tower.precision),
         "graph": str(graph.path.resolve()),
         "hgnn": str(hgnn.path.resolve()),
-        "items": str((ingest.path / "items.parquet").resolve()),
+        "ingest": str(ingest.path.resolve()),
         "activity": str((graph.path / ACTIVITY).resolve()),
         "vocabularies": {k: list(ingest.counts[k]) for k in ("languages", "categories")},
         "out": str(out.resolve()),
@@ -165,11 +167,11 @@ class _RowMaker:
     rules: HistoryRules
     valid_from: int
     test_from: int
-    users: str  # ingest's table
+    ingest: Tables
     tastes: dict[str, int]
     countries: list[str]
 
-    def rows(self, events: UserEvents, kind: str) -> dict[str, np.ndarray]:
+    def rows(self, events: Events, kind: str) -> dict[str, np.ndarray]:
         """``kind``: train, valid (queries) or refit (the validation period's examples)."""
         if kind == "train":
             part = training_examples(events, self.positives, self.snapshots, self.valid_from, self.rules)
@@ -177,13 +179,13 @@ class _RowMaker:
             part = validation_examples(events, self.positives, self.snapshots, self.test_from, self.rules)
         else:
             part = build_queries(events, self.positives, self.valid_from, self.test_from, self.rules)
-        columns = user_columns(self.users, part["uid"], self.tastes)
+        columns = user_columns(self.ingest, part["uid"], self.tastes)
         part["country_index"] = country_index(self.countries, columns.pop("country"))
         return {**part, **columns}
 
 
 def _make_rows(batch: Any, maker: _RowMaker, kind: str) -> pa.Table:
-    return to_table(join([maker.rows(UserEvents.read(str(shard)), kind) for shard in batch["shard"]]))
+    return to_table(join([maker.rows(Events.read(str(shard)), kind) for shard in batch["shard"]]))
 
 
 def _datasets(
@@ -193,18 +195,18 @@ def _datasets(
     task an interactions shard."""
     import ray.data
 
-    names = list(ingest.counts["events"])
+    tables = Tables(ingest.path.resolve())
     maker = _RowMaker(
-        positives=[names.index(name) for name in config.events.positives if name in names],
+        positives=tables.codes(config.events.positives),
         snapshots=snapshots,
         rules=HistoryRules(config.two_tower.history, config.graph.window_days, config.graph.features_as_of),
         valid_from=ingest.counts["valid_from"],
         test_from=ingest.counts["test_from"],
-        users=str((ingest.path / "users.parquet").resolve()),
+        ingest=tables,
         tastes=spec.tastes,
         countries=spec.countries,
     )
-    shards = [{"shard": str(p.resolve())} for p in sorted((ingest.path / "interactions").glob("*.parquet"))]
+    shards = [{"shard": str(p)} for p in tables.shards]
     # The same rows go to the same rank after a restart.
     ray.data.DataContext.get_current().execution_options.preserve_order = True
     datasets = {}
@@ -231,9 +233,10 @@ def _collect(name: str, order: tuple[str, ...]) -> Examples:
     return take(joined, np.lexsort([joined[key] for key in order[::-1]]))
 
 
-def load_catalogue(items: str | Path, activity: str | Path, languages: list[str], categories: list[str]) -> Catalogue:
+def load_catalogue(ingest: Tables, activity: str | Path, languages: list[str], categories: list[str]) -> Catalogue:
     """Narrow features of all items, by gid."""
-    frame = pl.read_parquet(items, columns=["ntype", "language", "categories"])
+    frame = pl.from_arrow(ingest.items("ntype", "language", "categories"))
+    assert isinstance(frame, pl.DataFrame)
     return catalogue_of(frame, load_arrays(Path(activity)), languages, categories)
 
 
@@ -281,7 +284,8 @@ def _train_rank(parameters: dict[str, Any]) -> None:
         config = TwoTowerConfig.model_validate(parameters["config"])
         later = _collect("refit", ("uid", "timestamp", "target")) if config.refit else {}
         queries = _sample(queries, _MAX_QUERIES // world, seed_from(parameters["seed"], "queries", rank))
-        catalogue = load_catalogue(parameters["items"], parameters["activity"], **parameters["vocabularies"])
+        tables = Tables(Path(parameters["ingest"]))
+        catalogue = load_catalogue(tables, parameters["activity"], **parameters["vocabularies"])
         memory = Memory.load(memory_file(Path(parameters["out"]), "valid")) if config.memory else None
         counted = choices_file(Path(parameters["out"]))
         choices = load_arrays(counted) if config.trends or config.unseen else {}

@@ -17,12 +17,13 @@ from recsys_ray.config import Config
 from recsys_ray.core.errors import LeakError
 from recsys_ray.core.progress import Progress
 from recsys_ray.core.snapshots import Snapshot, snapshots_of
+from recsys_ray.data.tables import Events, Tables
 from recsys_ray.graph.activity import ACTIVITY
 from recsys_ray.stages.chain import STAGES
 from recsys_ray.stages.runner import Runner
 from recsys_ray.storage.artifacts import load_arrays, publish, save_arrays
 from recsys_ray.storage.outputs import current_output, set_current, work_folder
-from recsys_ray.two_tower.examples import HistoryRules, UserEvents, build_queries, training_examples
+from recsys_ray.two_tower.examples import HistoryRules, build_queries, training_examples
 from recsys_ray.two_tower.rows import join, take
 
 pytestmark = pytest.mark.usefixtures("ray_local")
@@ -83,7 +84,7 @@ def features(config: Config) -> tuple[list[Snapshot], dict[str, bytes], dict[str
         s.name: (graph.path / "edges" / f"{s.name}.parquet").read_bytes() + activity[s.name].tobytes()
         for s in snapshots
     }
-    shards = [UserEvents.read(p) for p in sorted((ingest.path / "interactions").glob("*.parquet"))]
+    shards = [Events.read(p) for p in Tables(ingest.path).shards]
     valid, test = counts["valid_from"], counts["test_from"]
     parts = [training_examples(events, [0], snapshots, valid, RULES) for events in shards]
     asked = [build_queries(events, [0], valid, test, RULES) for events in shards]

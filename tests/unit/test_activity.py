@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from recsys_ray.core.clock import DAY
-from recsys_ray.core.snapshots import Fold
+from recsys_ray.core.snapshots import Fold, Snapshot
 from recsys_ray.graph.activity import COLUMNS, add_counts, count_shard, describe
 
 ITEMS, NOW = 6, 500 * DAY
@@ -24,12 +24,32 @@ def shards(tmp_path):
         gid, time = np.append(gid, [5, 0]).astype(np.int32), np.append(time, [NOW, NOW + DAY])
         event = random.integers(0, 2, len(gid)).astype(np.int8)
         paths.append(tmp_path / f"shard-{number:05d}.parquet")
-        pq.write_table(pa.table({"gid": gid, "event": event, "timestamp": time}), paths[-1])
+        pq.write_table(
+            pa.table({"uid": np.zeros(len(gid), np.int64), "gid": gid, "event": event, "timestamp": time}), paths[-1]
+        )
     return paths
 
 
+def count(shard, moment, without=None):
+    """Of one snapshot."""
+    counts, first = count_shard(shard, [Snapshot("test", 0, moment, 0, None, without)], [0], ITEMS)
+    return counts[0], first[0]
+
+
+def test_one_pass_counts_what_a_pass_for_each_snapshot_counts(shards):
+    snapshots = [
+        Snapshot("cut0", 0, NOW - 50 * DAY, 0),
+        Snapshot("cut1", 1, NOW, 0, None, Fold(0, 2, 7)),
+        Snapshot("serve", 2, NOW + 2 * DAY, 0),
+    ]
+    counts, first = add_counts(count_shard(path, snapshots, [0], ITEMS) for path in shards)
+    for place, snapshot in enumerate(snapshots):
+        alone = add_counts(count(path, snapshot.time, snapshot.without) for path in shards)
+        assert np.array_equal(counts[place], alone[0]) and np.array_equal(first[place], alone[1])
+
+
 def test_counts_of_shards_add_up_to_those_of_all_events(shards):
-    counts, first = add_counts(count_shard(path, NOW, [0], ITEMS) for path in shards)
+    counts, first = add_counts(count(path, NOW) for path in shards)
     table = pa.concat_tables([pq.read_table(path) for path in shards])
     gid, event, time = (table[name].to_numpy() for name in ("gid", "event", "timestamp"))
     for item in range(ITEMS):
@@ -42,7 +62,7 @@ def test_counts_of_shards_add_up_to_those_of_all_events(shards):
 
 def test_what_happens_at_or_after_the_snapshot_does_not_enter(shards):
     published = np.array([NOW - 10 * DAY, NOW + DAY, np.iinfo(np.int64).max, 0, 0, 0])
-    counts, first = add_counts(count_shard(path, NOW, [0], ITEMS) for path in shards)
+    counts, first = add_counts(count(path, NOW) for path in shards)
     table = describe(counts, first, published, TYPES, NOW)
     assert table.shape == (ITEMS, COLUMNS)
     assert np.isfinite(table).all()
@@ -53,7 +73,7 @@ def test_what_happens_at_or_after_the_snapshot_does_not_enter(shards):
 
 
 def test_a_platform_that_grows_does_not_shift_every_item(shards):
-    counts, first = add_counts(count_shard(path, NOW, [0], ITEMS) for path in shards)
+    counts, first = add_counts(count(path, NOW) for path in shards)
     published = np.zeros(ITEMS, np.int64)
     assert np.allclose(
         describe(counts, first, published, TYPES, NOW), describe(7 * counts, first, published, TYPES, NOW)
@@ -79,9 +99,10 @@ def test_the_mean_is_over_the_items_that_are_on_the_shelf(published, items):
 
 
 def test_no_event_at_all_makes_zeros(tmp_path):
-    empty = {"gid": pa.array([], pa.int32()), "event": pa.array([], pa.int8()), "timestamp": pa.array([], pa.int64())}
+    kinds = {"uid": pa.int64(), "gid": pa.int32(), "event": pa.int8(), "timestamp": pa.int64()}
+    empty = {name: pa.array([], kind) for name, kind in kinds.items()}
     pq.write_table(pa.table(empty), tmp_path / "shard.parquet")
-    counts, first = count_shard(tmp_path / "shard.parquet", NOW, [0], ITEMS)
+    counts, first = count(tmp_path / "shard.parquet", NOW)
     table = describe(counts, first, np.zeros(ITEMS, np.int64), TYPES, NOW)
     assert not table[:, :6].any()
     assert table[:, 6].all()
@@ -102,8 +123,8 @@ def test_users_of_the_fold_do_not_count(tmp_path):
     assert 0 < len(others) < 300
     for name, part in (("all", table), ("others", others)):
         pq.write_table(part, tmp_path / f"{name}.parquet")
-    found = count_shard(tmp_path / "all.parquet", 0, [0], ITEMS, fold)
-    wanted = count_shard(tmp_path / "others.parquet", 0, [0], ITEMS)
+    found = count(tmp_path / "all.parquet", 0, fold)
+    wanted = count(tmp_path / "others.parquet", 0)
     for ours, theirs in zip(found, wanted, strict=True):
         assert np.array_equal(ours, theirs)
     assert (found[0][0] == found[0][3]).all()  # logical times: every window holds everything

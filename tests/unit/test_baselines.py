@@ -21,8 +21,8 @@ from recsys_ray.config import BASELINES as NAMES
 from recsys_ray.config import load_config
 from recsys_ray.core.clock import DAY
 from recsys_ray.core.errors import ConfigError, UserError
+from recsys_ray.data.tables import Catalogue, Events
 from recsys_ray.evaluation.ranking import batch_of, rank
-from recsys_ray.evaluation.segments import Catalogue, Events
 
 
 def events(*rows: tuple[int, int, int, int]) -> Events:

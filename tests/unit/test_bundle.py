@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import chain
 from pathlib import Path
 
 import bundle_world
@@ -13,8 +14,9 @@ from bundle_world import DAY, END, EVENTS, POPULAR_DAYS, World, make_world
 
 from recsys_ray.bundle.build import find_bundle
 from recsys_ray.core.errors import ArtifactError
+from recsys_ray.data.tables import Tables, whole_users
 from recsys_ray.scoring.scorer import TRENDS, UNSEEN
-from recsys_ray.serving.histories import Histories, HistoryWriter, whole_users
+from recsys_ray.serving.histories import Histories, HistoryWriter
 from recsys_ray.serving.recommender import Recommender
 from recsys_ray.storage.artifacts import open_artifact
 
@@ -66,7 +68,8 @@ def test_histories_are_those_of_the_events(world, recommender):
 def test_no_batch_cuts_a_user_in_two(world, rows, tmp_path):
     writer = HistoryWriter(tmp_path, len(world.user_ids), len(world.item_ids), END - 90 * DAY, 50)
     uids = []
-    for batch in whole_users(world.root / "ingest" / "interactions", rows):
+    shards = Tables(world.root / "ingest").shards
+    for batch in chain.from_iterable(whole_users(shard, rows) for shard in shards):
         uids += np.unique(batch.uid).tolist()
         writer.add(batch)
     assert uids == sorted(set(world.events[:, 0].tolist()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from recsys_ray.evaluation.segments import Catalogue
+from recsys_ray.data.tables import Catalogue
 from recsys_ray.report.item_map import lay_out, nearest, sample_items
 
 

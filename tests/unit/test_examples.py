@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from recsys_ray.config import GraphConfig
 from recsys_ray.core.clock import DAY
 from recsys_ray.core.snapshots import Snapshot, plan_snapshots
+from recsys_ray.data.tables import Events, Tables
 from recsys_ray.two_tower.examples import (
     HistoryRules,
-    UserEvents,
     build_examples,
     build_queries,
     first_touches,
@@ -39,7 +39,7 @@ def worlds(draw):
     row = st.tuples(st.integers(5, 8), hours, st.integers(0, 6), st.integers(0, 2))
     rows = sorted(draw(st.lists(row, max_size=60)))
     uid, moment, gid, event = (np.array([r[c] for r in rows], np.int64) for c in range(4))
-    return UserEvents(uid, gid.astype(np.int32), event.astype(np.int8), moment), rows
+    return Events(uid, gid.astype(np.int32), event.astype(np.int8), moment), rows
 
 
 rules = st.builds(
@@ -96,7 +96,7 @@ def test_an_example_does_not_change_when_the_future_does(world, length, window):
     made = build_examples(events, POSITIVES, SNAPSHOTS, rules)
     for row, moment in enumerate(made["timestamp"]):
         known = events.timestamp <= moment  # its own event is the last that it needs
-        past = UserEvents(*(column[known] for column in vars(events).values()))
+        past = Events(*(column[known] for column in vars(events).values()))
         again = build_examples(past, POSITIVES, SNAPSHOTS, rules)
         (same,) = np.flatnonzero((again["uid"] == made["uid"][row]) & (again["target"] == made["target"][row]))
         mine, same = (take(made, np.array([row])), take(again, np.array([same])))
@@ -152,8 +152,8 @@ def test_examples_of_the_refit_are_the_validation_periods_and_see_the_last_cut(w
 
 
 def test_no_events_and_no_positives_make_no_examples():
-    nothing = UserEvents(*(np.zeros(0, kind) for kind in (np.int64, np.int32, np.int8, np.int64)))
-    weak = UserEvents(np.array([1]), np.array([3], np.int32), np.array([1], np.int8), np.array([10 * DAY]))
+    nothing = Events(*(np.zeros(0, kind) for kind in (np.int64, np.int32, np.int8, np.int64)))
+    weak = Events(np.array([1]), np.array([3], np.int32), np.array([1], np.int8), np.array([10 * DAY]))
     for events in (nothing, weak):
         assert build_examples(events, POSITIVES, SNAPSHOTS, HistoryRules(4, 7))["offsets"].tolist() == [0]
         assert build_queries(events, POSITIVES, VALID, TEST, HistoryRules(4, 7))["offsets"].tolist() == [0]
@@ -161,9 +161,7 @@ def test_no_events_and_no_positives_make_no_examples():
 
 def test_a_user_with_100_000_events_is_one_of_many():
     many = 8 * DAY + 10 * np.arange(100_000)
-    events = UserEvents(
-        np.full(len(many), 2**40), np.arange(len(many), dtype=np.int32), np.zeros(len(many), np.int8), many
-    )
+    events = Events(np.full(len(many), 2**40), np.arange(len(many), dtype=np.int32), np.zeros(len(many), np.int8), many)
     made = build_examples(events, POSITIVES, SNAPSHOTS, HistoryRules(50, 90))
     assert len(made["target"]) == 100_000
     history, _, offsets = histories_of(made, np.arange(60_000, 70_000))
@@ -181,7 +179,7 @@ def users(tmp_path):
         "books": pl.Series([None] * 6, dtype=pl.List(pl.Float32)),  # nobody has one
     }
     pl.DataFrame(table).write_parquet(tmp_path / "users.parquet")
-    return tmp_path / "users.parquet"
+    return Tables(tmp_path)
 
 
 def test_user_columns_keep_order_repeats_and_nulls(users):
@@ -205,7 +203,7 @@ def test_user_columns_of_nobody_have_the_same_columns(users):
 def test_a_shard_is_read_as_it_was_written(tmp_path):
     table = {"uid": [1, 1], "gid": [4, 2], "event": [0, 1], "timestamp": [5, 9], "more": ["a", "b"]}
     pl.DataFrame(table).write_parquet(tmp_path / "shard.parquet")
-    events = UserEvents.read(tmp_path / "shard.parquet")
+    events = Events.read(tmp_path / "shard.parquet")
     assert [column.tolist() for column in vars(events).values()] == [[1, 1], [4, 2], [0, 1], [5, 9]]
 
 
@@ -215,7 +213,7 @@ def test_leave_one_out_predicts_each_event_from_those_before_it_by_a_graph_witho
     uid = np.repeat(np.arange(len(lengths)), lengths)
     time = np.concatenate([np.arange(-n, 0) for n in lengths])
     gid = np.concatenate([np.random.default_rng(n).permutation(10)[:n] for n in lengths]).astype(np.int32)
-    events = UserEvents(uid, gid, np.zeros(len(uid), np.int8), time)
+    events = Events(uid, gid, np.zeros(len(uid), np.int8), time)
     counts = {"protocol": "leave_one_out", "valid_from": 0, "test_from": 1, "end": 2}
     cuts = plan_snapshots(GraphConfig(window_days=None, cuts=3), counts, seed)[:3]
     made = build_examples(events, POSITIVES, cuts, HistoryRules(length, None))

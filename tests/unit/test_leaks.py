@@ -18,14 +18,15 @@ from recsys_ray.config import GraphConfig
 from recsys_ray.core.clock import DAY
 from recsys_ray.core.errors import LeakError
 from recsys_ray.core.snapshots import Fold, Snapshot, plan_snapshots
+from recsys_ray.data.tables import Catalogue, Events
 from recsys_ray.evaluation.ranking import batch_of
-from recsys_ray.evaluation.segments import Catalogue, Events, find_queries
+from recsys_ray.evaluation.segments import find_queries
 from recsys_ray.graph.activity import add_counts, count_shard, describe
 from recsys_ray.graph.edges import count_shard as count_pairs
 from recsys_ray.graph.edges import reduce_range
 from recsys_ray.graph.pairs import Window
 from recsys_ray.storage.artifacts import Artifact
-from recsys_ray.two_tower.examples import HistoryRules, UserEvents, build_queries, training_examples
+from recsys_ray.two_tower.examples import HistoryRules, build_queries, training_examples
 
 USERS, ITEMS = 30, 40
 VALID, TEST, END = 70 * DAY, 85 * DAY, 100 * DAY
@@ -56,7 +57,7 @@ def world(request, tmp_path):
     for number, part in enumerate((table.filter(pa.array(uid < 12)), table.filter(pa.array(uid >= 12)))):
         pq.write_table(part, tmp_path / f"shard-{number:05d}.parquet")
     words = Words(Artifact(tmp_path, {"counts": counts}))
-    return UserEvents(uid, gid, event, time), counts, plan_snapshots(GRAPH, counts, seed=4), words, tmp_path
+    return Events(uid, gid, event, time), counts, plan_snapshots(GRAPH, counts, seed=4), words, tmp_path
 
 
 def examples_of(world):
@@ -246,8 +247,8 @@ def test_activity_of_other_events(world, name):
     published, ntype = np.full(ITEMS, np.iinfo(np.int64).max), np.zeros(ITEMS, np.int16)
 
     def table(of: Snapshot) -> np.ndarray:
-        found = add_counts(count_shard(shard, of.time, [0], ITEMS, of.without) for shard in shards)
-        return describe(*found, published, ntype, of.time).astype(np.float16)
+        counts, first = add_counts(count_shard(shard, [of], [0], ITEMS) for shard in shards)
+        return describe(counts[0], first[0], published, ntype, of.time).astype(np.float16)
 
     check_activity(shards, snapshot, table(snapshot), published, ntype, [0], words)
     for wrong in wrong_ways(snapshot, counts):

@@ -15,10 +15,12 @@ from toy_graph import ToyGraph
 from recsys_ray.checks.finished_run import FinishedRun, Words
 from recsys_ray.checks.leaks_snapshots import check_snapshots
 from recsys_ray.config import Config, HgnnConfig
+from recsys_ray.core.clock import NEVER
 from recsys_ray.core.errors import LeakError
 from recsys_ray.core.progress import Progress
 from recsys_ray.core.snapshots import as_records, plan_snapshots
-from recsys_ray.graph.activity import ACTIVITY, COLUMNS, add_counts, count_shard, describe
+from recsys_ray.data.tables import Events, Tables
+from recsys_ray.graph.activity import ACTIVITY, COLUMNS, count_shard, describe
 from recsys_ray.graph.edges import count_shard as count_pairs
 from recsys_ray.graph.edges import reduce_range
 from recsys_ray.graph.pairs import Window
@@ -28,9 +30,8 @@ from recsys_ray.hgnn.signature import SignedSource, item_signatures
 from recsys_ray.scoring.choices import choices_file, count_choices
 from recsys_ray.scoring.memory import Memory, memory_file
 from recsys_ray.scoring.ridge import count_users, read_edges, solve
-from recsys_ray.storage.artifacts import Artifact, load_arrays, save_arrays
+from recsys_ray.storage.artifacts import Artifact, load_arrays, save_arrays, write_json
 from recsys_ray.two_tower.batches import ArrayFeatures
-from recsys_ray.two_tower.examples import UserEvents
 from recsys_ray.two_tower.stage import load_catalogue
 from recsys_ray.two_tower.towers import TowerSpec, TwoTower
 from recsys_ray.two_tower.training import item_vectors
@@ -65,6 +66,7 @@ def run(tmp_path) -> FinishedRun:
         "categories": ["x"], "valid_from": 70 * DAY, "test_from": 80 * DAY, "end": LAST * DAY,
         "days": [[day, 5] for day in range(LAST)],
     }  # fmt: skip
+    write_json(folders["ingest"] / "manifest.json", {"counts": counts})
     snapshots = plan_snapshots(CONFIG.graph, counts)
     text = random.normal(size=(ITEMS, TEXT)).astype(np.float16)
     save_arrays(folders["featurize"] / "text.safetensors", {"vector": text})
@@ -74,17 +76,17 @@ def run(tmp_path) -> FinishedRun:
         count_pairs(shard, tmp_path / "s" / shard.stem, windows, [0], [ITEMS], 100, CONFIG.graph.pair_half_life)
         target = folders["graph"] / "edges" / f"{s.name}.parquet"
         reduce_range(tmp_path / "s", s.name, 0, ntype, 1, CONFIG.graph.max_neighbors, 0, target)
-        found = add_counts(iter([count_shard(shard, s.time, [0], ITEMS)]))
-        activity[s.name] = describe(*found, np.full(ITEMS, np.iinfo(np.int64).max), ntype, s.time).astype(np.float16)
+        (active,), (first,) = count_shard(shard, [s], [0], ITEMS)
+        activity[s.name] = describe(active, first, np.full(ITEMS, NEVER), ntype, s.time).astype(np.float16)
     save_arrays(folders["graph"] / ACTIVITY, activity)
     write_embeddings(folders, snapshots, ids, torch.from_numpy(text.astype(np.float32)))
     write_towers(folders, text)
     for s in snapshots[-3:]:
         edges = read_edges(folders["graph"] / "edges" / f"{s.name}.parquet")
-        users = count_users(shard, s, [0], 100, ITEMS)
+        users = count_users(Events.read(shard), s, [0], 100, ITEMS)
         memory = Memory.of_edges(*edges[:2], solve(edges, users, 0, len(edges[1])), users, ntype)
         memory.save(memory_file(folders["two_tower"], s.name))
-    chosen = count_choices(UserEvents.read(shard), snapshots, [0], ITEMS)
+    chosen = count_choices(Events.read(shard), snapshots, [0], ITEMS)
     names = [s.name for s in snapshots]
     save_arrays(choices_file(folders["two_tower"]), dict(zip(names, chosen, strict=True)))
     made = {
@@ -123,7 +125,7 @@ def write_towers(folders, text):
         (folder / "items").mkdir(parents=True)
         spec.save(folder / "spec.json")
         save_file(model.state_dict(), folder / "model.safetensors")
-        catalogue = load_catalogue(folders["ingest"] / "items.parquet", folders["graph"] / ACTIVITY, ["en"], ["x"])
+        catalogue = load_catalogue(Tables(folders["ingest"]), folders["graph"] / ACTIVITY, ["en"], ["x"])
         for name in ("test", "serve"):
             stored = load_arrays(folders["hgnn"] / "embeddings" / name / "part-00000.safetensors")["embedding"]
             source = ArrayFeatures(text=text, **{f"hgnn_{name}": stored})

@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from recsys_ray.data.tables import Catalogue, Events
 from recsys_ray.evaluation.metrics import bootstrap_interval, find_hits, mean_interval, score_queries, widen
 from recsys_ray.evaluation.segments import (
     SEGMENTS,
-    Catalogue,
-    Events,
     ItemFacts,
     find_queries,
     popularity_tiers,

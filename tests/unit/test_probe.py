@@ -13,7 +13,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from recsys_ray.checks.classification import find_labels, predict, sample_items, score
 from recsys_ray.checks.probe_plot import draw_probe
 from recsys_ray.checks.similar import Period, merge_pairs, ranks, score_pairs, shared_pairs, survey_past
-from recsys_ray.evaluation.segments import Catalogue
+from recsys_ray.data.tables import Catalogue
 
 ITEMS, TEST = 24, 1000
 CATALOGUE = Catalogue(("a", "b"), np.array([0, 10, ITEMS]), np.ones(ITEMS, bool))

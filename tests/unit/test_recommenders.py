@@ -14,10 +14,11 @@ from colour_world import CATALOGUE, ITEMS, PER_TYPE, USERS, colour_events, fit, 
 from recsys_ray.baselines import BASELINES
 from recsys_ray.baselines.histories import HistoryRule
 from recsys_ray.baselines.vectors import MeanVectors
+from recsys_ray.data.tables import Catalogue, Events
 from recsys_ray.evaluation import ranking as recommenders
 from recsys_ray.evaluation.given import ReadyLists, Tower
 from recsys_ray.evaluation.ranking import Recommender, Scorer, UserBatch, batch_of, rank, rank_queries, top_k
-from recsys_ray.evaluation.segments import SEGMENTS, Catalogue, Events, find_queries
+from recsys_ray.evaluation.segments import SEGMENTS, find_queries
 
 HISTORY = colour_events()
 POPULARITY = np.bincount(HISTORY.gid, minlength=ITEMS)

@@ -11,7 +11,8 @@ from recsys_ray.config import SplitConfig
 from recsys_ray.core.clock import DAY, calendar_end, is_leave_one_out
 from recsys_ray.core.errors import DataError
 from recsys_ray.data.split import END, TEST_FROM, VALID_FROM, logical_times, plan_split
-from recsys_ray.evaluation.segments import Catalogue, Events, find_queries
+from recsys_ray.data.tables import Catalogue, Events
+from recsys_ray.evaluation.segments import find_queries
 
 LIKED = {"stream"}
 ITEMS = 8

@@ -6,11 +6,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
-from recsys_ray.data.tables import Events, Tables, nobody_had, traits_of, whole_users
 
 from recsys_ray.core.clock import DAY, NEVER, days_before
 from recsys_ray.core.errors import ArtifactError
+from recsys_ray.data.tables import Events, Tables, traits_of, whole_users
 
 
 @pytest.fixture
@@ -95,11 +94,6 @@ def test_what_is_missing_is_said_in_a_sentence(tmp_path):
     for ask in (lambda t: t.counts, lambda t: t.shards, lambda t: t.items("item_id")):
         with pytest.raises(ArtifactError, match="run ingest again"):
             ask(Tables(tmp_path))
-
-
-def test_nobody_had_an_item_without_a_positive_event():
-    assert nobody_had(np.array([0, 2, 0])).tolist() == [True, False, True]
-    assert nobody_had(torch.tensor([0.0, 0.1])).tolist() == [True, False]
 
 
 def test_a_window_of_days_ends_at_a_moment():
