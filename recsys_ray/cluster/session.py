@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -47,6 +48,26 @@ def _container_limit(cgroup: Path) -> int:
 
 
 @contextmanager
+def without_lines(text: bytes) -> Iterator[None]:
+    """Hold back what this process writes to standard error in the block, C++ included; then pass on all but the lines
+    that hold ``text``."""
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with tempfile.TemporaryFile() as aside:
+        os.dup2(aside.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(terminal, 2)
+            os.close(terminal)
+            aside.seek(0)
+            for line in aside:
+                if text not in line:
+                    os.write(2, line)
+
+
+@contextmanager
 def ray_session(config: RayConfig) -> Iterator[int]:
     """Start a local Ray or join a cluster; yields the number of CPUs to plan for.
 
@@ -65,15 +86,19 @@ def ray_session(config: RayConfig) -> Iterator[int]:
         return
     if config.address == "local":
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a throw-away Ray that listens on this machine alone
-        ray.init(
-            "local",
-            num_cpus=cpus + LOGICAL_CPUS_TO_SPARE,
-            include_dashboard=config.dashboard,
-            object_store_memory=config.object_store_mb * 1024 * 1024,
-            log_to_driver=bool(os.environ.get("RECSYS_RAY_WORKER_LOGS")),
-            logging_level=logging.ERROR,
-            configure_logging=True,
-        )
+        # Ray's C++ parts warn on the terminal of what is no mistake; what fails is raised all the same. But of this
+        # setting they print a line, before it counts.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        with without_lines(b"Set ray log level from environment variable"):
+            ray.init(
+                "local",
+                num_cpus=cpus + LOGICAL_CPUS_TO_SPARE,
+                include_dashboard=config.dashboard,
+                object_store_memory=config.object_store_mb * 1024 * 1024,
+                log_to_driver=bool(os.environ.get("RECSYS_RAY_WORKER_LOGS")),
+                logging_level=logging.ERROR,
+                configure_logging=True,
+            )
     else:
         try:
             ray.init(config.address, logging_level=logging.WARNING)

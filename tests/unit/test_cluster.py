@@ -1,10 +1,11 @@
 """How many CPUs a container grants."""
 
+import os
 import sys
 
 import pytest
 
-from recsys_ray.cluster.session import _container_limit, granted_cpus
+from recsys_ray.cluster.session import _container_limit, granted_cpus, without_lines
 
 
 @pytest.mark.parametrize(
@@ -27,3 +28,12 @@ def test_the_limit_of_a_container_is_read_from_its_control_group(tmp_path, files
 
 def test_at_least_one_cpu_is_granted():
     assert granted_cpus() >= 1
+
+
+def test_a_line_of_cpp_is_held_back_and_all_others_come(capfd):
+    with pytest.raises(ValueError, match="on"), without_lines(b"noise"):
+        os.write(2, b"one\nsome noise here\n")
+        os.write(2, b"two\n")
+        raise ValueError("on")
+    os.write(2, b"noise afterwards\n")
+    assert capfd.readouterr().err == "one\ntwo\nnoise afterwards\n"
