@@ -152,6 +152,7 @@ def serving(
     with ray_session(ray_config):
         from ray import serve
 
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # of this process: what it does is told below
         if threading.current_thread() is threading.main_thread():
             for number, handler in handlers.items():  # Ray has put its own in their place, which aborts at SIGTERM
                 signal.signal(number, handler)
