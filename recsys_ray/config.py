@@ -412,7 +412,8 @@ def _is_text(names: Sequence[str], text: str) -> bool:
             return False
         kind = kind.model_fields[name].annotation
     kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    return str in kinds and not (text.lstrip().startswith("[") and any(get_origin(each) is list for each in kinds))
+    only_text = set(kinds) <= {str, type(None)}
+    return str in kinds and (only_text or not text.lstrip().startswith("["))
 
 
 def field_names(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:

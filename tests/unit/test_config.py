@@ -38,6 +38,8 @@ def test_text_is_taken_as_it_is(tmp_path):
         load_config(tmp_path / "c.yaml")
     config = load_config(tmp_path / "c.yaml", ["events.weak=[no]", "hgnn.balanced=no", "hgnn.max_steps=null"])
     assert (config.run_dir, config.events.positives, config.events.weak) == ("2024-06-01", ["7"], ["no"])
+    assert load_config(None, ["data.items=a #2"]).data.items == "a #2"
+    assert load_config(None, ["data.items=[a, 2024-06-01]"]).data.items == ["a", "2024-06-01"]
     assert load_config(None, ["evaluate.baselines=[ease, popularity]"]).evaluate.baselines == ("popularity", "ease")
     assert config.hgnn.balanced is False and config.hgnn.max_steps is None
 
