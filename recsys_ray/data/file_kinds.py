@@ -47,7 +47,11 @@ _TEXT: tuple[tuple[re.Pattern[bytes], str, str], ...] = (
     (re.compile(rb"<(!doctype html|html|head|body)", re.I), "a page of HTML (often a login or an error)", _DOWNLOAD),
     (re.compile(rb"<\?xml|<[a-z]+[ >]", re.I), "XML", _CONVERT),
     (re.compile(rb'\{\s*"|\[\s*[{\[]'), "JSON", _CONVERT),
-    (re.compile(rb'"?sep=.{1,2}\r?\n', re.I), "begun by Excel's line 'sep='", "remove this first line"),
+    (
+        re.compile(rb'"?sep=.{1,2}\r?\n', re.I),
+        "not CSV as it is read here: it begins with Excel's line 'sep='",
+        "remove this first line",
+    ),
 )
 _DIVIDERS = {
     "::": "'::'",

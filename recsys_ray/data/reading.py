@@ -24,7 +24,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from recsys_ray.cluster.session import LOGICAL_CPUS_TO_SPARE
-from recsys_ray.core.errors import DataError
+from recsys_ray.core.errors import DataError, UserError
 from recsys_ray.core.progress import Progress
 from recsys_ray.data.csv_records import LONGEST, Piece, Records
 from recsys_ray.data.file_kinds import HEAD, bad_utf8, not_our_csv, not_parquet, not_that_kind
@@ -377,14 +377,14 @@ def run_tasks(
 
 
 def _run_one(work: Callable[[int], dict[str, Any]], done: str, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """One task. A DataError travels as a value: Ray would wrap it and retry."""
+    """One task. A UserError travels as a value: Ray would wrap it and retry."""
     pa.set_cpu_count(1)  # Ray granted one CPU
     i = int(batch["i"][0])
     error, result = "", {}
     try:
         result = work(i)
         write_json(Path(done) / f"{i:05d}.json", result)
-    except DataError as problem:
+    except UserError as problem:  # of the table, or of the store that it lies in
         error = str(problem)
     return {"i": np.array([i]), "error": np.array([error]), "result": np.array([json.dumps(result)])}
 
