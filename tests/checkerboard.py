@@ -18,7 +18,7 @@ from recsys_ray.core.snapshots import Snapshot
 from recsys_ray.data.tables import Events
 from recsys_ray.graph.activity import COLUMNS
 from recsys_ray.scoring.choose import Moment
-from recsys_ray.two_tower.batches import ArrayFeatures, Catalogue
+from recsys_ray.two_tower.batches import ArrayFeatures, ItemFeatures
 from recsys_ray.two_tower.examples import HistoryRules, build_examples, build_queries, validation_examples
 from recsys_ray.two_tower.rows import take
 from recsys_ray.two_tower.towers import TowerSpec, TwoTower
@@ -67,13 +67,13 @@ def board_features(telling: str) -> ArrayFeatures:
     return ArrayFeatures(text=vectors(telling == "text"), **tables)
 
 
-def board_catalogue() -> Catalogue:
+def board_catalogue() -> ItemFeatures:
     """No language or category tells the board; item 0 has two categories, the others none."""
     offsets = torch.full((ITEMS + 1,), 2)
     offsets[0] = 0
     kinds = torch.arange(ITEMS) // (2 * LIKED)
     quiet = {s.name: torch.zeros(ITEMS, ACTIVITY) for s in SNAPSHOTS}
-    return Catalogue(kinds, torch.zeros(ITEMS, dtype=torch.int64), torch.tensor([1, 2]), offsets, quiet)
+    return ItemFeatures(kinds, torch.zeros(ITEMS, dtype=torch.int64), torch.tensor([1, 2]), offsets, quiet)
 
 
 def board_task(telling: str = "hgnn", with_hgnn: bool = True, rows: slice = slice(None), id_dim: int = 0) -> TowerTask:

@@ -22,9 +22,9 @@ from recsys_ray.demo.world import (
     MUSIC,
     START,
     USERS,
-    Catalogue,
     Ints,
     Users,
+    WorldItems,
     WorldSpec,
     catalogue_of,
     draw_rows,
@@ -54,7 +54,7 @@ class Events:
     time: Ints
 
 
-def shard_of(spec: WorldSpec, shard: int) -> tuple[Catalogue, Users, Events]:
+def shard_of(spec: WorldSpec, shard: int) -> tuple[WorldItems, Users, Events]:
     """Everything that happens to the users of one shard."""
     catalogue = catalogue_of(spec)
     rng = np.random.default_rng([spec.seed, USERS, shard])
@@ -69,7 +69,7 @@ def shard_of(spec: WorldSpec, shard: int) -> tuple[Catalogue, Users, Events]:
     return catalogue, users, events
 
 
-def _visit(catalogue: Catalogue, users: Users, rng: np.random.Generator) -> tuple[Ints, Ints, Ints]:
+def _visit(catalogue: WorldItems, users: Users, rng: np.random.Generator) -> tuple[Ints, Ints, Ints]:
     """Visits: user, item, time, sorted by (user, time)."""
     user = np.repeat(np.arange(len(users)), users.visits)
     time = _sessions(users, user, rng)
@@ -99,7 +99,7 @@ def _sessions(users: Users, user: Ints, rng: np.random.Generator) -> Ints:
 
 
 def _draw_topics(
-    catalogue: Catalogue, users: Users, user: Ints, kind: Ints, time: Ints, rng: np.random.Generator
+    catalogue: WorldItems, users: Users, user: Ints, kind: Ints, time: Ints, rng: np.random.Generator
 ) -> Ints:
     passed = ((time - START) / (END - START))[:, None]
     weights = (1 - passed) * users.weights[0, kind, user] + passed * users.weights[1, kind, user]
@@ -109,7 +109,7 @@ def _draw_topics(
     return np.where(rng.random(len(user)) < BACKGROUND, anything, users.interests[user, slot])
 
 
-def match(catalogue: Catalogue, users: Users, rows: Ints, items: slice) -> NDArray[np.float64]:
+def match(catalogue: WorldItems, users: Users, rows: Ints, items: slice) -> NDArray[np.float64]:
     """How much each of the users likes each of the items, times their popularity: positive, [rows, items]."""
     style = np.einsum("ud,id->ui", users.style[rows], catalogue.style[items])
     native = users.language[rows][:, None] == catalogue.language[items]
@@ -119,7 +119,7 @@ def match(catalogue: Catalogue, users: Users, rows: Ints, items: slice) -> NDArr
     return np.exp(_STYLE_STRENGTH * style + catalogue.popularity[items]) * language
 
 
-def presence(catalogue: Catalogue, items: slice, time: Ints) -> NDArray[np.float64]:
+def presence(catalogue: WorldItems, items: slice, time: Ints) -> NDArray[np.float64]:
     """How visible items are at given times: 0 before publication and after withdrawal, more while new. [time, items]"""
     age = time[:, None] - catalogue.published[items]
     there = (age >= 0) & (time[:, None] < catalogue.withdrawn[items])
@@ -127,7 +127,7 @@ def presence(catalogue: Catalogue, items: slice, time: Ints) -> NDArray[np.float
 
 
 def _draw_items(
-    catalogue: Catalogue, users: Users, user: Ints, cell: Ints, time: Ints, rng: np.random.Generator
+    catalogue: WorldItems, users: Users, user: Ints, cell: Ints, time: Ints, rng: np.random.Generator
 ) -> Ints:
     """One item per visit to a cell (a topic of a type), -1 where the cell has nothing for the user yet."""
     uniform, out = rng.random(len(user)), np.full(len(user), -1)
@@ -143,7 +143,7 @@ def _draw_items(
     return out
 
 
-def _react(catalogue: Catalogue, user: Ints, item: Ints, time: Ints, rng: np.random.Generator) -> Events:
+def _react(catalogue: WorldItems, user: Ints, item: Ints, time: Ints, rng: np.random.Generator) -> Events:
     """Visits become events. The first visit of a user to an item is a discovery; later ones may be streams again."""
     n, kind = len(user), catalogue.type[item].astype(np.int64)
     # visits are sorted by (user, time), so the first of each pair is the discovery

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from recsys_ray.core.clock import DAY
 from recsys_ray.demo.events import BACKGROUND, STREAM, Events, match, presence
-from recsys_ray.demo.world import DAY, END, SAMPLE, START, TYPES, Catalogue, Ints, Users, WorldSpec
+from recsys_ray.demo.world import END, SAMPLE, START, TYPES, Ints, Users, WorldItems, WorldSpec
 
 LIST_LENGTH = 100
 HITS_AT = 10
@@ -32,7 +33,7 @@ class Rankings:
     counted: NDArray[np.int64] = field(default_factory=lambda: np.zeros((len(TYPES), 2), np.int64))
 
 
-def rank(spec: WorldSpec, shard: int, catalogue: Catalogue, users: Users, events: Events) -> Rankings:
+def rank(spec: WorldSpec, shard: int, catalogue: WorldItems, users: Users, events: Events) -> Rankings:
     """Rankings for the users of a shard that streamed in the test period (a seeded sample of them in large worlds)."""
     before = events.time < spec.test_from
     touched = np.unique(events.user[before] * len(catalogue.type) + events.item[before])
@@ -87,7 +88,7 @@ def _best(scores: NDArray[np.float64]) -> Ints:
     return np.take_along_axis(top, order, axis=1)
 
 
-def _scores(spec: WorldSpec, catalogue: Catalogue, users: Users, rows: Ints, kind: int) -> NDArray[np.float64]:
+def _scores(spec: WorldSpec, catalogue: WorldItems, users: Users, rows: Ints, kind: int) -> NDArray[np.float64]:
     """Probability of each item of the type to be what a user turns to next in the test period, [rows, items]."""
     items, topics = catalogue.span(kind), len(catalogue.theme)
     days = spec.test_from + np.arange(spec.test_days) * DAY + DAY // 2
@@ -103,7 +104,7 @@ def _scores(spec: WorldSpec, catalogue: Catalogue, users: Users, rows: Ints, kin
     return live * per_topic[:, catalogue.topic[items]]
 
 
-def _topic_chances(catalogue: Catalogue, users: Users, rows: Ints, kind: int, time: int) -> NDArray[np.float64]:
+def _topic_chances(catalogue: WorldItems, users: Users, rows: Ints, kind: int, time: int) -> NDArray[np.float64]:
     """Probability of each topic for a discovery at a time, [rows, topics]."""
     passed = (time - START) / (END - START)
     weights = (1 - passed) * users.weights[0, kind, rows] + passed * users.weights[1, kind, rows]

@@ -18,9 +18,9 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from recsys_ray.core.clock import DAY
 from recsys_ray.demo.texts import LANGUAGES, THEME_AGES, THEMES, split_topic
 
-DAY = 86_400
 END = int(datetime(2026, 1, 1, tzinfo=UTC).timestamp())  # events are before it
 START = END - 365 * DAY
 TYPES = ("audiobook", "music", "podcast")
@@ -88,7 +88,7 @@ def spec_for(events: int, seed: int) -> WorldSpec:
 
 
 @dataclass(frozen=True)
-class Catalogue:
+class WorldItems:
     """Hidden and visible traits of every item, sorted by (type, topic): arrays of one entry per item.
 
     ``cells[type * topics + topic]`` is the first item of a topic within a type; ``topic_share`` [types, topics] is how
@@ -119,13 +119,13 @@ class Catalogue:
         return slice(int(self.cells[kind * topics]), int(self.cells[(kind + 1) * topics]))
 
 
-def catalogue_of(spec: WorldSpec) -> Catalogue:
+def catalogue_of(spec: WorldSpec) -> WorldItems:
     """The catalogue of a spec; the last one is kept, because every shard of a worker needs it."""
     return _catalogue(spec.seed, tuple(spec.items[name] for name in TYPES), spec.topics, spec.test_from)
 
 
 @lru_cache(maxsize=1)
-def _catalogue(seed: int, sizes: tuple[int, ...], topics: int, test_from: int) -> Catalogue:
+def _catalogue(seed: int, sizes: tuple[int, ...], topics: int, test_from: int) -> WorldItems:
     rng = np.random.default_rng([seed, CATALOGUE])
     kind = np.repeat(np.arange(3, dtype=np.int8), sizes)
     n = len(kind)
@@ -144,7 +144,7 @@ def _catalogue(seed: int, sizes: tuple[int, ...], topics: int, test_from: int) -
     published = _publish(kind, rng)
     gone = rng.random(n) < 0.015
     leave = published + (rng.random(n) * np.maximum(test_from - published, 1)).astype(np.int64)
-    return Catalogue(
+    return WorldItems(
         type=kind,
         topic=topic,
         number=np.concatenate([rng.permutation(size) for size in sizes]),
@@ -196,7 +196,7 @@ class Users:
         return len(self.arrival)
 
 
-def users_of(spec: WorldSpec, catalogue: Catalogue, shard: int, rng: np.random.Generator) -> Users:
+def users_of(spec: WorldSpec, catalogue: WorldItems, shard: int, rng: np.random.Generator) -> Users:
     """Draw the users of a shard."""
     first = shard * spec.users_per_shard
     n = min(spec.users_per_shard, spec.users - first)
@@ -246,7 +246,7 @@ def _adoption(arrival: Ints, rng: np.random.Generator) -> tuple[Floats, Ints]:
     return share.astype(np.float32), np.where(adopts & (earliest < END), moment, END).astype(np.int64)
 
 
-def _interests(catalogue: Catalogue, themes: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.int32]:
+def _interests(catalogue: WorldItems, themes: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.int32]:
     """Topics that each user follows: a theme by affinity, then a topic of it."""
     n = len(themes)
     chosen = draw_rows(themes[:, None, :], rng.random((n, _INTERESTS)))
@@ -262,7 +262,7 @@ def _interest_weights(n: int, rng: np.random.Generator) -> Floats:
 
 
 def topic_in_theme(
-    catalogue: Catalogue, kind: NDArray[np.int64], theme: Ints, draw: NDArray[np.float64]
+    catalogue: WorldItems, kind: NDArray[np.int64], theme: Ints, draw: NDArray[np.float64]
 ) -> NDArray[np.int64]:
     """A topic of each theme, by its share within the type."""
     out = np.empty(theme.shape, np.int64)

@@ -25,7 +25,7 @@ class FeatureSource(Protocol):
 
 
 @dataclass(frozen=True)
-class Catalogue:
+class ItemFeatures:
     """The catalogue's narrow features, small enough for every rank."""
 
     ntype: Int64[Tensor, "items"]
@@ -73,7 +73,7 @@ class Batch:
 
 
 def tables_for(
-    source: FeatureSource, spec: TowerSpec, catalogue: Catalogue, snapshot: str, gids: Int64[Tensor, "N"]
+    source: FeatureSource, spec: TowerSpec, catalogue: ItemFeatures, snapshot: str, gids: Int64[Tensor, "N"]
 ) -> ItemTables:
     """Text vectors and HGNN embeddings (as of ``snapshot``) of these items, and whose own vectors they may show."""
     hgnn = source.features(f"hgnn_{snapshot}", gids) if spec.hgnn_dim else None
@@ -96,7 +96,7 @@ def user_inputs(examples: Examples, rows: np.ndarray, spec: TowerSpec) -> UserIn
 
 
 def make_batch(
-    examples: Examples, rows: np.ndarray, spec: TowerSpec, source: FeatureSource, catalogue: Catalogue,
+    examples: Examples, rows: np.ndarray, spec: TowerSpec, source: FeatureSource, catalogue: ItemFeatures,
     names: Mapping[int, str],
 ) -> Batch:  # fmt: skip
     """Assemble the examples ``rows``, all of one snapshot; ``names`` are the snapshots'."""

@@ -33,7 +33,7 @@ from recsys_ray.scoring.scorer import ScoreSpec
 from recsys_ray.storage.artifacts import MANIFEST, SCRATCH, Artifact, load_arrays, write_json
 from recsys_ray.storage.checkpoint import load_checkpoint, read_state, save_checkpoint
 from recsys_ray.storage.outputs import current_folder
-from recsys_ray.two_tower.batches import Catalogue, batches_in, country_index
+from recsys_ray.two_tower.batches import ItemFeatures, batches_in, country_index
 from recsys_ray.two_tower.examples import (
     HistoryRules,
     build_queries,
@@ -233,7 +233,7 @@ def _collect(name: str, order: tuple[str, ...]) -> Examples:
     return take(joined, np.lexsort([joined[key] for key in order[::-1]]))
 
 
-def load_catalogue(ingest: Tables, activity: str | Path, languages: list[str], categories: list[str]) -> Catalogue:
+def load_catalogue(ingest: Tables, activity: str | Path, languages: list[str], categories: list[str]) -> ItemFeatures:
     """Narrow features of all items, by gid."""
     frame = pl.from_arrow(ingest.items("ntype", "language", "categories"))
     assert isinstance(frame, pl.DataFrame)
@@ -242,7 +242,7 @@ def load_catalogue(ingest: Tables, activity: str | Path, languages: list[str], c
 
 def catalogue_of(
     frame: pl.DataFrame, activity: Mapping[str, np.ndarray], languages: list[str], categories: list[str]
-) -> Catalogue:
+) -> ItemFeatures:
     """Narrow features of the rows of ``frame`` (ntype, language, categories); ``activity``: snapshot -> table.
 
     A language or category outside the vocabulary counts as unknown.
@@ -253,7 +253,7 @@ def catalogue_of(
     known = {name: number + 1 for number, name in enumerate(categories)}
     flat = lists.explode(empty_as_null=False).replace_strict(known, default=0, return_dtype=pl.Int64)
     offsets = np.concatenate([[0], np.cumsum(lists.list.len().to_numpy())]).astype(np.int64)
-    return Catalogue(
+    return ItemFeatures(
         torch.from_numpy(frame["ntype"].cast(pl.Int64).to_numpy().copy()),
         torch.from_numpy(language.to_numpy().copy()),
         torch.from_numpy(flat.to_numpy().astype(np.int64)),

@@ -18,8 +18,8 @@ from recsys_ray.scoring.choose import Chosen, Moment, Queries, Users, choose
 from recsys_ray.scoring.scorer import ScoreSpec
 from recsys_ray.two_tower.batches import (
     Batch,
-    Catalogue,
     FeatureSource,
+    ItemFeatures,
     batches_in,
     epoch_batches,
     make_batch,
@@ -45,7 +45,7 @@ class TowerTask:
 
     spec: TowerSpec
     source: FeatureSource
-    catalogue: Catalogue
+    catalogue: ItemFeatures
     examples: Examples
     queries: Examples
     later: Examples
@@ -160,7 +160,9 @@ class TowerTrainer:
         )
 
 
-def item_vectors(model: TwoTower, source: FeatureSource, catalogue: Catalogue, snapshot: str) -> Float[Tensor, "N D"]:
+def item_vectors(
+    model: TwoTower, source: FeatureSource, catalogue: ItemFeatures, snapshot: str
+) -> Float[Tensor, "N D"]:
     """Vectors of all items as of a snapshot."""
     chunks = []
     with torch.no_grad():
@@ -172,7 +174,7 @@ def item_vectors(model: TwoTower, source: FeatureSource, catalogue: Catalogue, s
 
 
 def user_vectors(
-    model: TwoTower, source: FeatureSource, catalogue: Catalogue, snapshot: str, examples: Examples, rows: np.ndarray
+    model: TwoTower, source: FeatureSource, catalogue: ItemFeatures, snapshot: str, examples: Examples, rows: np.ndarray
 ) -> Float[Tensor, "B D"]:
     """Vectors of the users of these rows, with item features as of a snapshot."""
     users = user_inputs(examples, rows, model.user.spec)

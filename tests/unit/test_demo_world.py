@@ -10,13 +10,14 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
+from recsys_ray.core.clock import DAY
 from recsys_ray.core.errors import DataError
 from recsys_ray.core.progress import Progress
 from recsys_ray.demo import world as demo_world
 from recsys_ray.demo.events import EVENTS, STREAM, Events, shard_of
 from recsys_ray.demo.oracle import rank
 from recsys_ray.demo.texts import ANGLES, LANGUAGES, THEMES, topic_words
-from recsys_ray.demo.world import DAY, END, START, TYPES, spec_for
+from recsys_ray.demo.world import END, START, TYPES, spec_for
 from recsys_ray.demo.write import items_table, users_table, write_demo
 
 SPEC = spec_for(20_000, seed=3)
