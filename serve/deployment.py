@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recsys_ray.bundle.build import find_bundle
+from recsys_ray.bundle.build import find_bundle, locate_bundle
 from recsys_ray.cluster.session import granted_cpus, ray_session
 from recsys_ray.config import RayConfig
 from recsys_ray.core.errors import UserError
@@ -108,7 +108,7 @@ def application(args: Mapping[str, Any]) -> Application:
     """Serve's application builder.
 
     Args:
-        args: ``bundle`` (path that every node can read; may be overridden by ``user_config`` of the deployment),
+        args: ``bundle`` (path or URI that every node can read; may be overridden by ``user_config`` of the deployment),
             ``examples`` (bool), ``replicas``, ``max_replicas``, ``ongoing``, ``queued`` (see :class:`Scaling`).
     """
     from ray import serve
@@ -142,7 +142,7 @@ def serving(
     Raises:
         UserError: the port is taken, there is no bundle, or it cannot be loaded.
     """
-    folder, scaling = find_bundle(bundle), scaling or Scaling()
+    place, scaling = str(locate_bundle(bundle)), scaling or Scaling()
     most = max(scaling.replicas, scaling.max_replicas or 0)
     if address == "local":
         _check_port(host, port)
@@ -157,13 +157,13 @@ def serving(
             for number, handler in handlers.items():  # Ray has put its own in their place, which aborts at SIGTERM
                 signal.signal(number, handler)
 
-        arguments = {"bundle": folder, "examples": examples, **vars(scaling)}
+        arguments = {"bundle": place, "examples": examples, **vars(scaling)}
         try:
             serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
             try:
                 serve.run(application(arguments), name=NAME, route_prefix="/")
             except RuntimeError as error:
-                raise UserError(f"{folder} could not be served: {error}") from error
+                raise UserError(f"{place} could not be served: {error}") from error
             shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host
             yield f"http://{shown}:{port}"
         finally:

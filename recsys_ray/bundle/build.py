@@ -71,7 +71,8 @@ from recsys_ray.storage.artifacts import (
     save_arrays,
     write_json,
 )
-from recsys_ray.storage.outputs import current_folder, find_finished, set_current, work_folder
+from recsys_ray.storage.outputs import current_place, find_finished, set_current, work_folder
+from recsys_ray.storage.store import Place, local_output
 from recsys_ray.two_tower.batches import country_index
 from recsys_ray.two_tower.towers import load_item_ids
 
@@ -172,17 +173,23 @@ def version_name(end: int, expected: str) -> str:
 
 
 def find_bundle(path: str | Path) -> Path:
-    """The concrete folder that ``path`` means: a bundle, a folder of bundles (``bundles`` or ``bundles/current``: the
-    current one), or a run's folder.
+    """The local folder of the bundle that ``path`` means, which may be a URI. Of a bundle in an object store it is the
+    node's copy. Arguments and errors as :func:`locate_bundle`."""
+    return local_output(locate_bundle(path))
+
+
+def locate_bundle(path: str | Path) -> Place:
+    """Where the bundle is that ``path`` or URI means: a bundle, a folder of bundles (``bundles`` or
+    ``bundles/current``: the current one), or a run's folder.
 
     Raises:
         ArtifactError: there is no bundle.
     """
-    given = Path(path)
-    parents = (given, given / "bundles", *([given.parent] if given.stem == "current" else []))
-    for folder in (given, *(current_folder(parent) for parent in parents)):
-        if folder and (folder / "manifest.json").is_file() and (folder / "user_tower").is_dir():
-            return folder.resolve()
+    given = Place(str(path))
+    parents = [given, given / "bundles", *([given / ".."] if Path(given.name).stem == "current" else [])]
+    for place in (given, *(current_place(parent) for parent in parents)):
+        if place and (place / "manifest.json").exists() and (place / "user_tower").exists():
+            return Place(str(place.local.resolve())) if place.is_local else place
     raise ArtifactError(f"{given} is no bundle and holds none; 'recsys-ray run' or 'recsys-ray index' builds one")
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from recsys_ray.core.errors import ArtifactError
 from recsys_ray.storage.artifacts import MANIFEST, Artifact, open_artifact, write_json
+from recsys_ray.storage.store import Place
 
 POINTER = "current.json"
 
@@ -37,13 +38,18 @@ def current_output(run_dir: str | Path, stage: str) -> Artifact:
 
 def current_folder(parent: Path) -> Path | None:
     """The folder that the pointer in ``parent`` names; None without a pointer. Nobody looks whether it is there."""
+    place = current_place(Place(str(parent)))
+    return place.local if place else None
+
+
+def current_place(parent: Place) -> Place | None:
+    """As :func:`current_folder`, wherever it lies."""
     try:
-        named = json.loads((parent / POINTER).read_text(encoding="utf-8"))["output"]
+        return parent / json.loads((parent / POINTER).read())["output"]
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError):
         raise ArtifactError(f"{parent / POINTER} is damaged; remove it and run the stage again") from None
-    return Path(os.path.normpath(parent / named))
 
 
 def set_current(parent: Path, output: Path) -> None:

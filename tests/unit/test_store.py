@@ -14,10 +14,13 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
+from bundle_world import make_world
 from moto.server import ThreadedMotoServer
 
+from recsys_ray.bundle.build import find_bundle, locate_bundle
 from recsys_ray.core.errors import ArtifactError, DataError, UserError
 from recsys_ray.data.reading import find_source, read_batches
+from recsys_ray.serving.recommender import Recommender
 from recsys_ray.storage.artifacts import open_artifact, publish
 from recsys_ray.storage.store import Place, local_output, source_fingerprint
 
@@ -197,3 +200,17 @@ def test_tables_are_read_where_they_lie(place, tmp_path):
     assert [table["event"].to_pylist()[0] for table in rows] == ["follow", "follow", "stream"]
     with pytest.raises(DataError, match="there is no file or folder at"):
         find_source("interactions", str(place / "nowhere"))
+
+
+def test_a_bundle_answers_from_where_it_lies(place, tmp_path):
+    world = make_world(tmp_path / "world")
+    made = world.bundle()
+    with pytest.raises(ArtifactError, match="is no bundle and holds none"):
+        find_bundle(str(place))
+    (place / "bundles").upload(made.path.parent)
+    for given in (place, place / "bundles", place / "bundles" / "current", place / "bundles" / made.path.name):
+        assert locate_bundle(str(given)).name == made.path.name
+        assert Recommender.load(str(given), warm=False).version == made.counts["version"]
+    user = world.user_ids[5]
+    here, there = (Recommender.load(path).recommend(user_id=user, k=20) for path in (made.path, str(place)))
+    assert here == there
