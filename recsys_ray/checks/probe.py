@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -21,6 +20,7 @@ from rich.table import Table
 from recsys_ray.checks import classification, similar
 from recsys_ray.checks.classification import Labels
 from recsys_ray.checks.similar import Period
+from recsys_ray.cluster.pool import in_parallel
 from recsys_ray.cluster.train import seed_from
 from recsys_ray.config import Config
 from recsys_ray.core.progress import Progress
@@ -95,7 +95,7 @@ def _classify(
 ) -> list[Row]:
     """One task for each target and kind of vectors, on a sample of items that is the same for all kinds."""
     scratch.mkdir(parents=True, exist_ok=True)
-    jobs = []
+    calls = []
     for target, kind in itertools.product(labels, (*SINGLE, JOINED)):
         seed = seed_from(config.seed, "probe", target) % 2**32
         chosen = classification.sample_items(labels[target], config.probe.items, seed)
@@ -103,10 +103,10 @@ def _classify(
         task = (np.concatenate(parts, axis=1), labels[target].codes[chosen], config.probe.folds)
         facts = {"target": target, "vectors": kind, "classes": len(labels[target].names)}
         done = scratch / f"{target}-{kind}.json"
-        jobs.append((_classify_one, *task, config.evaluate.bootstrap, seed, facts, done))
-    with progress.task("classification", len(jobs), "fits") as shown:
+        calls.append((_classify_one, *task, config.evaluate.bootstrap, seed, facts, done))
+    with progress.task("classification", len(calls), "fits") as shown:
         rows = []
-        for row in _in_order(jobs):
+        for row in in_parallel(calls, ordered=True):
             rows.append(row)
             shown.advance(detail=f"{row['target']} from {row['vectors']}: macro-F1 {row['macro_f1']:.3f}")
     return rows
@@ -125,13 +125,6 @@ def _classify_one(
     return row
 
 
-def _in_order(jobs: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
-    """Results of ``(function, *arguments)`` as Ray tasks of one CPU, in the order of the jobs."""
-    waiting = [ray.remote(num_cpus=1)(function).remote(*arguments) for function, *arguments in jobs]
-    for reference in waiting:
-        yield ray.get(reference)
-
-
 # -- similar items -------------------------------------------------------------------------------------------------
 
 
@@ -144,7 +137,7 @@ def _look_up(
     with progress.task("pairs of the test period", 2 * len(shards), "shards") as shown:
 
         def over_shards(function: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
-            for result in _in_order([(function, shard, period, *arguments) for shard in shards]):
+            for result in in_parallel([(function, shard, period, *arguments) for shard in shards], ordered=True):
                 shown.advance()
                 yield result
 

@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import ray
 
 from recsys_ray.core.errors import UserError
 
+Call = tuple[Any, ...]  # a function and its arguments
 
-def in_parallel(jobs: list[tuple[Any, ...]], cpus: int) -> Iterator[Any]:
-    """Run ``(function, *arguments)`` as Ray tasks, ``cpus`` at a time; yields results as they come."""
-    waiting, running = list(reversed(jobs)), list[Any]()
-    while waiting or running:
-        while waiting and len(running) < max(cpus, 1):
-            function, *arguments = waiting.pop()
+
+def in_parallel(calls: Iterable[Call], limit: int | None = None, ordered: bool = False) -> Iterator[Any]:
+    """Run each call as a Ray task of one CPU, and yield what they return as it comes, or in the calls' order.
+
+    Args:
+        limit: tasks that may run, wait for a CPU or wait to be taken; what they were given and return is held as long.
+            Default: twice the CPUs of the cluster, so that no CPU waits for this loop.
+
+    Raises:
+        UserError: a task raised one; any other error comes with Ray's traceback.
+    """
+    limit = limit or 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    left, running = iter(calls), deque[Any]()
+    while True:
+        while len(running) < limit and (call := next(left, None)):
+            function, *arguments = call
             running.append(ray.remote(num_cpus=1)(function).remote(*arguments))
-        done, running = ray.wait(running)
-        yield result_of(done[0])
+        if not running:
+            return
+        done = running[0] if ordered else ray.wait(list(running))[0][0]
+        running.remove(done)
+        yield result_of(done)
 
 
 def alone(function: Any, *arguments: Any, cpus: int, seconds: float | None = None) -> Any:

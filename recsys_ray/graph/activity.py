@@ -67,11 +67,11 @@ def write_activity(
     tables = Tables(ingest_dir)
     published, ntype = tables.published_in_time, tables.ntype
     arguments = ray.put(list(snapshots)), tables.codes(config.events.positives), len(ntype)
-    jobs = [(count_shard, shard, *arguments) for shard in tables.shards]
-    with progress.task("counting activity", len(jobs), "shards") as shown:
+    calls = [(count_shard, shard, *arguments) for shard in tables.shards]
+    with progress.task("counting activity", len(calls), "shards") as shown:
 
         def parts() -> Iterator[Counts]:
-            for part in in_parallel(jobs, int(ray.cluster_resources().get("CPU", 1))):
+            for part in in_parallel(calls):
                 shown.advance(1)
                 yield part
 

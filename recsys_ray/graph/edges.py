@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from recsys_ray.cluster.pool import in_parallel
 from recsys_ray.config import Config
 from recsys_ray.core.progress import Progress
 from recsys_ray.core.snapshots import Snapshot
@@ -116,28 +117,9 @@ def _reduce(
 
 
 def _run(function: Callable[..., Any], work: list[tuple[Any, ...]], progress: Progress, title: str, unit: str) -> None:
-    """Run tasks, no more of them waiting than the cluster can start soon: their arguments and results stay small."""
-    import ray
-
-    task = ray.remote(num_cpus=1)(function)
-    limit = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
     with progress.task(title, len(work), unit) as shown:
-        waiting: list[Any] = []
-        for arguments in work:
-            if len(waiting) >= limit:
-                waiting = _collect(waiting, shown)
-            waiting.append(task.remote(*arguments))
-        while waiting:
-            waiting = _collect(waiting, shown)
-
-
-def _collect(waiting: list[Any], shown: Any) -> list[Any]:
-    import ray
-
-    done, waiting = ray.wait(waiting)
-    ray.get(done)
-    shown.advance(len(done))
-    return waiting
+        for _ in in_parallel((function, *arguments) for arguments in work):
+            shown.advance()
 
 
 def count_shard(

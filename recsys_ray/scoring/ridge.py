@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 
-from recsys_ray.cluster.pool import result_of
+from recsys_ray.cluster.pool import in_parallel
 from recsys_ray.core.offsets import spread
 from recsys_ray.core.progress import Progress
 from recsys_ray.core.snapshots import Snapshot
@@ -61,10 +61,10 @@ def fit_memories(
     with progress.task("memory", len(users_of) * _RANGES, "ranges of items") as task:
         for snapshot, users in users_of.items():
             edges = read_edges(graph / "edges" / f"{snapshot}.parquet")
-            shared, remote = (ray.put(edges), ray.put(users)), ray.remote(num_cpus=1)(solve)
-            parts = []
-            for part in [remote.remote(*shared, begin, end) for begin, end in _ranges(edges.dst)]:
-                parts.append(result_of(part))
+            shared, parts = (ray.put(edges), ray.put(users)), []
+            solving = [(solve, *shared, begin, end) for begin, end in _ranges(edges.dst)]
+            for part in in_parallel(solving, ordered=True):
+                parts.append(part)
                 task.advance()
             memory = Memory.of_edges(edges.src, edges.dst, np.concatenate(parts), users, ntype)
             memory.save(memory_file(out, snapshot))

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from recsys_ray.cluster.pool import result_of
 from recsys_ray.core.errors import ArtifactError
 from recsys_ray.graph.dgl.sampling import GRAPH_JSON, NODES, PLACEHOLDER, edge_type_name
 from recsys_ray.storage.artifacts import load_arrays, save_arrays
@@ -32,7 +33,7 @@ def partition_graph(
     import ray
 
     task = ray.remote(num_cpus=1, max_calls=1, max_retries=1)(write_partitions)
-    return ray.get(task.remote(list(edges), ntype, text, graph_dir, parts, seed))
+    return result_of(task.remote(list(edges), ntype, text, graph_dir, parts, seed))
 
 
 def write_partitions(
