@@ -20,10 +20,10 @@ from ray.tune import Callback
 
 from pipelines.variants import folder_of, run_variant, variant_of
 from recsys_ray.cluster.session import granted_cpus, ray_session
-from recsys_ray.cluster.train import seed_from
 from recsys_ray.config import Config
 from recsys_ray.core.errors import UserError
 from recsys_ray.core.progress import Progress
+from recsys_ray.core.seeds import seed_from
 from recsys_ray.stages.chain import STAGES
 from recsys_ray.stages.runner import Runner
 from recsys_ray.storage.artifacts import MANIFEST, write_json

@@ -11,9 +11,9 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from recsys_ray.cluster.train import seed_from
 from recsys_ray.config import TwoTowerConfig
 from recsys_ray.core.clock import DAY
+from recsys_ray.core.seeds import seed_from
 from recsys_ray.core.snapshots import Snapshot
 from recsys_ray.data.tables import Events
 from recsys_ray.graph.activity import COLUMNS

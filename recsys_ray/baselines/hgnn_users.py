@@ -37,8 +37,9 @@ from recsys_ray.baselines.histories import (
 from recsys_ray.baselines.interface import Baseline, KnownData, Params, Real, Space, Watch, Whole
 from recsys_ray.baselines.propagation import SparseMap, row_means
 from recsys_ray.baselines.sampling import softmax_loss
-from recsys_ray.cluster.train import generator_for, seed_from
+from recsys_ray.cluster.train import generator_for
 from recsys_ray.config import Config
+from recsys_ray.core.seeds import seed_from
 from recsys_ray.data.tables import Catalogue
 from recsys_ray.evaluation.ranking import Scorer, UserBatch, as_tensor
 

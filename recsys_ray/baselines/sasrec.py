@@ -18,8 +18,8 @@ from torch import nn
 from recsys_ray.baselines.histories import popular_where
 from recsys_ray.baselines.interface import Baseline, Choice, KnownData, Params, Real, Space, Watch, Whole
 from recsys_ray.baselines.sampling import batch_size, softmax_loss
-from recsys_ray.cluster.train import seed_from
 from recsys_ray.config import Config
+from recsys_ray.core.seeds import seed_from
 from recsys_ray.data.tables import Catalogue
 from recsys_ray.evaluation.ranking import Scorer, UserBatch
 

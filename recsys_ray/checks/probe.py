@@ -21,9 +21,9 @@ from recsys_ray.checks import classification, similar
 from recsys_ray.checks.classification import Labels
 from recsys_ray.checks.similar import Period
 from recsys_ray.cluster.pool import in_parallel
-from recsys_ray.cluster.train import seed_from
 from recsys_ray.config import Config
 from recsys_ray.core.progress import Progress
+from recsys_ray.core.seeds import seed_from
 from recsys_ray.data.tables import Catalogue, Tables
 from recsys_ray.hgnn.outputs import load_embeddings
 from recsys_ray.storage.artifacts import SCRATCH, Artifact, load_arrays, write_json

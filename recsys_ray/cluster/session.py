@@ -19,8 +19,6 @@ _SETTINGS = {
     "RAY_worker_niceness": "0",  # workers run at nice 15 otherwise, and starve beside anything else
     "RAY_DATA_USE_DATASOURCE_V2": "0",  # the new Parquet reader takes seconds a read and makes one block of a file
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "HF_HUB_OFFLINE": "1",
     "RAY_DEDUP_LOGS": "0",
@@ -76,7 +74,12 @@ def ray_session(config: RayConfig) -> Iterator[int]:
     Raises:
         UserError: the cluster at ``config.address`` cannot be reached.
     """
-    for name, value in _SETTINGS.items():
+    joins, watched = config.address != "local", config.address != "local" or config.dashboard
+    choices = {
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": str(int(joins)),  # this machine is not taken back by a cloud
+        "RAY_TRAIN_ENABLE_STATE_TRACKING": str(int(watched)),  # trainings in the dashboard; costs seconds a training
+    }
+    for name, value in (_SETTINGS | choices).items():
         os.environ.setdefault(name, value)
     import ray
 

@@ -1,29 +1,27 @@
-"""What the ranks of a training share: seeds, sums, and how a Ray Train job is started and watched."""
+"""The one way to train: workers of Ray Train, epochs with their checkpoints, and sums over the workers."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
-import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recsys_ray.core.errors import UserError
 from recsys_ray.core.progress import Task
+from recsys_ray.core.seeds import seed_from
+from recsys_ray.storage.checkpoint import load_checkpoint, save_checkpoint
 
 _POLL_S = 0.5
 _MAX_FAILURES = 2  # attempts after the first; each starts at the last checkpoint
+LAST, BEST = "last.safetensors", "best.safetensors"  # checkpoints
 
-
-def seed_from(*parts: int | str) -> int:
-    """A 56-bit seed that depends on the parts alone: the same after a restart."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
+Spec = TypeVar("Spec")
 
 
 def generator_for(*parts: int | str) -> torch.Generator:
@@ -36,6 +34,12 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(values)
     return values
+
+
+def mean_over_ranks(value: float) -> float:
+    """The mean of the ranks' values."""
+    sums = sum_over_ranks(torch.tensor([value, 1.0], dtype=torch.float64))
+    return float(sums[0] / sums[1])
 
 
 def largest_over_ranks(value: int) -> int:
@@ -55,22 +59,110 @@ def place_in_partition(client_part: int, rank: int, world: int) -> tuple[int, in
     return sharing.index(rank), len(sharing)
 
 
-def run_ranks(
-    function: Callable[[dict[str, Any]], None],
-    parameters: dict[str, Any],
+@dataclass(frozen=True)
+class Worker:
+    """One of the processes of a training."""
+
+    rank: int
+    world: int  # how many there are
+    board: Any
+
+    def show(self, done: int, total: int, detail: str) -> None:
+        """Let the terminal show how far the first worker is."""
+        if self.rank == 0:
+            self.board.put.remote(done, total, detail)
+
+
+class Checkpoints:
+    """The last and the best epoch of one model, in a folder that all workers can read. The first worker writes.
+
+    Args:
+        trained: all that a training needs to go on.
+        kept: what is wanted of the best epoch in the end.
+    """
+
+    def __init__(
+        self, worker: Worker, folder: Path, trained: nn.Module, kept: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self.worker, self.folder, self.trained, self.kept, self.optimizer = worker, folder, trained, kept, optimizer
+
+    def resume(self) -> dict[str, Any]:
+        """The state after the last epoch, whose weights are loaded; empty where there is none."""
+        last = self.folder / LAST
+        return load_checkpoint(last, self.trained, self.optimizer) if last.exists() else {}
+
+    def save(self, state: dict[str, Any], better: bool) -> None:
+        """For the end of an epoch: write the checkpoint, then tell Ray Train the epoch's metrics. Every worker calls
+        it, and goes on when all have: an epoch that Ray knows of can be resumed."""
+        import ray.train
+
+        if self.worker.rank == 0:
+            if better:
+                save_checkpoint(self.folder / BEST, self.kept, self.optimizer, state)
+            save_checkpoint(self.folder / LAST, self.trained, self.optimizer, state)
+        ray.train.report({"model": self.folder.name, **state["history"][-1]})
+
+    def load_best(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+        load_checkpoint(self.folder / BEST, model, optimizer)
+
+
+def run_epochs(
+    one_epoch: Callable[[int], tuple[dict[str, Any], float, dict[str, Any]]],
+    epochs: int,
+    patience: int,
+    state: dict[str, Any],
+    on_epoch: Callable[[dict[str, Any], bool], None],
+) -> dict[str, Any]:
+    """Train from ``state`` (empty: from the start) until the last epoch, or until ``patience`` epochs in a row were no
+    better than the best.
+
+    Args:
+        one_epoch: the epoch's number -> its metrics, how good it is (more is better), and what of ``state`` is
+            replaced if it is the best so far.
+        on_epoch: called with the new state and whether the epoch is the best: the place for checkpoints.
+
+    Returns:
+        The state: ``history`` (the metrics of every epoch), ``best``, ``bad`` (epochs since the best), and what
+        ``one_epoch`` put there.
+    """
+    for key, value in (("history", []), ("best", None), ("bad", 0)):
+        state.setdefault(key, value)
+    for epoch in range(len(state["history"]), epochs):
+        if state["bad"] >= patience:
+            break
+        metrics, good, chosen = one_epoch(epoch)
+        better = state["best"] is None or good > state["best"]
+        state |= {"best": good, "bad": 0, **chosen} if better else {"bad": state["bad"] + 1}
+        state["history"].append({"epoch": epoch, **metrics})
+        on_epoch(state, better)
+    return state
+
+
+def run_workers(
+    function: Callable[[Worker, Spec], None],
+    spec: Spec,
+    *,
+    name: str,
+    seed: int,
     workers: int,
-    cpus_per_worker: int,
+    cpus: int,
     scratch: Path,
     task: Task,
     datasets: Mapping[str, Any] | None = None,
 ) -> None:
-    """Run ``function(parameters)`` on every rank of a Ray Train job, and show what rank 0 reports.
+    """Run ``function(worker, spec)`` in every worker of a Ray Train run, and show what the first one says.
 
-    ``parameters["board"]`` is where a rank reports: ``board.put.remote(done, total, detail)``. A rank that dies takes
-    the attempt with it; the next one starts at the function's own checkpoint.
+    A worker that dies takes the attempt with it; the next one starts at the function's own checkpoint. Ray
+    does not count the loss of a host that the cloud takes back.
+
+    Args:
+        name: of the run, the same when it is started again after the driver was killed.
+        seed: of the weights.
+        cpus: of each worker; its threads are as many.
+        scratch: a folder that all hosts reach.
 
     Raises:
-        UserError: a rank raised one, or every attempt failed.
+        UserError: a worker raised one.
     """
     import ray
     from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
@@ -78,16 +170,16 @@ def run_ranks(
 
     board: Any = ray.remote(num_cpus=0)(_Board).remote()
     trainer = TorchTrainer(
-        function,
-        train_loop_config={**parameters, "board": board},
+        _run_worker,
+        train_loop_config={"function": function, "spec": spec, "seed": seed, "threads": cpus, "board": board},
         torch_config=TorchConfig(backend="gloo"),
         scaling_config=ScalingConfig(
             num_workers=workers,
-            resources_per_worker={"CPU": cpus_per_worker},
+            resources_per_worker={"CPU": cpus},
             placement_strategy="SPREAD",
         ),
         run_config=RunConfig(
-            name=f"attempts-{uuid.uuid4().hex[:8]}",
+            name=name,
             storage_path=str((scratch / "ray_train").resolve()),
             failure_config=FailureConfig(max_failures=_MAX_FAILURES),
         ),
@@ -100,20 +192,36 @@ def run_ranks(
     try:
         trainer.fit()
     except Exception as error:
-        sentence = ray.get(board.failure.remote())
-        raise UserError(sentence) if sentence else error from error
+        mistake = ray.get(board.failure.remote())
+        raise mistake or error from error
     finally:
         done.set()
         watcher.join()
         ray.kill(board)
 
 
+def _run_worker(given: dict[str, Any]) -> None:
+    """What Ray Train calls: cap the threads to the CPUs that were granted, seed torch, pass a user's mistake on."""
+    import ray.train
+
+    torch.set_num_threads(given["threads"])
+    torch.use_deterministic_algorithms(True, warn_only=True)  # several threads add up gradients in any order
+    os.environ["OMP_NUM_THREADS"] = str(given["threads"])
+    torch.manual_seed(seed_from(given["seed"], "weights"))
+    context, board = ray.train.get_context(), given["board"]
+    try:
+        given["function"](Worker(context.get_world_rank(), context.get_world_size(), board), given["spec"])
+    except UserError as error:
+        ray.get(board.fail.remote(error))
+        raise
+
+
 class _Board:
-    """An actor that remembers the latest report, and the sentence of a rank that met a user's mistake."""
+    """An actor that remembers the latest report, and the user's mistake that a worker met."""
 
     def __init__(self) -> None:
         self._latest: tuple[int, int, str] | None = None
-        self._failure = ""
+        self._failure: UserError | None = None
 
     def put(self, done: int, total: int, detail: str) -> None:
         self._latest = (done, total, detail)
@@ -121,10 +229,10 @@ class _Board:
     def latest(self) -> tuple[int, int, str] | None:
         return self._latest
 
-    def fail(self, sentence: str) -> None:
-        self._failure = sentence
+    def fail(self, error: UserError) -> None:
+        self._failure = error
 
-    def failure(self) -> str:
+    def failure(self) -> UserError | None:
         return self._failure
 
 
@@ -138,54 +246,3 @@ def _watch(board: Any, task: Task, done: threading.Event) -> None:
             continue
         if latest:
             task.update(latest[0], total=latest[1], detail=latest[2])
-
-
-@contextmanager
-def rank_setup(parameters: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
-    """Inside a rank: cap the threads to the CPUs that were granted, seed torch, pass a user's mistake on.
-
-    Yields (rank, ranks).
-    """
-    import ray.train
-
-    context = ray.train.get_context()
-    threads = int(parameters["threads"])
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # several threads add up gradients in any order
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    torch.manual_seed(seed_from(parameters["seed"], "weights"))
-    try:
-        yield context.get_world_rank(), context.get_world_size()
-    except UserError as error:
-        import ray
-
-        ray.get(parameters["board"].fail.remote(str(error)))
-        raise
-
-
-@contextmanager
-def partition_client(
-    graph_dir: Path, rank: int, world: int, features: Mapping[str, Path] | None = None
-) -> Iterator[Any]:
-    """Inside a rank: rank 0 starts the partition servers of this attempt, every rank connects."""
-    import ray
-    from ray.train.collective import broadcast_from_rank_zero
-
-    from recsys_ray.graph.dgl.client import GraphClient
-    from recsys_ray.graph.dgl.servers import PartitionServers
-
-    nodes: list[Any] = [None] * world
-    mine = ray.get_runtime_context().get_node_id()
-    if world > 1:
-        torch.distributed.all_gather_object(nodes, mine)
-    else:
-        nodes = [mine]
-    servers = PartitionServers(graph_dir, clients=world, hosts=nodes, features=features) if rank == 0 else None
-    address = broadcast_from_rank_zero(servers.address if servers else None)
-    client = GraphClient.connect(address, graph_dir)
-    try:
-        yield client
-        client.close()
-    finally:
-        if servers is not None:
-            servers.stop()

@@ -1,9 +1,10 @@
-"""The HGNN stage: Ray Train ranks over the DGL partitions train the model, then embed every item on every snapshot."""
+"""The HGNN stage: Ray Train workers over the DGL partitions train the model, then embed all items on all snapshots."""
 
 from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from recsys_ray.cluster.train import partition_client, place_in_partition, rank_setup, run_ranks, seed_from
+from recsys_ray.cluster.train import Checkpoints, Worker, place_in_partition, run_workers
 from recsys_ray.config import Config, HgnnConfig
 from recsys_ray.core.errors import ArtifactError
 from recsys_ray.core.progress import Progress
-from recsys_ray.core.snapshots import snapshots_of, training_snapshot
+from recsys_ray.core.seeds import seed_from
+from recsys_ray.core.snapshots import Snapshot, snapshots_of, training_snapshot
 from recsys_ray.data.tables import Tables
+from recsys_ray.graph.dgl.client import GraphClient, partition_client
 from recsys_ray.graph.dgl.store import PartitionStore
 from recsys_ray.hgnn.inference import LocalStore, embed_items
 from recsys_ray.hgnn.model import HGNN, ItemTypes
 from recsys_ray.hgnn.signature import SignedSource, item_signatures
 from recsys_ray.hgnn.training import EdgeTrainer, plan_edges, train_epochs
 from recsys_ray.storage.artifacts import SCRATCH, Artifact, save_arrays, write_json
-from recsys_ray.storage.checkpoint import load_checkpoint, save_checkpoint
 
-_CHECKPOINT = "checkpoint.safetensors"
-_BEST = "best.safetensors"
 _SECONDS = "seconds.json"
 _REPORT_EVERY = 5  # steps
 
@@ -48,22 +48,27 @@ def train_hgnn(
         _take_weights(config.hgnn, featurize.counts["text_dim"], len(ingest.counts["item_types"]), out)
     snapshots = snapshots_of(graph.counts)
     workers = config.hgnn.workers or hosts
-    per_worker = max(1, cpus // workers)
-    parameters = {
-        "config": config.hgnn.model_dump(),
-        "seed": seed_from(config.seed, "hgnn"),
-        "threads": per_worker,
-        "graph": str(graph.path.resolve()),
-        "out": str(out.resolve()),
-        "starts": [0, *itertools.accumulate(ingest.counts["items_per_type"])],
-        "ingest": str(ingest.path.resolve()),
-        "text_dim": featurize.counts["text_dim"],
-        "snapshots": [(s.name, s.index) for s in snapshots],
-        "trained": bool(config.hgnn.weights),
-        "train_on": training_snapshot(snapshots).index,
-    }
+    spec = _Spec(
+        config=config.hgnn,
+        seed=seed_from(config.seed, "hgnn"),
+        graph=graph.path.resolve(),
+        out=out.resolve(),
+        starts=[0, *itertools.accumulate(ingest.counts["items_per_type"])],
+        ingest=ingest.path.resolve(),
+        text_dim=featurize.counts["text_dim"],
+        snapshots=snapshots,
+    )
     with progress.task("training and embedding", unit="steps", may_stop_early=True) as task:
-        run_ranks(_train_rank, parameters, workers, per_worker, out / SCRATCH, task)
+        run_workers(
+            _run_worker,
+            spec,
+            name=f"hgnn-{out.name}",
+            seed=spec.seed,
+            workers=workers,
+            cpus=max(1, cpus // workers),
+            scratch=out / SCRATCH,
+            task=task,
+        )
     history = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     return {
         "epochs": len(history),
@@ -91,86 +96,81 @@ def _take_weights(config: HgnnConfig, text_dim: int, types: int, out: Path) -> N
     write_json(out / "metrics.json", [])
 
 
-def _train_rank(parameters: dict[str, Any]) -> None:
-    """What each rank runs."""
-    with rank_setup(parameters) as (rank, world), partition_client(Path(parameters["graph"]), rank, world) as client:
-        config = HgnnConfig.model_validate(parameters["config"])
-        types = ItemTypes(torch.tensor(parameters["starts"]))
-        model = HGNN(parameters["text_dim"], config, types)
-        place, sharing = place_in_partition(client.part, rank, world)
-        ids = Tables(Path(parameters["ingest"])).item_ids.to_pylist()
-        packed = torch.from_numpy(item_signatures(ids, config.signature_dim).copy())
-        source = SignedSource(client, packed, config.signature_dim)
-        rank_run = _RankRun(parameters, config, types, model, client, source, rank, world, place, sharing)
-        if parameters["trained"]:
-            model.load_state_dict(load_file(Path(parameters["out"]) / "model.safetensors"))
+@dataclass(frozen=True)
+class _Spec:
+    """What the workers are told."""
+
+    config: HgnnConfig
+    seed: int
+    graph: Path
+    out: Path
+    starts: list[int]  # gids: see ItemTypes
+    ingest: Path
+    text_dim: int
+    snapshots: list[Snapshot]
+
+
+def _run_worker(worker: Worker, spec: _Spec) -> None:
+    with partition_client(spec.graph, worker.rank, worker.world) as client:
+        model = HGNN(spec.text_dim, spec.config, ItemTypes(torch.tensor(spec.starts)))
+        run = _Run(worker, spec, model, client)
+        if spec.config.weights:
+            model.load_state_dict(load_file(spec.out / "model.safetensors"))
         else:
-            rank_run.train()
-        for name, index in parameters["snapshots"]:
-            rank_run.embed(name, index)
+            run.train()
+        for snapshot in spec.snapshots:
+            run.embed(snapshot)
 
 
-class _RankRun:
-    """Training and embedding of one rank."""
+class _Run:
+    """Training and embedding of one worker."""
 
-    def __init__(
-        self, parameters: dict[str, Any], config: HgnnConfig, types: ItemTypes, model: HGNN, client: Any,
-        source: SignedSource, rank: int, world: int, place: int, sharing: int,
-    ) -> None:  # fmt: skip
-        self.parameters, self.config, self.types, self.model = parameters, config, types, model
-        self.client, self.source, self.rank, self.world = client, source, rank, world
-        self.place, self.sharing = place, sharing
-        self.out = Path(parameters["out"])
-        alone = world == 1
-        dim = config.hidden_dim
-        self.store = LocalStore(int(types.starts[-1]), dim) if alone else PartitionStore(client, dim)
+    def __init__(self, worker: Worker, spec: _Spec, model: HGNN, client: GraphClient) -> None:
+        self.worker, self.spec, self.model, self.client = worker, spec, model, client
+        self.place, self.sharing = place_in_partition(client.part, worker.rank, worker.world)
+        ids = Tables(spec.ingest).item_ids.to_pylist()
+        packed = torch.from_numpy(item_signatures(ids, spec.config.signature_dim).copy())
+        self.source = SignedSource(client, packed, spec.config.signature_dim)
+        dim = spec.config.hidden_dim
+        self.store = LocalStore(spec.starts[-1], dim) if worker.world == 1 else PartitionStore(client, dim)
 
     def train(self) -> None:
         """Train from the last checkpoint, or from the start; leaves the best weights in the model."""
         import ray.train.torch
 
-        config, snapshot = self.config, self.parameters["train_on"]
+        spec, config, model, worker = self.spec, self.spec.config, self.model, self.worker
+        snapshot = training_snapshot(spec.snapshots).index
         edges = {
             relation: (src[self.place :: self.sharing], dst[self.place :: self.sharing])
             for relation, (src, dst) in self.client.edges(snapshot).items()
         }
-        seed = self.parameters["seed"]
-        task = plan_edges(edges, config, int(self.types.starts[-1]), self.types.count, seed, self.world)
-        network: nn.Module = self.model
-        if self.world > 1:  # a batch need not hold every relation
-            network = ray.train.torch.prepare_model(
-                self.model, parallel_strategy_kwargs={"find_unused_parameters": True}
-            )
-        optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate)
-        scratch = self.out / SCRATCH
-        state: dict[str, Any] = {}
-        if (scratch / _CHECKPOINT).exists():
-            state = load_checkpoint(scratch / _CHECKPOINT, self.model, optimizer)
-        trainer = EdgeTrainer(self.model, network, self.source, self.types, config, snapshot, seed)
+        task = plan_edges(edges, config, spec.starts[-1], model.types.count, spec.seed, worker.world)
+        network: nn.Module = model
+        if worker.world > 1:  # a batch need not hold every relation
+            network = ray.train.torch.prepare_model(model, parallel_strategy_kwargs={"find_unused_parameters": True})
+        optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
+        trainer = EdgeTrainer(model, network, self.source, model.types, config, snapshot, spec.seed)
+        checkpoints = Checkpoints(worker, spec.out / SCRATCH / "hgnn", model, model, optimizer)
 
         def on_step(epoch: int, step: int, loss: float) -> None:
-            if self.rank == 0 and step % _REPORT_EVERY == 0:
-                self._report(epoch * task.steps + step, config.epochs * task.steps, f"epoch {epoch} loss {loss:.4f}")
+            if step % _REPORT_EVERY == 0:
+                done, total = epoch * task.steps + step, config.epochs * task.steps
+                worker.show(done, total, f"epoch {epoch} loss {loss:.4f}")
 
-        def on_epoch(state: dict[str, Any], better: bool) -> None:
-            if self.rank == 0:
-                if better:
-                    save_checkpoint(scratch / _BEST, self.model, optimizer, state)
-                save_checkpoint(scratch / _CHECKPOINT, self.model, optimizer, state)
+        state = checkpoints.resume()
+        state = train_epochs(trainer, task, optimizer, state, worker.rank, on_step, checkpoints.save)
+        checkpoints.load_best(model)
+        if worker.rank == 0:
+            save_file(model.state_dict(), spec.out / "model.safetensors")
+            seconds = round(state["seconds"], 1)
+            write_json(spec.out / SCRATCH / _SECONDS, seconds)  # not in the output: made again it is the same
+            write_json(spec.out / "metrics.json", state["history"])
 
-        state = train_epochs(trainer, task, optimizer, state, self.rank, on_step, on_epoch)
-        self.client.barrier()  # rank 0 has written the best weights
-        if (scratch / _BEST).exists():
-            load_checkpoint(scratch / _BEST, self.model)
-        if self.rank == 0:
-            save_file(self.model.state_dict(), self.out / "model.safetensors")
-            write_json(scratch / _SECONDS, round(state["seconds"], 1))  # not in the output: made again it is the same
-            write_json(self.out / "metrics.json", state["history"])
-
-    def embed(self, name: str, index: int) -> None:
-        """Write this rank's items of one snapshot; a snapshot that is already there is left alone."""
-        target = self.out / "embeddings" / name / f"part-{self.rank:05d}.safetensors"
-        if self.sharing == self.world == 1 and target.exists():
+    def embed(self, snapshot: Snapshot) -> None:
+        """Write this worker's items of one snapshot; a snapshot that is already there is left alone."""
+        worker, name = self.worker, snapshot.name
+        target = self.spec.out / "embeddings" / name / f"part-{worker.rank:05d}.safetensors"
+        if worker.world == 1 and target.exists():
             return
         own = torch.sort(self.client.local_gids()).values
         own = torch.tensor_split(own, self.sharing)[self.place]
@@ -179,14 +179,10 @@ class _RankRun:
         def on_chunk(count: int) -> None:
             nonlocal done
             done += count
-            if self.rank == 0:
-                self._report(done, 2 * len(own), f"embedding snapshot {name}")
+            worker.show(done, 2 * len(own), f"embedding snapshot {name}")
 
-        embedding = embed_items(self.model, self.source, index, own, self.store, on_chunk)
+        embedding = embed_items(self.model, self.source, snapshot.index, own, self.store, on_chunk)
         arrays = {"gid": own.numpy(), "embedding": embedding.numpy()}
         if name == "serve":  # what the bundle's items send to items that are new (hgnn/inductive.py)
             arrays["hidden"] = self.store.read(own).half().numpy()
         save_arrays(target, arrays)
-
-    def _report(self, done: int, total: int, detail: str) -> None:
-        self.parameters["board"].put.remote(done, total, detail)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from recsys_ray.cluster.train import generator_for, sum_over_ranks
+from recsys_ray.cluster.train import generator_for, mean_over_ranks, run_epochs, sum_over_ranks
 from recsys_ray.config import HgnnConfig
 from recsys_ray.hgnn.loss import in_batch_softmax, max_margin
 from recsys_ray.hgnn.model import HGNN, ItemTypes, Relation
@@ -169,16 +169,11 @@ def train_epochs(
     on_step: Callable[[int, int, float], None] = lambda epoch, step, loss: None,
     on_epoch: Callable[[dict[str, Any], bool], None] = lambda state, better: None,
 ) -> dict[str, Any]:
-    """Train from ``state`` (empty: from the start) until the last epoch or until ``patience`` epochs in a row did not
-    lower the validation loss. ``on_epoch(state, better)`` is the place for checkpoints."""
-    state.setdefault("history", [])
-    state.setdefault("best", None)
-    state.setdefault("bad", 0)
-    state.setdefault("seconds", 0.0)  # of the steps alone
-    config = trainer.config
-    for epoch in range(len(state["history"]), config.epochs):
-        if state["bad"] >= config.patience:
-            break
+    """Train until the validation loss falls no more (:func:`recsys_ray.cluster.train.run_epochs`). The state has
+    ``seconds``, of the steps alone."""
+    state.setdefault("seconds", 0.0)
+
+    def one_epoch(epoch: int) -> tuple[dict[str, Any], float, dict[str, Any]]:
         total, started = 0.0, time.monotonic()
         trainer.network.train()
         for step, (anchors, positives, generator) in enumerate(trainer.epoch(task, epoch, rank)):
@@ -189,12 +184,10 @@ def train_epochs(
             total += loss.item()
             on_step(epoch, step, total / (step + 1))
         state["seconds"] += time.monotonic() - started
-        means = sum_over_ranks(torch.tensor([total / max(task.steps, 1), 1.0], dtype=torch.float64))
+        mean = mean_over_ranks(total / max(task.steps, 1))
         trainer.network.eval()
         valid = trainer.validate(task)
-        watched = valid if valid == valid else float(means[0] / means[1])  # no held-out edges: the training loss
-        better = state["best"] is None or watched < state["best"]
-        state["best"], state["bad"] = (watched, 0) if better else (state["best"], state["bad"] + 1)
-        state["history"].append({"epoch": epoch, "loss": float(means[0] / means[1]), "valid_loss": valid})
-        on_epoch(state, better)
-    return state
+        # No held-out edges: the training loss tells.
+        return {"loss": mean, "valid_loss": valid}, -(valid if valid == valid else mean), {}
+
+    return run_epochs(one_epoch, trainer.config.epochs, trainer.config.patience, state, on_epoch)

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from recsys_ray.cluster.train import seed_from, sum_over_ranks
+from recsys_ray.cluster.train import sum_over_ranks
+from recsys_ray.core.seeds import seed_from
 from recsys_ray.scoring.choose import first_as_good, gain_of, places
 from recsys_ray.scoring.memory import HALF_LIVES as OF_THE_MEMORY
 from recsys_ray.scoring.memory import RIDGES, Memory

@@ -16,22 +16,24 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from recsys_ray.cluster.train import partition_client, rank_setup, run_ranks, seed_from
+from recsys_ray.cluster.train import LAST, Checkpoints, Worker, run_workers
 from recsys_ray.config import Config, TwoTowerConfig
 from recsys_ray.core.clock import is_leave_one_out
 from recsys_ray.core.errors import DataError
-from recsys_ray.core.precision import choose_precision
+from recsys_ray.core.precision import Precision, choose_precision
 from recsys_ray.core.progress import Progress
+from recsys_ray.core.seeds import seed_from
 from recsys_ray.core.snapshots import Snapshot, snapshots_of
 from recsys_ray.data.tables import Events, Tables
 from recsys_ray.graph.activity import ACTIVITY, COLUMNS
+from recsys_ray.graph.dgl.client import GraphClient, partition_client
 from recsys_ray.scoring.choices import Choices, choices_file, write_choices
 from recsys_ray.scoring.choose import Moment
 from recsys_ray.scoring.memory import Memory, memory_file
 from recsys_ray.scoring.ridge import fit_memories
 from recsys_ray.scoring.scorer import ScoreSpec
 from recsys_ray.storage.artifacts import MANIFEST, SCRATCH, Artifact, load_arrays, write_json
-from recsys_ray.storage.checkpoint import load_checkpoint, read_state, save_checkpoint
+from recsys_ray.storage.checkpoint import read_state
 from recsys_ray.storage.outputs import current_folder
 from recsys_ray.two_tower.batches import ItemFeatures, batches_in, country_index
 from recsys_ray.two_tower.examples import (
@@ -48,10 +50,8 @@ from recsys_ray.two_tower.towers import TowerSpec, TwoTower
 from recsys_ray.two_tower.training import TowerTask, TowerTrainer, refit, start, train_epochs
 
 VARIANTS = {"hgnn": True, "text_only": False}  # folder -> with HGNN embeddings
-_CHECKPOINT = "checkpoint.safetensors"
-_BEST = "best.safetensors"
 _REPORT_EVERY = 10  # steps
-_MAX_QUERIES = 10_000  # validation queries an epoch, over all ranks
+_MAX_QUERIES = 10_000  # validation queries an epoch, over all workers
 
 
 def train_two_tower(
@@ -74,7 +74,6 @@ def train_two_tower(
             "no training example lies between the first snapshot and the validation period; lower graph.first_cut, "
             "or move split.valid_from"
         )
-    per_worker = max(1, cpus // workers)
     variants = [name for name, with_hgnn in VARIANTS.items() if with_hgnn or config.two_tower.ablation]
     write_specs(out, variants, spec)
     asked = [s for s in snapshots if config.two_tower.memory and s.name in ("valid", "test", "serve")]
@@ -84,26 +83,34 @@ def train_two_tower(
         tables = Tables(ingest.path)
         users = write_choices(config, tables, counted, asked, out, cpus)
         fit_memories(tables.ntype, graph.path, users, out, progress)
-    parameters = {
-        "config": config.two_tower.model_dump(),
-        "seed": seed_from(config.seed, "two_tower"),
-        "threads": per_worker,
-        "precision": choose_precision(config.two_tower.precision),
-        "graph": str(graph.path.resolve()),
-        "hgnn": str(hgnn.path.resolve()),
-        "ingest": str(ingest.path.resolve()),
-        "activity": str((graph.path / ACTIVITY).resolve()),
-        "vocabularies": {k: list(ingest.counts[k]) for k in ("languages", "categories")},
-        "out": str(out.resolve()),
-        "variants": variants,
-        "snapshots": [(s.name, s.index) for s in snapshots],
-        "periods": _periods(config, ingest.counts, snapshots),
-        "trends": config.two_tower.trends and not is_leave_one_out(ingest.counts),
-    }
+    told = _Spec(
+        config=config.two_tower,
+        seed=seed_from(config.seed, "two_tower"),
+        precision=choose_precision(config.two_tower.precision),
+        graph=graph.path.resolve(),
+        hgnn=hgnn.path.resolve(),
+        ingest=ingest.path.resolve(),
+        vocabularies={k: list(ingest.counts[k]) for k in ("languages", "categories")},
+        out=out.resolve(),
+        variants=variants,
+        snapshots={s.index: s.name for s in snapshots},
+        periods=_periods(config, ingest.counts, snapshots),
+        trends=config.two_tower.trends and not is_leave_one_out(ingest.counts),
+    )
     with progress.task("two-tower", unit="steps", may_stop_early=True) as task:
-        run_ranks(_train_rank, parameters, workers, per_worker, out / SCRATCH, task, datasets)
+        run_workers(
+            _run_worker,
+            told,
+            name=f"two_tower-{out.name}",
+            seed=told.seed,
+            workers=workers,
+            cpus=max(1, cpus // workers),
+            scratch=out / SCRATCH,
+            task=task,
+            datasets=datasets,
+        )
     last = {v: json.loads((out / v / "metrics.json").read_text(encoding="utf-8"))[-1:] for v in variants}
-    return {"workers": workers, "precision": parameters["precision"], **counts, "last": last}
+    return {"workers": workers, "precision": told.precision, **counts, "last": last}
 
 
 def _periods(config: Config, counts: Mapping[str, Any], snapshots: Sequence[Snapshot]) -> Periods | None:
@@ -119,7 +126,7 @@ def _periods(config: Config, counts: Mapping[str, Any], snapshots: Sequence[Snap
 
 
 def write_specs(out: Path, variants: Sequence[str], spec: TowerSpec) -> None:
-    """Each variant's spec, for the ranks. One that an earlier attempt finished keeps its own: it holds
+    """Each variant's spec, for the workers. One that an earlier attempt finished keeps its own: it holds
     validation's choices."""
     for variant in variants:
         (out / variant).mkdir(parents=True, exist_ok=True)
@@ -207,7 +214,7 @@ def _datasets(
         countries=spec.countries,
     )
     shards = [{"shard": str(p)} for p in tables.shards]
-    # The same rows go to the same rank after a restart.
+    # The same rows go to the same worker after a restart.
     ray.data.DataContext.get_current().execution_options.preserve_order = True
     datasets = {}
     for kind in ("train", "valid", "refit") if config.two_tower.refit else ("train", "valid"):
@@ -222,7 +229,7 @@ def _datasets(
 
 
 def _collect(name: str, order: tuple[str, ...]) -> Examples:
-    """This rank's part of a data set, in memory, in an order that does not depend on how it arrived."""
+    """This worker's part of a data set, in memory, in an order that does not depend on how it arrived."""
     import ray.train
 
     shard = ray.train.get_dataset_shard(name)
@@ -270,35 +277,49 @@ def epochs_so_far(folder: Path, variant: str) -> list[dict[str, Any]]:
             history: list[dict[str, Any]] = json.loads((output / variant / "metrics.json").read_text("utf-8"))
             return history
         with suppress(OSError, SafetensorError):  # none yet, or replaced or removed at this moment
-            return list(read_state(output / SCRATCH / variant / _CHECKPOINT)["history"])
+            return list(read_state(output / SCRATCH / variant / LAST)["history"])
     return []
 
 
-def _train_rank(parameters: dict[str, Any]) -> None:
-    """What each rank runs: one variant after the other, over the same servers and the same examples."""
-    names = {index: name for name, index in parameters["snapshots"]}
-    features = {f"hgnn_{name}": Path(parameters["hgnn"]) / "embeddings" / name for name in names.values()}
-    with rank_setup(parameters) as (rank, world):
-        examples = _collect("train", ("uid", "timestamp", "target"))
-        queries = _collect("valid", ("uid", "target"))
-        config = TwoTowerConfig.model_validate(parameters["config"])
-        later = _collect("refit", ("uid", "timestamp", "target")) if config.refit else {}
-        queries = _sample(queries, _MAX_QUERIES // world, seed_from(parameters["seed"], "queries", rank))
-        tables = Tables(Path(parameters["ingest"]))
-        catalogue = load_catalogue(tables, parameters["activity"], **parameters["vocabularies"])
-        memory = Memory.load(memory_file(Path(parameters["out"]), "valid")) if config.memory else None
-        counted = choices_file(Path(parameters["out"]))
-        choices = load_arrays(counted) if config.trends or config.unseen else {}
-        moment = Moment(catalogue.ntype.numpy(), memory, choices.get("valid"), parameters["trends"])
-        with partition_client(Path(parameters["graph"]), rank, world, features) as client:
-            for variant in parameters["variants"]:
-                if is_whole(Path(parameters["out"]) / variant):  # from an earlier attempt
-                    continue
-                spec = TowerSpec.load(Path(parameters["out"]) / variant / "spec.json")
-                score = ScoreSpec(temperature=config.temperature)
-                task = TowerTask(spec, client, catalogue, examples, queries, later, names, moment, score)
-                torch.manual_seed(seed_from(parameters["seed"], variant))
-                _train(parameters, config, variant, task, choices, rank, world, client)
+@dataclass(frozen=True)
+class _Spec:
+    """What the workers are told."""
+
+    config: TwoTowerConfig
+    seed: int
+    precision: Precision
+    graph: Path
+    hgnn: Path
+    ingest: Path
+    vocabularies: dict[str, list[str]]
+    out: Path
+    variants: list[str]
+    snapshots: dict[int, str]  # index -> name
+    periods: Periods | None
+    trends: bool
+
+
+def _run_worker(worker: Worker, told: _Spec) -> None:
+    """One variant after the other, over the same servers and the same examples."""
+    config, rank = told.config, worker.rank
+    features = {f"hgnn_{name}": told.hgnn / "embeddings" / name for name in told.snapshots.values()}
+    examples = _collect("train", ("uid", "timestamp", "target"))
+    queries = _collect("valid", ("uid", "target"))
+    later = _collect("refit", ("uid", "timestamp", "target")) if config.refit else {}
+    queries = _sample(queries, _MAX_QUERIES // worker.world, seed_from(told.seed, "queries", rank))
+    catalogue = load_catalogue(Tables(told.ingest), told.graph / ACTIVITY, **told.vocabularies)
+    memory = Memory.load(memory_file(told.out, "valid")) if config.memory else None
+    choices = load_arrays(choices_file(told.out)) if config.trends or config.unseen else {}
+    moment = Moment(catalogue.ntype.numpy(), memory, choices.get("valid"), told.trends)
+    with partition_client(told.graph, rank, worker.world, features) as client:
+        for variant in told.variants:
+            if is_whole(told.out / variant):  # from an earlier attempt
+                continue
+            spec = TowerSpec.load(told.out / variant / "spec.json")
+            score = ScoreSpec(temperature=config.temperature)
+            task = TowerTask(spec, client, catalogue, examples, queries, later, told.snapshots, moment, score)
+            torch.manual_seed(seed_from(told.seed, variant))
+            _train(worker, told, variant, task, choices, client)
 
 
 def _sample(examples: Examples, count: int, seed: int) -> Examples:
@@ -308,54 +329,42 @@ def _sample(examples: Examples, count: int, seed: int) -> Examples:
 
 
 def _refit_steps(task: TowerTask, batch_size: int) -> int:
-    """Of this rank: what is shown as left need not know the other ranks'."""
+    """Of this worker: what is shown as left need not know the others'."""
     parts = [part["snapshot"] for part in (task.examples, task.later) if part]
     return batches_in(np.concatenate(parts), batch_size)
 
 
 def _train(
-    parameters: dict[str, Any], config: TwoTowerConfig, variant: str, task: TowerTask,
-    choices: Mapping[str, Choices], rank: int, world: int, client: Any,
-) -> None:  # fmt: skip
+    worker: Worker, told: _Spec, variant: str, task: TowerTask, choices: Mapping[str, Choices], client: GraphClient
+) -> None:
     import ray.train.torch
 
-    periods = parameters["periods"]
+    config, periods, out = told.config, told.periods, told.out / variant
     shares = {s: unseen_shares(task, s, periods, choices) for s in ("valid", *ASKED)} if periods else {}
     task.moment = replace(task.moment, shares=shares.pop("valid", ()))
-    task = with_recency(task, parameters["seed"])
+    task = with_recency(task, told.seed)
     model = TwoTower(task.spec)
-    model.train_in(parameters["precision"])
-    start(model, task, parameters["seed"])
+    model.train_in(told.precision)
+    start(model, task, told.seed)
     network: nn.Module = model
-    if world > 1:  # the only buffer never changes
+    if worker.world > 1:  # the only buffer never changes
         network = ray.train.torch.prepare_model(model, parallel_strategy_kwargs={"broadcast_buffers": False})
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
-    out = Path(parameters["out"]) / variant
-    scratch = Path(parameters["out"]) / SCRATCH / variant
-    trainer = TowerTrainer(model, network, task, config, parameters["seed"], rank)
-    state: dict[str, Any] = {}
+    trainer = TowerTrainer(model, network, task, config, told.seed, worker.rank)
     total = config.epochs * trainer.steps + (_refit_steps(task, config.batch_size) if config.refit else 0)
-    if (scratch / _CHECKPOINT).exists():
-        state = load_checkpoint(scratch / _CHECKPOINT, trainer.weights, optimizer)
+    checkpoints = Checkpoints(worker, told.out / SCRATCH / variant, trainer.weights, trainer.averaged, optimizer)
+    state = checkpoints.resume()
 
     def on_step(epoch: int, step: int, loss: float) -> None:
-        if rank == 0 and step % _REPORT_EVERY == 0:
+        if step % _REPORT_EVERY == 0:
             best = "" if not state.get("best") else f", best valid NDCG@100 {state['best']:.4f}"
-            done = epoch * trainer.steps + step
-            parameters["board"].put.remote(done, total, f"{variant}, epoch {epoch} loss {loss:.4f}{best}")
+            worker.show(epoch * trainer.steps + step, total, f"{variant}, epoch {epoch} loss {loss:.4f}{best}")
 
-    def on_epoch(state: dict[str, Any], better: bool) -> None:
-        if rank == 0:
-            if better:
-                save_checkpoint(scratch / _BEST, trainer.averaged, optimizer, state)
-            save_checkpoint(scratch / _CHECKPOINT, trainer.weights, optimizer, state)
-
-    state = train_epochs(trainer, optimizer, state, on_step, on_epoch)
-    client.barrier()  # rank 0 has written the best weights
-    load_checkpoint(scratch / _BEST, model, optimizer)
+    state = train_epochs(trainer, optimizer, state, on_step, checkpoints.save)
+    checkpoints.load_best(model, optimizer)
     if config.refit:
         model = refit(trainer, optimizer, len(state["history"]), on_step)
-    if rank == 0:
+    if worker.rank == 0:
         write_towers(out, model.eval(), task, ScoreSpec(**state["score"]), choices, shares)
         write_json(out / "metrics.json", state["history"])  # last: says that the variant is whole
-    client.barrier()  # no rank looks for the next variant's files before this one's are there
+    client.barrier()  # no worker looks for the next variant's files before this one's are there

@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from recsys_ray.cluster.train import largest_over_ranks, seed_from, sum_over_ranks
+from recsys_ray.cluster.train import largest_over_ranks, mean_over_ranks, run_epochs, sum_over_ranks
 from recsys_ray.config import TwoTowerConfig
+from recsys_ray.core.seeds import seed_from
 from recsys_ray.scoring.choose import Chosen, Moment, Queries, Users, choose
 from recsys_ray.scoring.scorer import ScoreSpec
 from recsys_ray.two_tower.batches import (
@@ -241,8 +242,7 @@ def run_epoch(
         trainer.average(done + step)
         total += loss.item()
         on_step(epoch, step, total / (step + 1))
-    sums = sum_over_ranks(torch.tensor([total / max(trainer.steps, 1), 1.0], dtype=torch.float64))
-    return float(sums[0] / sums[1])
+    return mean_over_ranks(total / max(trainer.steps, 1))
 
 
 def train_epochs(
@@ -252,25 +252,17 @@ def train_epochs(
     on_step: Callable[[int, int, float], None] = lambda epoch, step, loss: None,
     on_epoch: Callable[[dict[str, Any], bool], None] = lambda state, better: None,
 ) -> dict[str, Any]:
-    """Train from ``state`` (empty: from the start) until the last epoch or until ``patience`` epochs in a row did not
-    raise the validation NDCG@100. ``on_epoch(state, better)`` is the place for checkpoints."""
-    for key, value in (("history", []), ("best", None), ("bad", 0), ("score", None)):
-        state.setdefault(key, value)
-    config = trainer.config
-    for epoch in range(len(state["history"]), config.epochs):
-        if state["bad"] >= config.patience:
-            break
+    """Train until the validation NDCG@100 rises no more (:func:`recsys_ray.cluster.train.run_epochs`). The state has
+    ``score``, what validation chose of the score in the best epoch."""
+
+    def one_epoch(epoch: int) -> tuple[dict[str, Any], float, dict[str, Any]]:
         loss = run_epoch(trainer, optimizer, epoch, epoch * trainer.steps, on_step)
         chosen = trainer.validate()
-        watched = chosen.gain if chosen.gain == chosen.gain else -loss  # no validation queries: the training loss
-        better = state["best"] is None or watched > state["best"]
-        state["best"], state["bad"] = (watched, 0) if better else (state["best"], state["bad"] + 1)
-        if better:
-            state["score"] = asdict(chosen.spec)
-        validated = {"valid_hr_at_10": chosen.hit_rate, "valid_ndcg_at_100": chosen.gain}
-        state["history"].append({"epoch": epoch, "loss": loss, **validated})
-        on_epoch(state, better)
-    return state
+        metrics = {"loss": loss, "valid_hr_at_10": chosen.hit_rate, "valid_ndcg_at_100": chosen.gain}
+        # No validation queries: the training loss tells.
+        return metrics, chosen.gain if chosen.gain == chosen.gain else -loss, {"score": asdict(chosen.spec)}
+
+    return run_epochs(one_epoch, trainer.config.epochs, trainer.config.patience, state, on_epoch)
 
 
 def refit(

@@ -163,7 +163,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one(undisturbed, root, data):
         shutil.copytree(run / stage, killed / stage)
     process = subprocess.Popen(command("run", "--config", config), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 200
-    while not list(killed.glob("hgnn/*/_scratch/checkpoint.safetensors")):  # in the midst of training
+    while not list(killed.glob("hgnn/*/_scratch/hgnn/last.safetensors")):  # in the midst of training
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -10,10 +10,10 @@ import io
 import itertools
 import json
 import os
-from collections.abc import Iterator
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -239,3 +239,27 @@ def _interleave(
         shift = first[:, where[p]].reshape(-1) - (flat.cumsum(0) - flat)
         source[torch.repeat_interleave(shift, flat) + torch.arange(len(found))] = found
     return counts, source
+
+
+@contextmanager
+def partition_client(
+    graph_dir: Path, rank: int, world: int, features: Mapping[str, Path] | None = None
+) -> Iterator[GraphClient]:
+    """In a worker of Ray Train: the first one starts the partition servers of this attempt, every one connects."""
+    import ray
+    from ray.train.collective import broadcast_from_rank_zero
+
+    from recsys_ray.graph.dgl.servers import PartitionServers
+
+    nodes: list[Any] = [ray.get_runtime_context().get_node_id()]
+    if world > 1:
+        mine, nodes = nodes[0], [None] * world
+        torch.distributed.all_gather_object(nodes, mine)
+    servers = PartitionServers(graph_dir, clients=world, hosts=nodes, features=features) if rank == 0 else None
+    client = GraphClient.connect(broadcast_from_rank_zero(servers.address if servers else None), graph_dir)
+    try:
+        yield client
+        client.close()
+    finally:
+        if servers is not None:
+            servers.stop()
