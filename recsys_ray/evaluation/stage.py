@@ -107,8 +107,8 @@ def evaluate(
     write_gallery(setting, shards, survey, rows, config.evaluate.examples, out)
     gids = sample_items(setting.catalogue, config.evaluate.map_items, setting.data_seed)
     with progress.task("map of the items", total=1) as task:
-        spaces = item_spaces(gids, setting.catalogue.items, job.featurize, job.hgnn)
-        spaces |= {name: build().item_vectors[gids] for name, build in list(towers.items())[-1:]}
+        drawn = {name: build().item_vectors for name, build in list(towers.items())[-1:]}
+        spaces = item_spaces(gids, setting.catalogue.items, job.featurize, job.hgnn, drawn)
         alone(draw_map, setting, survey.facts, gids, spaces, out / MAP, cpus=1)
         task.advance()
     write_report(out / REPORT, rows, config, run_dir, out, spent)

@@ -43,13 +43,19 @@ def sample_items(catalogue: Catalogue, size: int, seed: int) -> Int[np.ndarray, 
     return np.concatenate([np.sort(rng.choice(p, n, replace=False)) for p, n in zip(pools, quota, strict=True)])
 
 
-def item_spaces(gids: np.ndarray, items: int, featurize: Path, hgnn: Path | None) -> dict[str, np.ndarray]:
-    """float [n, d] of some items in the graph's space and the text's.
+def item_spaces(
+    gids: np.ndarray, items: int, featurize: Path, hgnn: Path | None, towers: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """float [n, d] of some items in the spaces that are drawn: the graph's, the towers', the text's.
+
+    Args:
+        towers: name -> vectors of all items.
 
     Raises:
         ArtifactError: text vectors or embeddings are missing.
     """
     spaces = {"hgnn": load_embeddings(hgnn, "test", items)[gids].numpy()} if hgnn is not None else {}
+    spaces |= {name: vectors[gids] for name, vectors in towers.items()}
     return spaces | {"text": load_arrays(featurize / "text.safetensors")["vector"][gids]}
 
 
