@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ from recsys_ray.serving.recommender import Recommender
 TYPES = ["audiobook", "music", "podcast"]
 SERVE = """
 import sys
+import tempfile
 from pathlib import Path
 from recsys_ray.core.errors import UserError
 from serve.deployment import serve_forever
@@ -38,6 +40,7 @@ except UserError as error:
 """
 CLUSTER = """
 import sys
+import tempfile
 from recsys_ray.cluster.session import ray_session
 from recsys_ray.config import RayConfig
 import ray
@@ -232,15 +235,21 @@ def test_z_ctrl_c_ends_it(server):
 
 def test_sigterm_ends_it_as_ctrl_c_does(world, tmp_path):
     log, port = tmp_path / "log", free_port()
-    own = os.environ | {"TMPDIR": str(tmp_path)}
-    with running(SERVE, str(world.root), str(port), log=log, env=own) as process:
+    before = own_folders()
+    with running(SERVE, str(world.root), str(port), log=log) as process:
         wait_for(f"http://127.0.0.1:{port}", log)
-        assert list(tmp_path.glob("recsys-ray-*"))
+        made = own_folders() - before
+        assert made
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
     said = log.read_text()
     assert "Stopping ..." in said and "SIGTERM received" not in said
-    assert not list(tmp_path.glob("recsys-ray-*"))
+    assert not made & own_folders()
+
+
+def own_folders() -> set[Path]:
+    """The temporary folders of servers that run."""
+    return set(Path(tempfile.gettempdir()).glob("recsys-ray-*"))
 
 
 def test_a_new_bundle_is_swapped_in_place(world, tmp_path):
