@@ -15,7 +15,6 @@ PACKAGES = ("recsys_ray", "pipelines", "serve")
 KNOWN_CIRCLES = [
     {"baselines", "evaluation", "report"},
     {"bundle", "serving"},
-    {"cluster", "data", "graph"},  # cluster/train starts the servers of the graph, which reads tables
     {"config", "core"},
     {"scoring", "two_tower"},
 ]
