@@ -87,6 +87,6 @@ def _nothing(table: str, path: str | Sequence[str], roots: Sequence[Place], othe
 
 def partition_of(file: str) -> dict[str, str | None]:
     """Columns that folders name, as Hive and Spark write them: ``event=stream/part-0.parquet``."""
-    path = file.partition("?")[0] if "://" in file else file
+    path = urllib.parse.unquote(file.partition("?")[0]) if "://" in file else file
     pairs = (part.partition("=") for part in Path(path).parent.parts if "=" in part)
     return {key: None if value == _HIVE_NULL else urllib.parse.unquote(value) for key, _, value in pairs}

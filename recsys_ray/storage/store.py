@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -54,14 +55,14 @@ class Place:
         return self._found[1].rstrip("/").rpartition("/")[2]
 
     def __truediv__(self, name: str | Path) -> Place:
-        """A place below this one, or beside it with ``..``; the query of the URI stays."""
+        """A place below this one, or beside it with ``..``; in a URI its name is quoted, and the query stays."""
         if "://" not in self.uri:
             return Place(os.path.normpath(Path(self.uri) / name))
         base, mark, query = self.uri.partition("?")
         parts = [part for part in Path(name).parts if part != "."]
         while parts and parts[0] == "..":
             base, parts = base.rpartition("/")[0], parts[1:]
-        return Place("/".join([base.rstrip("/"), *parts]) + mark + query)
+        return Place("/".join([base.rstrip("/"), *(quote(part, safe="=") for part in parts)]) + mark + query)
 
     def __str__(self) -> str:
         return self.uri

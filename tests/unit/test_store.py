@@ -19,6 +19,7 @@ from moto.server import ThreadedMotoServer
 
 from recsys_ray.bundle.build import find_bundle, locate_bundle
 from recsys_ray.core.errors import ArtifactError, DataError, UserError
+from recsys_ray.data.files import partition_of
 from recsys_ray.data.reading import find_source, read_batches
 from recsys_ray.serving.recommender import Recommender
 from recsys_ray.storage.artifacts import open_artifact, publish
@@ -71,6 +72,19 @@ def test_files_are_put_and_read(place):
         opened.seek(3)
         assert opened.read(2) == b"th"
     assert (file / ".." / "b.json").read() == (place / "a" / "x" / "../b.json").read() == b"another"
+
+
+@pytest.mark.parametrize("name", ["a b.json", "50%.csv", "day=2024%2001", "ü[1]?.parquet", "#x"])
+def test_names_are_as_they_are_in_the_store(place, name):
+    """Spark writes ``%20`` into the names of partitions; people write anything."""
+    (place / "folder" / name).write(b"data")
+    assert list((place / "folder").files()) == [name]
+    assert (place / "folder" / name).read() == b"data" and (place / "folder" / name).name == name
+
+
+def test_columns_in_the_names_of_folders_are_the_same_wherever_they_lie(place):
+    file = place / "event=add%20to cart" / "part.parquet"
+    assert partition_of(file.uri) == {"event": "add to cart"}
 
 
 def test_folders_are_listed_and_removed(place, tmp_path):
