@@ -48,7 +48,7 @@ system-packages:  ## install Chromium, a font and iproute2, which some tests nee
 test: $(VENV)/.installed-dev  ## all tests but the slow ones
 	$(BIN)/pytest -m "not slow"
 
-test-slow: $(VENV)/.installed-dev  ## the slow ones: studies, tuning, a cluster of two hosts
+test-slow: $(VENV)/.installed-dev  ## the slow ones: whole runs of other kinds, studies, tuning, two hosts
 	$(BIN)/pytest -m slow
 
 test-all: test test-slow  ## both

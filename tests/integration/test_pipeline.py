@@ -156,6 +156,7 @@ def end(process):
             process.wait()
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_an_undisturbed_one(undisturbed, root, data):
     run, _, _ = undisturbed
     config, killed = configure(root, data, "killed"), root / "killed"
@@ -243,6 +244,7 @@ def test_a_missing_table_or_stage_is_one_sentence(ray_local, root, data, capsys)
     assert "ingest" in complaint(capsys, "hgnn", "--config", config)
 
 
+@pytest.mark.slow
 def test_one_item_type_alone_works(undisturbed, root, data, tmp_path):
     run, _, _ = undisturbed
     items = pl.read_parquet(data / "items" / "*.parquet").filter(pl.col("item_type") == "podcast")
@@ -260,6 +262,7 @@ def test_one_item_type_alone_works(undisturbed, root, data, tmp_path):
     assert NAMES["hgnn"] in {row["model"] for row in rows}
 
 
+@pytest.mark.slow
 def test_leave_one_out_from_tables_to_answers(undisturbed, root, data):
     run, _, _ = undisturbed
     changes = {"split": {"protocol": "leave_one_out"}, "two_tower": {**SMALL["two_tower"], "ablation": False}}
