@@ -76,7 +76,8 @@ def test_unseen_items_of_a_type_get_its_share_in_the_mean(monkeypatch):
     assert all(len(set(found[(ntype == kind) & (had == 0)])) == 1 for kind in range(3))
     trained, somebody = ntype < 2, had > 0
     assert not found[trained & somebody].any() and found[~trained & somebody].all()
-    popular = (vectors[~trained & somebody] @ users.vectors.mean(0) + found[~trained & somebody]) / 0.5
+    of_mean = vectors[~trained & somebody] @ users.vectors.mean(0)
+    popular = (of_mean + torch.from_numpy(found[~trained & somebody])) / 0.5
     assert popular.softmax(0).tolist() == pytest.approx((had[60:][had[60:] > 0] / had[60:].sum()).tolist(), rel=1e-4)
     assert not unseen_term(users.part(0, 0), vectors, moment, 0.5).any()
     assert not unseen_term(users, vectors, replace(moment, shares=()), 0.5).any()
