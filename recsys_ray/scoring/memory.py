@@ -43,10 +43,10 @@ class Recalled(NamedTuple):
     value: Float[np.ndarray, "m ridges"]  # float32: log(1 + max(m, 0) / SMALL)
 
     @staticmethod
-    def nothing(ridges: int = 1) -> Recalled:
+    def nothing() -> Recalled:
         """No item comes to anybody's mind."""
         none = np.zeros(0, np.int64)
-        return Recalled(none, none, np.zeros((0, ridges), np.float32))
+        return Recalled(none, none, np.zeros((0, 1), np.float32))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ never lowers a score.
 :meth:`Scorer.dense` scores whole ranges of items, for validation and evaluation. :meth:`Scorer.candidates` asks an
 index: an item that no sparse term raises has ``k`` items before it by the index already, if it is not among the index's
 first ``k``; so these and the raised items hold the exact list. The two are the same function, and a test holds them
-together (tests/unit/test_scorer.py). Nothing passes over the catalogue for one request.
+together (tests/unit/test_scorer.py). No term passes over the catalogue for a request.
 
 Imports neither dgl nor transformers: it is used in a serving replica.
 """
