@@ -1,4 +1,4 @@
-"""``recsys-ray check-leaks``: the check of :mod:`recsys_ray.checks.leaks` on the stages of a finished run."""
+"""``recsys-ray check-leaks``: runs :mod:`recsys_ray.checks.leaks` on the stages of a finished run."""
 
 from __future__ import annotations
 
@@ -40,4 +40,4 @@ def check(config: Config, progress: Progress, sample: int) -> None:
     for name in _OPTIONAL:
         if name not in found:
             console.print(f"not checked: {name} has not run", markup=False, soft_wrap=True)
-    console.print("no feature looks past its time", markup=False)
+    console.print("no leak found: no feature looks past its time", markup=False)

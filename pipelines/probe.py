@@ -1,8 +1,7 @@
-"""``recsys-ray probe``: what the item embeddings are worth for other tasks. A stage, but no part of ``run``."""
+"""``recsys-ray probe``: a stage that measures how useful the embeddings are for other tasks; not part of ``run``."""
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from rich.console import Console
@@ -13,6 +12,7 @@ from recsys_ray.config import Config
 from recsys_ray.core.progress import Progress
 from recsys_ray.stages.chain import STAGES
 from recsys_ray.stages.runner import Context, Runner, Stage
+from recsys_ray.storage.artifacts import read_json
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def _run(context: Context) -> dict[str, Any]:
-    ingest, featurize, hgnn, two_tower = (context.inputs[name] for name in STAGE.inputs)
+    ingest, featurize, hgnn, two_tower = context.inputs.values()
     return probe(context.config, ingest, featurize, hgnn, two_tower, VARIANT, context.out, context.progress)
 
 
@@ -46,5 +46,5 @@ def run_probe(config: Config, progress: Progress, force: bool = False) -> None:
     with Runner(config, {**STAGES, STAGE.name: STAGE}, progress) as runner:
         made = runner.run(STAGE.name, force=force)
     console = Console(highlight=False)
-    print_probe(json.loads((made.path / "metrics.json").read_text(encoding="utf-8")), console)
+    print_probe(read_json(made.path / "metrics.json"), console)
     console.print(f"Picture  {made.path / 'probe.png'}", soft_wrap=True)

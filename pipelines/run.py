@@ -1,6 +1,6 @@
-"""All stages, as ``recsys-ray run`` runs them: ``python -m pipelines.run --config configs/demo.yaml``.
+"""Runs all stages, like ``recsys-ray run``: ``python -m pipelines.run --config configs/demo.yaml``.
 
-``ray job submit -- python -m pipelines.run ...`` runs it on a cluster.
+Use it on a cluster: ``ray job submit -- python -m pipelines.run ...``.
 """
 
 from __future__ import annotations

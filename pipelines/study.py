@@ -1,4 +1,4 @@
-"""Runs a study: its variants one after the other, for every seed, then the page. A killed one goes on where it was."""
+"""Runs a study: all variants for every seed, then the page. An interrupted study continues where it stopped."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from recsys_ray.data.tables import Tables
 from recsys_ray.evaluation.results import HITS, Hits
 from recsys_ray.stages.chain import STAGES
 from recsys_ray.stages.runner import Runner
-from recsys_ray.storage.artifacts import Artifact
+from recsys_ray.storage.artifacts import Artifact, read_json
 from recsys_ray.storage.lock import run_lock
 from recsys_ray.storage.outputs import current_output
 from recsys_ray.studies.changed_tables import write_changed
@@ -26,8 +26,8 @@ from recsys_ray.studies.page import write_page
 from recsys_ray.studies.registry import STUDIES
 from recsys_ray.studies.study import Facts, Result, Study, Variant
 
-_LEAN = ("evaluate.baselines=default",)  # no study asks for what takes long to tune beside the method
-_PLAIN = ("evaluate.map_items=0", "evaluate.examples=0")  # what a page shows that nobody opens
+_LEAN = ("evaluate.baselines=default",)  # studies do not need the baselines that are slow to tune
+_PLAIN = ("evaluate.map_items=0", "evaluate.examples=0")  # variants need no report pages
 _TABLES = "tables"  # below the run's folder: changed interactions
 
 
@@ -38,10 +38,10 @@ def run_study(name: str, config: Config, seeds: int, out: Path, command: str, pr
     study is run again.
 
     Raises:
-        UserError: there is no such study, or the data leave nothing to vary.
+        UserError: there is no such study, or the data do not allow it.
     """
     if name not in STUDIES:
-        raise UserError(f"there is no study {name!r}; there are {', '.join(STUDIES)}")
+        raise UserError(f"there is no study {name!r}; choose from {', '.join(STUDIES)}")
     with run_lock(config.run_dir):
         return _run_study(STUDIES[name], config, seeds, out, command, progress)
 
@@ -55,7 +55,7 @@ def _run_study(study: Study, config: Config, seeds: int, out: Path, command: str
     facts = Facts(config, ingest.counts)
     variants = study.variants(facts)
     if len(variants) < 2 and study.note(facts):
-        raise UserError(f"the study {name} cannot be made with these data: {study.note(facts)}")
+        raise UserError(f"the study {name} is not possible with these data: {study.note(facts)}")
     clock = _Clock(seeds * len(variants), progress)
     done: dict[str, list[Mapping[str, Artifact]]] = {variant.name: [] for variant in variants}
     verdict: list[str] = []
@@ -101,13 +101,13 @@ def _folder(study: Study, variant: str, seed: int) -> str:
 
 
 def _result(outputs: Sequence[Mapping[str, Artifact]]) -> Result:
-    """What the seeds of one variant left."""
+    """The results of one variant, over its seeds."""
     evaluations = [made["evaluate"] for made in outputs if "evaluate" in made]
     users = pl.Series("user_id", Tables(outputs[0]["ingest"].path).user_ids)
     stages = outputs[0].keys()
     return Result(
         hits=[Hits.load(artifact.path / HITS) for artifact in evaluations],
-        rows=[json.loads((a.path / "metrics.json").read_text(encoding="utf-8")) for a in evaluations],
+        rows=[read_json(a.path / "metrics.json") for a in evaluations],
         user_ids=users,
         seconds={stage: [made[stage].manifest["seconds"] for made in outputs] for stage in stages},
         counts={stage: [made[stage].counts for made in outputs] for stage in stages},
@@ -121,7 +121,7 @@ def _data(ingest: Artifact) -> str:
 
 
 class _Clock:
-    """Says which piece of a long work is next and, from those that took time, how long the rest may take."""
+    """Announces the next piece of work and estimates the remaining time."""
 
     def __init__(self, pieces: int, progress: Progress) -> None:
         self.pieces, self.progress = pieces, progress
@@ -142,5 +142,5 @@ class _Clock:
 
     def __exit__(self, *error: object) -> None:
         seconds = time.monotonic() - self._started
-        if seconds > 5:  # what was up to date says nothing of the rest
+        if seconds > 5:  # stages that were up to date do not predict the rest
             self.spent.append(seconds)

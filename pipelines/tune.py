@@ -1,8 +1,8 @@
-"""``recsys-ray tune``: Ray Tune over the method's own settings, by the validation period alone.
+"""``recsys-ray tune``: Ray Tune over the method's settings, on the validation period only.
 
-Every trial is a variant of the run (:mod:`pipelines.variants`), so that what two trials have in common is made once.
-A finished trial is a line of ``trials.jsonl``. Started again after a kill, the search is told of these, and the trial
-that was under way is asked for again: its stages go on at their own checkpoints.
+Every trial is a variant of the run (:mod:`pipelines.variants`), so stages that trials share run once. A finished trial
+is a line of ``trials.jsonl``. After an interruption the search is told of these lines, and the trial that was running
+is repeated: its stages continue at their own checkpoints.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from recsys_ray.core.progress import Progress
 from recsys_ray.core.seeds import seed_from
 from recsys_ray.stages.chain import STAGES
 from recsys_ray.stages.runner import Runner
-from recsys_ray.storage.artifacts import MANIFEST, write_json
+from recsys_ray.storage.artifacts import MANIFEST, read_json, write_json
 from recsys_ray.storage.lock import run_lock
 from recsys_ray.storage.outputs import current_folder
 from recsys_ray.tuning.space import (
@@ -59,7 +59,7 @@ def tune(config: Config, count: int, out: Path, only: list[str], progress: Progr
 
     Args:
         out: the preset.
-        only: tune fields that begin so; default: the whole space.
+        only: tune only fields with this prefix; default: the whole space.
         fresh: forget the trials of earlier runs.
 
     Returns:
@@ -83,7 +83,7 @@ def _tune(config: Config, count: int, out: Path, only: list[str], progress: Prog
     with Runner(config, STAGES, progress) as runner:
         ingest = runner.chain(["ingest", "featurize", "graph"])["ingest"]
     if record.trials:
-        progress.say(f"{len(record.trials)} of {count} trials are done")
+        progress.say(f"{len(record.trials)} of {count} trials done")
     if len(record.trials) < count:
         with ray_session(config.ray) as cpus:
             _search(config, space, record, count, cpus)
@@ -100,7 +100,7 @@ def _tune(config: Config, count: int, out: Path, only: list[str], progress: Prog
 
 
 class Record:
-    """What is known of the trials, on disk: finished ones, and those under way."""
+    """The trials on disk: finished and running ones."""
 
     def __init__(self, folder: Path, config: Config, count: int, progress: Progress) -> None:
         self.folder, self.config, self.count, self.progress = folder, config, count, progress
@@ -109,7 +109,7 @@ class Record:
         self.interrupted: list[Params] = []
         if (folder / _RUNNING).exists():
             done = [dict(trial.params) for trial in self.trials]
-            self.interrupted = [p for p in json.loads((folder / _RUNNING).read_text(encoding="utf-8")) if p not in done]
+            self.interrupted = [p for p in read_json(folder / _RUNNING) if p not in done]
         self.running: dict[str, tuple[Params, float]] = {}
         self._spent: list[float] = []
 
@@ -118,7 +118,7 @@ class Record:
         write_json(self.folder / _RUNNING, [params for params, _ in self.running.values()])
 
     def finish(self, trial_id: str, curve: list[float], error: str = "") -> None:
-        """Write a trial down and make room: what it trained is not needed any more."""
+        """Record a trial and delete what it trained."""
         params, started = self.running.pop(trial_id)
         seconds = time.monotonic() - started
         made = current_folder(folder_of(self.config, name_of(params)) / STAGES["two-tower"].folder)
@@ -140,7 +140,7 @@ class Record:
         )
 
     def _make_room(self) -> None:
-        """Remove what finished trials have trained."""
+        """Delete what finished trials trained."""
         for trial in self.trials:
             folder = folder_of(self.config, name_of(trial.params))
             for output in _BULKY:
@@ -217,14 +217,14 @@ def _optuna(config: Config, space: list[Dimension], record: Record) -> Any:
 
 
 class _Watch(Callback):
-    """Tells the record of the trials' beginnings and ends."""
+    """Records when trials start and end."""
 
     def __init__(self, record: Record) -> None:
         self.record = record
         self.curves: dict[str, list[float]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Tune writes its callbacks down for a resumption of its own, which is not used here."""
+        """Tune pickles its callbacks for its own way to resume, which is not used here."""
         return {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

@@ -1,7 +1,7 @@
-"""Variants of a run: the same configuration with some settings or another seed, in folders of their own below it.
+"""Variants of a run: the same configuration with other settings or another seed, in folders below the run.
 
-``<run_dir>/variants/<name>/`` looks like a run's folder. Whatever a variant has in common with the run or with another
-variant is made once; the others point at it (:class:`recsys_ray.stages.runner.Runner`).
+``<run_dir>/variants/<name>/`` looks like a run's folder. Outputs that a variant shares with the run or with another
+variant are made once, and the others point at them (:class:`recsys_ray.stages.runner.Runner`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from recsys_ray.report.examples import EXAMPLES, POPULARITY
 from recsys_ray.report.item_map import MAP
 from recsys_ray.stages.chain import STAGES
 from recsys_ray.stages.runner import VARIANTS, Runner, make_current
-from recsys_ray.storage.artifacts import Artifact, fingerprint, publish, write_json
+from recsys_ray.storage.artifacts import Artifact, fingerprint, publish, read_json, write_json
 from recsys_ray.storage.lock import run_lock
 from recsys_ray.storage.outputs import find_finished, work_folder
 
@@ -82,7 +82,7 @@ def pool_seeds(config: Config, seeds: list[int], evaluations: Sequence[Artifact]
         return make_current(stage, made, run_dir, run_dir)
     work = work_folder(run_dir / stage.folder, expected[:16])
     hits = [Hits.load(artifact.path / HITS) for artifact in evaluations]
-    tables = [json.loads((artifact.path / "metrics.json").read_text(encoding="utf-8")) for artifact in evaluations]
+    tables = [read_json(artifact.path / "metrics.json") for artifact in evaluations]
     rows = pool(tables, hits, seeds, config.evaluate.bootstrap, config.seed)
     write_json(work / "metrics.json", rows)
     write_json(work / DIFFERENCES, against_all(hits, MAIN, config.evaluate.bootstrap, config.seed))

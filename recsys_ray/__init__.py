@@ -1,4 +1,4 @@
-"""recsys-ray: from interaction logs to a served recommendation.
+"""recsys-ray: train a recommender on interaction logs and serve it.
 
 >>> import recsys_ray
 >>> config = recsys_ray.load_config("my.yaml")
@@ -8,8 +8,8 @@
 10
 
 ``load_config`` reads and checks a configuration, ``run`` brings every stage up to date and returns the bundle,
-``Recommender`` answers from a bundle, ``Bundle`` looks into one. Each is imported when it is first used, so that
-importing this package is quick and a serving process loads no training code.
+``Recommender`` answers from a bundle, and ``Bundle`` inspects one. Each name is imported on first use, so that
+importing the package is quick and a serving process loads no training code.
 """
 
 from __future__ import annotations

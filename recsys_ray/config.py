@@ -2,7 +2,7 @@
 
 Every stage reads its own section. A preset is a YAML file with the same tree; any field can be overridden with a
 dotted path (``hgnn.hidden_dim=64``). An unknown field or a wrong type is a :class:`ConfigError` that names the field
-and offers the nearest one.
+and suggests the nearest one.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ Paths = str | Annotated[list[str], Field(min_length=1)]
 
 
 def _as_utc(value: datetime | None) -> datetime | None:
-    """A date without a zone means UTC, so that a preset means the same on every machine."""
+    """A date without a time zone is UTC, so that a preset means the same on every machine."""
     if value is not None and value.tzinfo is None:
         return value.replace(tzinfo=UTC)
     return value
 
 
 def _no_short_number(value: Any) -> Any:
-    """A year or 20240131 would be read as unix seconds, of 1970."""
+    """A bare year, or 20240131, would be read as unix seconds in 1970."""
     if isinstance(value, str | int) and str(value).strip().isdecimal() and len(str(value).strip()) < 9:
         raise ValueError("write a date as 2024-01-31")
     return value
@@ -58,7 +58,7 @@ def _baseline_names(value: Any) -> Any:
     names = [str(name).strip() for name in value]
     unknown = [name for name in names if name not in BASELINES]
     if unknown:
-        raise ValueError(f"there is no baseline {unknown[0]!r}; known are {', '.join(BASELINES)}, all and default")
+        raise ValueError(f"unknown baseline {unknown[0]!r}; choose from {', '.join(BASELINES)}, all and default")
     return tuple(name for name in BASELINES if name in names)
 
 
@@ -75,13 +75,15 @@ class DataConfig(Section):
     items: Paths = Field("data/items", description="items: item_id, item_type, title, ...")
     interactions: Paths = Field("data/interactions", description="interactions: user_id, item_id, event, timestamp")
     users: Paths | None = Field(None, description="users (optional): user_id, age, country, taste vectors")
-    oracle: str | None = Field(None, description="the demo world's own best rankings; evaluation reports shares of it")
-    now: Moment = Field(None, description="rows later than this moment are from the future; default: the clock")
-    max_bad_share: Share = Field(0.05, description="stop when a larger share of a table's rows is quarantined")
-    leave_out: list[str] = Field(
-        [], description="kinds of bad rows to leave out however many they are, as ingest names them: [unknown item]"
+    oracle: str | None = Field(
+        None, description="the demo data's ideal rankings; evaluation reports shares of their hits"
     )
-    shards: Positive = Field(8, description="user shards that interactions are split into; raise it with the data")
+    now: Moment = Field(None, description="rows later than this count as from the future; default: the clock")
+    max_bad_share: Share = Field(0.05, description="stop if a larger share of a table's rows is quarantined")
+    leave_out: list[str] = Field(
+        [], description="kinds of bad rows to accept, however many, as ingest names them: [unknown item]"
+    )
+    shards: Positive = Field(8, description="number of interaction files, split by user; raise it for large data")
     item_types: list[str] | None = Field(
         None, min_length=1, description="only items of these types and their interactions; default: all"
     )
@@ -90,12 +92,12 @@ class DataConfig(Section):
 class EventsConfig(Section):
     """What each event name means. An event in none of the lists is quarantined."""
 
-    positives: list[str] = Field(["stream"], min_length=1, description="events to be predicted")
-    edges: list[str] = Field(["stream"], min_length=1, description="events that make co-interaction edges")
+    positives: list[str] = Field(["stream"], min_length=1, description="events to predict")
+    edges: list[str] = Field(["stream"], min_length=1, description="events that create co-interaction edges")
     weak: list[str] = Field(
         ["follow", "preview", "intent_to_pay"], description="weak signals: part of a user's history, never a target"
     )
-    ignore: list[str] = Field([], description="events to leave out, counted but not quarantined")
+    ignore: list[str] = Field([], description="events to skip, counted but not quarantined")
 
 
 class SplitConfig(Section):
@@ -105,8 +107,8 @@ class SplitConfig(Section):
     protocol: Literal["time", "leave_one_out"] = "time"
     test_from: Moment = Field(None, description="first moment of the test period; default: test_days before the end")
     valid_from: Moment = Field(None, description="first moment of validation; default: valid_days before test_from")
-    test_days: int | None = Field(None, gt=0, description="default: 14, more where these hold little, fewer where much")
-    valid_days: int | None = Field(None, gt=0, description="default: likewise")
+    test_days: int | None = Field(None, gt=0, description="default: 14, more for sparse data, fewer for dense data")
+    valid_days: int | None = Field(None, gt=0, description="default: as test_days")
 
 
 class TextConfig(Section):
@@ -114,12 +116,12 @@ class TextConfig(Section):
 
     model: str = Field(
         "packaged",
-        description="'packaged' (MiniLM-L6, no download), a folder, a hub id, or 'random': vectors without meaning",
+        description="'packaged' (MiniLM-L6, no download), a folder, a hub id, or 'random' vectors",
     )
     fields: list[Literal["title", "description", "categories"]] = ["title", "description", "categories"]
     max_tokens: Positive = 128
-    batch_size: Positive = Field(128, description="texts an encoder step, after sorting by length")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the hardware has it")
+    batch_size: Positive = Field(128, description="texts per encoder step, after sorting by length")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 if the hardware supports it")
     workers: int | None = Field(None, gt=0, description="encoder actors; default: one per granted CPU (or GPU)")
 
 
@@ -129,66 +131,85 @@ class GraphConfig(Section):
     window_days: Positive | None = Field(None, description="how far back history counts (papers: 90); null: everything")
     features_as_of: Literal["example", "window"] = Field(
         "example",
-        description="example: a training example sees only graphs and history from before it (several snapshots); "
-        "window: the paper's way, one window for features and targets",
+        description="example: features as of each training example's time (several snapshots); "
+        "window: one window for features and targets, as in the papers",
     )
     cuts: Positive = Field(
         5,
-        description="training snapshots; each serves the examples up to the next one (leave_one_out: folds of users; "
-        "each snapshot leaves one out and serves its examples)",
+        description="training snapshots; each serves the examples until the next one (leave_one_out: folds of users; "
+        "each snapshot excludes one fold and serves its examples)",
     )
     first_cut: Share = Field(
-        0.2, description="share of training events before the first cut: they only make graphs (not in leave_one_out)"
+        0.2, description="share of training events before the first cut, used for graphs only (not in leave_one_out)"
     )
     relations: Literal["all", "same_type", "cross_type"] | list[tuple[str, str]] = Field(
-        "all", description="pairs of item types that make edges: all, same_type, cross_type, or a list of pairs"
+        "all", description="pairs of item types that get edges: all, same_type, cross_type, or a list of pairs"
     )
-    min_support: Positive = Field(1, description="users that must share a pair of items to make an edge")
-    max_history: Positive = Field(100, description="latest items of one user that make pairs")
+    min_support: Positive = Field(1, description="users that must share a pair of items to create an edge")
+    max_history: Positive = Field(100, description="latest items of a user that form pairs")
     pair_half_life: float | None = Field(
         24.0,
         gt=0,
-        description="places between two items of a user at which their pair counts half (from the later item to the "
-        "earlier one half of that); null: all pairs alike",
+        description="distance of two items in a history at which their pair counts half (from the later to the earlier "
+        "item half of that); null: all pairs count alike",
     )
-    max_neighbors: Positive = Field(30, description="neighbours kept per item and relation, the weightiest first")
+    max_neighbors: Positive = Field(30, description="neighbours kept per item and relation, highest weight first")
     partitions: int | None = Field(None, gt=0, description="DGL partitions; default: one per host of the cluster")
 
 
 class HgnnConfig(Section):
-    """Two-layer heterogeneous GraphSAGE (paper A, section 3.2)."""
+    """The graph network over items (paper A, section 3.2)."""
 
-    hidden_dim: Positive = 128
-    out_dim: Positive = 128
-    signature_dim: int = Field(128, ge=0, description="random signs that an item sends beside its text; 0: text alone")
-    aggregator: Literal["max", "mean"] = Field("mean", description="mean, or the max-pool of the papers")
-    weights_by: Literal["kinship", "relation"] = Field(
-        "kinship",
-        description="kinship: weights for relations inside a type and for those between types; later types share them; "
-        "relation: the papers' way, weights for every pair of types",
+    encoder: Literal["propagation", "graphsage"] = Field(
+        "propagation",
+        description="propagation: text and structure in channels of their own, over whole neighbourhoods; graphsage: "
+        "the papers' GraphSAGE over sampled neighbours",
     )
-    fanouts: tuple[Positive, Positive] = Field((8, 5), description="neighbours per relation: of the seeds, one hop on")
+    out_dim: int = Field(128, ge=2, description="width of the embedding; propagation: half of it is structure")
+    signature_dim: Positive = Field(
+        256, description="propagation: random signs that stand for an item in its neighbours' sums"
+    )
+    hidden_dim: Positive = Field(128, description="graphsage: width of the first layer")
+    aggregator: Literal["max", "mean"] = Field("max", description="graphsage: max-pool as in the papers, or mean")
+    weights_by: Literal["kinship", "relation"] = Field(
+        "relation",
+        description="graphsage: relation: weights for every pair of types, as in the papers; kinship: one set of "
+        "weights for relations within types and one for those between types, which later types can use",
+    )
+    fanouts: tuple[Positive, Positive] = Field(
+        (8, 5), description="graphsage: sampled neighbours per relation: first hop, second hop"
+    )
     isolated: Share = Field(
-        0.2, description="share of a training batch's items that are embedded from text alone, as new items will be"
+        0.2, description="share of a training batch's items embedded from text alone, as new items will be"
     )
     loss: Literal["softmax", "max_margin"] = Field("softmax", description="in-batch softmax, or the papers' max-margin")
-    temperature: float = Field(0.1, gt=0, description="softmax only")
-    margin: float = Field(0.2, gt=0, description="max_margin only")
-    negatives: Positive = Field(64, description="max_margin only: random catalogue negatives, shared by a batch")
-    balanced: bool = Field(True, description="balanced multi-link sampler; false: every edge, every epoch")
+    temperature: float = Field(0.2, gt=0, description="for loss=softmax")
+    margin: float = Field(0.2, gt=0, description="for loss=max_margin")
+    negatives: Positive = Field(64, description="for loss=max_margin: random catalogue negatives, shared by a batch")
+    balanced: bool = Field(True, description="balanced multi-link sampler; false: every edge in every epoch")
     min_edges: Positive = Field(
-        20_000, description="balanced: no relation is undersampled below this many edges an epoch"
+        20_000, description="balanced: no relation is undersampled below this many edges per epoch"
     )
-    max_steps: int | None = Field(100, gt=0, description="cap of an epoch's steps; null: none")
-    batch_size: Positive = Field(2048, description="supervision edges a step and worker")
+    max_steps: int | None = Field(100, gt=0, description="maximum steps per epoch; null: no limit")
+    batch_size: Positive = Field(2048, description="supervision edges per step and worker")
     epochs: Positive = 4
-    patience: Positive = Field(2, description="epochs without a better validation loss before stopping")
+    patience: Positive = Field(2, description="stop after this many epochs without a better validation loss")
     valid_share: Share = Field(0.1, description="edges held out for early stopping")
     learning_rate: float = Field(1e-3, gt=0)
     weights: str | None = Field(
-        None, description="model.safetensors of an earlier hgnn folder: embed with these weights, train nothing"
+        None, description="model.safetensors of an earlier hgnn output: embed with these weights, do not train"
     )
     workers: int | None = Field(None, gt=0, description="Ray Train workers; default: one per host")
+
+    @property
+    def state_dim(self) -> int:
+        """Width of the state that an item keeps and sends after the first layer."""
+        return self.out_dim + 2 * (self.out_dim // 2) if self.encoder == "propagation" else self.hidden_dim
+
+    @property
+    def knows_later_types(self) -> bool:
+        """Whether the weights apply to item types that come after the training."""
+        return self.encoder == "propagation" or self.weights_by == "kinship"
 
 
 class TwoTowerConfig(Section):
@@ -196,48 +217,54 @@ class TwoTowerConfig(Section):
 
     layers: tuple[Positive, ...] = Field((512, 256, 128), description="fully connected layers of both towers")
     loss: Literal["softmax", "paper"] = Field(
-        "softmax", description="in-batch softmax with log-Q correction, or the loss as printed in paper A"
+        "softmax", description="in-batch softmax with log-Q correction, or the loss printed in paper A"
     )
     temperature: float = Field(0.1, gt=0)
     log_q: float = Field(1.0, ge=0, le=1, description="strength of the log-Q correction: 1 full, 0 none")
-    dropout: Share = Field(0.1, description="before every layer, while training")
-    history: Positive = Field(200, description="latest events of a user that make the user's features")
+    dropout: Share = Field(0.1, description="before every layer, in training")
+    hgnn_dropout: Share = Field(
+        0.75,
+        description="of HGNN embeddings, in training: they tell items apart, and towers would learn these by heart",
+    )
+    history: Positive = Field(200, description="latest events of a user used as features")
     last_item: bool | None = Field(
         None,
-        description="the user's last item and, where histories are long, means of the latest, beside the mean of all; "
+        description="also use the last item and, if histories are long, means over the latest events; "
         "null: chosen on the validation period",
     )
-    id_dim: int = Field(32, ge=0, description="learned vector of each item, beside text and HGNN embedding; 0: none")
-    id_items: Positive = Field(200_000, description="items with a learned vector: those with the most examples")
+    id_dim: int = Field(32, ge=0, description="width of the learned item vectors; 0: none")
+    id_items: Positive = Field(200_000, description="items with a learned vector, those with the most examples first")
     id_dropout: Share | None = Field(
-        None, description="share of learned vectors that a training step does without; null: by how often items occur"
+        None, description="share of learned vectors hidden in a training step; null: from how often items occur"
     )
-    memory: bool = Field(True, description="beside the towers, edges of the graph raise scores as validation says")
-    trends: bool = Field(True, description="choices of the last weeks move items' scores as validation says")
-    unseen: bool = Field(True, description="items that nobody had are given the share that such items had before")
+    memory: bool = Field(True, description="co-interaction memory: graph edges raise scores, weighted by validation")
+    trends: bool = Field(True, description="recent popularity moves scores, weighted by validation")
+    unseen: bool = Field(True, description="calibrate the share of unseen items to that of past periods")
     batch_size: Positive = 1024
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="of the layers while they train; auto: bf16 where the hardware has it"
+        "auto", description="of the layers in training; auto: bf16 if the hardware supports it"
     )
     epochs: Positive = 40
-    patience: Positive = Field(3, description="epochs without a better validation NDCG@100 before stopping")
+    patience: Positive = Field(3, description="stop after this many epochs without a better validation NDCG@100")
     learning_rate: float = Field(5e-4, gt=0)
-    refit: bool = Field(True, description="after the best epoch, one more with the validation period's examples too")
-    averaging: Share = Field(0.99, description="share of the averaged weights that a step leaves; 0: no averaging")
+    refit: bool = Field(True, description="train one more epoch that includes the validation period's examples")
+    averaging: Share = Field(0.99, description="decay of the moving average of the weights; 0: no averaging")
     ablation: bool = Field(True, description="also train the two-tower without HGNN, as a baseline")
     workers: int | None = Field(None, gt=0, description="Ray Train workers; default: one per host")
 
 
 class IndexConfig(Section):
-    """ANN index per item type, inner product, and what is popular."""
+    """ANN index per item type (inner product), and popularity."""
 
-    exact_up_to: Positive = Field(100_000, description="items of a type up to which search is exact; HNSW above")
-    hnsw_links: Positive = 32
+    exact_up_to: Positive = Field(10_000, description="exact search up to this many items of a type; HNSW above")
+    hnsw_links: Positive = 16
     ef_construction: Positive = 200
-    ef_search: Positive = 64
-    min_recall: Share = Field(0.9, description="publishing stops below this recall@10 against exact search")
+    recall: Share = Field(
+        0.99, description="HNSW follows as many candidates as this recall@10 and @100 against exact search needs"
+    )
+    min_recall: Share = Field(0.9, description="do not publish if the recall stays below this one")
     popular_days: Positive | None = Field(
-        90, description="what is popular, for users of whom nothing is known: events of the last days; null: all"
+        90, description="days over which popularity is counted, for users about whom nothing is known; null: all"
     )
 
 
@@ -248,40 +275,45 @@ class EvaluateConfig(Section):
     baselines: Baselines = Field(
         DEFAULT_BASELINES,
         validate_default=True,
-        description="what to compare with: a list or 'a,b' of names, 'default', or 'all' (needs the extra)",
+        description="baselines: a list or 'a,b' of names, 'default', or 'all' (needs the extra)",
     )
-    trials: Positive = Field(12, description="points of its search space that each baseline tries on the validation")
-    trial_seconds: float | None = Field(None, gt=0, description="stop a longer trial of a baseline; default: none")
+    trials: Positive = Field(12, description="tuning trials of each baseline, on the validation period")
+    trial_seconds: float | None = Field(None, gt=0, description="time limit of a baseline's trial; default: none")
     fit_users: Positive = Field(1_000_000, description="baselines are fitted to a seeded sample of this many users")
-    ease_items: Positive = Field(20_000, description="EASE^R knows this many items at once: 6 bytes x items^2")
-    popularity_days: list[Positive] = Field([], description="also popularity over windows of so many days")
-    strangers: bool = Field(False, description="also ask every model with another user's history: what is not personal")
-    examples: int = Field(12, ge=0, description="users whose history and lists the report shows; 0: none")
-    map_items: int = Field(2400, ge=0, description="items on the report's map of the embeddings, a sample; 0: no map")
+    ease_items: Positive = Field(20_000, description="maximum items in an EASE^R model; memory: 6 bytes x items^2")
+    popularity_days: list[Positive] = Field([], description="further popularity baselines, over these numbers of days")
+    strangers: bool = Field(
+        False, description="also query every model with another user's history, to measure what is not personal"
+    )
+    examples: int = Field(12, ge=0, description="example users in the report; 0: none")
+    map_items: int = Field(2400, ge=0, description="sampled items on the report's map of the embeddings; 0: no map")
 
 
 class ProbeConfig(Section):
-    """What the embeddings are worth for other tasks (recsys-ray probe)."""
+    """How useful the embeddings are for other tasks (recsys-ray probe)."""
 
-    folds: int = Field(5, ge=2, description="parts of the items, each predicted by a model fitted on the others")
-    items: Positive = Field(10_000, description="at most so many items are classified, a seeded sample")
-    pairs: Positive = Field(20_000, description="at most so many pairs of items are looked up, a seeded sample")
+    folds: int = Field(5, ge=2, description="cross-validation folds over the items")
+    items: Positive = Field(10_000, description="maximum items to classify, a seeded sample")
+    pairs: Positive = Field(20_000, description="maximum item pairs to look up, a seeded sample")
 
 
 class RayConfig(Section):
-    address: str = Field("local", description="'local' starts one here; 'auto' or an address joins a cluster")
+    address: str = Field("local", description="'local' starts Ray here; 'auto' or an address joins a cluster")
     num_cpus: int | None = Field(None, gt=0, description="CPUs of a local Ray; default: those of this process")
     object_store_mb: Positive = 512
     dashboard: bool = False
+    metrics_port: int | None = Field(
+        None, ge=1, le=65535, description="port where Prometheus reads a local Ray; default: any free port"
+    )
 
 
 class Config(Section):
     """The whole tree. ``run_dir`` receives one folder per stage."""
 
     run_dir: str = "runs/default"
-    seed: int = Field(0, description="of what is trained, and of the baselines that are")
+    seed: int = Field(0, description="seed of all training, baselines included")
     data_seed: int = Field(
-        0, description="of the graph's ties and partitions, of samples of users: the same for all training seeds"
+        0, description="seed of the graph's ties, partitions and user samples: the same for all training seeds"
     )
     data: DataConfig = DataConfig()
     events: EventsConfig = EventsConfig()
@@ -299,7 +331,7 @@ class Config(Section):
     def _consistent(self) -> Config:
         overlap = set(self.events.ignore) & {*self.events.positives, *self.events.edges, *self.events.weak}
         if overlap:
-            raise ValueError(f"events.ignore lists {sorted(overlap)}, which another list of events uses")
+            raise ValueError(f"events.ignore lists {sorted(overlap)}, which another list of events also contains")
         if set(self.events.positives) & set(self.events.weak):
             raise ValueError("an event cannot be both in events.positives and in events.weak")
         if self.split.valid_from and self.split.test_from and self.split.valid_from >= self.split.test_from:
@@ -309,16 +341,18 @@ class Config(Section):
         return self
 
     def _leave_one_out_fits(self) -> None:
-        """Each user has an own order of events and there are no days: what counts in days has no meaning."""
+        """Leave-one-out orders events within each user and has no days, so settings in days have no meaning."""
         protocol = "split.protocol=leave_one_out"
         if self.graph.window_days is not None:
-            raise ValueError(f"{protocol} has no days that a window could reach back: set graph.window_days=null")
+            raise ValueError(f"{protocol} has no days, so a window has no meaning: set graph.window_days=null")
         if self.split.valid_from or self.split.test_from:
-            raise ValueError(f"{protocol} has no dates: leave split.valid_from and split.test_from out")
+            raise ValueError(f"{protocol} has no dates: remove split.valid_from and split.test_from")
         if self.graph.features_as_of == "example" and self.graph.cuts < 2:
-            raise ValueError(f"{protocol} leaves one of graph.cuts folds of users out of each graph: set at least 2")
+            raise ValueError(
+                f"{protocol} excludes one of graph.cuts user folds from each graph: set graph.cuts to at least 2"
+            )
         if self.data.oracle:
-            raise ValueError(f"{protocol}: data.oracle ranks for the test period of the time split; set it to null")
+            raise ValueError(f"{protocol}: data.oracle is for the split by time; set it to null")
 
 
 class _Loader(yaml.SafeLoader):
@@ -353,12 +387,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str
         if loaded is not None and not isinstance(loaded, dict):
             raise ConfigError(f"{path} must hold a mapping of sections, not a {type(loaded).__name__}")
         tree = loaded or {}
-    for override in overrides:
-        _apply(tree, override)
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(_explain(error, str(path) if path else "the configuration")) from error
+    return _validated(tree, overrides, str(path) if path else "the configuration")
 
 
 def changed(config: Config, overrides: Sequence[str]) -> Config:
@@ -367,13 +396,16 @@ def changed(config: Config, overrides: Sequence[str]) -> Config:
     Raises:
         ConfigError: as :func:`load_config`.
     """
-    tree = config.model_dump()
+    return _validated(config.model_dump(), overrides, "the changed configuration")
+
+
+def _validated(tree: dict[str, Any], overrides: Sequence[str], source: str) -> Config:
     for override in overrides:
         _apply(tree, override)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_explain(error, "the changed configuration")) from error
+        raise ConfigError(_explain(error, source)) from error
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -381,7 +413,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     and numbers work."""
     name, separator, text = override.partition("=")
     if not separator or not name.strip():
-        raise ConfigError(f"--set takes NAME=VALUE, for example hgnn.hidden_dim=64, not {override!r}")
+        raise ConfigError(f"--set needs NAME=VALUE, for example hgnn.hidden_dim=64, not {override!r}")
     *parents, leaf = name.strip().split(".")
     try:
         value = _as_text(text) if _is_text([*parents, leaf], text) else _read_yaml(text)
@@ -404,8 +436,8 @@ def _as_text(text: str) -> str | None:
 
 
 def _is_text(names: Sequence[str], text: str) -> bool:
-    """Whether the field with these names takes ``text`` as it is; one that may be a list, too, unless it is in
-    brackets."""
+    """Whether the field with these names takes ``text`` as it is. A field that may also be a list does so unless the
+    text begins with a bracket."""
     kind: Any = Config
     for name in names:
         if not (isinstance(kind, type) and issubclass(kind, BaseModel) and name in kind.model_fields):
@@ -429,7 +461,7 @@ def field_names(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
 
 
 def _explain(error: ValidationError, source: str) -> str:
-    lines = [f"{source} does not fit:"]
+    lines = [f"{source} is not valid:"]
     known = field_names()
     for problem in error.errors():
         name = ".".join(str(part) for part in problem["loc"])

@@ -1,7 +1,8 @@
-"""Ray Serve around the app: tower, index and HTTP in one replica, so that no request crosses a process twice.
+"""Ray Serve around the app: tower, index and HTTP in one replica, so that no request crosses processes twice.
 
-``serve_forever`` serves on this machine or joins a cluster; ``application`` is what ``serve deploy configs/serve.yaml``
-imports. To swap the bundle change only ``user_config.bundle`` and deploy again: replicas load the new one, then swap.
+``serve_forever`` serves on this machine or joins a cluster; ``serve deploy configs/serve/cluster.yaml`` imports
+``application``. Another bundle takes over when it is promoted in the served folder, or when only ``user_config.bundle``
+changes and is deployed again: replicas load the new bundle in the background, then swap.
 """
 
 from __future__ import annotations
@@ -19,17 +20,34 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recsys_ray.bundle.build import find_bundle, locate_bundle
+from recsys_ray.bundle.release import (
+    Limits,
+    bundle_to_serve,
+    check_release,
+    folder_of_bundles,
+    load_verified,
+    promote,
+    rollback,
+)
 from recsys_ray.cluster.session import granted_cpus, ray_session
 from recsys_ray.config import RayConfig
 from recsys_ray.core.errors import UserError
 from recsys_ray.core.progress import Progress
+from recsys_ray.serving.live import LiveVectors
 from recsys_ray.serving.recommender import Recommender
+from recsys_ray.storage.artifacts import open_artifact
+from recsys_ray.storage.outputs import locate_bundle
+from recsys_ray.storage.store import Place, local_output
 from serve.app import create_app
+from serve.live import LiveAnswers, variants_of
+from serve.logs import write_json_lines
+from serve.metrics import RayMeter
+from serve.settings import Settings, load_settings
+from serve.store import open_store
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -37,15 +55,26 @@ if TYPE_CHECKING:
 
 NAME = "recsys-ray"
 _LOG = logging.getLogger("ray.serve")
+_WATCH_S = 1.0
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 class RecommendationService:
-    """One replica."""
+    """One replica. It answers from one bundle while a thread loads and checks the next one, then swaps a reference. So
+    every answer comes from a single bundle, and there is always one loaded."""
 
-    def __init__(self, examples: bool = False) -> None:
-        """``examples``: show a few users of the data on the page."""
+    def __init__(self, examples: bool = False, limits: Limits | None = None, settings: Settings | None = None) -> None:
+        """``examples``: show a few users of the data on the page. ``limits``: of a bundle that takes over."""
         self._recommender: Recommender | None = None
+        self._limits = limits or Limits()
+        self._settings = settings or Settings()
+        store = self._settings.store
+        self.answers = LiveAnswers(open_store(store) if store else None, variants_of(self._settings.variants))
+        if self._settings.log:
+            write_json_lines()
+        self._wanted = ""  # path or URI from the deployment's configuration
+        self._tried: str | None = None  # the last place that was loaded or refused
+        self._watcher: asyncio.Task[None] | None = None
         self.examples = examples
         self.refused: str | None = None
 
@@ -55,35 +84,115 @@ class RecommendationService:
         return self._recommender
 
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
-        """Load ``user_config["bundle"]`` beside the live one and swap. A bundle that cannot be loaded leaves the live
-        one in place (and is named by /v1/version); at the start there is none, so that it is an error then."""
+        """Serve ``user_config["bundle"]``: one bundle, or what is promoted of a folder of bundles. The first is loaded
+        here, and an error is one of the start. Later ones are loaded by the watcher: Serve sends a replica no
+        requests until this has returned."""
+        self._wanted = str(user_config["bundle"])
+        if self._recommender is None:
+            place, _ = await asyncio.to_thread(bundle_to_serve, self._wanted)
+            self._recommender = await asyncio.to_thread(_loaded, place)
+            self._tried = str(place)
+        if self._watcher is None:
+            self._watcher = asyncio.create_task(self._watch())
+
+    async def _watch(self) -> None:
+        """Look every second for what is to be served now."""
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            await asyncio.to_thread(self.look)
+
+    def look(self) -> None:
+        """Load what is to be served, if that is another bundle than before; a bundle that is damaged or worse leaves
+        the live one in place, and is named by /v1/version and the log."""
+        live = self.recommender
         try:
-            folder = find_bundle(user_config["bundle"])
-            live = self._recommender
-            if live is None or live.artifact.path != folder:
-                self._recommender = await asyncio.to_thread(Recommender.load, folder)
+            place, compared = bundle_to_serve(self._wanted)
+            if str(place) == self._tried:
+                return
+            self._tried = str(place)
+            if local_output(place) != live.artifact.path:
+                new = _loaded(place)
+                check_release(new, live, self._limits if compared else None)
+                self._recommender = new
+                _LOG.warning("now serving version %s, before: %s", new.version, live.version)
+                self._embed_again(new)
             self.refused = None
         except UserError as error:
-            if self._recommender is None:
-                raise
+            if self.refused != str(error):
+                _LOG.error("bundle refused, version %s stays: %s", live.version, error)
             self.refused = str(error)
-            _LOG.error("the bundle is refused and version %s goes on: %s", self._recommender.version, error)
+
+    async def embed(self, record: Mapping[str, Any]) -> bytes:
+        """Vectors of a new item, by an actor that all replicas share: its models take seconds to load."""
+        made: bytes = await self._embedding(record)
+        return made
+
+    async def promote(self, version: str, force: bool) -> tuple[str, str | None]:
+        folder = self._folder()
+        return await asyncio.to_thread(promote, str(folder / version), None if force else self._limits)
+
+    async def rollback(self) -> tuple[str, str]:
+        return await asyncio.to_thread(rollback, str(self._folder()))
+
+    def _folder(self) -> Place:
+        folder = folder_of_bundles(self._wanted)
+        if folder is None:
+            raise UserError("this server serves one bundle, not a folder of bundles")
+        return folder
+
+    def _embedding(self, record: Mapping[str, Any]) -> Any:
+        import ray
+
+        actor: Any = ray.remote(num_cpus=0)(Embeddings)
+        embeddings = actor.options(name="recsys-ray-embedder", get_if_exists=True, max_restarts=-1).remote()
+        return embeddings.embed.remote(str(self.recommender.artifact.path), dict(record))
+
+    def _embed_again(self, recommender: Recommender) -> None:
+        """New items from before this bundle's promotion that it lacks."""
+        import ray
+
+        for item in self.answers.outdated(recommender):
+            assert item.record is not None and self.answers.store is not None
+            vectors = ray.get(self._embedding({"item_id": item.item_id, **item.record}))
+            self.answers.store.put_item(replace(item, vectors=vectors))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self)
+        return create_app(self, self._settings, RayMeter())
 
     def check_health(self) -> None:
         if self._recommender is None:
             raise RuntimeError("no bundle is loaded")
 
 
+def _loaded(place: Place) -> Recommender:
+    """A bundle that is ready to answer. The index of words takes seconds for a million items: nobody should wait."""
+    made = load_verified(place)
+    made.search("a", 1)
+    return made
+
+
+class Embeddings:
+    """Embeds new items of the bundle that is served. The only process that loads the text encoder."""
+
+    def __init__(self) -> None:
+        self._path = ""
+        self._embedder: Any = None
+
+    def embed(self, bundle: str, record: Mapping[str, Any]) -> bytes:
+        from recsys_ray.bundle.embedder import Embedder
+
+        if self._embedder is None or self._path != bundle:
+            self._embedder, self._path = Embedder(open_artifact(bundle)), bundle
+        (item,) = self._embedder.embed([record])
+        return LiveVectors(str(open_artifact(bundle).counts["base"]), item.wide, item.hgnn).pack()
+
+
 @dataclass(frozen=True)
 class Scaling:
-    """How many replicas, and when there are more.
+    """The number of replicas, and when to add some.
 
-    ``ongoing`` is the number of requests at work or waiting in one replica that autoscaling aims at; with ``queued``
-    more waiting than that the answer is 429.
-    """
+    ``ongoing`` is autoscaling's target for requests running or waiting in one replica; when ``queued`` more are
+    waiting, the answer is 429."""
 
     replicas: int = 1
     max_replicas: int | None = None
@@ -109,20 +218,25 @@ def application(args: Mapping[str, Any]) -> Application:
 
     Args:
         args: ``bundle`` (path or URI that every node can read; may be overridden by ``user_config`` of the deployment),
-            ``examples`` (bool), ``replicas``, ``max_replicas``, ``ongoing``, ``queued`` (see :class:`Scaling`).
+            ``examples`` (bool), ``settings`` (see serve/settings.py),
+            ``replicas``, ``max_replicas``, ``ongoing``, ``queued`` (see :class:`Scaling`).
     """
     from ray import serve
+    from ray.serve.schema import LoggingConfig
 
     names = {"replicas", "max_replicas", "ongoing", "queued"}
-    unknown = set(args) - names - {"bundle", "examples"}
+    unknown = set(args) - names - {"bundle", "examples", "settings"}
     if unknown:
-        raise UserError(f"{sorted(unknown)[0]!r} is no argument of the application; see configs/serve.yaml")
+        raise UserError(f"{sorted(unknown)[0]!r} is not an argument of the application; see configs/serve/cluster.yaml")
+    settings = load_settings(args.get("settings"))
+    settings.check()
     options = Scaling(**{name: args[name] for name in names & set(args)}).options()
     service: Any = serve.deployment(name="recommendations")(serve.ingress()(RecommendationService))
     if "bundle" in args:
         options["user_config"] = {"bundle": str(args["bundle"])}
+    options["logging_config"] = LoggingConfig(enable_access_log=False)  # it writes paths, and paths hold ids of users
     return service.options(ray_actor_options={"num_cpus": 1}, **options).bind(
-        examples=bool(args.get("examples", False))
+        examples=bool(args.get("examples", False)), settings=settings
     )
 
 
@@ -134,20 +248,23 @@ def serving(
     scaling: Scaling | None = None,
     address: str = "local",
     examples: bool = True,
+    settings: Settings | None = None,
 ) -> Iterator[str]:
     """Serve ``bundle`` while the block runs; yields the URL.
 
-    ``bundles/current`` means the version that it points at now: a replica that starts later serves the same.
+    For a folder of bundles, the promoted one is served, and the next one when it is promoted.
 
     Raises:
-        UserError: the port is taken, there is no bundle, or it cannot be loaded.
+        UserError: the port is taken, there is no bundle, it cannot be loaded, or other machines would need no key.
     """
-    place, scaling = str(locate_bundle(bundle)), scaling or Scaling()
+    settings = (settings or Settings()).at(host)
+    place, scaling = _absolute(bundle), scaling or Scaling()
     most = max(scaling.replicas, scaling.max_replicas or 0)
     if address == "local":
         _check_port(host, port)
         _prefer_haproxy()
     ray_config = RayConfig(address=address, num_cpus=max(granted_cpus(), most), object_store_mb=256)
+    ray_config = ray_config.model_copy(update={"metrics_port": settings.metrics_port})
     handlers = {number: signal.getsignal(number) for number in _STOPS}
     with ray_session(ray_config):
         from ray import serve
@@ -157,7 +274,7 @@ def serving(
             for number, handler in handlers.items():  # Ray has put its own in their place, which aborts at SIGTERM
                 signal.signal(number, handler)
 
-        arguments = {"bundle": place, "examples": examples, **vars(scaling)}
+        arguments = {"bundle": place, "examples": examples, "settings": settings.model_dump(), **vars(scaling)}
         try:
             serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
             try:
@@ -181,10 +298,11 @@ def serve_forever(
     address: str = "local",
     examples: bool = True,
     progress: Progress | None = None,
+    settings: Settings | None = None,
 ) -> None:
     """Serve until Ctrl-C or SIGTERM; errors as :func:`serving`."""
-    progress = progress or Progress()
-    probe = Recommender.load(bundle)  # a damaged bundle is one sentence here, a page of Ray's log later
+    progress, settings = progress or Progress(), (settings or Settings()).at(host)
+    probe = load_verified(bundle_to_serve(bundle)[0])  # a damaged bundle is one sentence here, later pages of Ray's log
     user = next(iter(probe.example_users(1)), "anyone")
     version = probe.version
     del probe
@@ -192,16 +310,22 @@ def serve_forever(
     stop = threading.Event()
     before = {number: signal.signal(number, lambda *_: stop.set()) for number in _STOPS}
     try:
-        with serving(bundle, host, port, scaling, address, examples) as url:
+        with serving(bundle, host, port, scaling, address, examples, settings) as url:
             body = json.dumps({"user_id": user, "k": 10}, ensure_ascii=False).replace("'", "'\\''")
-            progress.say(f"Serving at {url} (page), {url}/docs (API). Try:\n")
+            progress.say(f"Serving at {url} (web page) and {url}/docs (API). Try:\n")
             progress.say(f"  curl -s {url}/v1/recommendations -H 'content-type: application/json' -d '{body}'\n")
-            progress.say("Ctrl-C stops.")
+            progress.say("Press Ctrl-C to stop.")
             stop.wait()
             progress.say("Stopping ...")
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _absolute(bundle: str | Path) -> str:
+    """The bundle, or folder of bundles, by a path or URI that means the same in every process."""
+    place = Place(str(folder_of_bundles(bundle) or locate_bundle(bundle)))
+    return str(place.local.resolve()) if place.is_local else str(place)
 
 
 def _check_port(host: str, port: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -66,6 +67,7 @@ class World:
 def make_world(
     root: Path, per_type: Sequence[int] = (30, 40, 50), users: int = 60, dim: int = 8, text: int = 16, seed: int = 0,
     memory: float = 0.0, shares: Sequence[float | None] = (), terms: Sequence[str] = (),
+    history: int = 0, latent: int = 0,
 ) -> World:  # fmt: skip
     random = np.random.default_rng(seed)
     types = ["audiobook", "music", "podcast"][: len(per_type)]
@@ -77,17 +79,18 @@ def make_world(
     available = random.random(len(item_ids)) > 0.1
     for item_id in STRANGE_IDS:
         available[item_ids.index(item_id)] = True
-    vectors = _unit(random, len(item_ids), dim)
+    group = random.integers(0, max(len(item_ids) // 50, 1), len(item_ids))
+    vectors = _like_trained(random, group, dim, latent) if latent else _unit(random, len(item_ids), dim)
     user_ids = [f"üser/{i:04d}" for i in random.permutation(users)]
     user_ids[3], user_ids[7] = LONELY, FORGOTTEN
-    events = _events(random, users, len(item_ids))
+    events = _many_events(random, users, group, history) if history else _events(random, users, len(item_ids))
     made = _terms(ntype, terms)
     world = World(root, _config(root), item_ids, ntype, available, vectors, user_ids, events, made)
     write_ingest(world, types, per_type, random)
     vectors_of_text = _unit(random, len(item_ids), text).astype("float16")
     publish_arrays(root / "featurize", {"text.safetensors": {"vector": vectors_of_text}}, **FEATURIZE)
     order = random.permutation(len(item_ids))
-    embedding = _unit(random, len(item_ids), dim)
+    embedding = vectors if latent else _unit(random, len(item_ids), dim)
     half = len(order) // 2
     parts = {
         f"embeddings/serve/part-{number:05d}.safetensors": {
@@ -99,7 +102,7 @@ def make_world(
     }
     parts["model.safetensors"] = {"nothing": np.zeros(1, np.float32)}  # serving does not open it
     publish_arrays(root / "hgnn", parts, config={"hgnn": {}})
-    _write_towers(root / "two_tower", world, types, text, dim, memory, shares)
+    _write_towers(root / "two_tower", world, types, text, dim, memory, shares, near=bool(latent))
     return world
 
 
@@ -114,6 +117,18 @@ def _unit(random: np.random.Generator, rows: int, dim: int) -> np.ndarray:
     return values / np.linalg.norm(values, axis=1, keepdims=True)
 
 
+def _like_trained(random: np.random.Generator, group: np.ndarray, dim: int, latent: int) -> np.ndarray:
+    """Unit vectors that lie near ``latent`` directions, and in groups: what towers make is like this, and unlike points
+    that are spread evenly over a sphere, among which no index of neighbours finds its way."""
+    rows = len(group)
+    centres = random.standard_normal((int(group.max()) + 1, latent), dtype=np.float32)
+    points = centres[group] + 0.5 * random.standard_normal((rows, latent), np.float32)
+    values = points @ random.standard_normal((latent, dim), dtype=np.float32)
+    values += 0.1 * random.standard_normal((rows, dim), dtype=np.float32)
+    return values / np.linalg.norm(values, axis=1, keepdims=True)
+
+
+_TASTES = 3  # groups of items that a user of a large world likes
 HAD = 9  # so many users had most items; nobody had every ninth
 
 
@@ -127,6 +142,19 @@ def _terms(ntype: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
     trend = 0.3 * np.random.default_rng(6).standard_normal(len(ntype), dtype=np.float32) * somebody
     unseen = np.array([0.4, -0.5, 0.2], np.float32)[ntype] * ~somebody
     return {name: term for name, term in ((TRENDS, trend), (UNSEEN, unseen)) if name in names}
+
+
+def _many_events(random: np.random.Generator, users: int, group: np.ndarray, each: int) -> np.ndarray:
+    """As many events of every user, for worlds that are large: users have a taste for a few groups of items."""
+    uid = np.repeat(np.arange(users), each)
+    by_group, size = np.argsort(group, kind="stable"), np.bincount(group)
+    filled = np.flatnonzero(size)
+    tastes = filled[random.integers(0, len(filled), (users, _TASTES))]
+    chosen = tastes[uid, random.integers(0, _TASTES, len(uid))]
+    gid = by_group[(np.cumsum(size) - size)[chosen] + (size[chosen] * random.random(len(uid))).astype(int)]
+    moment = END - 1 - random.integers(0, 80, len(uid)) * DAY
+    table = np.column_stack([uid, gid, random.integers(0, 3, len(uid)), moment])
+    return table[np.lexsort((table[:, 2], table[:, 1], table[:, 3], table[:, 0]))]
 
 
 def _events(random: np.random.Generator, users: int, items: int) -> np.ndarray:
@@ -148,6 +176,19 @@ def published(item_id: str) -> int | None:
     return None if number % 3 else END - number // 3 % 180 * DAY
 
 
+def title_of(item_id: str) -> str:
+    return f"Title of {item_id}"
+
+
+def language_of(item_id: str) -> str | None:
+    return ("de", "en", None)[zlib.crc32(item_id.encode()) // 7 % 3]
+
+
+def categories_of(item_id: str) -> list[str]:
+    number = zlib.crc32(item_id.encode()) // 11
+    return ["a", *(["b"] if number % 2 else []), *(["c"] if number % 5 == 0 else [])]
+
+
 def write_ingest(world: World, types: list[str], per_type: Sequence[int], random: np.random.Generator) -> None:
     work = world.root / "ingest"
     work.mkdir(parents=True, exist_ok=True)
@@ -157,10 +198,10 @@ def write_ingest(world: World, types: list[str], per_type: Sequence[int], random
         "item_type": [types[t] for t in world.ntype],
         "ntype": pa.array(world.ntype, pa.int16()),
         "index": pa.array(np.concatenate([np.arange(n) for n in per_type]), pa.int32()),
-        "title": [f"Title of {item_id}" for item_id in world.item_ids],
+        "title": [title_of(item_id) for item_id in world.item_ids],
         "description": pa.nulls(size, pa.string()),
-        "language": pa.nulls(size, pa.string()),
-        "categories": [["a"]] * size,
+        "language": pa.array([language_of(item_id) for item_id in world.item_ids], pa.string()),
+        "categories": [categories_of(item_id) for item_id in world.item_ids],
         "published_at": pa.array([published(item_id) for item_id in world.item_ids], pa.int64()),
         "available": world.available,
     }
@@ -210,6 +251,14 @@ def publish_arrays(target: Path, files: dict[str, dict[str, np.ndarray]], **fact
     publish(target, target.name, target.name, **facts)
 
 
+def large_memory(items: int, each: int = 90) -> Memory:
+    """Of every item edges with as many others, for worlds that are large: 30 of each of three types."""
+    random = np.random.default_rng(5)
+    gid = np.sort(random.integers(0, items, (items, each), dtype=np.int32), axis=1)
+    made = 0.01 * random.standard_exponential((items * each, len(RIDGES)), dtype=np.float32)
+    return Memory(np.arange(0, items * each + 1, each), gid.ravel(), made, had(items))
+
+
 def some_memory(items: int) -> Memory:
     """Of each item edges with some others, but of every ninth, which nobody had."""
     random = np.random.default_rng(5)
@@ -221,8 +270,9 @@ def some_memory(items: int) -> Memory:
 
 
 def _write_towers(
-    target: Path, world: World, types: list[str], text: int, dim: int, memory: float, shares: Sequence[float | None]
-) -> None:
+    target: Path, world: World, types: list[str], text: int, dim: int, memory: float, shares: Sequence[float | None],
+    near: bool,
+) -> None:  # fmt: skip
     from safetensors.torch import save_file
 
     from recsys_ray.two_tower.towers import TowerSpec, TwoTower
@@ -239,11 +289,15 @@ def _write_towers(
         unseen_share=list(shares),
     )  # fmt: skip
     if memory:
-        some_memory(size).save(memory_file(target, "serve"))
+        (large_memory if near else some_memory)(size).save(memory_file(target, "serve"))
     save_arrays(choices_file(target), {"serve": np.stack([had(size)] * 3)})
     torch.manual_seed(0)
-    save_file(TwoTower(spec).state_dict(), target / "hgnn" / "model.safetensors")
+    towers = TwoTower(spec)
+    if near:  # a user is the mean of the history, as if trained: of random weights a user is near no item
+        towers.user.layers.start([(text, (torch.zeros(dim), torch.eye(dim)))])
+    save_file(towers.state_dict(), target / "hgnn" / "model.safetensors")
     spec.save(target / "hgnn" / "spec.json")
+    (target / "hgnn" / "metrics.json").write_text(json.dumps([{"epoch": 0, "valid_ndcg_at_100": 0.2}]))
     score.save(target / "hgnn")
     save_arrays(target / "hgnn" / "items" / "serve.safetensors", {VECTOR: world.vectors, **world.terms})
     publish(target, target.name, target.name)

@@ -14,9 +14,9 @@ import torch
 from recsys_ray.config import TwoTowerConfig
 from recsys_ray.core.clock import DAY
 from recsys_ray.core.seeds import seed_from
-from recsys_ray.core.snapshots import Snapshot
 from recsys_ray.data.tables import Events
 from recsys_ray.graph.activity import COLUMNS
+from recsys_ray.graph.snapshots import Snapshot
 from recsys_ray.scoring.choose import Moment
 from recsys_ray.two_tower.batches import ArrayFeatures, ItemFeatures
 from recsys_ray.two_tower.examples import HistoryRules, build_examples, build_queries, validation_examples

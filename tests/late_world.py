@@ -20,8 +20,9 @@ from recsys_ray.config import HgnnConfig, TextConfig, load_config
 from recsys_ray.core.progress import Progress
 from recsys_ray.graph.activity import COLUMNS, NEVER, count_events, describe
 from recsys_ray.graph.pairs import ONE, PairCounter, Window, keep_best
+from recsys_ray.hgnn.blocks import ItemTypes
+from recsys_ray.hgnn.encoder import make_hgnn
 from recsys_ray.hgnn.inference import LocalStore, embed_items
-from recsys_ray.hgnn.model import HGNN, ItemTypes
 from recsys_ray.hgnn.signature import SignedSource, item_signatures
 from recsys_ray.scoring.choices import choices_file
 from recsys_ray.scoring.memory import RIDGES, Memory, memory_file
@@ -39,7 +40,7 @@ from recsys_ray.two_tower.training import item_vectors
 
 SIZES = (9, 10, 11)
 TYPES = ["audiobook", "music", "podcast"]
-HGNN_CONFIG = HgnnConfig(hidden_dim=16, out_dim=8, signature_dim=64)
+HGNN_CONFIG = HgnnConfig(out_dim=16, signature_dim=64)
 HISTORY = 200  # longer than any: the bundle's histories then hold all that makes edges
 GIVEN = np.array([0.3, -0.2, 0.1], np.float32)  # to items that nobody had, by type
 QUIET = Progress(quiet=True)
@@ -97,10 +98,10 @@ def make_late(root: Path) -> Late:
     torch.manual_seed(1)
     src, dst = true_edges(whole, size)[:2]
     types = ItemTypes(torch.from_numpy(np.cumsum([0, *SIZES])))
-    model = HGNN(384, HGNN_CONFIG, types)
+    model = make_hgnn(384, HGNN_CONFIG, types)
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)  # away from identities: every weight counts
-    store = LocalStore(size, 16)
+    store = LocalStore(size, HGNN_CONFIG.state_dim)
     packed = torch.from_numpy(item_signatures(whole.item_ids, 64).copy())
     graph = ToyGraph(src, dst, types.starts, torch.from_numpy(text).float())
     embedding = embed_items(model, SignedSource(graph, packed, 64), 0, torch.arange(size), store)
@@ -109,7 +110,7 @@ def make_late(root: Path) -> Late:
     gone = np.array([12, linked])
     kept = np.setdiff1d(np.arange(size), gone)
     spec = TowerSpec(
-        num_types=3, events=EVENTS, text_dim=384, hgnn_dim=8, activity_dim=COLUMNS, num_countries=2, num_languages=0,
+        num_types=3, events=EVENTS, text_dim=384, hgnn_dim=16, activity_dim=COLUMNS, num_countries=2, num_languages=0,
         num_categories=1, tastes={"music": 4}, layers=[16, 8], id_dim=4, id_rows=size, num_items=size, item_types=TYPES,
         countries=["DE", "SE"], history=HISTORY, window_days=90,
     )  # fmt: skip
@@ -187,6 +188,7 @@ def write_stages(world, text, embedding, hidden, model, towers, spec, encoder) -
     ScoreSpec(memory=0.1, ridge=RIDGES[0], trends=[0.5, 0.0, 0.5], unseen_share=[0.1, 0.1, 0.1]).save(work / "hgnn")
     save_file(towers.state_dict(), work / "hgnn" / "model.safetensors")
     spec.save(work / "hgnn" / "spec.json")
+    (work / "hgnn" / "metrics.json").write_text("[]")
     edges, users = true_edges(world, size), np.bincount(world.events[:, 1], minlength=size)
     memory = Memory.of_edges(*edges[:2], solve(edges, users, 0, len(edges[1])), users, world.ntype)
     memory.save(memory_file(work, "serve"))

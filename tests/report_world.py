@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from recsys_ray.baselines.tuning import Tuned
-from recsys_ray.evaluation.labels import SEGMENT_NAMES
+from recsys_ray.report.labels import SEGMENT_NAMES
 from recsys_ray.storage.outputs import current_folder, set_current
 
 EVIL = "</script><script>document.title='harmed'</script><img src=x onerror=alert(1)>$m$ \"'&"

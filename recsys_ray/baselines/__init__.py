@@ -1,4 +1,4 @@
-"""The models that the method is compared with, one module a family, behind the interface of ``interface.py``."""
+"""The baselines, one module per family, behind the interface of ``interface.py``."""
 
 from __future__ import annotations
 

@@ -6,12 +6,12 @@ P = (X^T X + l2 I)^-1,    B_ij = -P_ij / P_jj (i != j), B_ii = 0,    score(u, .)
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy.linalg.lapack as lapack
 import scipy.sparse as sp
 import torch
+from torch import Tensor
 
 from recsys_ray.baselines.histories import (
     HistoryRule,
@@ -20,7 +20,6 @@ from recsys_ray.baselines.histories import (
     history_rule,
     history_space,
     item_ranges,
-    popular_where,
     tie_break,
     training_matrix,
     training_space,
@@ -28,10 +27,7 @@ from recsys_ray.baselines.histories import (
 )
 from recsys_ray.baselines.interface import Baseline, Choice, KnownData, Params, Real, Space, Watch
 from recsys_ray.config import Config
-from recsys_ray.evaluation.ranking import Scorer, UserBatch
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from recsys_ray.evaluation.ranking import Scorer, UserBatch, popular_where
 
 _ROWS = 2_048  # rows of a dense matrix that are worked on at once
 _TIE = 1e-6  # popularity stays below any score that means something
@@ -130,7 +126,7 @@ def _fit(data: KnownData, params: Params, seed: int, threads: int, watch: Watch 
 
 
 def _most_touched(histories: sp.csr_matrix, first: int, last: int, limit: int) -> np.ndarray:
-    """int64: gids of the range that anyone touched, at most the ``limit`` most touched; ascending."""
+    """int64: gids of the range with interactions, at most the ``limit`` with the most; ascending."""
     users = np.bincount(histories.indices, minlength=histories.shape[1])[first:last]
     touched = np.flatnonzero(users)
     return np.sort(first + touched[np.argsort(-users[touched], kind="stable")[:limit]])

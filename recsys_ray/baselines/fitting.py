@@ -1,7 +1,7 @@
-"""Fitting a baseline, and trying a point of its search space on the validation period: what runs inside a task.
+"""Fits a baseline and scores a point of its search space on the validation period. This is what runs inside a task.
 
-A baseline is fitted in one process, to the events of at most ``evaluate.fit_users`` users (a seeded sample where there
-are more), which bounds its memory.
+A baseline is fitted in one process to at most ``evaluate.fit_users`` users (a seeded sample if there are more), which
+bounds its memory.
 """
 
 from __future__ import annotations
@@ -35,9 +35,8 @@ class Job:
 
     config: Config
     setting: Setting
-    shards: list[Path]
     featurize: Path
-    hgnn: Path | None
+    hgnn: Path
 
     @property
     def validation(self) -> Path:
@@ -52,37 +51,30 @@ def read_known(job: Job, moment: int, snapshot: str) -> KnownData:
     if users > limit:
         sample = np.sort(np.random.default_rng(setting.data_seed).choice(users, limit, replace=False))
     parts = []
-    for shard in job.shards:
-        known = Events.read(shard).before(moment)
+    for events in map(Events.read, setting.ingest.shards):
+        known = events.before(moment)
         parts.append(known if sample is None else known.select(np.isin(known.uid, sample)))
-    events = Events.join(parts)
-    return KnownData(job.config, setting.catalogue, events, moment, setting.positive, snapshot, job.featurize, job.hgnn)
+    whole = Events.join(parts)
+    return KnownData(job.config, setting.catalogue, whole, moment, setting.positive, snapshot, job.featurize, job.hgnn)
 
 
 def prepare_validation(job: Job) -> int:
-    """Write down the queries of a sample of warm users of the validation period, and what these users did before it.
+    """Store the validation queries of a sample of warm users, and these users' earlier events.
 
     Returns:
         The number of queries.
     """
     if not job.validation.exists():
-        setting = job.setting
-        asked = []
-        for shard in job.shards:
-            events = Events.read(shard)
+        setting, shards, asked = job.setting, job.setting.ingest.shards, []
+        for events in map(Events.read, shards):
             found = find_queries(events, setting.catalogue, setting.positive, setting.valid_from, setting.test_from)
             asked.append(found.keep_users(found.uid[found.warm]))
-        users = np.unique(np.concatenate([queries.uid for queries in asked]))
+        users = np.unique(np.concatenate([part.uid for part in asked]))
         chosen = np.random.default_rng(setting.data_seed).permutation(users)[:_TUNING_USERS]
-        histories, arrays, offset = [], [], 0
-        for shard, queries in zip(job.shards, asked, strict=True):
-            histories.append(known_before(Events.read(shard), setting.valid_from, chosen))
-            kept = queries.keep_users(chosen)
-            arrays.append({**kept.as_arrays(), "truth_query": kept.truth_query + offset})
-            offset += len(kept)
-        merged = {name: np.concatenate([part[name] for part in arrays]) for name in arrays[0]}
-        history = {f"history_{name}": column for name, column in vars(Events.join(histories)).items()}
-        save_arrays(job.validation, {**merged, **history})
+        queries = Queries.join([part.keep_users(chosen) for part in asked])
+        known = Events.join([known_before(events, setting.valid_from, chosen) for events in map(Events.read, shards)])
+        history = {f"history_{name}": column for name, column in vars(known).items()}
+        save_arrays(job.validation, {**queries.as_arrays(), **history})
     return len(load_arrays(job.validation)["uid"])
 
 

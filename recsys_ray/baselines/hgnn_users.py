@@ -1,29 +1,28 @@
 """HGNN with users as nodes (paper A's HGNN-w-users): a two-layer heterogeneous GraphSAGE over the graph of users and
-items, trained to predict its links, on the whole graph at once.
+items, trained on the whole graph to predict its links.
 
     m_i  = P x_i + S s_i                                       an item's text x_i, and random signs s_i for its identity
-    u0   = mean_t over types of  mean over i in N_t(u) of m_i  users have no features: they begin as their items
+    u0   = mean_t over types of  mean over i in N_t(u) of m_i  users have no features: they start as their items
     u1   = relu( W u0 + sum over t of mean over i in N_t(u) of relu(V_t m_i) )
     h_i  = relu( W_t P x_i + mean over u in N(i) of relu(Z u0) )
-    z_u  = W' u1 + sum over t of mean over i in N_t(u) of relu(V'_t h_i),    to unit norm
-    z_i  = W'_t h_i + mean over u in N(i) of relu(Z' u1),                    to unit norm
+    z_u  = W' u1 + sum over t of mean over i in N_t(u) of relu(V'_t h_i),    normalised
+    z_i  = W'_t h_i + mean over u in N(i) of relu(Z' u1),                    normalised
 
 The score is z_u . z_i. Paper A gives no details; the choices follow our HGNN (docs/method.md): mean aggregation,
-signatures, square weights that start as the identity, a softmax over negatives of the positive's type. In each step
-the links to be predicted are taken out of the graph. A user's vector is computed from the history alone, so that a user
-who was not in the graph has one too.
+signatures, square weights that start as the identity, and a softmax over negatives of the positive's type. Each step
+removes the links to be predicted from the graph. A user's vector is computed from the history alone, so users outside
+the graph have one too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy.sparse as sp
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import embedding, normalize, relu
 
 from recsys_ray.baselines.histories import (
@@ -31,20 +30,17 @@ from recsys_ray.baselines.histories import (
     empty_rows,
     history_rule,
     history_space,
-    popular_where,
     training_matrix,
 )
 from recsys_ray.baselines.interface import Baseline, KnownData, Params, Real, Space, Watch, Whole
 from recsys_ray.baselines.propagation import SparseMap, row_means
-from recsys_ray.baselines.sampling import softmax_loss
+from recsys_ray.baselines.sampling import softmax_loss, train
 from recsys_ray.cluster.train import generator_for
 from recsys_ray.config import Config
 from recsys_ray.core.seeds import seed_from
 from recsys_ray.data.tables import Catalogue
-from recsys_ray.evaluation.ranking import Scorer, UserBatch, as_tensor
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from recsys_ray.evaluation.ranking import Scorer, UserBatch, as_tensor, popular_where
+from recsys_ray.hgnn.graphsage import start_as_average
 
 _EPOCHS = 20
 _FOLDS = 10  # steps an epoch: each predicts a tenth of the links from the others
@@ -74,12 +70,7 @@ class UserItemGraph(nn.Module):
         self.item_own, self.item_own2 = PerType(width, bounds), PerType(width, bounds)
         self.to_user, self.to_user2 = PerType(width, bounds), PerType(width, bounds)
         self.to_item, self.to_item2 = nn.Linear(width, width), nn.Linear(width, width)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                square = module.in_features == module.out_features
-                (nn.init.eye_ if square else nn.init.orthogonal_)(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        start_as_average(self)
 
     def forward(self, text: Tensor, signs: Tensor, to_users: SparseMap, to_items: SparseMap) -> tuple[Tensor, Tensor]:
         """(z_u of all users, z_i of all items)."""
@@ -167,15 +158,11 @@ def _fit(data: KnownData, params: Params, seed: int, threads: int, watch: Watch 
         kept = tuple(table.numpy() for table in tables)
         return HgnnUsers(vectors.numpy(), (kept[0], kept[1], kept[2]), model, bounds, popularity, rule)
 
-    optimizer = torch.optim.Adam(model.parameters(), lr=params["learning_rate"])
-    for epoch in range(1, params["epochs"] + 1):
+    def losses(epoch: int) -> Iterator[Tensor]:
         draw = generator_for(seed, "hgnn_w_users", epoch)
-        for loss in _losses(model, text, signs, links, data.catalogue, params["temperature"], draw):
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        if watch is not None and watch(epoch, current):
-            break
+        return _losses(model, text, signs, links, data.catalogue, params["temperature"], draw)
+
+    train(torch.optim.Adam(model.parameters(), params["learning_rate"]), params["epochs"], losses, watch, current)
     return current()
 
 
@@ -200,7 +187,7 @@ def _losses(
         hidden = fold == k
         kept = (links.data[~hidden], (user[~hidden], links.indices[~hidden]))
         shown = sp.csr_matrix(kept, shape=links.shape)
-        asked = hidden & ~empty_rows(shown)[user]  # who keeps no link has nothing to be told by
+        asked = hidden & ~empty_rows(shown)[user]  # a user without any remaining link receives no messages
         if not asked.any():
             continue
         z_user, z_item = model(text, signs, *_maps(shown, catalogue.bounds))

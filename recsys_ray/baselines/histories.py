@@ -1,22 +1,19 @@
-"""What the baselines share of a user's history: how it is cut and weighted, and popularity for those without one."""
+"""How baselines cut and weight a user's history, and popularity for users without one."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy.sparse as sp
 import torch
+from torch import Tensor
 
 from recsys_ray.baselines.interface import Choice, KnownData, Params, Real, Space, Whole, values_with
 from recsys_ray.config import Config
 from recsys_ray.core.clock import DAY
 from recsys_ray.data.tables import Catalogue
 from recsys_ray.evaluation.ranking import Scorer, UserBatch
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _POPULAR_DAYS = (7, 30, 90, 365, None)
 _TIE = 1e-6  # stays below any score that means something
@@ -28,7 +25,7 @@ class HistoryRule:
 
     limit: int
     half_life: float | None = None  # in places, counted back from the latest item; None: all weigh the same
-    weak: float = 1.0  # weight of an item that the user touched by weak signals alone
+    weak: float = 1.0  # weight of an item with weak signals only
     positive: np.ndarray | None = None  # bool [event names]; needed where ``weak`` is not 1
 
     def entries(self, users: UserBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -131,20 +128,6 @@ def join_parts(parts: list[tuple[int, int, Scorer]], users: int) -> Scorer:
         return scores
 
     return score
-
-
-def popular_where(empty: np.ndarray, score: Scorer, popularity: np.ndarray) -> Scorer:
-    """``score``, but by popularity for the users that ``empty`` (bool [users]) marks."""
-    if not empty.any():
-        return score
-    chosen = torch.from_numpy(empty)
-
-    def filled(first: int, last: int) -> Tensor:
-        scores = score(first, last)
-        scores[chosen] = torch.tensor(popularity[first:last], dtype=torch.float32)
-        return scores
-
-    return filled
 
 
 def empty_rows(matrix: sp.csr_matrix) -> np.ndarray:

@@ -1,13 +1,14 @@
-"""Implicit ALS (Hu, Koren and Volinsky, ICDM 2008) by the ``implicit`` package."""
+"""Implicit ALS (Hu, Koren and Volinsky, ICDM 2008), from the ``implicit`` package."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 import torch
+from torch import Tensor
 
 from recsys_ray.baselines.histories import (
     HistoryRule,
@@ -17,17 +18,13 @@ from recsys_ray.baselines.histories import (
     history_space,
     item_ranges,
     join_parts,
-    popular_where,
     training_matrix,
     training_space,
     trend_space,
 )
 from recsys_ray.baselines.interface import Baseline, Choice, KnownData, Params, Real, Space, Watch, Whole
 from recsys_ray.config import Config
-from recsys_ray.evaluation.ranking import Scorer, UserBatch, as_tensor
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from recsys_ray.evaluation.ranking import Scorer, UserBatch, as_tensor, popular_where
 
 _ITERATIONS = 15
 

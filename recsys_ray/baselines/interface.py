@@ -1,5 +1,5 @@
-"""The one interface of the baselines: a name, a search space, and a function from what is known at a moment to a
-recommender. No Ray in here, and no model."""
+"""The interface of all baselines: a name, a search space, and a function from what is known at a moment to a
+recommender. No Ray and no model in here."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ import numpy as np
 
 from recsys_ray.config import Config
 from recsys_ray.core.clock import DAY
-from recsys_ray.core.errors import ArtifactError, UserError
+from recsys_ray.core.errors import UserError
 from recsys_ray.data.tables import Catalogue, Events
 from recsys_ray.evaluation.ranking import Recommender, UserBatch, batch_of
+from recsys_ray.hgnn.outputs import load_embeddings
+from recsys_ray.storage.artifacts import load_arrays
 
 Params = dict[str, Any]  # a point of a search space; plain values, so that it can be JSON
 
@@ -71,8 +73,8 @@ class KnownData:
     moment: int  # unix seconds
     positive: np.ndarray  # bool [event names]
     snapshot: str  # of the graph stage, of this moment: "valid" or "test"
-    featurize: Path | None = None
-    hgnn: Path | None = None
+    featurize: Path
+    hgnn: Path
 
     @cached_property
     def users(self) -> UserBatch:
@@ -87,27 +89,11 @@ class KnownData:
         return np.bincount(self.events.gid[counts], minlength=self.catalogue.items)
 
     def text(self) -> np.ndarray:
-        """float16 [items, d]: the text vectors, of unit norm.
-
-        Raises:
-            ArtifactError: the featurize stage's output is not there.
-        """
-        from recsys_ray.storage.artifacts import load_arrays
-
-        if self.featurize is None:
-            raise ArtifactError("this baseline needs the output of featurize; run it first")
+        """float16 [items, d]: the text vectors, of unit norm."""
         return load_arrays(self.featurize / "text.safetensors")["vector"]
 
     def embeddings(self) -> np.ndarray:
-        """float32 [items, d]: the HGNN's embeddings on the snapshot of this moment.
-
-        Raises:
-            ArtifactError: the hgnn stage's output, or the snapshot in it, is not there.
-        """
-        from recsys_ray.hgnn.outputs import load_embeddings
-
-        if self.hgnn is None:
-            raise ArtifactError("this baseline needs the output of hgnn; run it first")
+        """float32 [items, d]: the HGNN's embeddings on the snapshot of this moment."""
         return load_embeddings(self.hgnn, self.snapshot, self.catalogue.items).numpy()
 
 
@@ -129,13 +115,13 @@ class Fit(Protocol):
 
 @dataclass(frozen=True)
 class Baseline:
-    """A model of the comparison that is no part of the method."""
+    """A baseline: a model in the comparison that is not part of the method."""
 
     name: str  # in the configuration and in metrics.json
     note: str  # one line for the report
     space: Callable[[Config], Space]  # the default point is what is tried first
     fit: Fit
-    inputs: tuple[str, ...] = ()  # outputs that it reads beside ingest: featurize, hgnn
+    inputs: tuple[str, ...] = ()  # outputs it reads in addition to ingest: featurize, hgnn
     module: str | None = None  # a package that has to be there
     extra: str | None = None  # the extra of this project that brings it
     seeded: bool = False  # the fit draws: another seed makes another model
@@ -149,7 +135,7 @@ class Baseline:
         if self.module is not None and importlib.util.find_spec(self.module) is None:
             raise UserError(
                 f"the baseline {self.name!r} needs the package {self.module!r}: "
-                f"pip install -c constraints.txt -e '.[{self.extra}]', or leave it out of evaluate.baselines"
+                f"pip install -c constraints.txt -e '.[{self.extra}]', or remove it from evaluate.baselines"
             )
 
 

@@ -1,22 +1,22 @@
-"""Item-kNN: items that share users with the user's history, by a tuned similarity of co-occurrence.
+"""Item-kNN: scores items by a tuned co-occurrence similarity to the user's history.
 
     s(i, j) = c_ij / (c_ii^own * c_jj^other + shrink)
     score(u, j) = (1 + p_j)^popular_power * sum over i in history of u of w_ui * s(i, j)
 
 ``c_ij`` sums, over the users that have both items, the product of the items' weights in the user's history, divided by
 the user's number of items to the power ``user_norm``. own = other = 1/2, shrink = 0 is the cosine; a smaller ``other``
-favours popular items (Deshpande and Karypis, TOIS 2004; Sarwar et al., WWW 2001). ``p_j`` is how often j was chosen of
-late: on a split by time, what is popular now counts for as much as the similarity, which remembers what was popular.
+favours popular items (Deshpande and Karypis, TOIS 2004; Sarwar et al., WWW 2001). ``p_j`` is how often j was chosen
+recently: on a split by time, current popularity matters as much as the similarity, which reflects past popularity.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy.sparse as sp
 import torch
+from torch import Tensor
 
 from recsys_ray.baselines.histories import (
     HistoryRule,
@@ -30,9 +30,6 @@ from recsys_ray.baselines.histories import (
 from recsys_ray.baselines.interface import Baseline, Choice, KnownData, Params, Real, Space, Watch, Whole
 from recsys_ray.config import Config
 from recsys_ray.evaluation.ranking import Scorer, UserBatch
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _ROWS = 4_096  # items whose pairs are in memory at once
 
@@ -142,7 +139,7 @@ def _fit(data: KnownData, params: Params, seed: int, threads: int, watch: Watch 
 
 ITEM_KNN = Baseline(
     name="item_knn",
-    note="Similarity of co-occurrence, summed over the user's items; similarity and history are tuned.",
+    note="Co-occurrence similarity, summed over the user's items; similarity and history are tuned.",
     space=_space,
     fit=_fit,
 )

@@ -3,7 +3,7 @@ along the bipartite graph.
 
     E^(k+1) = D^-1/2 A D^-1/2 E^(k),    e = mean over k of e^(k),    score(u, i) = e_u . e_i
 
-Written here, as two sparse products a layer over weights that are normalised once; PyTorch Geometric would be one more
+Implemented here as two sparse products per layer over weights that are normalised once; PyTorch Geometric would be a
 large dependency for this one model.
 """
 
@@ -11,25 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy.sparse as sp
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-from recsys_ray.baselines.histories import HistoryRule, item_ranges, join_parts, popular_where
+from recsys_ray.baselines.histories import HistoryRule, item_ranges, join_parts
 from recsys_ray.baselines.interface import Baseline, Choice, KnownData, Params, Real, Space, Watch, Whole
 from recsys_ray.baselines.propagation import SparseMap, symmetric
-from recsys_ray.baselines.sampling import batch_size, bpr_loss, softmax_loss
+from recsys_ray.baselines.sampling import batch_size, bpr_loss, softmax_loss, train
 from recsys_ray.cluster.train import generator_for
 from recsys_ray.config import Config
 from recsys_ray.data.tables import Catalogue
-from recsys_ray.evaluation.ranking import Scorer, UserBatch, as_tensor
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from recsys_ray.evaluation.ranking import Scorer, UserBatch, as_tensor, popular_where
 
 _EPOCHS = 100
 _BATCH = 16_384
@@ -132,15 +128,11 @@ def _fit(data: KnownData, params: Params, seed: int, threads: int, watch: Watch 
             users, items = (vectors.numpy().copy() for vectors in model())
         return LightGcn(key, users, items, degree, data.catalogue, params["joint"], popularity, rule)
 
-    optimizer = torch.optim.Adam(model.parameters(), lr=params["learning_rate"])
-    for epoch in range(1, params["epochs"] + 1):
+    def losses(epoch: int) -> Iterator[Tensor]:
         draw = generator_for(seed, "lightgcn", epoch)
-        for loss in _losses(model, torch.from_numpy(node), torch.from_numpy(gid), data.catalogue, params, draw):
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        if watch is not None and watch(epoch, current):
-            break
+        return _losses(model, torch.from_numpy(node), torch.from_numpy(gid), data.catalogue, params, draw)
+
+    train(torch.optim.Adam(model.parameters(), params["learning_rate"]), params["epochs"], losses, watch, current)
     return current()
 
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from recsys_ray.baselines.histories import popular_space
 from recsys_ray.baselines.interface import Baseline, KnownData, Params, Watch
 from recsys_ray.evaluation.ranking import Scorer, UserBatch
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Products of a fixed sparse matrix with a dense one, differentiable in the dense one: a layer of a graph network over
+"""Product of a fixed sparse matrix with a dense one, differentiable in the dense one: a layer of a graph network over
 users and items."""
 
 from __future__ import annotations

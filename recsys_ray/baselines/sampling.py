@@ -1,16 +1,35 @@
-"""Negatives and losses that the trained baselines share. Ranking is inside one item type, so negatives are of the
-positive's type."""
+"""Steps, negatives and losses that the trained baselines share. Ranking is inside one item type, so negatives are of
+the positive's type."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, embedding, softplus
 
+from recsys_ray.baselines.interface import Watch
 from recsys_ray.data.tables import Catalogue
+from recsys_ray.evaluation.ranking import Recommender
+
+
+def train(
+    optimizer: torch.optim.Optimizer,
+    epochs: int,
+    losses: Callable[[int], Iterable[Tensor]],
+    watch: Watch | None,
+    current: Callable[[], Recommender],
+) -> None:
+    """A step for each loss of each epoch (counted from 1), until ``watch`` has seen enough."""
+    for epoch in range(1, epochs + 1):
+        for loss in losses(epoch):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        if watch is not None and watch(epoch, current):
+            break
 
 
 def by_type(catalogue: Catalogue, items: Tensor) -> Iterator[tuple[int, int, Tensor]]:
@@ -51,6 +70,6 @@ def bpr_loss(queries: Tensor, items: Tensor, table: Tensor, catalogue: Catalogue
     return softplus(-gap).sum()
 
 
-def batch_size(examples: int, most: int, steps: int = 50) -> int:
-    """Small data still take ``steps`` steps an epoch."""
-    return int(np.clip(examples // steps, 64, most))
+def batch_size(examples: int, most: int) -> int:
+    """Small data still take 50 steps an epoch."""
+    return int(np.clip(examples // 50, 64, most))

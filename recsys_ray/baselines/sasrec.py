@@ -1,30 +1,26 @@
 """SASRec (Kang and McAuley, ICDM 2018): a causal transformer over the user's sequence of items predicts the next one.
 
-Trained with a softmax over sampled negatives instead of the paper's single negative with binary cross-entropy, which
-makes it a markedly stronger opponent (Klenitskiy and Vasilev, RecSys 2023). Written here: RecTools, which
-has it, asks for NumPy 1.
+It is trained with a softmax over sampled negatives instead of the paper's binary cross-entropy with a single negative,
+which makes it a markedly stronger baseline (Klenitskiy and Vasilev, RecSys 2023). Implemented here because RecTools
+requires NumPy 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from recsys_ray.baselines.histories import popular_where
+from recsys_ray.baselines.histories import HistoryRule
 from recsys_ray.baselines.interface import Baseline, Choice, KnownData, Params, Real, Space, Watch, Whole
-from recsys_ray.baselines.sampling import batch_size, softmax_loss
+from recsys_ray.baselines.sampling import batch_size, softmax_loss, train
 from recsys_ray.config import Config
 from recsys_ray.core.seeds import seed_from
 from recsys_ray.data.tables import Catalogue
-from recsys_ray.evaluation.ranking import Scorer, UserBatch
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from recsys_ray.evaluation.ranking import Scorer, UserBatch, popular_where
 
 _EPOCHS = 100
 _LENGTH = 50  # latest items of a user that the model reads, as in the paper for data like these
@@ -82,10 +78,10 @@ class SasRec:
     name: str = "sasrec"
 
     def scorer(self, users: UserBatch) -> Scorer:
-        row, gid = users.latest_items(_LENGTH)
+        row, event, _ = HistoryRule(_LENGTH).entries(users)
         ends = np.searchsorted(row, np.arange(len(users)), side="right")
         sequence = np.full((len(users), _LENGTH), _PAD, np.int64)
-        sequence[row, _LENGTH - (ends[row] - np.arange(len(row)))] = gid + 1
+        sequence[row, _LENGTH - (ends[row] - np.arange(len(row)))] = users.gid[event] + 1
         vectors = torch.zeros((len(users), self.model.items.embedding_dim))
         self.model.eval()
         with torch.no_grad():
@@ -167,34 +163,25 @@ def _fit(data: KnownData, params: Params, seed: int, threads: int, watch: Watch 
         torch.manual_seed(seed_from(seed, "sasrec"))
         model = Transformer(data.catalogue.items + 1, params["width"], params["blocks"], params["dropout"])
         optimizer = torch.optim.AdamW(model.parameters(), lr=params["learning_rate"], weight_decay=params["decay"])
-        tokens = batch_size(len(sequences.token), _TOKENS)
-        for epoch in range(1, params["epochs"] + 1):
-            _train_epoch(model, optimizer, sequences, data.catalogue, tokens, seed_from(seed, "sasrec", epoch))
-            if watch is not None and watch(epoch, lambda: SasRec(model, popularity)):
-                break
-    return SasRec(model, popularity)
+        fitted = SasRec(model, popularity)
+
+        def losses(epoch: int) -> Iterator[Tensor]:
+            return _losses(model, sequences, data.catalogue, seed_from(seed, "sasrec", epoch))
+
+        train(optimizer, params["epochs"], losses, watch, lambda: fitted)
+    return fitted
 
 
-def _train_epoch(
-    model: Transformer,
-    optimizer: torch.optim.Optimizer,
-    sequences: Sequences,
-    catalogue: Catalogue,
-    tokens: int,
-    seed: int,
-) -> None:
-    draw = torch.Generator().manual_seed(seed)
+def _losses(model: Transformer, sequences: Sequences, catalogue: Catalogue, seed: int) -> Iterator[Tensor]:
+    """One epoch: the loss of each batch of windows, once the step before has been taken."""
+    draw, tokens = torch.Generator().manual_seed(seed), batch_size(len(sequences.token), _TOKENS)
     model.train()
     for token_BL, target_BL in _batches(sequences, tokens, np.random.default_rng(seed)):
         wanted = target_BL >= 0
-        if not wanted.any():
-            continue
-        loss = softmax_loss(
-            model(token_BL)[wanted], target_BL[wanted], model.items.weight[1:], catalogue, _NEGATIVES, draw
-        ) / int(wanted.sum())  # fmt: skip
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        if wanted.any():
+            queries, table = model(token_BL)[wanted], model.items.weight[1:]
+            loss = softmax_loss(queries, target_BL[wanted], table, catalogue, _NEGATIVES, draw)
+            yield loss / int(wanted.sum())
 
 
 SASREC = Baseline(

@@ -1,19 +1,18 @@
-"""The same number of trials for every baseline, chosen on the validation period alone.
+"""Tunes every baseline with the same number of trials, on the validation period only.
 
-Optuna's TPE sampler proposes points one after the other, after the starting points. Each finished trial is a file; a
-killed evaluation asks the seeded sampler for the same points again and takes what it finds.
+After the starting points, Optuna's TPE sampler proposes points one after the other. Each finished trial is a file; an
+interrupted evaluation asks the seeded sampler for the same points again and reuses the files it finds.
 """
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recsys_ray.baselines.fitting import Job, try_point
+from recsys_ray.baselines.fitting import PATIENCE, Job, prepare_validation, try_point
 from recsys_ray.baselines.interface import (
     Baseline,
     Choice,
@@ -26,7 +25,8 @@ from recsys_ray.baselines.interface import (
 )
 from recsys_ray.cluster.pool import alone
 from recsys_ray.core.progress import Progress
-from recsys_ray.storage.artifacts import write_json
+from recsys_ray.evaluation.queries import LAYOUT
+from recsys_ray.storage.artifacts import fingerprint, json_or_none, write_json
 
 _RANDOM_TRIALS = 5  # before the sampler begins to learn; the same for any number of trials
 _GRACE_S = 30.0  # a trial that has not stopped by itself at twice its time and this is ended
@@ -43,7 +43,7 @@ class Tuned:
 
     @property
     def capped(self) -> int:
-        """Trials that the time limit ended."""
+        """Trials stopped by the time limit."""
         return sum(trial["capped"] for trial in self.trials)
 
     @property
@@ -57,6 +57,17 @@ class Tuned:
         finished = [trial for trial in self.trials if trial["hr_at_10"] is not None]
         return max(finished, key=lambda trial: trial["hr_at_10"], default=None)
 
+    @property
+    def counts(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {
+            "trials": len(self.trials),
+            "capped": self.capped,
+            "seconds": round(sum(trial["seconds"] for trial in self.trials), 1),
+            "valid_hr_at_10": self.best["hr_at_10"] if self.best else None,
+            "params": self.params,
+        }
+
     def as_record(self) -> dict[str, Any]:
         """For tuning.json."""
         best = self.best
@@ -65,13 +76,53 @@ class Tuned:
 
     @property
     def note(self) -> str:
-        """For people: what should be known beside the model's figures."""
+        """A note for readers of the model's figures."""
         if not self.trials:
-            return "not tuned: the validation period has no query"
+            return "not tuned: the validation period has no queries"
         if self.failed:
-            return f"left out: no trial ended within evaluate.trial_seconds ({len(self.trials)} tried)"
+            return f"omitted: no trial finished within evaluate.trial_seconds ({len(self.trials)} tried)"
         capped = f", {self.capped} of them stopped at evaluate.trial_seconds" if self.capped else ""
         return f"{len(self.trials)} trial{'s' if len(self.trials) > 1 else ''}{capped}"
+
+
+def tune_all(
+    job: Job, baselines: list[Baseline], prints: Mapping[str, str], kept: Path, progress: Progress, threads: int
+) -> tuple[dict[str, Tuned], dict[str, Path]]:
+    """Each baseline's parameters, and the folder for its rankings.
+
+    Args:
+        prints: fingerprints of the stages' outputs.
+        kept: where trials and rankings are kept for later evaluations.
+    """
+    tuned, places = dict[str, Tuned](), dict[str, Path]()
+    asked = alone(prepare_validation, job, cpus=1)
+    for baseline in baselines:
+        folder = _folder_of(job, baseline, prints, kept)
+        found = tune(job, baseline, folder, progress, threads) if asked else _untuned(job, baseline)
+        tuned[baseline.name] = found
+        places[baseline.name] = folder / f"test-{fingerprint('test', [LAYOUT, found.params], {})[:16]}"
+        if found.capped:
+            progress.say(f"    {baseline.name}: {found.note}")
+    return tuned, places
+
+
+def _folder_of(job: Job, baseline: Baseline, prints: Mapping[str, str], kept: Path) -> Path:
+    """Where trials and rankings of a baseline are kept. They do not depend on the method's own models, so another
+    evaluation of the run or of its variants uses them again; the name has a hash of all that they do depend on."""
+    config = job.config
+    decisive = {
+        "space": str(baseline.space(config)),
+        "epochs": baseline.max_epochs,
+        "evaluate": config.evaluate.model_dump(include={"max_users", "trial_seconds", "fit_users", "ease_items"}),
+        "events": config.events.model_dump(),
+        "window_days": config.graph.window_days,
+        "max_history": config.graph.max_history,
+        "seed": config.seed if baseline.seeded else None,
+        "data_seed": config.data_seed,
+        **({"patience": PATIENCE} if baseline.max_epochs else {}),
+    }
+    read = {name: prints[name] for name in ("ingest", *baseline.inputs)}
+    return kept / f"{baseline.name}-{fingerprint(baseline.name, decisive, read)[:16]}"
 
 
 def tune(job: Job, baseline: Baseline, folder: Path, progress: Progress, threads: int) -> Tuned:
@@ -102,7 +153,7 @@ def tune(job: Job, baseline: Baseline, folder: Path, progress: Progress, threads
     return Tuned({**best["params"], **epochs}, trials)
 
 
-def untuned(job: Job, baseline: Baseline) -> Tuned:
+def _untuned(job: Job, baseline: Baseline) -> Tuned:
     """The default point, where the validation period has nothing to choose by."""
     epochs = {"epochs": baseline.max_epochs} if baseline.max_epochs else {}
     return Tuned({**default_point(baseline.space(job.config)), **epochs})
@@ -146,11 +197,8 @@ def search(
 
 def _read_trial(path: Path, params: Params) -> Trial | None:
     """A finished trial of these parameters, or None."""
-    try:
-        trial = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return None
-    return trial if trial.get("params") == params else None
+    trial = json_or_none(path)
+    return trial if trial and trial["params"] == params else None
 
 
 def _seen(trials: list[Trial], params: Params) -> Trial | None:

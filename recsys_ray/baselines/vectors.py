@@ -1,19 +1,16 @@
-"""Nearest items to the mean vector of a user's history: LLM-kNN with text vectors, HGNN alone with its embeddings."""
+"""Nearest items to the mean vector of a user's history: LLM-kNN with text vectors, HGNN alone with HGNN embeddings."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from recsys_ray.baselines.histories import HistoryRule, history_rule, history_space, popular_where
+from recsys_ray.baselines.histories import HistoryRule, history_rule, history_space
 from recsys_ray.baselines.interface import Baseline, KnownData, Params, Watch
-from recsys_ray.evaluation.ranking import Scorer, UserBatch, as_tensor
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from recsys_ray.evaluation.ranking import Scorer, UserBatch, as_tensor, popular_where
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
-"""Items that arrive after a bundle was built, and what users did with them: read and checked as ingest does it.
+"""Reads and checks, as ingest does, the items that arrive after a bundle was built and users' events on them.
 
-In this process and without Ray: a day's new items are few. Bad rows go to ``quarantine/`` of the new bundle.
+This runs in one process without Ray, because a day brings few new items. Bad rows go to ``quarantine/`` of the new
+bundle.
 """
 
 from __future__ import annotations
@@ -14,18 +15,17 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from recsys_ray.config import Config, DataConfig
 from recsys_ray.core.errors import DataError
 from recsys_ray.core.progress import Progress
 from recsys_ray.data.reading import Batch, find_source, read_batches
-from recsys_ray.data.shuffle import Tally
 from recsys_ray.data.tables import Events
 from recsys_ray.data.validate import (
     Catalogue,
     Checked,
     EventRules,
+    Tally,
     check_interactions,
     check_items,
     judge_rows,
@@ -34,6 +34,7 @@ from recsys_ray.data.validate import (
 from recsys_ray.graph.pairs import Counted, PairCounter, Window, allowed_relations, keep_best, latest_items, merge
 from recsys_ray.serving.catalogue import read_table
 from recsys_ray.serving.histories import Histories
+from recsys_ray.storage.artifacts import write_parquet
 
 Longs = npt.NDArray[np.int64]
 
@@ -80,26 +81,23 @@ def with_arrivals(known: Known, new: Arrivals) -> npt.NDArray[np.int16]:
 
 
 class Reader:
-    """Reads tables, keeps what ingest would keep, and says what became of the rest."""
+    """Reads tables, keeps the rows that ingest would keep, and reports the others."""
 
     def __init__(self, quarantine: Path, rules: DataConfig, progress: Progress) -> None:
         self._folder, self._rules, self._progress = quarantine, rules, progress
 
-    def items(self, path: Path) -> pa.Table:
+    def items(self, path: str) -> pa.Table:
         """Checked rows with distinct ids, ascending by id.
 
         Raises:
             DataError: the table cannot be read, or too many rows are bad.
         """
         table, tally, bad, files = self._read("items", path, check_items)
-        table, other, tally.repeated = newest_of_each(table, files)
-        tally.kept -= tally.repeated + len(other)
-        if len(other):
-            tally.kinds["item_id of two types"] = [len(other), other["reason"][0].as_py()]
-        self._settle("items", tally, [*bad, other])
-        return table.sort_by("item_id")
+        newest = newest_of_each(table, files)
+        self._settle("items", tally + newest.tally, [*bad, newest.quarantine])
+        return newest.good.sort_by("item_id")
 
-    def interactions(self, path: Path, catalogue: Catalogue, rules: EventRules) -> pa.Table:
+    def interactions(self, path: str, catalogue: Catalogue, rules: EventRules) -> pa.Table:
         """Checked rows: user_id, gid, event, timestamp. Errors as :meth:`items`."""
 
         def check(batch: Batch, file: str) -> Checked:
@@ -110,16 +108,16 @@ class Reader:
         return table
 
     def _read(
-        self, name: str, path: Path, check: Callable[[Batch, str], Checked]
+        self, name: str, path: str, check: Callable[[Batch, str], Checked]
     ) -> tuple[pa.Table, Tally, list[pa.Table], dict[int, str]]:
-        source, tally = find_source(name, str(path)), Tally()
+        source, tally = find_source(name, path), Tally()
         for note in source.notes:
             self._progress.say(f"  {name}: {note}")
         good, bad = [], []
         for fragment in source.fragments:
             for batch in read_batches(fragment):
                 checked = check(batch, fragment.file)
-                tally.add(checked, batch)
+                tally += checked.tally
                 file = pa.array(np.full(len(checked.good), fragment.file_index, np.int32))
                 good.append(checked.good.append_column("file", file))
                 bad.append(checked.quarantine)
@@ -127,13 +125,9 @@ class Reader:
         return pa.concat_tables(good), tally, bad, files
 
     def _settle(self, name: str, tally: Tally, bad: Sequence[pa.Table]) -> None:
-        rows = sum(map(len, bad))
-        if rows:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            pq.write_table(pa.concat_tables(bad), self._folder / f"{name}.parquet")
-        counts = {"read": tally.rows, "kept": tally.kept, "quarantined": rows}
-        counts |= {"ignored": tally.ignored, "repeated": tally.repeated}
-        for line in judge_rows(name, counts, tally.kinds, tally.dropped, tally.taken, self._rules, self._folder):
+        if tally.quarantined:
+            write_parquet(self._folder / f"{name}.parquet", pa.concat_tables(bad))
+        for line in judge_rows(name, tally, self._rules, self._folder):
             self._progress.say(line)
 
 
@@ -152,8 +146,8 @@ def number_arrivals(items: pa.Table, known: Known, replace: bool, new_types: boo
     replaced = gid >= 0
     if replaced.any() and not replace:
         raise DataError(
-            f"{_some(ids.filter(pa.array(replaced)))} already in the bundle; leave such rows out, or embed these "
-            "items anew with --replace"
+            f"{_some(ids.filter(pa.array(replaced)))} already in the bundle; remove these rows, or use --replace to "
+            "embed these items again"
         )
     moved = replaced & (known.ntype[np.where(replaced, gid, 0)] != ntype)
     if moved.any():
@@ -174,9 +168,9 @@ def grown_types(names: pa.ChunkedArray, known: Sequence[str], new_types: bool) -
     new = sorted(set(pc.unique(names).to_pylist()) - set(known))
     if new and not new_types:
         raise DataError(
-            f"item_type {', '.join(map(repr, new))} is not in the bundle, whose HGNN has weights of its own for each "
-            f"pair of {', '.join(known)} (hgnn.weights_by=relation) and none for another type; bring it in with the "
-            "next run, or train with hgnn.weights_by=kinship, whose weights fit types that come later"
+            f"item_type {', '.join(map(repr, new))} is not in the bundle, whose HGNN has separate weights for each "
+            f"pair of {', '.join(known)} (hgnn.weights_by=relation) and none for another type; include the type in the "
+            "next run, or train with hgnn.encoder=propagation, whose weights apply to later types as well"
         )
     return [*known, *new]
 
@@ -188,8 +182,8 @@ def _some(ids: pa.Array) -> str:
 
 @dataclass(frozen=True)
 class Trickle:
-    """What users did since, with users and items as numbers. Users that the bundle does not know have numbers after
-    its last; they are no part of the new bundle."""
+    """Users' events since then, with users and items as numbers. Users unknown to the bundle get numbers after its last
+    one; they do not enter the new bundle."""
 
     events: Events  # sorted by (uid, timestamp, gid, event), each once
     users: int  # of the bundle

@@ -5,6 +5,7 @@ Layout of ``bundles/<version>/``:
 - ``items.arrow`` (item_id, title, ntype, available; row = gid), ``item_ids.arrow`` (id ascending, gid). Gids are those
   of the ingest stage; items that came later (extend.py) have the next ones, whatever their type. So a type's gids
   ascend but need not be a range.
+- ``facts.safetensors``, ``facts.json``: languages, categories and dates of publication (serving/filters.py)
 - ``vectors.safetensors``: ``vector`` float32 [items, d + 1], what the item tower made of every item and the sum of its
   item terms, [v_j, b_j] of recsys_ray/scoring/scorer.py
 - ``text.safetensors``, ``hgnn.safetensors``, ``ids.safetensors`` (the items' own learned vectors; not where the towers
@@ -19,14 +20,14 @@ Layout of ``bundles/<version>/``:
   the item tower), ``activity.safetensors`` (``counts`` int64 [5, items], ``first``, ``published`` int64 [items]; see
   recsys_ray/graph/activity.py), ``terms.safetensors`` (the item terms, ``trends`` and ``unseen``, float32 [items]; and
   ``had``, int32 [items]: users who ever chose each item)
-- ``manifest.json``: checksums, counts, configuration, recall@10 of every index against exact search
+- ``canary.json``: users that are asked before the bundle is served (release.py)
+- ``manifest.json``: checksums, counts, configuration, recall of every index against exact search
 
 ``bundles/current.json`` names the live version and is replaced in one step.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,16 +41,17 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from recsys_ray.config import Config, IndexConfig
+from recsys_ray.config import Config
 from recsys_ray.core.clock import calendar_end, days_before, is_leave_one_out, popular_days
 from recsys_ray.core.errors import ArtifactError
 from recsys_ray.core.progress import Progress
 from recsys_ray.data.tables import Tables, traits_of, whole_users
 from recsys_ray.graph.activity import Counts, add_counts, count_events
 from recsys_ray.scoring.choices import choices_file
-from recsys_ray.scoring.memory import Memory, memory_file
-from recsys_ray.scoring.scorer import ITEM_TERMS, SCORE, ScoreSpec, with_item_terms
+from recsys_ray.scoring.memory import MEMORY_FILE, Memory, memory_file
+from recsys_ray.scoring.scorer import ITEM_TERMS, SCORE, ScoreSpec, as_queries, with_item_terms
 from recsys_ray.serving.catalogue import Items, Users, sorted_ids, write_table
+from recsys_ray.serving.filters import write_facts
 from recsys_ray.serving.histories import (
     Histories,
     HistoryWriter,
@@ -58,9 +60,9 @@ from recsys_ray.serving.histories import (
     mapped_arrays,
     user_inputs,
 )
-from recsys_ray.serving.index import METRIC, TypeIndex, as_queries, check_metric, check_unit_norm, recall_at
+from recsys_ray.serving.index import METRIC, TypeIndex, check_metric, check_unit_norm
 from recsys_ray.serving.popularity import PopularityCounter, popularity_arrays
-from recsys_ray.serving.tower import LoadTower, TowerRunner, load_user_tower
+from recsys_ray.serving.tower import TowerRunner
 from recsys_ray.storage.artifacts import (
     SCRATCH,
     Artifact,
@@ -68,39 +70,36 @@ from recsys_ray.storage.artifacts import (
     load_arrays,
     open_artifact,
     publish,
+    read_json,
     save_arrays,
     write_json,
 )
-from recsys_ray.storage.outputs import current_place, find_finished, set_current, work_folder
-from recsys_ray.storage.store import Place, local_output
+from recsys_ray.storage.outputs import find_finished, set_current, work_folder
 from recsys_ray.two_tower.batches import country_index
-from recsys_ray.two_tower.towers import load_item_ids
+from recsys_ray.two_tower.towers import TowerSpec, load_item_ids
 
-VERSION = 2  # of what a run's bundle is made of: raise it when that changes
+VERSION = 6  # of a bundle's contents: raise it when they change
 VARIANT = "hgnn"  # of the two-tower stage's models, the one that is served
-MEMORY = "memory.safetensors"
+CANARY = "canary.json"
 TERMS_FILE = "terms.safetensors"
 _SAMPLE = 1_000  # queries that recall is measured with
+_CANARIES = 64  # users whose answers are checked before the bundle is served
 _EVENTS = 500_000  # that are added to histories at once
 
 
 @dataclass(frozen=True)
 class _Sources:
-    """What the earlier stages left."""
+    """The outputs of the earlier stages."""
 
     ingest: Artifact
     featurize: Artifact
     hgnn: Artifact
     two_tower: Artifact
-    spec: Mapping[str, Any]
+    spec: TowerSpec
 
     @classmethod
     def open(cls, ingest: Path, featurize: Path, hgnn: Path, two_tower: Path) -> _Sources:
-        tower = two_tower / VARIANT / "spec.json"
-        try:
-            spec = json.loads(tower.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ArtifactError(f"{tower} cannot be read ({error}); run the two-tower stage again") from error
+        spec = TowerSpec.load(two_tower / VARIANT / "spec.json")
         return cls(open_artifact(ingest), open_artifact(featurize), open_artifact(hgnn), open_artifact(two_tower), spec)
 
     @property
@@ -113,13 +112,9 @@ class _Sources:
         return Tables(self.ingest.path)
 
     @property
-    def history(self) -> int:
-        return int(self.spec["history"])
-
-    def start(self, config: Config) -> int:
+    def start(self) -> int:
         """First moment of the window before the data's end, unix seconds."""
-        days = self.spec.get("window_days", config.graph.window_days)
-        return days_before(calendar_end(self.ingest.counts), days)
+        return days_before(calendar_end(self.ingest.counts), self.spec.window_days)
 
 
 def bundle_fingerprint(config: Config, prints: Mapping[str, str]) -> str:
@@ -137,7 +132,6 @@ def build_bundle(
     two_tower_dir: Path,
     out_root: Path,
     progress: Progress,
-    load_tower: LoadTower = load_user_tower,
 ) -> Artifact:
     """Build ``out_root``/<version> and make it the current one.
 
@@ -148,7 +142,7 @@ def build_bundle(
         ArtifactError: an input is missing or does not fit the others; recall is below ``index.min_recall``.
     """
     sources = _Sources.open(ingest_dir, featurize_dir, hgnn_dir, two_tower_dir)
-    check_metric(sources.spec.get("metric"), two_tower_dir / VARIANT)
+    check_metric(sources.spec.metric, two_tower_dir / VARIANT)
     expected = bundle_fingerprint(config, sources.prints)
     version = version_name(calendar_end(sources.ingest.counts), expected)
     bundle = find_finished(out_root, version, expected)
@@ -159,9 +153,10 @@ def build_bundle(
         _write_seeds(work, sources)
         _write_users(work, sources)
         _write_events(work, config, sources, progress)
-        recall, exact = _write_indexes(work, config, sources, progress, load_tower)
+        _write_canary(work, config.seed, sources)
+        indexes = _write_indexes(work, config, sources, progress)
         facts = {"config": config.model_dump(mode="json"), "inputs": sources.prints}
-        counts = _counts(config, sources, work.name) | {"recall_at_10": recall, "exact": exact}
+        counts = _counts(config, sources, work.name) | {"indexes": indexes}
         bundle = publish(work, "bundle", expected, VERSION, counts=counts, **facts)
     set_current(out_root, bundle.path)
     return bundle
@@ -170,27 +165,6 @@ def build_bundle(
 def version_name(end: int, expected: str) -> str:
     """Of the data's ``end`` (unix seconds) and the fingerprint: the same inputs always make the same version."""
     return f"{datetime.fromtimestamp(end - 1, tz=UTC):%Y%m%d}-{expected[:12]}"
-
-
-def find_bundle(path: str | Path) -> Path:
-    """The local folder of the bundle that ``path`` means, which may be a URI. Of a bundle in an object store it is the
-    node's copy. Arguments and errors as :func:`locate_bundle`."""
-    return local_output(locate_bundle(path))
-
-
-def locate_bundle(path: str | Path) -> Place:
-    """Where the bundle is that ``path`` or URI means: a bundle, a folder of bundles (``bundles`` or
-    ``bundles/current``: the current one), or a run's folder.
-
-    Raises:
-        ArtifactError: there is no bundle.
-    """
-    given = Place(str(path))
-    parents = [given, given / "bundles", *([given / ".."] if Path(given.name).stem == "current" else [])]
-    for place in (given, *(current_place(parent) for parent in parents)):
-        if place and (place / "manifest.json").exists() and (place / "user_tower").exists():
-            return Place(str(place.local.resolve())) if place.is_local else place
-    raise ArtifactError(f"{given} is no bundle and holds none; 'recsys-ray run' or 'recsys-ray index' builds one")
 
 
 def _counts(config: Config, sources: _Sources, version: str) -> dict[str, Any]:
@@ -202,30 +176,30 @@ def _counts(config: Config, sources: _Sources, version: str) -> dict[str, Any]:
         "version": version,
         "base": version,  # of a bundle that was extended: the one that the run made
         "metric": METRIC,
-        "items": sum(_per_type(counts)),
-        "item_types": list(counts["item_types"]),
-        "items_per_type": dict(zip(counts["item_types"], _per_type(counts), strict=True)),
+        "items": sum(counts["items_per_type"]),
+        "item_types": counts["item_types"],
+        "items_per_type": dict(zip(counts["item_types"], counts["items_per_type"], strict=True)),
         "users": counts["users"],
         "events": events,
         "default_event": default,
-        "countries": list(counts.get("countries", [])),
-        "taste": dict(counts.get("taste", {})),
+        "countries": counts["countries"],
+        "taste": counts["taste"],
         "end": calendar_end(counts),
         "protocol": counts.get("protocol", "time"),
-        "history": sources.history,
-        "window_days": spec.get("window_days", config.graph.window_days),
+        "history": spec.history,
+        "window_days": spec.window_days,
         "popular_days": popular_days(sources.ingest.counts, config.index.popular_days),
-        "cold_start": bool(spec.get("cold_start", False)),
-        "ef_search": config.index.ef_search,
+        "validation_ndcg_at_100": _validation(sources),
+        "cold_start": spec.cold_start,
         "text": {"config": sources.featurize.manifest["config"]["text"]}
         | {name: sources.featurize.counts[name] for name in ("precision", "encoder")},
     }
 
 
-def _per_type(counts: Mapping[str, Any]) -> list[int]:
-    """Items of every type, in the order of ``item_types``; the manifest has a list or a mapping."""
-    per_type = counts["items_per_type"]
-    return [per_type[name] for name in counts["item_types"]] if isinstance(per_type, Mapping) else list(per_type)
+def _validation(sources: _Sources) -> float | None:
+    """The best epoch's NDCG@100 of the validation period; None where nothing was validated."""
+    epochs = read_json(sources.two_tower.path / VARIANT / "metrics.json")
+    return max((epoch["valid_ndcg_at_100"] for epoch in epochs if "valid_ndcg_at_100" in epoch), default=None)
 
 
 def _write_items(work: Path, sources: _Sources) -> None:
@@ -245,6 +219,9 @@ def _write_items(work: Path, sources: _Sources) -> None:
     }
     write_table(work / "items.arrow", pa.table(columns))
     write_table(work / "item_ids.arrow", sorted_ids(table["item_id"], "gid"))
+    told = sources.tables.items("language", "categories")
+    language, categories = (told[name].combine_chunks() for name in ("language", "categories"))
+    write_facts(work, language, categories, sources.tables.published)
     shutil.copyfile(text, work / "text.safetensors")
     made = load_arrays(vectors)
     save_arrays(work / "vectors.safetensors", {"vector": with_item_terms(made)})
@@ -257,7 +234,7 @@ def _write_items(work: Path, sources: _Sources) -> None:
         save_arrays(work / "ids.safetensors", {"vector": ids})
     score = ScoreSpec.load(sources.two_tower.path / VARIANT)
     if score.memory:
-        Memory.load(memory_file(sources.two_tower.path, "serve")).at(score.ridge).save(work / MEMORY)
+        Memory.load(memory_file(sources.two_tower.path, "serve")).at(score.ridge).save(work / MEMORY_FILE)
     (work / "user_tower").mkdir(exist_ok=True)
     for name in ("model.safetensors", "spec.json", SCORE):
         shutil.copyfile(sources.two_tower.path / VARIANT / name, work / "user_tower" / name)
@@ -277,7 +254,9 @@ def _hgnn_tables(folder: Path, items: int) -> tuple[npt.NDArray[np.float32], npt
     parts = [load_arrays(path) for path in sorted(serve.glob("part-*.safetensors"))]
     gids = np.concatenate([np.empty(0, np.int64), *(part["gid"] for part in parts)])
     if not np.array_equal(np.sort(gids), np.arange(items)):
-        raise ArtifactError(f"{serve} does not hold each of the {items} items once; run the hgnn stage again")
+        raise ArtifactError(
+            f"{serve} does not contain each of the {items} items exactly once; run the hgnn stage again"
+        )
     embedding = np.empty((items, parts[0]["embedding"].shape[1]), np.float32)
     hidden = np.empty((items, parts[0]["hidden"].shape[1]), np.float16)
     for part in parts:
@@ -286,7 +265,7 @@ def _hgnn_tables(folder: Path, items: int) -> tuple[npt.NDArray[np.float32], npt
 
 
 def _write_seeds(work: Path, sources: _Sources) -> None:
-    """What embedding new items needs beside the tables (extend.py)."""
+    """What embedding new items needs in addition to the tables (extend.py)."""
     folder, counts = work / "hgnn_model", sources.ingest.counts
     folder.mkdir(exist_ok=True)
     shutil.copyfile(sources.hgnn.path / "model.safetensors", folder / "model.safetensors")
@@ -296,7 +275,7 @@ def _write_seeds(work: Path, sources: _Sources) -> None:
 
 def _write_users(work: Path, sources: _Sources) -> None:
     counts = sources.ingest.counts
-    sizes, countries = dict(counts.get("taste", {})), counts.get("countries", [])
+    sizes, countries = counts["taste"], counts["countries"]
     write_table(work / "user_ids.arrow", sorted_ids(sources.tables.user_ids, "uid"))
     columns: dict[str, tuple[type, int | None]] = {"age": (np.float32, None), "country": (np.int16, None)}
     columns |= {f"taste.{name}": (np.float32, size) for name, size in sizes.items()}
@@ -310,10 +289,10 @@ def _write_users(work: Path, sources: _Sources) -> None:
 
 def _write_events(work: Path, config: Config, sources: _Sources, progress: Progress) -> None:
     """Histories, popularity and activity, in one pass over the interactions."""
-    counts, items = sources.ingest.counts, sum(_per_type(sources.ingest.counts))
-    start, users = sources.start(config), int(counts["users"])
+    counts, items = sources.ingest.counts, sum(sources.ingest.counts["items_per_type"])
+    start, users = sources.start, int(counts["users"])
     since = days_before(calendar_end(counts), popular_days(counts, config.index.popular_days))
-    writer = HistoryWriter(work / SCRATCH, users, items, start, sources.history)
+    writer = HistoryWriter(work / SCRATCH, users, items, start, sources.spec.history)
     tables = sources.tables
     positive = tables.codes(config.events.positives)
     country = mapped_arrays(work / "users.safetensors")["country"].numpy().astype(np.int64)
@@ -329,10 +308,17 @@ def _write_events(work: Path, config: Config, sources: _Sources, progress: Progr
             task.advance(len(events))
     writer.close(work / "histories.safetensors")
     published = tables.published
-    arrays = popularity_arrays(*popular.counts(), published, len(counts.get("countries", [])))
+    arrays = popularity_arrays(*popular.counts(), published, len(counts["countries"]))
     save_arrays(work / "popularity.safetensors", arrays)
     arrays = {"counts": activity[0], "first": activity[1], "published": published}
     save_arrays(work / "activity.safetensors", arrays)
+
+
+def _write_canary(work: Path, seed: int, sources: _Sources) -> None:
+    """Some users with recent events, whose answers are checked before the bundle is served (release.py)."""
+    active = Histories(work / "histories.safetensors").active()
+    chosen = np.random.default_rng(seed).choice(active, min(_CANARIES, len(active)), replace=False)
+    write_json(work / CANARY, {"user_ids": sources.tables.user_ids.take(pa.array(np.sort(chosen))).to_pylist()})
 
 
 def _no_activity(items: int) -> Counts:
@@ -340,54 +326,46 @@ def _no_activity(items: int) -> Counts:
     return count_events(none, none, none, 0, [], items)
 
 
-def _write_indexes(
-    work: Path, config: Config, sources: _Sources, progress: Progress, load_tower: LoadTower
-) -> tuple[dict[str, float], dict[str, bool]]:
-    """Index every type; recall@10 and whether the search is exact, by type."""
+def _write_indexes(work: Path, config: Config, sources: _Sources, progress: Progress) -> dict[str, dict[str, Any]]:
+    """Index every type; the indexes' settings by type."""
     types = list(sources.ingest.counts["item_types"])
     vectors = np.asarray(mapped_arrays(work / "vectors.safetensors")["vector"].numpy(), np.float32)
     check_unit_norm(vectors[:, :-1], sources.two_tower.path / VARIANT / "items" / "serve.safetensors")
     items = Items(work, types)
-    queries = sample_queries(work, config.seed, items, vectors, load_tower)
-    recall, exact = {}, {}
+    queries = sample_queries(work, config.seed, items, vectors)
+    settings = {}
     with progress.task("index", len(types), "types") as task:
         for number, name in enumerate(types):
-            index = TypeIndex.build(name, vectors, items.offered(number), config.index)
-            recall[name], exact[name] = check_recall(index, queries, config.index), index.exact
+            index = TypeIndex.build(name, vectors, items.offered(number), config.index, queries)
+            check_recall(index, config.index.min_recall)
+            settings[name] = index.settings
             index.save(work / "index" / f"t{number}.faiss")
-            task.advance(detail=f"{name}: recall@10 {recall[name]:.3f}")
-    return recall, exact
+            task.advance(detail=f"{name}: recall {index.recall:.3f}")
+    return settings
 
 
-def check_recall(index: TypeIndex, queries: npt.NDArray[np.float32], config: IndexConfig) -> float:
-    """Recall@10 against exact search.
-
-    Raises:
-        ArtifactError: it is below ``index.min_recall``.
-    """
-    recall = recall_at(index, queries)
-    if recall < config.min_recall:
+def check_recall(index: TypeIndex, least: float) -> None:
+    """Raises ArtifactError where the recall of an index is below ``least``."""
+    if index.recall < least:
         raise ArtifactError(
-            f"the index of {index.name!r} finds {recall:.3f} of exact search's first ten, less than "
-            f"index.min_recall={config.min_recall}; raise index.ef_search or index.hnsw_links"
+            f"the index of {index.name!r} has a recall of {index.recall:.3f} against exact search, below "
+            f"index.min_recall={least}, although a search follows {max(index.ef_search):,} candidates; raise "
+            "index.hnsw_links or index.ef_construction, or lower index.min_recall"
         )
-    return recall
 
 
-def sample_queries(
-    work: Path, seed: int, items: Items, vectors: npt.NDArray[np.float32], load: LoadTower = load_user_tower
-) -> npt.NDArray[np.float32]:
-    """What will be asked: vectors of users with recent events; of items where there are no such users."""
+def sample_queries(work: Path, seed: int, items: Items, vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Typical queries: vectors of users with recent events, or of items if there are no such users."""
     profiles = sample_profiles(work, seed)
     if not profiles:
         random = np.random.default_rng(seed)
         return vectors[random.choice(len(vectors), min(_SAMPLE, len(vectors)), replace=False)]
-    tower = TowerRunner.open(work, load, torch.from_numpy(items.ntype.astype(np.int64)))
+    tower = TowerRunner.open(work, torch.from_numpy(items.ntype.astype(np.int64)))
     return as_queries(tower(user_inputs(profiles, tower.tastes)))
 
 
 def sample_profiles(work: Path, seed: int) -> list[Profile]:
-    """What is known of some users with recent events."""
+    """Profiles of some users with recent events."""
     histories, users = Histories(work / "histories.safetensors"), Users(work)
     active = histories.active()
     sample = np.sort(np.random.default_rng(seed).choice(active, min(_SAMPLE, len(active)), replace=False))

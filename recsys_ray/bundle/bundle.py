@@ -1,4 +1,4 @@
-"""Looking into a bundle without serving it."""
+"""Inspecting a bundle without serving it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from recsys_ray.bundle.build import find_bundle
 from recsys_ray.serving.catalogue import read_table
 from recsys_ray.serving.histories import mapped_arrays
 from recsys_ray.storage.artifacts import open_artifact
+from recsys_ray.storage.outputs import find_bundle
 from recsys_ray.two_tower.towers import TowerSpec
 
 

@@ -1,4 +1,4 @@
-"""Item embeddings as a product of their own: one Parquet file of ids, types, titles and vectors, written in pieces."""
+"""Exports item embeddings to one Parquet file of ids, types, titles and vectors, written in pieces."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recsys_ray.bundle.build import VARIANT, find_bundle
+from recsys_ray.bundle.build import VARIANT
 from recsys_ray.core.errors import ArtifactError, UserError
 from recsys_ray.core.progress import Progress
 from recsys_ray.data.tables import Tables
 from recsys_ray.hgnn.outputs import load_embeddings
 from recsys_ray.serving.catalogue import read_table
 from recsys_ray.serving.histories import mapped_arrays
-from recsys_ray.storage.artifacts import open_artifact
-from recsys_ray.storage.outputs import current_output
+from recsys_ray.storage.artifacts import open_artifact, written_whole
+from recsys_ray.storage.outputs import current_output, find_bundle
 from recsys_ray.two_tower.towers import TowerSpec
 
 VECTORS = ("text", "hgnn", "tower")
-_ROWS = 16_384  # of a row group: what is held at once beside the (mapped) tables
+_ROWS = 16_384  # rows per row group, which bounds the memory used beyond the mapped tables
 _TOWER_SNAPSHOTS = ("test", "serve")  # of which the two-tower stage writes item vectors
 
 
@@ -42,14 +42,14 @@ def export_run(run: Path, out: Path, snapshot: str, vectors: Sequence[str], prog
         folder = current_output(run, "hgnn").path
         known = sorted(path.name for path in (folder / "embeddings").iterdir())
         if snapshot not in known:
-            raise UserError(f"there is no snapshot {snapshot!r}; the graph stage made {', '.join(known)}")
+            raise UserError(f"there is no snapshot {snapshot!r}; choose from {', '.join(known)}")
         return load_embeddings(folder, snapshot, len(items)).numpy()
 
     def tower() -> np.ndarray:
         if snapshot not in _TOWER_SNAPSHOTS:
             raise UserError(
-                f"the item tower's vectors are there as of {' and '.join(_TOWER_SNAPSHOTS)}, not of {snapshot!r}; "
-                "leave 'tower' out of --vectors"
+                f"the item tower's vectors exist for {' and '.join(_TOWER_SNAPSHOTS)} only, not for {snapshot!r}; "
+                "remove 'tower' from --vectors"
             )
         folder = current_output(run, "two_tower").path / VARIANT / "items"
         return mapped_arrays(folder / f"{snapshot}.safetensors")["vector"].numpy()
@@ -58,7 +58,7 @@ def export_run(run: Path, out: Path, snapshot: str, vectors: Sequence[str], prog
 
 
 def export_bundle(bundle: str | Path, out: Path, vectors: Sequence[str], progress: Progress) -> int:
-    """Write the embeddings of a bundle's items, those among them that came later; returns the number of items.
+    """Write the embeddings of a bundle's items, including items added later; returns the number of items.
 
     Raises:
         ArtifactError: there is no whole bundle.
@@ -69,7 +69,9 @@ def export_bundle(bundle: str | Path, out: Path, vectors: Sequence[str], progres
     table = read_table(made.path / "items.arrow")
     types = pa.array(made.counts["item_types"], pa.string()).take(table["ntype"].combine_chunks().cast(pa.int32()))
     items = pa.table({"item_id": table["item_id"], "item_type": types, "title": table["title"]})
-    width = TowerSpec.load(made.path / "user_tower" / "spec.json").layers[-1]  # a further column is no part of a vector
+    width = TowerSpec.load(made.path / "user_tower" / "spec.json").layers[
+        -1
+    ]  # without the extra column of the item terms
     files = {"text": ("text", "vector"), "hgnn": ("hgnn", "embedding"), "tower": ("vectors", "vector")}
 
     def reader(file: str, name: str) -> Callable[[], np.ndarray]:
@@ -82,7 +84,7 @@ def export_bundle(bundle: str | Path, out: Path, vectors: Sequence[str], progres
 def _check(vectors: Sequence[str]) -> None:
     unknown = [name for name in vectors if name not in VECTORS]
     if unknown or not vectors:
-        raise UserError(f"--vectors takes some of {', '.join(VECTORS)}, separated by commas, not {','.join(unknown)!r}")
+        raise UserError(f"--vectors takes a comma-separated choice of {', '.join(VECTORS)}, not {','.join(unknown)!r}")
 
 
 def _write(
@@ -100,9 +102,8 @@ def _write(
     names = ("item_id", "item_type", "title")
     fields = [(name, pa.string()) for name in names] + [(kind, pa.list_(pa.float32())) for kind in tables]
     schema = pa.schema(fields)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".{out.name}.tmp")
     with (
+        written_whole(out) as aside,
         pq.ParquetWriter(aside, schema, compression="zstd") as writer,
         progress.task("export", len(items), "items") as task,
     ):
@@ -112,7 +113,6 @@ def _write(
             columns += [_lists(table[start : start + _ROWS]) for table in tables.values()]
             writer.write_table(pa.table(columns, schema=schema), row_group_size=_ROWS)
             task.advance(len(piece))
-    aside.replace(out)
     return len(items)
 
 

@@ -1,18 +1,17 @@
-"""New items into a bundle, without any training: text -> HGNN over their own edges -> item tower -> a new bundle.
+"""Adds new items to a bundle without training: text -> HGNN over the items' own edges -> item tower -> a new bundle.
 
-The rest of the catalogue stands still. What users did with the new items (the *trickle*) makes edges, by the rules of
-the graph stage; users whom the bundle knows bring their histories. The old bundle is left as it is.
+The other items do not change. What users did with the new items (the *trickle*) creates edges by the rules of the graph
+stage; users in the bundle bring their histories. The old bundle stays as it is.
 
-The items may be of types that the bundle has never seen: an HGNN whose weights go by kinship has weights for them, and
-in the towers they are of no kind (recsys_ray/two_tower/towers.py). New types have the numbers after the last.
+Items may have types that are new to the bundle: an HGNN with weights by kinship has weights for them, and in the towers
+they have no type embedding (recsys_ray/two_tower/towers.py). New types are numbered after the existing ones.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,32 +33,28 @@ from recsys_ray.bundle.arrivals import (
     number_trickle,
     with_arrivals,
 )
-from recsys_ray.bundle.build import (
-    MEMORY,
-    TERMS_FILE,
-    check_recall,
-    find_bundle,
-    sample_profiles,
-    sample_queries,
-    version_name,
-)
-from recsys_ray.config import Config, HgnnConfig, TextConfig
+from recsys_ray.bundle.build import CANARY, TERMS_FILE, check_recall, sample_profiles, sample_queries, version_name
+from recsys_ray.bundle.embedder import Models, given_to_unseen
+from recsys_ray.config import Config, TextConfig
 from recsys_ray.core.clock import NEVER, days_before, is_leave_one_out
 from recsys_ray.core.progress import Progress
+from recsys_ray.data.files import table_fingerprint
 from recsys_ray.data.schema import nearest
 from recsys_ray.data.validate import Catalogue, EventRules
 from recsys_ray.graph.activity import count_events, describe
 from recsys_ray.graph.pairs import ONE, Counted, Window
-from recsys_ray.hgnn.inductive import Surroundings, embed_inductively
+from recsys_ray.hgnn.inductive import Surroundings
 from recsys_ray.scoring.choose import Moment, Users, unseen_term
-from recsys_ray.scoring.memory import Memory
+from recsys_ray.scoring.memory import MEMORY_FILE, Memory
 from recsys_ray.scoring.scorer import UNSEEN, VECTOR, ScoreSpec, with_item_terms
 from recsys_ray.serving.catalogue import Items, read_table, sorted_ids, write_table
+from recsys_ray.serving.filters import Facts, write_facts
 from recsys_ray.serving.histories import Histories, HistoryWriter, mapped_arrays, user_inputs
 from recsys_ray.serving.index import TypeIndex
 from recsys_ray.serving.popularity import Popularity, PopularityCounter
-from recsys_ray.serving.tower import TowerRunner, load_user_tower
+from recsys_ray.serving.tower import TowerRunner
 from recsys_ray.storage.artifacts import (
+    MANIFEST,
     SCRATCH,
     Artifact,
     fingerprint,
@@ -68,51 +63,53 @@ from recsys_ray.storage.artifacts import (
     publish,
     save_arrays,
 )
-from recsys_ray.storage.outputs import find_finished, set_current, work_folder
-from recsys_ray.storage.store import source_fingerprint
+from recsys_ray.storage.outputs import find_finished, locate_bundle, point_at, work_folder
+from recsys_ray.storage.store import Place, local_output
+from recsys_ray.storage.working_copy import copy_of
 from recsys_ray.text.featurize import encode_alike, text_of
-from recsys_ray.two_tower.batches import ArrayFeatures
-from recsys_ray.two_tower.stage import catalogue_of
-from recsys_ray.two_tower.towers import GivenIds, load_towers
-from recsys_ray.two_tower.training import item_vectors
 
 Array = npt.NDArray[Any]
 _VERSION = 1  # raise it when what an extension makes changes
-_COPIED = ("user_tower", "hgnn_model", "vocabularies.json", "user_ids.arrow", "users.safetensors")
+_COPIED = (CANARY, "user_tower", "hgnn_model", "vocabularies.json", "user_ids.arrow", "users.safetensors")
 
 
 def extend_bundle(
     bundle: str | Path,
-    items: Path,
-    interactions: Path | None,
+    items: str | Path,
+    interactions: str | Path | None,
     progress: Progress,
-    out: Path | None = None,
+    out: str | Path | None = None,
     replace: bool = False,
     make_current: bool = True,
     cpus: int = 1,
 ) -> Artifact:
     """Embed new items and publish a bundle that has them.
 
-    The same bundle and tables make the same version, which is kept if it is there. A call that was killed goes on at
-    the last block of texts.
+    The same bundle and tables give the same version; an existing one is kept. An interrupted call continues at the last
+    block of texts.
 
     Args:
-        bundle: the one to extend; see :func:`find_bundle`.
-        items, interactions: tables as ingest takes them. Interactions may be with any item.
-        out: folder of bundles; default: the one that ``bundle`` is in.
-        replace: embed items anew that the bundle has; they keep their stored edges as far as histories have them.
+        bundle: the one to extend; see :func:`locate_bundle`.
+        items, interactions: tables as ingest takes them, URIs too. Interactions may be with any item.
+        out: folder of bundles, or its URI; default: the one that ``bundle`` is in.
+        replace: embed again items that the bundle has; they keep stored edges that the histories show.
         make_current: make the new bundle the current one of ``out``.
         cpus: threads of the text encoder.
+
+    Returns:
+        The local path of the bundle.
 
     Raises:
         DataError: a table cannot be used, or an item cannot be embedded.
         ArtifactError: there is no whole bundle.
     """
-    source = open_artifact(find_bundle(bundle), verify=True)
-    root = source.path.parent if out is None else out
-    inputs = {"bundle": source.fingerprint, "items": source_fingerprint(items)}
+    found = locate_bundle(bundle)
+    source = open_artifact(local_output(found), verify=True)
+    target = found / ".." if out is None else Place(str(out))
+    root = target.local if target.is_local else copy_of(target)
+    inputs = {"bundle": source.fingerprint, "items": table_fingerprint("items", str(items))}
     if interactions is not None:
-        inputs["interactions"] = source_fingerprint(interactions)
+        inputs["interactions"] = table_fingerprint("interactions", str(interactions))
     expected = fingerprint("embed-items", {"replace": replace}, inputs, _VERSION)
     version = version_name(source.counts["end"], expected)
     made = find_finished(root, version, expected)
@@ -120,35 +117,40 @@ def extend_bundle(
         progress.say(f"    bundle {made.path.name}: up to date")
     else:
         work = work_folder(root, version)
-        counts = {**source.counts, **_Extension(source, work, progress, cpus).run(items, interactions, replace)}
+        counts = {
+            **source.counts,
+            **_Extension(source, work, progress, cpus).run(items, interactions, replace),
+        }
         counts["version"] = work.name
         facts = {"config": source.manifest["config"], "inputs": inputs, "counts": counts}
         made = publish(work, "bundle", expected, _VERSION, **facts)
+    if not target.is_local and not (target / made.path.name / MANIFEST).exists():
+        (target / made.path.name).upload(made.path)
     if make_current:
-        set_current(root, made.path)
+        point_at(target, made.path.name)
     return made
 
 
 @dataclass
 class _Extension:
-    """One extension at work. Arrays of ``n`` belong to the arriving items, in their order."""
+    """The state of one extension. Arrays of length ``n`` are for the arriving items, in their order."""
 
     source: Artifact
     work: Path
     progress: Progress
     cpus: int
 
-    def run(self, items: Path, interactions: Path | None, replace: bool) -> dict[str, Any]:
+    def run(self, items: str | Path, interactions: str | Path | None, replace: bool) -> dict[str, Any]:
         """Write all files; returns what differs in the manifest's counts."""
         counts = self.source.counts
         reader = Reader(self.work / "quarantine", self.config.data, self.progress)
         known = Known.read(self.source.path, counts["item_types"])
-        new = number_arrivals(reader.items(items), known, replace, self.hgnn.weights_by == "kinship")
+        new = number_arrivals(reader.items(str(items)), known, replace, self.models.hgnn.knows_later_types)
         for name in new.types[len(known.types) :]:
             self.progress.say(f'    item_type "{name}" is new to the bundle{nearest(name, known.types)}')
         trickle = no_trickle(counts["users"])
         if interactions is not None:
-            rows = reader.interactions(interactions, self._catalogue(known, new), self._rules())
+            rows = reader.interactions(str(interactions), self._catalogue(known, new), self._rules())
             trickle = number_trickle(rows, self.source.path, new, counts)
         end = max(int(counts["end"]), (trickle.last or 0) + 1)
         start = days_before(end, counts["window_days"])
@@ -162,10 +164,10 @@ class _Extension:
         self._write_items(new)
         self._write_people(new, trickle, start, end)
         self._write_vectors(known, new, trickle, towers)
-        recall, exact = self._write_indexes(new)
+        indexes = self._write_indexes(new)
         linked = len(np.unique(edges.dst))
         self.progress.say(
-            f"  embedded {len(new.gid):,} items ({int(new.replaced.sum()):,} of them anew): {linked:,} with "
+            f"  embedded {len(new.gid):,} items ({int(new.replaced.sum()):,} of them replaced): {linked:,} with "
             f"{len(edges):,} edges, {len(new.gid) - linked:,} from text alone"
         )
         sizes = np.bincount(np.concatenate([known.ntype, new.ntype[~new.replaced]]), minlength=len(new.types))
@@ -175,8 +177,7 @@ class _Extension:
             "items_per_type": dict(zip(new.types, sizes.tolist(), strict=True)),
             "embedded": counts.get("embedded", 0) + new.added,  # items that no training has seen
             "end": end,
-            "recall_at_10": recall,
-            "exact": exact,
+            "indexes": indexes,
         }
 
     @cached_property
@@ -184,16 +185,15 @@ class _Extension:
         return Config.model_validate(self.source.manifest["config"])
 
     @cached_property
-    def hgnn(self) -> HgnnConfig:
-        text = (self.source.path / "hgnn_model" / "config.json").read_text(encoding="utf-8")
-        return HgnnConfig.model_validate_json(text)
+    def models(self) -> Models:
+        return Models(self.source.path)
 
     @cached_property
     def score(self) -> ScoreSpec:
         return ScoreSpec.load(self.source.path / "user_tower")
 
     def _trained(self, kind: int) -> bool:
-        """Whether the towers had training examples of a type: what its items are given stands then."""
+        """Whether the towers had training examples of a type; if so, its items keep their terms."""
         shares = self.score.unseen_share
         known = kind < len(self.source.counts["item_types"])
         return known and (not shares or (kind < len(shares) and shares[kind] is not None))
@@ -241,14 +241,14 @@ class _Extension:
             src=rows(edges.src),
             dst=rows(edges.dst),
         )
-        weights = self.source.path / "hgnn_model" / "model.safetensors"
-        hidden, embedding = embed_inductively(weights, self.hgnn, len(new.types), surroundings)
+        hidden, embedding = self.models.embed(len(new.types), surroundings)
         ids = None
         if (self.source.path / "ids.safetensors").exists():
             added = new.gid[~new.replaced]
             self._grow("ids.safetensors", new, only=added, vector=np.zeros((len(added), 1), np.float32))
             ids = torch.from_numpy(load_arrays(self.work / "ids.safetensors")["vector"][new.gid])
-        vectors = self._item_vectors(new, text, embedding, activity[new.gid], ids)
+        items = pl.DataFrame(new.table.select(["language", "categories"])).with_columns(ntype=pl.Series(new.ntype))
+        vectors = self.models.item_vectors(items, text, embedding, activity[new.gid], ids)
         self._grow("text.safetensors", new, vector=text)
         self._grow("hidden.safetensors", new, hidden=hidden.half().numpy())
         self._grow("hgnn.safetensors", new, embedding=embedding.numpy())
@@ -257,10 +257,9 @@ class _Extension:
     def _write_vectors(self, known: Known, new: Arrivals, trickle: Trickle, towers: Array) -> None:
         """[v_j, b_j] of all items, and the terms of b_j.
 
-        Of an arriving item is not known how often the towers expect it to be chosen: it has no trend, or keeps the one
-        it had. One that nobody had is given what the others of its type are. In a type without training examples all
-        items are given anew what the counts say (recsys_ray/scoring/unseen.py).
-        """
+        It is unknown how often the towers expect an arriving item to be chosen, so it has no trend or keeps its old
+        one. An unseen item gets the same term as the other unseen items of its type. In a type without training
+        examples, the terms of all items are computed again from the counts (recsys_ray/scoring/unseen.py)."""
         stored, wide = self._mapped(TERMS_FILE), self._mapped("vectors.safetensors")["vector"]
         ntype = with_arrivals(known, new)
         terms = {name: np.concatenate([stored[name], np.zeros(new.added, stored[name].dtype)]) for name in stored}
@@ -275,9 +274,7 @@ class _Extension:
             if not self.score.unseen_share:
                 continue
             if self._trained(int(kind)):
-                alike = np.flatnonzero((known.ntype == kind) & (stored["had"] == 0))[:1]
-                given = stored[UNSEEN][alike[0]] if len(alike) else np.float32(0)
-                terms[UNSEEN][mine] = np.where(had[mine] == 0, given, 0)
+                terms[UNSEEN][mine] = np.where(had[mine] == 0, given_to_unseen(stored, known.ntype, int(kind)), 0)
             else:
                 whole = np.flatnonzero(ntype == kind)
                 terms[UNSEEN][whole] = self._terms_of_untrained(vectors[whole], had[whole])
@@ -291,16 +288,16 @@ class _Extension:
         if not profiles:
             return np.zeros(len(had), np.float32)
         ntype, none = read_table(self.work / "items.arrow")["ntype"].to_numpy(), np.zeros(0, np.int64)
-        tower = TowerRunner.open(self.work, load_user_tower, torch.from_numpy(ntype.astype(np.int64)))
+        tower = TowerRunner.open(self.work, torch.from_numpy(ntype.astype(np.int64)))
         users = Users(torch.from_numpy(tower(user_inputs(profiles, tower.tastes))), none, none)
         moment = Moment(np.zeros(len(had), np.int64), None, had[None], False, (None,))
         return unseen_term(users, torch.from_numpy(vectors), moment, self.score.temperature)
 
     def _write_memory(self, known: Known, new: Arrivals, directions: Counted, users: Array) -> None:
-        if (self.source.path / MEMORY).exists():
-            memory, ntype = Memory.load(self.source.path / MEMORY), with_arrivals(known, new)
+        if (self.source.path / MEMORY_FILE).exists():
+            memory, ntype = Memory.load(self.source.path / MEMORY_FILE), with_arrivals(known, new)
             columns = directions.src, directions.dst, directions.weight / ONE
-            memory.extended(*columns, users, new.gid, ntype, self.score.ridge).save(self.work / MEMORY)
+            memory.extended(*columns, users, new.gid, ntype, self.score.ridge).save(self.work / MEMORY_FILE)
 
     def _encode(self, new: Arrivals) -> Array:
         """float16 [n, text_dim]."""
@@ -309,22 +306,6 @@ class _Extension:
         texts = pa.array((text_of(row, config.fields) for row in new.table.to_pylist()), pa.large_string())
         cache = self.work / SCRATCH / "text"
         return encode_alike(texts, config, made["precision"], made["encoder"], cache, self.progress, self.cpus)
-
-    def _item_vectors(
-        self, new: Arrivals, text: Array, embedding: torch.Tensor, activity: Array, ids: torch.Tensor | None
-    ) -> Array:
-        """What the item tower makes of the items, float32 [n, d]. ``ids``: their learned vectors, zeros where an item
-        has none."""
-        frame = pl.from_arrow(new.table.select(["language", "categories"]))
-        assert isinstance(frame, pl.DataFrame)
-        vocabularies = json.loads((self.source.path / "vocabularies.json").read_text(encoding="utf-8"))
-        frame = frame.with_columns(ntype=pl.Series(new.ntype))
-        catalogue = catalogue_of(frame, {"serve": activity}, **vocabularies)
-        features = ArrayFeatures(text=text, hgnn_serve=embedding)
-        towers = load_towers(self.source.path / "user_tower")
-        if ids is not None:
-            towers.ids = GivenIds(ids)
-        return item_vectors(towers, features, catalogue, "serve").numpy()
 
     def _write_activity(self, known: Known, new: Arrivals, trickle: Trickle, end: int) -> Array:
         """Add what the trickle says of the arriving items; the table of all items, float16 [items, columns].
@@ -375,6 +356,11 @@ class _Extension:
         table = pa.concat_tables([old, pa.table(rows)]).take(pa.array(order[: len(old) + new.added]))
         write_table(self.work / "items.arrow", table)
         write_table(self.work / "item_ids.arrow", sorted_ids(table["item_id"], "gid"))
+        facts = pa.table(dict(zip(("language", "categories"), Facts(self.source.path).columns(), strict=True)))
+        facts = pa.concat_tables([facts, new.table.select(facts.column_names).cast(facts.schema)])
+        language, categories = facts.take(pa.array(order[: len(old) + new.added])).combine_chunks().columns
+        published = mapped_arrays(self.work / "activity.safetensors")["published"].numpy()
+        write_facts(self.work, language.combine_chunks(), categories.combine_chunks(), published)
         for name in _COPIED:
             path = self.source.path / name
             if path.is_dir():
@@ -383,8 +369,8 @@ class _Extension:
                 shutil.copyfile(path, self.work / name)
 
     def _write_people(self, new: Arrivals, trickle: Trickle, start: int, end: int) -> None:
-        """Histories with the trickle of the bundle's users, and the popularity of the new items; that of the others
-        stands still."""
+        """Histories with the new events of the bundle's users, and the popularity of the new items; the other items'
+        popularity does not change."""
         counts, source = self.source.counts, self.source.path
         size = len(mapped_arrays(self.work / "activity.safetensors")["first"])
         if len(trickle.known):
@@ -404,14 +390,13 @@ class _Extension:
         arrays = Popularity.load(source / "popularity.safetensors").with_new_items(counter, published)
         save_arrays(self.work / "popularity.safetensors", arrays)
 
-    def _write_indexes(self, new: Arrivals) -> tuple[dict[str, float], dict[str, bool]]:
-        """Add to the indexes of the types that have arrivals, or build them anew; recall@10 and whether the search is
-        exact, by type."""
+    def _write_indexes(self, new: Arrivals) -> dict[str, dict[str, Any]]:
+        """Add the arrivals to their types' indexes, or build these again; their settings by type."""
         counts, config = self.source.counts, self.config
         items = Items(self.work, new.types)
         vectors = mapped_arrays(self.work / "vectors.safetensors")["vector"].numpy()
         queries = sample_queries(self.work, config.seed, items, vectors)
-        recall, exact = dict(counts["recall_at_10"]), dict(counts["exact"])
+        settings = dict(counts["indexes"])
         for number, name in enumerate(new.types):
             file = f"index/t{number}.faiss"
             if not (new.ntype == number).any():
@@ -421,20 +406,22 @@ class _Extension:
             gids = items.offered(number)
             index = None
             if self._trained(number) and not new.replaced[new.ntype == number].any():
-                index = self._grown(file, number, gids, vectors)
-            index = index or TypeIndex.build(name, vectors, gids, config.index)
-            recall[name], exact[name] = check_recall(index, queries, config.index), index.exact
+                index = self._grown(file, number, gids, vectors, queries)
+            index = index or TypeIndex.build(name, vectors, gids, config.index, queries)
+            check_recall(index, config.index.min_recall)
+            settings[name] = index.settings
             index.save(self.work / file)
-        return recall, exact
+        return settings
 
-    def _grown(self, file: str, number: int, gids: npt.NDArray[np.int32], vectors: Array) -> TypeIndex | None:
+    def _grown(
+        self, file: str, number: int, gids: npt.NDArray[np.int32], vectors: Array, queries: Array
+    ) -> TypeIndex | None:
         """The stored index with the gids that it lacks, which are the last ones; None where another kind is due."""
         old = Items(self.source.path, list(self.source.counts["item_types"]))
         have, name = len(old.offered(number)), old.types[number]
-        stored = TypeIndex.load(
-            self.source.path / file, name, gids[:have], vectors, self.source.counts["ef_search"], mapped=False
-        )
+        settings = self.source.counts["indexes"][name]
+        stored = TypeIndex.load(self.source.path / file, name, gids[:have], vectors, settings, mapped=False)
         if stored.exact and len(gids) > self.config.index.exact_up_to:
             return None
-        stored.index.add(np.ascontiguousarray(vectors[gids[have:]]))
-        return TypeIndex(name, stored.index, gids, vectors, stored.ef_search)
+        stored.add(gids[have:])
+        return replace(stored, gids=gids).tuned(queries, self.config.index.recall)

@@ -1,7 +1,7 @@
-"""What embeddings know of an item's category, language and type: a linear probe. No Ray in here.
+"""How well embeddings predict an item's category, language and type: a linear probe. No Ray in here.
 
-Logistic regression on standardised vectors, its regularisation chosen inside the training part, k folds; every item is
-predicted once, by a model that has not seen it.
+Logistic regression on standardised vectors in k folds, with the regularisation chosen within the training part. Every
+item is predicted once, by a model that has not seen it.
 """
 
 from __future__ import annotations

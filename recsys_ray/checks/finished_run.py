@@ -1,4 +1,4 @@
-"""What the checks of a finished run read: its stages, and how ids and times are named in a sentence."""
+"""What the checks read of a finished run: its stages, and names for ids and times in messages."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import SupportsInt
 
 from recsys_ray.config import Config, EventsConfig, GraphConfig
 from recsys_ray.core.clock import is_leave_one_out
-from recsys_ray.core.snapshots import Snapshot, snapshots_of
 from recsys_ray.data.tables import Tables
 from recsys_ray.data.validate import utc
+from recsys_ray.graph.snapshots import Snapshot, snapshots_of
 from recsys_ray.storage.artifacts import Artifact
 from recsys_ray.two_tower.examples import HistoryRules
 

@@ -1,9 +1,9 @@
-"""Does any feature of an example or a query look past its time? Looked up in the data, for a sample of a finished run.
+"""Checks, on a sample of a finished run, that no feature of an example or query looks past its time.
 
 The rules are those of docs/method.md, section 1: a training example sees the user's earlier events and a snapshot that
-ends before it (leave-one-out: that holds none of its user), a query the events before its period. Examples and queries
-are made by the same functions as in training and evaluation; what they may hold is worked out here from the user's
-events one by one. What lies behind a snapshot is in leaks_snapshots.py.
+ends before it (in leave-one-out, one without its user); a query sees the events before its period. Examples and queries
+come from the same functions as in training and evaluation; what they may contain is derived here independently from the
+user's events. leaks_snapshots.py checks the contents of snapshots.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from recsys_ray.checks.finished_run import FinishedRun, Words
 from recsys_ray.checks.leaks_snapshots import check_snapshots
 from recsys_ray.core.errors import LeakError
 from recsys_ray.core.progress import Progress
-from recsys_ray.core.snapshots import Snapshot, training_snapshot
 from recsys_ray.data.tables import Events
 from recsys_ray.evaluation.queries import known_before
 from recsys_ray.evaluation.ranking import UserBatch, batch_of
 from recsys_ray.evaluation.segments import Queries, find_queries
+from recsys_ray.graph.snapshots import Snapshot, training_snapshot
 from recsys_ray.two_tower.examples import (
     build_queries,
     training_examples,
@@ -32,14 +32,14 @@ from recsys_ray.two_tower.rows import histories_of
 
 
 def check_run(run: FinishedRun, sample: int, progress: Progress) -> Iterator[str]:
-    """Check ``sample`` examples, queries and items of each kind; yields what was looked at, a line a kind.
+    """Check ``sample`` examples, queries and items of each kind; yields a line per kind.
 
     Raises:
         LeakError: a feature looks past its time.
     """
     words = Words(run.ingest)
     check_plan(run.snapshots, run.ingest.counts, words)
-    yield f"{len(run.snapshots)} snapshots: validation, test and the HGNN's training do not see past their moments"
+    yield f"{len(run.snapshots)} snapshots: validation, test and HGNN training use no events after their moments"
     yield from _check_users(run, sample, words, progress)
     yield from check_snapshots(run, sample, words, progress)
 
@@ -48,11 +48,11 @@ def check_plan(snapshots: Sequence[Snapshot], counts: Mapping[str, Any], words: 
     """Validation and test use snapshots that end where their periods begin; the HGNN learns from training events."""
     valid, test = (next(s for s in snapshots if s.name == name) for name in ("valid", "test"))
     uses = [("validation", valid, "valid_from"), ("the test", test, "test_from")]
-    uses.append(("the training of the HGNN", training_snapshot(snapshots), "valid_from"))
+    uses.append(("HGNN training", training_snapshot(snapshots), "valid_from"))
     for what, snapshot, bound in uses:
         if snapshot.time > counts[bound]:
             raise LeakError(
-                f"{what} uses snapshot {snapshot.name}, which holds events up to {words.time(snapshot.time)}, after "
+                f"{what} uses snapshot {snapshot.name}, which contains events until {words.time(snapshot.time)}, after "
                 f"{bound}, {words.time(counts[bound])}"
             )
 
@@ -90,10 +90,10 @@ def _check_users(run: FinishedRun, sample: int, words: Words, progress: Progress
             check_test(asked.keep_users(uids), batch, test, words)
             task.advance()
     holds = {
-        "training examples": "every event of the history before it, not the target, and a snapshot from before it",
-        "examples of the refit": "the same, of the validation period",
-        "validation queries": f"every event of the history before {words.time(valid)}, not the target",
-        "users of the test": f"every event of the history before {words.time(test)}, no truth in it",
+        "training examples": "history and snapshot lie before it, target not in the history",
+        "examples of the refit": "the same, in the validation period",
+        "validation queries": f"every history event before {words.time(valid)}, not the target",
+        "users of the test": f"every history event before {words.time(test)}, no truth in it",
     }
     for kind, what in holds.items():
         yield f"{looked[kind]:,} of {there[kind]:,} {kind}: {what}"
@@ -121,10 +121,10 @@ def check_examples(
         known = snapshot.time <= (time if snapshot.without is None else until)
         if not known:
             end = words.time(snapshot.time)
-            raise LeakError(f"{named()} has embeddings and activity of snapshot {snapshot.name}, which ends at {end}")
+            raise LeakError(f"{named()} uses embeddings and activity of snapshot {snapshot.name}, which ends at {end}")
         if snapshot.without is not None and not snapshot.without.has(np.array([uid]))[0]:
             raise LeakError(
-                f"{named()} has embeddings and activity of snapshot {snapshot.name}, which holds the user's own events"
+                f"{named()} uses embeddings and activity of snapshot {snapshot.name}, which contains the user's events"
             )
         try:
             _check_history(events, examples, row, time, words)
@@ -145,7 +145,8 @@ def check_validation(
 
 
 def _check_history(events: Events, examples: Mapping[str, np.ndarray], row: int, moment: int, words: Words) -> None:
-    """The row's history holds events of its user from before ``moment``, each at most once, and not its target."""
+    """Checks that the row's history has only its user's events before ``moment``, each at most once, and not the
+    target."""
     uid, target = int(examples["uid"][row]), int(examples["target"][row])
     first, last = np.searchsorted(events.uid, [uid, uid + 1])
     gid, event, time = (column[first:last] for column in (events.gid, events.event, events.timestamp))
@@ -154,29 +155,31 @@ def _check_history(events: Events, examples: Mapping[str, np.ndarray], row: int,
     history, codes, _ = histories_of(examples, np.array([row]))
     for item, code in zip(history.tolist(), codes.tolist(), strict=True):
         if item == target:
-            raise LeakError("its history holds the target itself")
+            raise LeakError("its history contains the target itself")
         past[item, code] -= 1
         if past[item, code] < 0:
             touched = time[(gid == item) & (event == code) & ~before]
             when = f"happened at {words.time(int(touched[0]))}" if len(touched) else "is no event of the user"
             bound = words.time(moment)
             raise LeakError(
-                f"its history holds {words.event(code)} of {words.item(item)}, which {when}, not before {bound}"
+                f"its history contains {words.event(code)} of {words.item(item)}, which {when}, not before {bound}"
             )
 
 
 def check_test(queries: Queries, batch: UserBatch, test_from: int, words: Words) -> None:
-    """What recommenders are told of the users of ``queries`` (all of them, ascending)."""
+    """The histories that recommenders get for the users of ``queries`` (all of them, ascending)."""
     late = np.flatnonzero(batch.timestamp >= test_from)
     if len(late):
         user, item = words.user(batch.uid[batch.rows[late[0]]]), words.item(batch.gid[late[0]])
         raise LeakError(
-            f"the test queries of {user}: the history holds {item} at {words.time(int(batch.timestamp[late[0]]))}, not "
-            f"before {words.time(test_from)}"
+            f"the test queries of {user}: the history contains {item} at {words.time(int(batch.timestamp[late[0]]))}, "
+            f"not before {words.time(test_from)}"
         )
     items = int(max(batch.gid.max(initial=0), queries.truth_item.max(initial=0))) + 1
     asked = queries.uid[queries.truth_query] * items + queries.truth_item
     told = np.isin(asked, batch.uid[batch.rows] * items + batch.gid)
     if told.any():
         uid, gid = divmod(int(asked[told][0]), items)
-        raise LeakError(f"the test queries of {words.user(uid)}: the history holds their own truth, {words.item(gid)}")
+        raise LeakError(
+            f"the test queries of {words.user(uid)}: the history contains their own truth, {words.item(gid)}"
+        )

@@ -1,8 +1,8 @@
-"""Is what a snapshot says made of the events before its moment alone? For a sample of items, made again and compared.
+"""Checks that a snapshot depends only on events before its moment, by computing a sample of items again.
 
-Edges and activity are counted once more out of tables from which all later events (and, in leave-one-out, the users of
-the fold) have been taken away, and must be the same to the bit. Embeddings are computed once more from the snapshot's
-edge file and the HGNN's weights, and the vectors of the test from the test snapshot's embeddings and activity.
+Edges and activity are counted again from tables without any later events (in leave-one-out, without the fold's users)
+and must be bit-identical. Embeddings are computed again from the snapshot's edge file and the HGNN's weights, and the
+test's item vectors from the test snapshot's embeddings and activity.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from recsys_ray.checks.finished_run import FinishedRun, Words
 from recsys_ray.config import GraphConfig, HgnnConfig
 from recsys_ray.core.errors import LeakError
 from recsys_ray.core.progress import Progress
-from recsys_ray.core.snapshots import Snapshot
 from recsys_ray.data.tables import Events
 from recsys_ray.graph import pairs
 from recsys_ray.graph.activity import (
@@ -30,7 +29,9 @@ from recsys_ray.graph.activity import (
     describe,
 )
 from recsys_ray.graph.pairs import Counted, PairCounter, Window
-from recsys_ray.hgnn.model import HGNN, ItemTypes
+from recsys_ray.graph.snapshots import Snapshot
+from recsys_ray.hgnn.blocks import ItemTypes
+from recsys_ray.hgnn.encoder import make_hgnn
 from recsys_ray.hgnn.outputs import load_embeddings
 from recsys_ray.hgnn.sampler import build_blocks
 from recsys_ray.hgnn.signature import SignedSource, item_signatures
@@ -68,29 +69,29 @@ def check_snapshots(run: FinishedRun, sample: int, words: Words, progress: Progr
             check_activity(run.tables.shards, snapshot, activity[snapshot.name], published, ntype, run.positives, words)
             task.advance(detail=snapshot.name)
     on = f"on {len(run.snapshots)} snapshots"
-    yield f"{edges:,} edges into {len(some):,} items {on}: made by the events before each"
-    yield f"the activity of {len(ntype):,} items {on}: made by the events before each"
+    yield f"{edges:,} edges into {len(some):,} items {on}: follow from the events before each"
+    yield f"the activity of {len(ntype):,} items {on}: follow from the events before each"
     if run.hgnn is not None:
         few = np.sort(random.permutation(len(ntype))[: min(sample, _EMBEDDED_AT_MOST)])
         for snapshot in run.snapshots:
             check_embeddings(run, snapshot, few, ntype, words)
-        yield f"the embeddings of {len(few):,} items {on}: made from the snapshot's edges"
+        yield f"the embeddings of {len(few):,} items {on}: follow from the snapshot's edges"
     if run.hgnn is not None and run.two_tower is not None:
         variants = check_item_vectors(run, words)
-        yield f"the test's vectors of {len(ntype):,} items ({', '.join(variants)}): made from the test snapshot"
+        yield f"the test's vectors of {len(ntype):,} items ({', '.join(variants)}): follow from the test snapshot"
     if run.two_tower is not None and memory_file(run.two_tower.path, "test").exists():
         for snapshot in run.snapshots:
             if snapshot.name in ("valid", "test"):
                 check_memory(run, snapshot, ntype, words)
-        yield "what is remembered of pairs of items in validation and test: the edges of their snapshots"
+        yield "co-interaction memory of validation and test: follows from the edges of their snapshots"
     if run.two_tower is not None and choices_file(run.two_tower.path).exists():
         for snapshot in run.snapshots:
             check_choices(run, snapshot, len(ntype), words)
-        yield f"what was chosen in all and in the last weeks {on}: counted from the events before each"
+        yield f"counts of choices, overall and in the last weeks {on}: follow from the events before each"
 
 
 def events_before(shard: Path, snapshot: Snapshot) -> Events:
-    """A shard without all that the snapshot must not know."""
+    """A shard without the events that the snapshot must not use."""
     events = Events.read(shard).before(snapshot.time)
     return events if snapshot.without is None else events.select(~snapshot.without.has(events.uid))
 
@@ -136,8 +137,8 @@ def check_edges(
         if found != expected:
             raise LeakError(
                 f"snapshot {snapshot.name}, before {words.time(snapshot.time)}: the edge from {words.item(of)} to "
-                f"{words.item(to)} is of {found[0]} users and weighs {found[1]:.4g}, but of {expected[0]} and "
-                f"{expected[1]:.4g} by the events that the snapshot may know"
+                f"{words.item(to)} has {found[0]} users and weight {found[1]:.4g}, but {expected[0]} and "
+                f"{expected[1]:.4g} by the events that the snapshot may use"
             )
     return len(there)
 
@@ -172,7 +173,7 @@ def check_activity(
         raise LeakError(
             f"snapshot {snapshot.name}, before {words.time(snapshot.time)}: the activity of {words.item(gid)} "
             f"({COLUMN_NAMES[column]}) is {stored[gid, column]:.4f}, but {made[gid, column]:.4f} by the events that "
-            "the snapshot may know"
+            "the snapshot may use"
         )
 
 
@@ -210,13 +211,13 @@ def check_embeddings(run: FinishedRun, snapshot: Snapshot, some: np.ndarray, nty
     text = load_arrays(run.featurize.path / "text.safetensors")["vector"]
     config = HgnnConfig.model_validate(run.hgnn.manifest["config"]["hgnn"])
     starts = np.concatenate([[0], np.cumsum(run.ingest.counts["items_per_type"])]).astype(np.int64)
-    model = HGNN(text.shape[1], config, ItemTypes(torch.from_numpy(starts))).eval()
+    model = make_hgnn(text.shape[1], config, ItemTypes(torch.from_numpy(starts))).eval()
     model.load_state_dict({k: torch.from_numpy(v) for k, v in load_arrays(run.hgnn.path / "model.safetensors").items()})
     packed = torch.from_numpy(item_signatures(run.tables.item_ids.to_pylist(), config.signature_dim).copy())
     file = EdgeFile(run.graph.path / "edges" / f"{snapshot.name}.parquet", ntype, text)
     source = SignedSource(file, packed, config.signature_dim)
     blocks = build_blocks(source, torch.from_numpy(some.astype(np.int64)), snapshot.index, [_ALL, _ALL])
-    made = model(source.features("text", blocks[0].src), blocks).numpy()
+    made = model.second(model.first(source, blocks[0]), blocks[1]).numpy()
     stored = load_embeddings(run.hgnn.path, snapshot.name, len(ntype)).numpy()[some]
     _compare(f"the embedding on snapshot {snapshot.name}", made, stored, some, "the snapshot's edges", words)
 
@@ -238,7 +239,7 @@ def check_item_vectors(run: FinishedRun, words: Words) -> list[str]:
 
 
 def check_memory(run: FinishedRun, snapshot: Snapshot, ntype: np.ndarray, words: Words) -> None:
-    """The pairs that raise scores in validation or test are those of its snapshot's edges and events."""
+    """The memory used in validation and test follows from its snapshot's edges and events."""
     assert run.two_tower is not None
     stored = Memory.load(memory_file(run.two_tower.path, snapshot.name))
     codes, history = run.tables.codes(run.graph.manifest["config"]["edges"]), run.graph_config.max_history
@@ -252,12 +253,12 @@ def check_memory(run: FinishedRun, snapshot: Snapshot, ntype: np.ndarray, words:
         same = np.array_equal(stored.gid[of[0]], made.gid[of[1]]) and stored.users[gid] == made.users[gid]
         if not same or not np.allclose(stored.coefficient[of[0]], made.coefficient[of[1]], atol=_TOLERANCE):
             raise LeakError(
-                f"the memory of {words.item(gid)} on snapshot {snapshot.name} is not that of the snapshot's edges"
+                f"the memory of {words.item(gid)} in snapshot {snapshot.name} does not follow from the snapshot's edges"
             )
 
 
 def check_choices(run: FinishedRun, snapshot: Snapshot, items: int, words: Words) -> None:
-    """The choices that trends and the share of unseen items are made of happened before the snapshot."""
+    """The choices behind trends and the share of unseen items happened before the snapshot."""
     assert run.two_tower is not None
     stored = load_arrays(choices_file(run.two_tower.path))[snapshot.name]
     made = np.zeros_like(stored)
@@ -268,7 +269,7 @@ def check_choices(run: FinishedRun, snapshot: Snapshot, items: int, words: Words
         raise LeakError(
             f"snapshot {snapshot.name}, before {words.time(snapshot.time)}: {words.item(wrong[0])} was chosen "
             f"{stored[:, wrong[0]].tolist()} times in all and in the periods {PERIODS} (days before it), but "
-            f"{made[:, wrong[0]].tolist()} times by the events that the snapshot may know"
+            f"{made[:, wrong[0]].tolist()} times by the events that the snapshot may use"
         )
 
 
@@ -276,4 +277,6 @@ def _compare(what: str, made: np.ndarray, stored: np.ndarray, gids: np.ndarray, 
     apart = np.abs(made - stored).max(1)
     if apart.max(initial=0) > _TOLERANCE:
         worst = int(apart.argmax())
-        raise LeakError(f"{what} of {words.item(gids[worst])} is not that of {of} (apart by {apart[worst]:.3f})")
+        raise LeakError(
+            f"{what} of {words.item(gids[worst])} does not follow from {of} (difference {apart[worst]:.3f})"
+        )

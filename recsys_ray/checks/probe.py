@@ -1,13 +1,12 @@
-"""What the item embeddings are worth for tasks that they were not made for, beside the bare text vectors.
+"""Measures how useful the item embeddings are for tasks they were not trained for, compared with the text vectors.
 
 Two probes: a linear model predicts an item's category, language and type (classification.py), and nearest neighbours
-are held against pairs of items that users share only later (similar.py). All vectors are as of the test snapshot.
+are compared with item pairs that users share only later (similar.py). All vectors are as of the test snapshot.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,12 @@ from recsys_ray.core.progress import Progress
 from recsys_ray.core.seeds import seed_from
 from recsys_ray.data.tables import Catalogue, Tables
 from recsys_ray.hgnn.outputs import load_embeddings
-from recsys_ray.storage.artifacts import SCRATCH, Artifact, load_arrays, write_json
+from recsys_ray.storage.artifacts import SCRATCH, Artifact, load_arrays, read_json, write_json
 
 SNAPSHOT = "test"
 SINGLE = ("text", "hgnn", "tower")  # kinds of vectors
 JOINED = "text+hgnn"
-_OVERSAMPLE = 3  # of the pairs of the test period, many were known before
+_OVERSAMPLE = 3  # of the item pairs of the test period, many were known before
 _FIELDS = {"category": "categories"}  # target -> the field of text.fields that gives it away
 
 Row = dict[str, Any]
@@ -67,7 +66,7 @@ def probe(
     )  # fmt: skip
     near = _look_up(config, tables.shards, period, catalogue, vectors, progress)
     if not near:
-        progress.say("    no pairs of items that users share in the test period alone: no probe of similar items")
+        progress.say("    similar items not probed: no item pair is first shared in the test period")
     metrics = {"snapshot": SNAPSHOT, "classification": rows, "similar": near, "absent": absent}
     write_json(out / "metrics.json", metrics)
     draw_probe(metrics, out / "probe.png")
@@ -116,7 +115,7 @@ def _classify_one(
     vectors: np.ndarray, classes: np.ndarray, folds: int, resamples: int, seed: int, facts: Row, done: Path
 ) -> Row:
     if done.exists():
-        return json.loads(done.read_text(encoding="utf-8"))
+        return read_json(done)
     guessed = classification.predict(vectors, classes, folds, seed)
     majority = float(np.bincount(classes).max() / len(classes))
     row = {**facts, "items": len(classes), "majority": majority}
@@ -134,7 +133,7 @@ def _look_up(
 ) -> list[Row]:  # fmt: skip
     """Recall of later co-interactions, a row for each kind of vectors, item type and segment."""
     limit = config.probe.pairs * _OVERSAMPLE
-    with progress.task("pairs of the test period", 2 * len(shards), "shards") as shown:
+    with progress.task("item pairs of the test period", 2 * len(shards), "shards") as shown:
 
         def over_shards(function: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
             for result in in_parallel([(function, shard, period, *arguments) for shard in shards], ordered=True):
@@ -177,11 +176,13 @@ def print_probe(metrics: Mapping[str, Any], console: Console) -> None:
             table.add_row(target, row["vectors"], *cells, f"{row['accuracy']:.3f}", end_section=last)
         console.print(table)
         if any(row["in_text"] for row in rows):
-            console.print("* is part of the text that was encoded (text.fields)", markup=False)
+            console.print("* part of the encoded text (text.fields)", markup=False)
     for target, reason in metrics["absent"].items():
         console.print(f"{target}: not probed, {reason}", markup=False)
     if metrics["similar"]:
-        table = _table("Similar items: pairs that users share only in the test period", ("item type", "items", "pairs"))
+        table = _table(
+            "Similar items: pairs first shared by a user in the test period", ("item type", "items", "pairs")
+        )
         for kind in SINGLE:
             table.add_column(f"{kind} @10", justify="right", no_wrap=True)
             table.add_column("@100", justify="right", no_wrap=True)

@@ -1,4 +1,4 @@
-"""The probes as one picture."""
+"""Plots the probes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def draw_probe(metrics: Mapping[str, Any], path: Path) -> None:
             segment = "" if row["segment"] == "all" else "\nunseen items"
             flat.append({"vectors": row["vectors"], "place": f"recall@{k}{segment}", **values})
     _bars(right, flat, "place", "r")
-    right.set_title("Finding items that users share later", loc="left")
+    right.set_title("Finding items that users later share", loc="left")
     right.set_ylabel("recall")
     handles, labels = left.get_legend_handles_labels()
     if not handles:

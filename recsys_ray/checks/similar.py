@@ -1,6 +1,5 @@
-"""Do near items find their users together later? Pairs of items that users first shared in the test period, looked up
-among each other's nearest neighbours as of before it. No Ray in here.
-"""
+"""Do similar items get common users later? Looks up item pairs first shared in the test period among each other's
+nearest neighbours as of before it. No Ray in here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ray tasks: many in parallel, or one alone."""
+"""Runs Ray tasks: many in parallel, or one."""
 
 from __future__ import annotations
 

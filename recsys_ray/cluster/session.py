@@ -1,4 +1,4 @@
-"""Starting or joining Ray with the settings that this project needs on small and large machines alike."""
+"""Starts or joins Ray with settings that suit small and large machines."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
+
 from recsys_ray.config import RayConfig
 from recsys_ray.core.errors import UserError
 
 # Read by Ray when it starts. A value that the user has set stays.
 _SETTINGS = {
-    "RAY_worker_niceness": "0",  # workers run at nice 15 otherwise, and starve beside anything else
+    "RAY_worker_niceness": "0",  # otherwise workers run at nice 15 and starve next to other processes
     "RAY_DATA_USE_DATASOURCE_V2": "0",  # the new Parquet reader takes seconds a read and makes one block of a file
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -65,14 +67,51 @@ def without_lines(text: bytes) -> Iterator[None]:
                     os.write(2, line)
 
 
+def _start_local(config: RayConfig, cpus: int) -> None:
+    """Start Ray on this machine. Ray gives its processes 30 seconds to start, which nobody can set and a busy machine
+    misses now and then; so it gets a second chance.
+
+    Raises:
+        UserError: Ray did not start in time, twice.
+    """
+    import ray
+
+    for attempt in (1, 2):
+        before = set(psutil.Process().children())
+        try:
+            ray.init(
+                "local",
+                num_cpus=cpus + LOGICAL_CPUS_TO_SPARE,
+                include_dashboard=config.dashboard,
+                _metrics_export_port=config.metrics_port,
+                object_store_memory=config.object_store_mb * 1024 * 1024,
+                log_to_driver=bool(os.environ.get("RECSYS_RAY_WORKER_LOGS")),
+                logging_level=logging.ERROR,
+                configure_logging=True,
+            )
+            return
+        except Exception as error:
+            if "timed out during startup" not in str(error):
+                raise
+            left = set(psutil.Process().children()) - before  # Ray ends them only when this process ends
+            for process in left:
+                process.kill()
+            psutil.wait_procs(left, timeout=10)
+            if attempt == 2:
+                raise UserError(
+                    "Ray did not start within 30 seconds, twice. The machine is too busy, or processes of an earlier "
+                    "Ray are still running; its logs are in /tmp/ray/session_latest/logs"
+                ) from error
+
+
 @contextmanager
 def ray_session(config: RayConfig) -> Iterator[int]:
     """Start a local Ray or join a cluster; yields the number of CPUs to plan for.
 
-    A Ray that is already up in this process is used as it is. One started here ends with the block.
+    A Ray session that is already running in this process is reused. One started here ends with the block.
 
     Raises:
-        UserError: the cluster at ``config.address`` cannot be reached.
+        UserError: the cluster at ``config.address`` cannot be reached, or a local Ray does not start.
     """
     joins, watched = config.address != "local", config.address != "local" or config.dashboard
     choices = {
@@ -93,20 +132,12 @@ def ray_session(config: RayConfig) -> Iterator[int]:
         # setting they print a line, before it counts.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         with without_lines(b"Set ray log level from environment variable"):
-            ray.init(
-                "local",
-                num_cpus=cpus + LOGICAL_CPUS_TO_SPARE,
-                include_dashboard=config.dashboard,
-                object_store_memory=config.object_store_mb * 1024 * 1024,
-                log_to_driver=bool(os.environ.get("RECSYS_RAY_WORKER_LOGS")),
-                logging_level=logging.ERROR,
-                configure_logging=True,
-            )
+            _start_local(config, cpus)
     else:
         try:
             ray.init(config.address, logging_level=logging.WARNING)
         except ConnectionError as error:
-            raise UserError(f"no Ray cluster answers at {config.address!r} (ray.address): {error}") from error
+            raise UserError(f"no Ray cluster found at {config.address!r} (ray.address): {error}") from error
         cpus = int(ray.cluster_resources().get("CPU", cpus))
     from ray.data import DataContext
 

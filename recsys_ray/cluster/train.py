@@ -1,4 +1,4 @@
-"""The one way to train: workers of Ray Train, epochs with their checkpoints, and sums over the workers."""
+"""Training for all models: Ray Train workers, epochs with checkpoints, and sums over the workers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from recsys_ray.core.errors import UserError
 from recsys_ray.core.progress import Task
 from recsys_ray.core.seeds import seed_from
+from recsys_ray.storage.artifacts import BEST, LAST
 from recsys_ray.storage.checkpoint import load_checkpoint, save_checkpoint
 
 _POLL_S = 0.5
 _MAX_FAILURES = 2  # attempts after the first; each starts at the last checkpoint
-LAST, BEST = "last.safetensors", "best.safetensors"  # checkpoints
 
 Spec = TypeVar("Spec")
 
@@ -77,8 +77,8 @@ class Checkpoints:
     """The last and the best epoch of one model, in a folder that all workers can read. The first worker writes.
 
     Args:
-        trained: all that a training needs to go on.
-        kept: what is wanted of the best epoch in the end.
+        trained: everything a training needs to continue.
+        kept: what is kept of the best epoch.
     """
 
     def __init__(
@@ -92,8 +92,8 @@ class Checkpoints:
         return load_checkpoint(last, self.trained, self.optimizer) if last.exists() else {}
 
     def save(self, state: dict[str, Any], better: bool) -> None:
-        """For the end of an epoch: write the checkpoint, then tell Ray Train the epoch's metrics. Every worker calls
-        it, and goes on when all have: an epoch that Ray knows of can be resumed."""
+        """At the end of an epoch: write the checkpoint, then report the epoch's metrics to Ray Train. Every worker
+        calls it and waits for all others, so every epoch that Ray knows of can be resumed."""
         import ray.train
 
         if self.worker.rank == 0:
@@ -152,8 +152,8 @@ def run_workers(
 ) -> None:
     """Run ``function(worker, spec)`` in every worker of a Ray Train run, and show what the first one says.
 
-    A worker that dies takes the attempt with it; the next one starts at the function's own checkpoint. Ray
-    does not count the loss of a host that the cloud takes back.
+    If a worker dies, the attempt fails; the next one starts at the function's own checkpoint. Ray does not count the
+    loss of a preempted host.
 
     Args:
         name: of the run, the same when it is started again after the driver was killed.
@@ -201,7 +201,7 @@ def run_workers(
 
 
 def _run_worker(given: dict[str, Any]) -> None:
-    """What Ray Train calls: cap the threads to the CPUs that were granted, seed torch, pass a user's mistake on."""
+    """Called by Ray Train: caps threads to the granted CPUs, seeds torch and forwards user errors."""
     import ray.train
 
     torch.set_num_threads(given["threads"])
@@ -217,7 +217,7 @@ def _run_worker(given: dict[str, Any]) -> None:
 
 
 class _Board:
-    """An actor that remembers the latest report, and the user's mistake that a worker met."""
+    """An actor that keeps the latest report and any user error of a worker."""
 
     def __init__(self) -> None:
         self._latest: tuple[int, int, str] | None = None

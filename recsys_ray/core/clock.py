@@ -1,4 +1,4 @@
-"""Moments and days: what all stages mean by them. Moments are int unix seconds, days are counted from 1970, UTC."""
+"""Moments and days as all stages use them. Moments are int unix seconds; days are counted from 1970, in UTC."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NEVER = np.iinfo(np.int64).max  # a moment that is not known, or that has not co
 
 
 def days_before(moment: int, days: int | None, first: int = 0) -> int:
-    """Where a window of so many days that ends at ``moment`` begins; at ``first`` where ``days`` is None."""
+    """The start of a window of ``days`` days that ends at ``moment``; ``first`` if ``days`` is None."""
     return first if days is None else moment - days * DAY
 
 

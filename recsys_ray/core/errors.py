@@ -1,4 +1,4 @@
-"""Errors that a user can act on. The command line prints their sentence without a traceback and exits with code 2."""
+"""Errors that a user can act on. The command line prints their message without a traceback and exits with code 2."""
 
 
 class UserError(Exception):

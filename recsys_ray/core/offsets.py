@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int, Shaped
+
+
+def begins(*columns: Shaped[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
+    """Which rows differ from the one before: where the lists of a sorted column begin."""
+    found = np.ones(len(columns[0]), dtype=bool)
+    found[1:] = np.any([column[1:] != column[:-1] for column in columns], axis=0)
+    return found
 
 
 def offsets_of(lengths: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n_plus_1"]:

@@ -1,4 +1,4 @@
-"""The number format that a model computes in."""
+"""The number format in which a model computes."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Progress of long work: stage n of m, rows or steps done, rate, time left. Bars on a terminal, a line now and then
-where output goes to a file, stage lines only under CI."""
+"""Progress of long work: stage n of m, rows or steps done, rate, time left. Bars on a terminal, a line now and then in
+a file, and only stage lines under CI."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Task:
             self._bar = report.bars.add_task(description, total=total, rate="", bound=self._bound, detail="")
 
     def update(self, done: int, total: int | None = None, detail: str = "") -> None:
-        """``done`` so far, of ``total`` if that changed; ``detail`` is shown beside (a loss, a count)."""
+        """``done`` so far, and ``total`` if it changed; ``detail`` is shown next to it (a loss, a count)."""
         now = time.monotonic()
-        # Start-up and what an earlier attempt did have no rate; work that begins anew begins anew here too.
+        # Start-up and the work of earlier attempts have no rate; a restart resets the rate.
         if self._first is None or done < self._done:
             self._first, self._started = done, now
         self._done, self._total = done, total if total is not None else self._total
@@ -64,7 +64,7 @@ class Progress:
     def task(
         self, description: str, total: int | None = None, unit: str = "rows", may_stop_early: bool = False
     ) -> Iterator[Task]:
-        """Show a piece of work while the block runs; of work that ``may_stop_early`` the time left is a bound."""
+        """Show a piece of work while the block runs. If it ``may_stop_early``, the remaining time is an upper bound."""
         outermost = self.bars is None and self.console.is_terminal and not self.quiet
         if outermost:
             columns = ("    {task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[rate]}")

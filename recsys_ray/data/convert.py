@@ -1,7 +1,7 @@
-"""Cells of every accepted representation, brought to one; those that do not fit are marked rather than dropped.
+"""Converts cells from every accepted representation to one; cells that do not fit are marked, not dropped.
 
-Ids have one rule in all tables: 1000, 1000.0, Decimal(1000), "1000" and "1000.0" are the same id. The words that other
-programs write for nothing (NULL, nan, ...) are nothing.
+Ids follow one rule in all tables: 1000, 1000.0, Decimal(1000), "1000" and "1000.0" are the same id. The words that
+programs write for null (NULL, nan, ...) are null.
 """
 
 from __future__ import annotations

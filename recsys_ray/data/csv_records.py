@@ -1,11 +1,11 @@
-r"""CSV text to records, with every record's number and every malformed record told.
+r"""Splits CSV text into records, with every record's number and every malformed record reported.
 
-Readers of CSV are lenient: pyarrow, as others, takes a stray quote for the begin of a cell and swallows the records up
-to the next quote without a word. Here a record is regular, or it is read with the few freedoms below, or it is
-malformed and comes back as such. What is good leaves as clean CSV, which pyarrow then parses.
+CSV readers are lenient: pyarrow, like others, takes a stray quote for the start of a cell and silently swallows records
+up to the next quote. Here a record is regular, or readable with the exceptions below, or returned as malformed. Good
+records leave as clean CSV, which pyarrow then parses.
 
-Freedoms: blanks around a quoted cell; a backslash before a quote (``"the \"Anchor\" inn"``, as MySQL, Hive and Spark
-write it) where doubled quotes are expected; text after a closing quote of the same line (``"Heroes" (live)``).
+Exceptions: blanks around a quoted cell; a backslash before a quote (``"the \"Anchor\" inn"``, as MySQL, Hive and Spark
+write it) instead of a doubled quote; text after a closing quote on the same line (``"Heroes" (live)``).
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class Records:
             if len(self._rest) > LONGEST:
                 raise DataError(
                     f"row {self._next} of {self._file} is longer than {LONGEST >> 20} MB; a cell probably begins with "
-                    "a quote that is never closed: double it, or take it out"
+                    "a quote that is never closed: double or remove it"
                 )
 
     def _take(self, text: bytes, whole: bool) -> tuple[bytes, Piece]:
@@ -173,7 +173,7 @@ class Records:
         if plain.cells and len(plain.cells) != self._width:
             return plain.end, None, f"it has {len(plain.cells)} cells where the header has {self._width}"
         end = _lenient_end(text, at, whole)
-        return end, None, 'its quotes do not fit; write a quote in a cell as two ("")'
+        return end, None, 'its quotes are unbalanced; write a quote within a cell as two ("")'
 
     def _swallows(self, record: bytes) -> bool:
         """Whether a record of several lines is several records that a stray quote has joined: each of its lines has
@@ -185,7 +185,7 @@ class Records:
         return all(line.count(b",") == self._width - 1 for line in lines) and all(_alike(ids[0], i) for i in ids[1:])
 
     def _told(self, record: bytes, wrong: str) -> list[tuple[int, str, str]]:
-        """A malformed record, line by line: in the worst case each line is a record that is lost."""
+        """A malformed record, line by line, because in the worst case each line is a lost record."""
         lines = [line for line in _ENDS.split(record) if line]
         first = self._next
         spans = f" and spans {len(lines):,} lines" if len(lines) > 1 else ""
@@ -205,7 +205,7 @@ class Records:
 
 def _regular_records(width: int, escapes: bool) -> re.Pattern[bytes]:
     cell = _REGULAR_CELL % ((rb"\\",) * 2 if escapes else (b"",) * 2)
-    if width == 1:  # an empty line is no record
+    if width == 1:  # an empty line is not a record
         cell = rb"(?!%b)%b" % (_END, cell)
     return re.compile(rb"(?:%b(?:,%b){%d}%b)*+" % (cell, cell, width - 1, _END))
 

@@ -1,4 +1,5 @@
-"""What a file is that is not what its name says, in a sentence: a zip, a page of HTML, text in another form."""
+"""Recognises files whose content does not match their name (a zip, an HTML page, text in another format) and says how
+to convert them."""
 
 from __future__ import annotations
 
@@ -9,14 +10,14 @@ from collections.abc import Sequence
 from recsys_ray.core.errors import DataError
 
 HEAD = 1 << 20  # bytes by which a file is judged
-_DOWNLOAD = "download the file itself and put it here"
-_SAVE = "open it where it was made and save it as CSV in UTF-8"
+_DOWNLOAD = "download the file itself"
+_SAVE = "open it in its program and save it as CSV in UTF-8"
 _CONVERT = "convert it to Parquet or CSV"
 # First bytes -> what the file is, what to do.
 _MAGIC: tuple[tuple[bytes, str, str], ...] = (
-    (b"PK\x03\x04", "a zip archive (an .xlsx file of Excel is one, too)", f"unpack it, or {_SAVE}"),
+    (b"PK\x03\x04", "a zip archive (Excel's .xlsx files are zip archives, too)", f"unpack it, or {_SAVE}"),
     (b"PK\x05\x06", "an empty zip archive", _DOWNLOAD),
-    (b"\x1f\x8b", "compressed with gzip", "unpack it with gunzip, or let its name end in .csv.gz if CSV is in it"),
+    (b"\x1f\x8b", "compressed with gzip", "unpack it with gunzip, or, if it contains CSV, end its name in .csv.gz"),
     (b"BZh", "compressed with bzip2", "unpack it with bunzip2"),
     (b"\xfd7zXZ\x00", "compressed with xz", "unpack it with unxz"),
     (b"\x28\xb5\x2f\xfd", "compressed with zstd", "unpack it with unzstd"),
@@ -25,7 +26,7 @@ _MAGIC: tuple[tuple[bytes, str, str], ...] = (
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it with 7z x"),
     (b"Rar!", "a rar archive", "unpack it"),
     (b"\xd0\xcf\x11\xe0", "an old Excel or Office file (.xls)", _SAVE),
-    (b"PAR1", "a Parquet file", "let its name end in .parquet"),
+    (b"PAR1", "a Parquet file", "end its name in .parquet"),
     (b"PARE", "an encrypted Parquet file", "decrypt it"),
     (b"ARROW1", "an Arrow (Feather) file", _CONVERT),
     (b"FEA1", "a Feather file", _CONVERT),
@@ -44,12 +45,12 @@ _MAGIC: tuple[tuple[bytes, str, str], ...] = (
     (b"\xfe\xff", "text in UTF-16", "convert it with: iconv -f utf-16 -t utf-8 {file} > new.csv"),
 )
 _TEXT: tuple[tuple[re.Pattern[bytes], str, str], ...] = (
-    (re.compile(rb"<(!doctype html|html|head|body)", re.I), "a page of HTML (often a login or an error)", _DOWNLOAD),
+    (re.compile(rb"<(!doctype html|html|head|body)", re.I), "an HTML page (often a login or error page)", _DOWNLOAD),
     (re.compile(rb"<\?xml|<[a-z]+[ >]", re.I), "XML", _CONVERT),
     (re.compile(rb'\{\s*"|\[\s*[{\[]'), "JSON", _CONVERT),
     (
         re.compile(rb'"?sep=.{1,2}\r?\n', re.I),
-        "not CSV as it is read here: it begins with Excel's line 'sep='",
+        "not supported CSV: it begins with Excel's line 'sep='",
         "remove this first line",
     ),
 )
@@ -90,14 +91,14 @@ def not_parquet(file: str, head: bytes, tail: bytes) -> DataError | None:
     if head.startswith(b"PAR1"):
         if tail.endswith(b"PAR1"):
             return None
-        return DataError(
-            f"{file} is a Parquet file without its end, as a copy that was broken off leaves it; copy it again"
-        )
+        return DataError(f"{file} is an incomplete Parquet file, perhaps from an interrupted copy; copy it again")
     known = not_that_kind(file, head)
     if known or b"\x00" in head[:1000]:
-        return known or DataError(f"{file} is not a Parquet file, though its name ends so; replace or remove it")
+        return known or DataError(
+            f"{file} is not a Parquet file although its name ends in .parquet; replace or remove it"
+        )
     return DataError(
-        f"{file} is text and not a Parquet file, though its name ends so; if it is CSV, let its name end in .csv"
+        f"{file} is text, not a Parquet file, although its name ends in .parquet; if it is CSV, end its name in .csv"
     )
 
 
@@ -119,7 +120,7 @@ def not_our_csv(file: str, head: bytes, names: Sequence[str], known: Sequence[st
     headless = not any(_bare(cell) in bare for cell in cells) and any(map(_DATUM.fullmatch, cells))
     faults, wanted = [], []
     if divider:
-        faults.append(f"its cells are divided by {_DIVIDERS[divider]}")
+        faults.append(f"its cells are separated by {_DIVIDERS[divider]}")
         wanted.append("with commas")
     if headless:
         shown = text if len(text) <= 80 else f"{text[:77]}..."
@@ -132,7 +133,7 @@ def not_our_csv(file: str, head: bytes, names: Sequence[str], known: Sequence[st
         faults.append(f"it is not UTF-8 ({_encoding(head)[0]})")
         wanted.append("in UTF-8")
     how = "" if divider is None else _with_pandas(divider, at is not None, rb"\"" in head, headless)
-    return f"{file} is not CSV as it is read here: {', and '.join(faults)}; write it {', '.join(wanted)}{how}"
+    return f"{file} is not supported CSV: {', and '.join(faults)}; write it {', '.join(wanted)}{how}"
 
 
 def _divider(line: str, known: Sequence[str]) -> str | None:
@@ -182,14 +183,14 @@ def not_utf8(file: str, text: bytes, at: int, where: str) -> str:
     decoded = text.decode("utf-8", "replace")
     strange = decoded.count("\ufffd")
     if sum(letter > "\x7f" for letter in decoded) > 2 * strange:
-        return f"{said}, though most of it is; repair these rows"
+        return f"{said}, although most of it is; repair these rows"
     what, name = _encoding(text)
     return f"{said}; it is {what}, so convert it, as in: iconv -f {name} -t utf-8 {file} > new.csv"
 
 
 def _encoding(text: bytes) -> tuple[str, str]:
-    """A guess in words, and a name for iconv. Western letters beyond ASCII stand alone between others; those of other
-    scripts come one after the other."""
+    """A guess of the encoding, as a phrase and as a name for iconv. Western letters beyond ASCII occur singly between
+    others; letters of other scripts follow one another."""
     alone = len(re.findall(rb"(?<![\x80-\xff])[\x80-\xff](?![\x80-\xff])", text))
     together = len(re.findall(rb"[\x80-\xff]{2,}", text))
     if alone >= together:

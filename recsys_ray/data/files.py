@@ -1,8 +1,10 @@
-"""Which files are a table: paths, patterns, folders, and what the folders' names say."""
+"""Finds the files of a table: paths, patterns, folders, and columns encoded in folder names."""
 
 from __future__ import annotations
 
 import glob
+import hashlib
+import json
 import os
 import re
 import urllib.parse
@@ -12,7 +14,7 @@ from pathlib import Path
 from recsys_ray.core.errors import DataError
 from recsys_ray.data.file_kinds import HEAD, not_our_csv, not_that_kind
 from recsys_ray.data.schema import column_names
-from recsys_ray.storage.store import Place
+from recsys_ray.storage.store import Place, source_fingerprint
 
 PARQUET, CSV = (".parquet", ".pq"), (".csv", ".csv.gz")
 _HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
@@ -43,6 +45,15 @@ def find_paths(table: str, path: str | Sequence[str]) -> list[Place]:
     return list(found)
 
 
+def table_fingerprint(table: str, path: str | Sequence[str]) -> str:
+    """A hash of what ``data.<table>`` names. Of several files or folders, and of a folder whose name is a partition,
+    their order and partitions count. Errors as :func:`find_paths`."""
+    parts = [(partition_of(str(root / "file")), source_fingerprint(root)) for root in find_paths(table, path)]
+    if len(parts) == 1 and not parts[0][0]:
+        return parts[0][1]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
 def list_files(table: str, path: str | Sequence[str]) -> tuple[list[str], list[str]]:
     """The files of a table, and those that are neither Parquet nor CSV.
 
@@ -56,7 +67,7 @@ def list_files(table: str, path: str | Sequence[str]) -> tuple[list[str], list[s
             visible[str(root)] = None
             continue
         for name in root.files():
-            # Spark, Ray and others leave files like _SUCCESS and .part.crc beside the data.
+            # Spark, Ray and others write files such as _SUCCESS and .part.crc next to the data.
             if not any(part.startswith((".", "_")) for part in name.split("/")):
                 visible[str(root / name)] = None
     files = [name for name in visible if ends_in(name, PARQUET + CSV)]
@@ -79,10 +90,10 @@ def _nothing(table: str, path: str | Sequence[str], roots: Sequence[Place], othe
         if known:
             return known
         said = not_our_csv(others[0], head, (), *column_names(table))
-        return DataError(said or f"{others[0]} is passed over, because its name does not end in {kinds}; rename it")
-    there = f"; it holds {', '.join(Place(name).name for name in others[:5])}" if others else ""
+        return DataError(said or f"{others[0]} is skipped because its name does not end in {kinds}; rename it")
+    there = f"; it contains {', '.join(Place(name).name for name in others[:5])}" if others else ""
     where = path if isinstance(path, str) else ", ".join(map(str, roots))
-    return DataError(f"{where} holds no file for the {table} table that ends in {kinds}{there}; set data.{table}")
+    return DataError(f"{where} contains no file for the {table} table that ends in {kinds}{there}; set data.{table}")
 
 
 def partition_of(file: str) -> dict[str, str | None]:

@@ -1,7 +1,7 @@
-"""From Parquet or CSV, a file or a folder of them, to batches in which every row knows its file and number.
+"""Reads Parquet or CSV, a file or a folder, as batches in which every row knows its file and row number.
 
-A table is cut into fragments (a Parquet row group, a CSV file), which Ray Data's tasks read one each. A fragment is
-streamed batch by batch, so its size does not bound the memory of the task.
+A table is split into fragments (a Parquet row group, a CSV file), each read by one Ray Data task. A fragment is
+streamed in batches, so its size does not determine the task's memory.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ import functools
 import gzip
 import io
 import json
-import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -30,12 +29,12 @@ from recsys_ray.data.csv_records import LONGEST, Piece, Records
 from recsys_ray.data.file_kinds import HEAD, bad_utf8, not_our_csv, not_parquet, not_that_kind
 from recsys_ray.data.files import CSV, ends_in, list_files, partition_of
 from recsys_ray.data.schema import TABLES, Columns, column_names, match_columns, plain, plain_type
-from recsys_ray.storage.artifacts import write_json
+from recsys_ray.storage.artifacts import read_json, write_json
 from recsys_ray.storage.store import Place
 
 _CSV_BLOCK = LONGEST  # bytes of a CSV batch
 # Rows of a Parquet batch. Catalogue rows carry descriptions and vectors, interactions are narrow.
-BATCH_ROWS = {"items": 1 << 15, "users": 1 << 16, "interactions": 1 << 18}
+BATCH_ROWS = {"items": 1 << 15, "users": 1 << 16, "asked": 1 << 16, "interactions": 1 << 18}
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Source:
-    """A table's fragments, in order of (file, row), and what was left aside."""
+    """A table's fragments, in order of (file, row), and what was skipped."""
 
     fragments: list[Fragment]
     extra: list[str]  # columns that no stage reads
@@ -82,13 +81,13 @@ class Source:
 
     @property
     def notes(self) -> list[str]:
-        """What was left aside, for the user."""
-        notes = [f"columns that nothing reads: {', '.join(self.extra)}"] if self.extra else []
+        """What was skipped, for the user."""
+        notes = [f"unused columns: {', '.join(self.extra)}"] if self.extra else []
         for files, what in ((self.other_files, "neither Parquet nor CSV by name"), (self.empty, "empty")):
             if files:
                 one = "1 file is" if len(files) == 1 else f"{len(files):,} files are"
                 shown = ", ".join(files[:3]) + ", ..." * (len(files) > 3)
-                notes.append(f"{one} {what} and passed over: {shown}")
+                notes.append(f"{one} {what} and skipped: {shown}")
         return notes
 
 
@@ -109,8 +108,8 @@ def find_source(table: str, path: str | Sequence[str]) -> Source:
             empty.append(file)
             continue
         schema, group_rows = described
-        partition = {key: value for key, value in partition_of(file).items() if key not in schema.names}
-        columns = match_columns(table, _with_partition(schema, partition), file)
+        partition = [pa.field(name, pa.string()) for name in partition_of(file) if name not in schema.names]
+        columns = match_columns(table, pa.schema([*schema, *partition]), file)
         extra.update(dict.fromkeys(columns.extra))
         taste.update(dict.fromkeys(columns.taste))
         first = 0
@@ -124,14 +123,8 @@ def find_source(table: str, path: str | Sequence[str]) -> Source:
     return Source(fragments, sorted(extra), others, sorted(taste), empty)
 
 
-def _with_partition(schema: pa.Schema, partition: Mapping[str, str | None]) -> pa.Schema:
-    for name in partition:
-        schema = schema.append(pa.field(name, pa.string()))
-    return schema
-
-
 def _name(raw: str) -> str:
-    """A column's name without what no one sees."""
+    """A column's name without invisible characters."""
     return raw.strip().removeprefix("\ufeff").strip()
 
 
@@ -168,7 +161,7 @@ def _describe_csv(file: str, table: str) -> tuple[pa.Schema, list[int | None]] |
             start = stream.read(HEAD)
         if ends_in(file, (".gz",)) and start and not start.startswith(b"\x1f\x8b"):
             raise not_that_kind(file, start) or DataError(
-                f"{file} is not compressed with gzip, though its name ends so; take .gz from its name"
+                f"{file} is not compressed with gzip although its name ends in .gz; remove .gz from the name"
             )
         with _open_csv(file) as stream:
             head = stream.read(HEAD)
@@ -184,7 +177,7 @@ def _describe_csv(file: str, table: str) -> tuple[pa.Schema, list[int | None]] |
         pieces = list(records) if len(head) < HEAD else [next(iter(records))]
     except (pa.ArrowException, OSError, EOFError, zlib.error) as error:
         raise _unreadable(file, error) from error
-    ours = {column.name for columns in TABLES.values() for column in columns}
+    ours = {column.name for column in TABLES[table]}
     tables = [_parse(piece, len(records.names), range(len(records.names))).slice(0, 1000) for piece in pieces]
     fields = []
     for name, cells in zip(records.names, pa.concat_tables(tables).columns, strict=True):
@@ -343,11 +336,11 @@ def run_tasks(
 ) -> list[dict[str, Any]]:
     """Run ``work(i)`` for i < ``count`` as Ray Data tasks; the results in order of i.
 
-    A task's result is kept as ``done/i.json`` once its files are written, and such a task is not run again: an
-    interrupted stage goes on where it stopped. A result's ``rows`` counts for the progress.
+    A task's result is stored as ``done/i.json`` once its files are written, and the task does not run again: an
+    interrupted stage continues where it stopped. A result's ``rows`` counts for the progress.
 
     Raises:
-        DataError: what a task raised, as it was.
+        DataError: a task raised it; it is passed on unchanged.
     """
     import ray
     from ray.data import TaskPoolStrategy
@@ -357,7 +350,7 @@ def run_tasks(
     for i in range(count):
         file = done / f"{i:05d}.json"
         if file.exists():
-            results[i] = json.loads(file.read_text(encoding="utf-8"))
+            results[i] = read_json(file)
     todo = [i for i in range(count) if i not in results]
     with progress.task(description, total=total_rows, unit="rows") as task:
         task.update(seen := sum(result["rows"] for result in results.values()))
@@ -387,12 +380,3 @@ def _run_one(work: Callable[[int], dict[str, Any]], done: str, batch: dict[str, 
     except UserError as problem:  # of the table, or of the store that it lies in
         error = str(problem)
     return {"i": np.array([i]), "error": np.array([error]), "result": np.array([json.dumps(result)])}
-
-
-def replace_aside(write: Callable[[Path], None], target: Path, scratch: Path) -> None:
-    """``write`` a file into the scratch folder, then rename it to ``target``: it is there whole or not at all."""
-    scratch.mkdir(parents=True, exist_ok=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = scratch / f"{target.name}.{os.getpid()}.tmp"
-    write(aside)
-    aside.replace(target)

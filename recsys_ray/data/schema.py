@@ -1,4 +1,4 @@
-"""The tables that come in: their columns, and in which types each may come (``convert.py`` reads the cells)."""
+"""The source tables: their columns, and the types each column may have (``convert.py`` reads the cells)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from recsys_ray.core.errors import DataError
 
-Kind = Literal["id", "name", "text", "seconds", "number", "flag", "labels", "vector"]
+Kind = Literal["id", "name", "text", "seconds", "number", "flag", "labels", "vector", "history"]
 _WHAT = {
     "id": "text or whole numbers",
     "name": "text or whole numbers",
@@ -22,6 +22,7 @@ _WHAT = {
     "flag": "true or false",
     "labels": "lists of text",
     "vector": "lists of numbers",
+    "history": "lists of item ids or of entries",
 }
 
 
@@ -54,6 +55,12 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column("user_id", "id", required=True),
         Column("age", "number"),
         Column("country", "text"),
+    ),
+    "asked": (  # of batch-recommend
+        Column("user_id", "id", required=True),
+        Column("age", "number"),
+        Column("country", "text"),
+        Column("history", "history"),
     ),
 }
 
@@ -93,7 +100,9 @@ def match_columns(table: str, schema: pa.Schema, file: str) -> Columns:
                 f"{_WHAT[column.kind]}; convert the column"
             )
         known.append(column.name)
-    rest = list(dict.fromkeys(name for name in names if name and name not in known))  # no one reads one without a name
+    rest = list(
+        dict.fromkeys(name for name in names if name and name not in known)
+    )  # nothing reads a column without a name
     taste = [n for n in rest if table == "users" and any(_is_vector(plain_type(f.type)) for f in schema if f.name == n)]
     for name in taste:
         _check_once(table, name, names, file)
@@ -125,7 +134,7 @@ def _missing(table: str, columns: Sequence[str], names: Sequence[str], file: str
     one = "column" if len(columns) == 1 else "columns"
     there = ", ".join(name or "(no name)" for name in names) or "none"
     return (
-        f"{file} (table {table}) has no {one} {', '.join(map(repr, columns))}, its columns are: {there}; "
+        f"{file} (table {table}) has no {one} {', '.join(map(repr, columns))}; its columns are: {there}; "
         f"{' and '.join(advice)}"
     )
 
@@ -190,4 +199,7 @@ _ACCEPTS: dict[str, Callable[[pa.DataType], bool]] = {
         is_text(t) or pa.types.is_null(t) or (_is_list(t) and _ACCEPTS["labels"](plain_type(t.value_type)))
     ),
     "vector": lambda t: _is_vector(t) or is_text(t),
+    "history": lambda t: (
+        _is_scalar(t) or (_is_list(t) and (_is_scalar(t.value_type) or pa.types.is_struct(t.value_type)))
+    ),
 }

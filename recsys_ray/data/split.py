@@ -1,8 +1,8 @@
-"""What is training, what validation and what test: training < valid_from <= validation < test_from <= test.
+"""Splits events into training, validation and test: training < valid_from <= validation < test_from <= test.
 
-The split is by time, one for all users, or it leaves each user's last items out. The latter gives every event a
-*logical time*, so that all other stages need to know of one kind of split only: validation is at 0, the test at 1, and
-a user's training events are at ..., -3, -2, -1. Only times of one user compare.
+The split is either by time, the same for all users, or leave-one-out. Leave-one-out gives every event a *logical time*,
+so that all other stages need to know only one kind of split: validation is at 0, the test at 1, and a user's training
+events are at ..., -3, -2, -1. Only times of one user are comparable.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 from recsys_ray.config import SplitConfig
 from recsys_ray.core.clock import DAY
 from recsys_ray.core.errors import DataError
+from recsys_ray.core.offsets import begins
 from recsys_ray.data.validate import utc
 
 VALID_FROM, TEST_FROM, END = 0, 1, 2  # logical times
@@ -26,9 +27,9 @@ _HELD_OUT = 3  # a user with fewer new items has none to spare
 def logical_times(uid: np.ndarray, gid: np.ndarray, positive: np.ndarray) -> np.ndarray:
     """Leave-one-out: int64 [n], ascending for each user.
 
-    A user discovers an item with the first event of any kind on it; what counts are discoveries of items that the user
-    has a positive event with. The last one begins the test, the one before it validation. So what is asked for is
-    always an item that the user had not touched, one a user. Users with fewer than three only train.
+    A user discovers an item with the first event of any kind on it. Only discoveries of items with a positive event
+    count. The last one begins the test, the one before it validation, so each user has one target, always an item
+    without earlier events. Users with fewer than three are used for training only.
 
     Args:
         uid, gid, positive: int64, int32 and bool [n], ascending by uid, of each user in the order in which they
@@ -41,7 +42,7 @@ def logical_times(uid: np.ndarray, gid: np.ndarray, positive: np.ndarray) -> np.
     liked = np.bincount(item, weights=positive) > 0
     discovery = np.zeros(len(uid), np.int64)
     discovery[first[liked]] = 1
-    begin = np.flatnonzero(np.r_[True, uid[1:] != uid[:-1]])
+    begin = np.flatnonzero(begins(uid))
     size = np.diff(np.r_[begin, len(uid)])
     passed = np.cumsum(discovery)
     before, found = passed[begin] - discovery[begin], np.add.reduceat(discovery, begin)
@@ -54,16 +55,16 @@ def logical_times(uid: np.ndarray, gid: np.ndarray, positive: np.ndarray) -> np.
 
 def plan_split(
     config: SplitConfig,
-    days: Sequence[tuple[int, int]],
+    days: Sequence[Sequence[int]],
     positive: tuple[int, int],
     last: int,
     positives: Sequence[str],
 ) -> tuple[int, int]:
     """``valid_from`` and ``test_from`` in unix seconds. Derived ones are midnights, UTC.
 
-    A period whose days nobody has set has 14, or as many as it takes to hold ``_ENOUGH`` days on which a user has a
-    positive event (``_LEAST`` of all of them where that is less), or as few as hold no more than ``_MOST`` of them.
-    Days of users, not events: what is measured has one list a user, however many films somebody rates in an evening.
+    A period without configured days has 14 days; more if these hold fewer than ``_ENOUGH`` user-days with a positive
+    event (or than ``_LEAST`` of all, if that is less); fewer if they hold more than ``_MOST`` of all. User-days are
+    counted, not events, because each user has one list, however many films they rate in an evening.
 
     Args:
         days: (unix day, users with a positive event on it), ascending, without empty days.
@@ -76,9 +77,9 @@ def plan_split(
     """
     if positive[0] == positive[1]:
         raise DataError(
-            f"all positive events ({', '.join(positives)}) are of one moment, {utc(positive[0])} (UTC), so there is no "
-            "before and after to split by; give the interactions their times, or set split.protocol=leave_one_out, "
-            "which goes by the order of a user's rows where times are equal"
+            f"all positive events ({', '.join(positives)}) have the same time, {utc(positive[0])} (UTC), so they "
+            "cannot be split by time; give the interactions their times, or set split.protocol=leave_one_out, which "
+            "uses the order of a user's rows if times are equal"
         )
     after = (last // DAY + 1) * DAY
     test, valid = (int(moment.timestamp()) if moment else None for moment in (config.test_from, config.valid_from))
@@ -91,7 +92,7 @@ def plan_split(
         f"from {utc(positive[0])} to {utc(positive[1])} (UTC)"
     )
     if config.test_from or config.valid_from or len(days) < _PERIODS:
-        change = "set split.valid_from and split.test_from to moments inside that range"
+        change = "set split.valid_from and split.test_from to times inside that range"
     else:
         change = "set split.test_days and split.valid_days smaller, or split.valid_from and split.test_from to dates"
     change += ", or split.protocol=leave_one_out, which needs no dates"
@@ -108,8 +109,8 @@ def plan_split(
     return valid, test
 
 
-def _days_before(end: int, days: Sequence[tuple[int, int]]) -> int:
-    """How many days before the moment ``end`` make a period to choose or to measure by; see :func:`plan_split`."""
+def _days_before(end: int, days: Sequence[Sequence[int]]) -> int:
+    """The number of days before ``end`` for a validation or test period; see :func:`plan_split`."""
     day, users = (np.array(column, np.int64) for column in zip(*days, strict=True))
     ago = -((day * DAY - end) // DAY)  # 1: the last day before the end
     past = ago > 0

@@ -1,11 +1,10 @@
-"""Reads what the ingest stage wrote. Its layout (docs/architecture.md) is known here alone.
+"""Reads what the ingest stage wrote. No other module knows its layout (docs/architecture.md).
 
 Imports neither Ray nor torch.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +19,8 @@ from jaxtyping import Bool, Int
 
 from recsys_ray.core.clock import NEVER, is_leave_one_out
 from recsys_ray.core.errors import ArtifactError
+from recsys_ray.core.offsets import offsets_of
+from recsys_ray.storage.artifacts import read_json
 
 _COLUMNS = ("uid", "gid", "event", "timestamp")
 _ROWS = 1_000_000  # events that are read at a time where not all of a shard is held
@@ -78,7 +79,9 @@ def whole_users(shard: Path, rows: int = _ROWS, calendar: bool = False) -> Itera
         for batch in file.iter_batches(rows, columns=list(columns)):
             events = _events_of(batch, columns)
             events = events if rest is None else Events.join([rest, events])
-            cut = int(np.searchsorted(events.uid, events.uid[-1])) if len(events) else 0  # the last user may go on
+            cut = (
+                int(np.searchsorted(events.uid, events.uid[-1])) if len(events) else 0
+            )  # the last user may continue in the next batch
             if cut:
                 yield events.select(slice(cut))
             rest = events.select(slice(cut, None))
@@ -113,7 +116,7 @@ class Catalogue:
 
 @dataclass(frozen=True)
 class Tables:
-    """The ingest stage's output in a local folder. Nothing is read before it is asked for."""
+    """The ingest stage's output in a local folder. Tables are read on first use."""
 
     folder: Path
 
@@ -125,9 +128,7 @@ class Tables:
             ArtifactError: there is no manifest, or it is damaged.
         """
         try:
-            counts: Mapping[str, Any] = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))[
-                "counts"
-            ]
+            counts: Mapping[str, Any] = read_json(self.folder / "manifest.json")["counts"]
         except (OSError, ValueError, KeyError) as error:
             raise ArtifactError(f"{self.folder} cannot be read ({error}); run ingest again") from error
         return counts
@@ -215,7 +216,7 @@ class Tables:
         Row groups without any of them are not read."""
         with pq.ParquetFile(self.folder / "users.parquet") as file:
             sizes = [file.metadata.row_group(k).num_rows for k in range(file.metadata.num_row_groups)]
-            begins = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+            begins = offsets_of(np.array(sizes))
             groups = [k for k in range(len(sizes)) if np.diff(np.searchsorted(uids, begins[k : k + 2]))[0]]
             spans = [np.arange(begins[k], begins[k + 1]) for k in groups]
             rows = np.concatenate([np.zeros(0, np.int64), *spans])
@@ -244,3 +245,13 @@ def traits_of(users: pa.Table | pa.RecordBatch, tastes: Mapping[str, int]) -> di
         table[lists.is_valid().to_numpy(zero_copy_only=False)] = vectors.reshape(-1, length)
         columns[f"taste_{name}"] = table
     return columns
+
+
+def first_touches(events: Events, positive: Bool[np.ndarray, "n"]) -> Int[np.ndarray, "m"]:
+    """Positions of the first positive event of each (user, item), in order."""
+    where = np.flatnonzero(positive)
+    if not len(where):
+        return where
+    pairs = events.uid[where].astype(np.int64) * (int(events.gid.max()) + 1) + events.gid[where]
+    _, first = np.unique(pairs, return_index=True)
+    return where[np.sort(first)]

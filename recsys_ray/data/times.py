@@ -1,7 +1,7 @@
-"""Moments in every way in which tables hold them, brought to unix seconds.
+"""Converts every accepted representation of a time to unix seconds.
 
-Numbers are seconds, or milli-, micro- or nanoseconds, which their size tells apart from 1973 on. Numbers that are dates
-(20240131, a year) look like seconds of 1970: they are read as dates where most of a batch's numbers are such dates.
+Numbers are seconds, or milli-, micro- or nanoseconds, which are distinguishable by size from 1973 on. Numbers that look
+like dates (20240131, a year) could be seconds in 1970: they are read as dates if most of a batch's numbers look so.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def of_numbers(numbers: np.ndarray, present: np.ndarray) -> tuple[np.ndarray, np
         if 2 * fits.sum() > present.sum():
             seconds[fits] = dates[fits]
             taken[name] = int(fits.sum())
-            bad = present & ~fits & (numbers < 10**8)  # beside dates a small number, as 0, is no moment of 1970
+            bad = present & ~fits & (numbers < 10**8)  # among dates, a small number such as 0 is not a time in 1970
             rest = present & ~fits & ~bad
             break
     for name, least, parts in _UNITS:
@@ -88,7 +88,7 @@ def _of_compact(numbers: np.ndarray, digits: int, first_year: int) -> tuple[np.n
 
 def of_texts(cells: pa.Array) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
     """As :func:`of_numbers`, for trimmed texts: numbers, ISO dates, and dates that name the month or begin with the
-    year. The order of 01/02/2024 is anybody's guess, so that it does not fit."""
+    year. The order of 01/02/2024 is ambiguous, so it is refused."""
     numeric = pc.match_substring_regex(cells, _WHOLE).fill_null(False)
     is_number = numeric.to_numpy(zero_copy_only=False)
     seconds, bad, taken = np.zeros(len(cells), np.int64), np.zeros(len(cells), dtype=bool), dict[str, int]()

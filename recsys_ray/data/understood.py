@@ -1,4 +1,4 @@
-"""What ingest understood, in a few lines for whoever knows the data, and a sentence where something looks wrong."""
+"""Summarises what ingest understood, with a sentence for anything that looks wrong."""
 
 from __future__ import annotations
 
@@ -40,53 +40,55 @@ def _facts(counts: Mapping[str, Any], census: Mapping[str, Any]) -> Iterator[str
     dates = f"; published {_date(published[0] // DAY)} to {_date(published[1] // DAY)}" if published else ""
     yield f"{sum(counts['items_per_type']):,} items: {', '.join(f'{name} {n:,}' for name, n in sizes)}{dates}"
     gap, begin, end = _longest_gap(census["all_days"])
-    without = f"longest gap {gap:,} days, {_date(begin)} to {_date(end)}" if gap else "no day without any"
+    without = f"longest gap {gap:,} days, {_date(begin)} to {_date(end)}" if gap else "events on every day"
     yield f"{census['events']:,} events, {utc(census['first'])} to {utc(counts['last_event'])}; {without}"
 
 
 def _doubts(counts: Mapping[str, Any], census: Mapping[str, Any]) -> Iterator[str]:
-    yield from alike(
-        "item types", counts["item_types"], "each is a type of its own, with its own index and its own lists"
-    )
-    yield from alike("countries", counts["countries"], "each is a country of its own")
-    yield from alike("languages", counts["languages"], "each is a language of its own")
+    yield from alike("item types", counts["item_types"], "each counts as a separate type, with its own index and lists")
+    yield from alike("countries", counts["countries"], "each counts as a separate country")
+    yield from alike("languages", counts["languages"], "each counts as a separate language")
     if census["listed"] and not census["active"]:
         examples = census["examples"]
         yield (
-            f'no user of the users table has an event; its ids are like "{examples["listed"]}", those of the '
-            f'interactions like "{examples["active"]}": write them alike, or age, country and tastes are of no use'
+            f'no id of the users table occurs in the interactions; its ids look like "{examples["listed"]}", those of '
+            f'the interactions like "{examples["active"]}": write them the same way, or age, country and tastes are '
+            "ignored"
         )
     most, who = census["largest"]
     if most == 1:
-        yield "no user has two events, so no two items have a user in common; is user_id that of a visit?"
+        yield "no user has two events, so no two items share a user; does user_id identify a visit instead of a user?"
     share = most / max(census["events"], 1)
     if share > _LARGE_SHARE and share > _LARGE_MULTIPLE / max(counts["users"], 1):
         yield (
-            f'user "{who}" has {share:.0%} of all events; if it stands for many people (guests, unknown), leave its '
-            "rows out or their user_id empty"
+            f'user "{who}" has {share:.0%} of all events; if it stands for many people (guests, unknown), remove its '
+            "rows or leave their user_id empty"
         )
     yield from _doubtful_times(census)
     divided = [name for name in counts["categories"] if re.search(r"[,;]", name)]
     if len(divided) > max(5, len(counts["categories"]) / 2):
         yield (
-            f'most categories hold a comma or semicolon, as "{divided[0]}"; if these are several, divide them by | or '
-            "write lists"
+            f'most categories contain a comma or semicolon, such as "{divided[0]}"; if these are several '
+            "categories, separate them with | or write lists"
         )
 
 
 def _doubtful_times(census: Mapping[str, Any]) -> Iterator[str]:
     events, old = census["events"], census["of_1970"]
     if old == events:
-        yield "all events are of 1970: are the timestamps unix seconds? Days and order count, so times from 0 work, too"
+        yield (
+            "all events are in 1970: are the timestamps unix seconds? Only days and order matter, so times that start "
+            "at 0 work, too"
+        )
     elif old:
         yield (
-            f"{old:,} of {events:,} events are of 1970; if 0 or a running number stands for an unknown time, leave "
-            "these rows out"
+            f"{old:,} of {events:,} events are in 1970; if 0 or a running number stands for an unknown time, remove "
+            "these rows"
         )
     gap, begin, end = _longest_gap(census["all_days"])
     days = census["all_days"]
     if not old and gap > 30 and 2 * gap > days[-1] - days[0]:
-        yield f"no event between {_date(begin)} and {_date(end)}; are the times on both sides right?"
+        yield f"no event between {_date(begin)} and {_date(end)}; are the times on both sides correct?"
     if census["published_at_0"] > 1:
         yield (
             f"{census['published_at_0']:,} items have published_at 1970-01-01; if 0 stands for an unknown date, leave "
@@ -95,11 +97,12 @@ def _doubtful_times(census: Mapping[str, Any]) -> Iterator[str]:
 
 
 def alike(what: str, names: Sequence[str], consequence: str) -> Iterator[str]:
-    """A sentence for each set of names that differ by case, blanks, punctuation or a plural s only."""
+    """A sentence for each set of names that differ only by case, blanks, punctuation or a plural s."""
     for _, group in itertools.groupby(sorted(names, key=_bare), key=_bare):
         if len(same := sorted(group)) > 1:
             quoted = ", ".join(f'"{name}"' for name in same)
-            yield f"the {what} {quoted} differ by spelling only, and {consequence}; write them alike if they are one"
+            said = f"the {what} {quoted} differ only in spelling, and {consequence}"
+            yield f"{said}; if they are the same, use one spelling"
 
 
 def _bare(name: str) -> str:

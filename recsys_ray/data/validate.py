@@ -1,4 +1,4 @@
-"""Row checks: every row of a batch either passes, in its one representation, or goes to quarantine with a reason."""
+"""Row checks: every row of a batch either passes, in a canonical representation, or is quarantined with a reason."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,15 +19,8 @@ from recsys_ray.data.convert import Converted, convert
 from recsys_ray.data.reading import Batch
 from recsys_ray.data.schema import TABLES, Column, nearest, plain
 
-QUARANTINE = pa.schema(
-    [
-        ("file", pa.string()),
-        ("row", pa.int64()),
-        ("table", pa.string()),
-        ("reason", pa.string()),
-        ("record", pa.string()),
-    ]
-)
+_TEXT = pa.string()
+QUARANTINE = pa.schema({"file": _TEXT, "row": pa.int64(), "table": _TEXT, "reason": _TEXT, "record": _TEXT})
 MAX_AGE = 130
 MALFORMED = "malformed record"
 
@@ -49,33 +42,55 @@ class Findings:
         self.fine &= ~wrong
 
     def drop(self, wrong: np.ndarray, kind: str, sentence: Callable[[int], str]) -> None:
-        """As :meth:`add`, for values that are left empty in rows that stay."""
+        """As :meth:`add`, for values left empty in rows that are kept."""
         if wrong.any():
             self.dropped.append((wrong, kind, sentence))
 
 
 @dataclass
-class Checked:
+class Tally:
+    """What became of some rows of a table, as JSON can hold it."""
+
+    read: int = 0
+    kept: int = 0
+    ignored: int = 0  # left out by configuration
+    repeated: int = 0  # one of them counts
+    untitled: int = 0
+    kinds: dict[str, list[Any]] = field(default_factory=dict)  # of quarantined rows: kind -> [count, first sentence]
+    dropped: dict[str, list[Any]] = field(default_factory=dict)  # the same for values left empty in kept rows
+    taken: dict[str, int] = field(default_factory=dict)  # values not read in the plainest way, by how
+    lengths: dict[str, dict[str, int]] = field(default_factory=dict)  # of taste vectors: column -> length -> rows
+
+    def __add__(self, more: Tally) -> Tally:
+        mine, other = vars(self), vars(more)
+        return Tally(**{name: _added(mine[name], other[name]) for name in mine})
+
+    @property
+    def quarantined(self) -> int:
+        return sum(count for count, _ in self.kinds.values())
+
+
+def _added(mine: Any, more: Any) -> Any:
+    """The sum of two counts; of what two dictionaries have under the same key; of two entries [count, example]."""
+    if isinstance(mine, dict):
+        return mine | {key: _added(mine[key], value) if key in mine else value for key, value in more.items()}
+    return [mine[0] + more[0], mine[1]] if isinstance(mine, list) else mine + more
+
+
+class Checked(NamedTuple):
     """``good``: the rows that passed, with ``row`` (int64) and the table's columns. ``quarantine``: the others, as
-    QUARANTINE. ``kinds``: kind -> [count, an example sentence]. ``dropped``: the same for values that good rows go
-    without. ``taken``: values that were not read in the plainest way, by how. ``ignored``: rows left out by
-    configuration."""
+    QUARANTINE."""
 
     good: pa.Table
     quarantine: pa.Table
-    kinds: dict[str, list[Any]]
-    dropped: dict[str, list[Any]] = field(default_factory=dict)
-    taken: dict[str, int] = field(default_factory=dict)
-    ignored: int = 0
-    untitled: int = 0
-    lengths: dict[str, dict[str, int]] = field(default_factory=dict)
+    tally: Tally
 
 
 @dataclass(frozen=True)
 class Catalogue:
     """What interactions are checked against: item_id (string), ntype (int16) by gid, and the types' names.
 
-    ``others``: ids of items that were left out on purpose; their interactions are, too."""
+    ``others``: ids of items skipped on purpose; their interactions are skipped as well."""
 
     item_ids: pa.Array
     ntypes: np.ndarray
@@ -100,14 +115,12 @@ def check_items(batch: Batch, file: str) -> Checked:
     untitled = _null(values["title"]) & findings.fine
     available = pc.if_else(pa.array(columns["available"].bad), False, values["available"])
     values |= {"title": values["title"].fill_null(""), "available": available.fill_null(True)}
-    checked = _divide("items", batch, file, values, findings)
-    checked.untitled = int(untitled.sum())
-    return checked
+    return _divide("items", batch, file, values, findings, untitled=int(untitled.sum()))
 
 
 def check_users(batch: Batch, file: str, taste: Sequence[str]) -> Checked:
     """Users: an id; other values stay where they are readable, an age where it is 0 to 130. The vectors' lengths are
-    for the caller to compare across all files: ``lengths`` has column -> length -> rows."""
+    for the caller to compare across all files."""
     columns, findings = _convert_all("users", batch, [Column(name, "vector") for name in taste])
     ages = _numbers(columns["age"].values, 0.0)
     raw, odd = _raw(batch, "age"), (ages < 0) | (ages > MAX_AGE)
@@ -117,7 +130,7 @@ def check_users(batch: Batch, file: str, taste: Sequence[str]) -> Checked:
     checked = _divide("users", batch, file, values, findings)
     for name in taste:
         lengths = pc.value_counts(pc.list_value_length(checked.good[name]).drop_null())
-        checked.lengths[name] = {str(entry["values"]): entry["counts"] for entry in lengths.to_pylist()}
+        checked.tally.lengths[name] = {str(entry["values"]): entry["counts"] for entry in lengths.to_pylist()}
     return checked
 
 
@@ -128,10 +141,8 @@ def check_interactions(batch: Batch, file: str, catalogue: Catalogue, rules: Eve
     if len(catalogue.others):
         items = convert(_column(batch, "item_id"), "id", len(batch.table)).values
         ignored = ignored | pc.is_in(items, catalogue.others).to_numpy(zero_copy_only=False)
-    skipped = int(ignored.sum())
-    if skipped:
-        keep = pa.array(~ignored)
-        batch = Batch(batch.table.filter(keep), batch.rows[~ignored], batch.malformed)
+    if ignored.any():
+        batch = Batch(batch.table.filter(pa.array(~ignored)), batch.rows[~ignored], batch.malformed)
     columns, findings = _convert_all("interactions", batch)
     codes = _check_event(columns["event"].values, rules, findings)
     _check_moment(batch, columns["timestamp"].values, rules.now, findings)
@@ -142,9 +153,7 @@ def check_interactions(batch: Batch, file: str, catalogue: Catalogue, rules: Eve
         "event": pa.array(codes, pa.int8()),
         "timestamp": columns["timestamp"].values,
     }
-    checked = _divide("interactions", batch, file, values, findings)
-    checked.ignored = skipped
-    return checked
+    return _divide("interactions", batch, file, values, findings, ignored=int(ignored.sum()))
 
 
 def _check_event(events: pa.Array, rules: EventRules, findings: Findings) -> np.ndarray:
@@ -156,7 +165,7 @@ def _check_event(events: pa.Array, rules: EventRules, findings: Findings) -> np.
         name = events[i].as_py()
         if name not in hints:
             known = [*rules.names, *rules.ignored]
-            hints[name] = f'event "{name}" is in none of the lists of the events section{nearest(name, known)}'
+            hints[name] = f'event "{name}" is in none of the lists in the events section{nearest(name, known)}'
         return hints[name]
 
     findings.add(codes < 0, "unknown event", unknown)
@@ -177,7 +186,7 @@ def _check_item(columns: Mapping[str, Converted], catalogue: Catalogue, findings
     """gids, int32 [rows], -1 where unknown."""
     items, types = columns["item_id"].values, columns["item_type"].values
     gids = _numbers(pc.index_in(items, value_set=catalogue.item_ids), -1)
-    findings.add(gids < 0, "unknown item", lambda i: f'item_id "{items[i]}" is not among the items that were kept')
+    findings.add(gids < 0, "unknown item", lambda i: f'item_id "{items[i]}" is not among the items kept')
     names = pa.array(catalogue.type_names, pa.string())
     claimed = _numbers(pc.index_in(types, value_set=names), -1)
     actual = catalogue.ntypes[gids]  # where the item is unknown, the row is already in quarantine
@@ -214,7 +223,7 @@ def _find_unreadable(batch: Batch, column: Column, converted: Converted, finding
     what = {
         "id": "not an id (text or a whole number; floats are exact below 2^53)",
         "name": "neither text nor a whole number",
-        "seconds": "not a time (write unix seconds or an ISO date as 2024-01-31)",
+        "seconds": "not a time (write unix seconds or an ISO date such as 2024-01-31)",
         "number": "not a number",
         "flag": "neither true nor false",
         "vector": "not a list of finite numbers",
@@ -225,16 +234,23 @@ def _find_unreadable(batch: Batch, column: Column, converted: Converted, finding
 
         def missing(i: int) -> str:
             cell = str(batch.table[name][i].as_py() or "").strip() if name in batch.table.column_names else ""
-            return f'{name} is "{cell}", which stands for no value' if cell else f"{name} is missing"
+            return f'{name} is "{cell}", which means no value' if cell else f"{name} is missing"
 
         findings.add(_null(converted.values), f"missing {name}", missing)
     for taken, count in converted.taken.items():
         findings.taken[f"{name} in {taken}"] = count
 
 
-def _divide(table: str, batch: Batch, file: str, values: Mapping[str, pa.Array], findings: Findings) -> Checked:
-    keep = pa.array(findings.fine)
-    good = pa.table({"row": pa.array(batch.rows, pa.int64()), **values}).filter(keep)
+def _divide(
+    table: str,
+    batch: Batch,
+    file: str,
+    values: Mapping[str, pa.Array],
+    findings: Findings,
+    ignored: int = 0,
+    untitled: int = 0,
+) -> Checked:
+    good = pa.table({"row": pa.array(batch.rows, pa.int64()), **values}).filter(pa.array(findings.fine))
     positions = sorted(findings.found)
     rejected = batch.table.take(pa.array(positions, pa.int64()))
     rows = [int(batch.rows[i]) for i in positions]
@@ -244,29 +260,25 @@ def _divide(table: str, batch: Batch, file: str, values: Mapping[str, pa.Array],
         rows.append(row)
         reasons.append((MALFORMED, wrong))
         records.append(json.dumps({"text": text}, ensure_ascii=False))
-    dropped = {}
+    tally = Tally(len(batch.table) + len(batch.malformed) + ignored, len(good), ignored, untitled=untitled)
+    tally.taken = findings.taken
+    for kind, sentence in reasons:
+        tally.kinds.setdefault(kind, [0, sentence])[0] += 1
     for unfit, kind, say in findings.dropped:
         if len(at := np.flatnonzero(unfit & findings.fine)):
-            dropped[kind] = [len(at), f"row {batch.rows[at[0]]} of {file}: {say(int(at[0]))}"]
-    bad = quarantine_table(file, rows, table, [r for _, r in reasons], records)
-    return Checked(good, bad, count_kinds(reasons), dropped, findings.taken)
+            tally.dropped[kind] = [len(at), f"row {batch.rows[at[0]]} of {file}: {say(int(at[0]))}"]
+    bad = quarantine_table(file, rows, table, [sentence for _, sentence in reasons], records)
+    return Checked(good, bad, tally)
 
 
-def count_kinds(reasons: Sequence[tuple[str, str]]) -> dict[str, list[Any]]:
-    """kind -> [count, the first sentence], for (kind, sentence) pairs."""
-    kinds: dict[str, list[Any]] = {}
-    for kind, sentence in reasons:
-        kinds.setdefault(kind, [0, sentence])[0] += 1
-    return kinds
-
-
-def newest_of_each(items: pa.Table, files: Mapping[int, str]) -> tuple[pa.Table, pa.Table, int]:
+def newest_of_each(items: pa.Table, files: Mapping[int, str]) -> Checked:
     """The last row of each item_id in order of (file, row): a later export of the catalogue replaces an earlier one.
-    Then, as QUARANTINE, the rows whose item_type is another than that of the row that stays: two items, not two
-    versions of one. Then the number of rows that were replaced.
+    Rows whose item_type is another than that of the row that stays go to quarantine: they are two items, not two
+    versions of one.
 
     Args:
-        items: rows that passed, in that order, with ``row`` and ``file`` (a key of ``files``).
+        items: rows that passed, in that order, with ``row`` and ``file`` (a key of ``files``). The tally has them as
+            kept already.
     """
     codes = items["item_id"].combine_chunks().dictionary_encode().indices.to_numpy()
     last = last_of_each(codes)
@@ -280,10 +292,12 @@ def newest_of_each(items: pa.Table, files: Mapping[int, str]) -> tuple[pa.Table,
         for i, name in zip(last[other].tolist(), names, strict=True)
     ]
     records = as_records(items.drop_columns(["file", "row"]).take(pa.array(other)))
-    bad = quarantine_table(
-        [files[n] for n in numbers[other].tolist()], rows[other].tolist(), "items", sentences, records
-    )
-    return items.take(pa.array(np.unique(last))), bad, len(again) - len(other)
+    names_of_files = [files[n] for n in numbers[other].tolist()]
+    bad = quarantine_table(names_of_files, rows[other].tolist(), "items", sentences, records)
+    tally = Tally(kept=-len(again), repeated=len(again) - len(other))
+    if sentences:
+        tally.kinds["item_id of two types"] = [len(sentences), bad["reason"][0].as_py()]
+    return Checked(items.take(pa.array(np.unique(last))), bad, tally)
 
 
 def last_of_each(codes: np.ndarray) -> np.ndarray:
@@ -292,70 +306,58 @@ def last_of_each(codes: np.ndarray) -> np.ndarray:
     return len(codes) - 1 - last[of[::-1]]
 
 
-def judge_rows(
-    table: str,
-    rows: Mapping[str, int],
-    kinds: Mapping[str, Sequence[Any]],
-    dropped: Mapping[str, Sequence[Any]],
-    taken: Mapping[str, int],
-    rules: DataConfig,
-    quarantine: Path,
-) -> list[str]:
+def judge_rows(table: str, rows: Tally, rules: DataConfig, quarantine: Path) -> list[str]:
     """Lines on what became of a table's rows.
 
     Args:
-        rows: counts by ``read``, ``kept``, ``quarantined``, ``ignored``, ``repeated``.
-        kinds: of quarantined rows, kind -> [count, an example sentence].
-        dropped: the same for values that kept rows go without.
-        taken: values that were not read in the plainest way, by how.
         rules: ``max_bad_share`` is the largest share that may be bad, not counting the kinds of ``leave_out``.
 
     Raises:
         DataError: more is bad, or nothing is left.
     """
-    limit, read = rules.max_bad_share, max(rows["read"], 1)
-    frequent = [entry for entry in _frequent(kinds) if entry[0] not in rules.leave_out]
-    many = {kind: found for kind, found in _frequent(dropped) if found[0] > limit * read}
-    unread = [entry for entry in many.items() if entry[0] not in rules.leave_out]
-    bad = sum(count for _, (count, _) in frequent)
-    if bad > limit * read or not rows["kept"]:
-        why = f"more than data.max_bad_share ({limit:.0%})" if bad > limit * read else "and none is left"
-        what = f"{rows['quarantined']:,} of {rows['read']:,} rows of the {table} table are bad, {why}"
-        ignored = f"; {rows['ignored']:,} were left out by events.ignore or data.item_types" if rows["ignored"] else ""
-        shown = frequent if bad > limit * read else _frequent(kinds)
+    limit, most = rules.max_bad_share, rules.max_bad_share * max(rows.read, 1)
+    kinds, dropped = _frequent(rows.kinds), _frequent(rows.dropped)
+    frequent = [entry for entry in kinds if entry[0] not in rules.leave_out]
+    unread = [entry for entry in dropped if entry[0] not in rules.leave_out and entry[1][0] > most]
+    too_many = sum(count for _, (count, _) in frequent) > most
+    if too_many or not rows.kept:
+        why = f"more than data.max_bad_share ({limit:.0%})" if too_many else "and none is left"
+        what = f"{rows.quarantined:,} of {rows.read:,} rows of the {table} table are bad, {why}"
+        ignored = f"; {rows.ignored:,} were skipped by events.ignore or data.item_types" if rows.ignored else ""
+        shown = frequent if too_many else kinds
         raise DataError(f"{what}. {_examples(shown)}{ignored}. {_ways_out(shown)} The rows are in {quarantine}")
     if unread:
-        what = f"{unread[0][1][0]:,} of {rows['read']:,} rows of the {table} table have a value that cannot be used"
+        what = f"{unread[0][1][0]:,} of {rows.read:,} rows of the {table} table have a value that cannot be used"
         raise DataError(
             f"{what}, more than data.max_bad_share ({limit:.0%}). {_examples(unread)}. {_ways_out(unread, 'values')}"
         )
-    said = ", ".join(f"{kind} {count:,}" for kind, (count, _) in _frequent(kinds))
-    parts = [f"{rows['read']:,} rows read", f"{rows['kept']:,} kept"]
-    if rows["ignored"]:
-        parts.append(f"{rows['ignored']:,} ignored")
-    if rows["repeated"]:
-        parts.append(f"{rows['repeated']:,} {REPEATED[table]}")
-    if said:
-        parts.append(f"{rows['quarantined']:,} to quarantine ({said})")
-    lines = [f"  {table}: {', '.join(parts)}"]
-    if MALFORMED in kinds:  # what these rows were is not known, so the first one is shown
-        lines.append(f"    {kinds[MALFORMED][1]}")
-    for kind, (count, example) in _frequent(dropped):
-        instead = "taken for false" if kind == "unreadable available" else "left empty"
+    said = ", ".join(f"{kind} {count:,}" for kind, (count, _) in kinds)
+    parts = {
+        f"{rows.read:,} rows read": True,
+        f"{rows.kept:,} kept": True,
+        f"{rows.ignored:,} ignored": rows.ignored,
+        f"{rows.repeated:,} {REPEATED[table]}": rows.repeated,
+        f"{rows.quarantined:,} to quarantine ({said})": rows.quarantined,
+    }
+    lines = [f"  {table}: {', '.join(part for part, told in parts.items() if told)}"]
+    if MALFORMED in rows.kinds:  # what these rows were is not known, so the first one is shown
+        lines.append(f"    {rows.kinds[MALFORMED][1]}")
+    for kind, (count, example) in dropped:
+        instead = "read as false" if kind == "unreadable available" else "left empty"
         lines.append(f"    {kind}: {count:,}, {instead}, as in {example}")
-    return lines + [f"    {what}: {count:,}, read as such" for what, count in sorted(taken.items())]
+    return lines + [f"    {what}: {count:,}, read as such" for what, count in sorted(rows.taken.items())]
 
 
 REPEATED = {
     "items": "replaced by a later row of the same item_id",
     "users": "replaced by a later row of the same user_id",
-    "interactions": "repeated (the same user, item, event and second), which count once",
+    "interactions": "repeated (same user, item, event and second), counted once",
 }
 _MEND = {
     "unknown item": "Add rows for these items to the items table",
-    "unknown event": "Put these names into the lists of the events section (events.ignore is for those without use)",
-    "timestamp in the future": "Set data.now later if they are right",
-    MALFORMED: "Put cells that hold commas, quotes or line breaks into double quotes",
+    "unknown event": "Add these names to the lists in the events section (events.ignore for those to skip)",
+    "timestamp in the future": "Set data.now to a later time if they are correct",
+    MALFORMED: "Put cells with commas, quotes or line breaks in double quotes",
 }
 
 
@@ -370,7 +372,7 @@ def _examples(kinds: Sequence[tuple[str, Sequence[Any]]]) -> str:
 def _ways_out(kinds: Sequence[tuple[str, Sequence[Any]]], what: str = "rows") -> str:
     names = [kind for kind, _ in kinds]
     mend = _MEND.get(names[0], f"Correct these {what}") if names else f"Correct these {what}"
-    return f"{mend}, or go on without these {what}: --set 'data.leave_out=[{', '.join(names)}]'."
+    return f"{mend}, or continue without these {what}: --set 'data.leave_out=[{', '.join(names)}]'."
 
 
 def check_leave_out(kinds: Sequence[str]) -> None:
@@ -384,7 +386,7 @@ def check_leave_out(kinds: Sequence[str]) -> None:
         taste = kind.startswith("unreadable ") or kind.endswith(" of wrong length")
         if kind not in known and not taste:
             raise DataError(
-                f'data.leave_out: "{kind}" is no kind of bad row{nearest(kind, known)}; docs/data.md lists them'
+                f'data.leave_out: "{kind}" is not a kind of bad row{nearest(kind, known)}; docs/data.md lists the kinds'
             )
 
 

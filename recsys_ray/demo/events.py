@@ -1,10 +1,10 @@
-"""What happens in the demo world: users visit items of their topics, stream them, follow, preview, come back.
+"""Events of the demo data: users visit items of their topics, stream them, follow, preview, come back.
 
-A *visit* is a turn of a user to an item. Its topic is one of the user's interests, or now and then any topic of a theme
-they like; its item is drawn from the topic's items in proportion to
-``popularity * exp(style match) * language match * novelty``, over what is published.
-The first visit to an item turns into a stream, a weak signal that a stream follows days later, or a weak signal alone;
-a further visit into a stream or nothing.
+A *visit* is a user's contact with an item. Its topic is one of the user's interests or, now and then, any topic of a
+theme they like; its item is drawn from the topic's published items in proportion to
+``popularity * exp(style match) * language match * novelty``.
+The first visit to an item becomes a stream, a weak signal followed by a stream days later, or a weak signal alone; a
+further visit becomes a stream or nothing.
 """
 
 from __future__ import annotations

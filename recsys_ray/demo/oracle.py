@@ -1,7 +1,7 @@
-"""The best ranking that anyone could give in the demo world, and how often it hits.
+"""The best possible ranking for the demo data, and how often it hits.
 
-The oracle knows each user's true tastes and what they have touched, and ranks the items of a type by the probability
-that the user's next discovery in the test period is that item. It does not know the future: it cannot be right always.
+The oracle knows each user's true taste and past events, and ranks the items of a type by the probability that the
+user's next discovery in the test period is that item. It does not know the future, so it cannot always be right.
 """
 
 from __future__ import annotations

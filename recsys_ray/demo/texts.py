@@ -1,8 +1,8 @@
-"""Words of the demo world: titles, descriptions and categories in seven languages.
+"""Texts of the demo data: titles, descriptions and categories in seven languages.
 
 A text names the item's theme and subtopic, and its adjectives hint at two of the item's style dimensions. The rest of
-an item's character shows only in what people do with it. Themes and subtopics have the same place in every item type:
-who follows cold cases among podcasts likes cold-case thrillers among audiobooks.
+an item's style shows only in what users do with it. Themes and subtopics are the same in every item type: users who
+follow cold cases among podcasts like cold-case thrillers among audiobooks.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""The demo world: a catalogue, and users with hidden tastes. What they do is in ``demo_events``.
+"""The demo data's catalogue and its users with hidden tastes. Their events are in ``events.py``.
 
 **Items** have a topic (theme, subtopic), a style (a point on the unit sphere near one of a few scenes), a language and
 a popularity. Titles tell the topic and a little of the style; the rest of the style shows only in who listens to what.
-**Users** follow a few topics whose weights drift over the year, share one style taste across all types, and come from a
+**Users** follow a few topics whose weights drift over the year, have one style taste across all types, and come from a
 country (language, favourite themes) and an age (favourite themes).
 
-Everything is a function of the seed: the catalogue of its own generator, the users of shard s of ``[seed, USERS, s]``.
-No matrix product of BLAS is used, because its last bits may depend on the number of threads.
+Everything is a function of the seed: the catalogue has its own generator, the users of shard s have ``[seed, USERS,
+s]``. BLAS matrix products are not used, because their last bits may depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ def spec_for(events: int, seed: int) -> WorldSpec:
         ValueError: fewer than 1,000 events, too few for every part of the world to exist, or a negative seed.
     """
     if seed < 0:
-        raise ValueError(f"the seed must not be negative, but it is {seed}")
+        raise ValueError(f"the seed must not be negative, but is {seed}")
     if events < 1_000:
-        raise ValueError(f"the demo world needs at least 1,000 events, not {events}")
+        raise ValueError(f"the demo data need at least 1,000 events, not {events}")
     users = max(40, events // 40)
     total = round(2.5 * events**0.6)
     items = {"audiobook": total // 5, "music": total * 2 // 5, "podcast": total * 2 // 5}

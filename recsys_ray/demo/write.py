@@ -1,8 +1,7 @@
-"""Writing the demo world to Parquet: a Ray Data job of independent shards.
+"""Writes the demo data to Parquet: a Ray Data job of independent shards.
 
-Each shard is a function of the spec and its number, so the tables are the same bit for bit on any number of workers,
-and a shard that is tried twice writes the same file. Files are put in place when all of them are written,
-``world.json`` last.
+Each shard is a function of the spec and its number, so the tables are bit-identical for any number of workers, and a
+retried shard writes the same file. Files are moved into place when all of them are written, ``world.json`` last.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from recsys_ray.core.errors import DataError
 from recsys_ray.core.progress import Progress
@@ -33,7 +31,7 @@ from recsys_ray.demo.world import (
     WorldSpec,
     catalogue_of,
 )
-from recsys_ray.storage.artifacts import write_json
+from recsys_ray.storage.artifacts import write_json, write_parquet
 
 FORMAT = 1
 _TABLES = ("items", "users", "interactions", "oracle")
@@ -55,14 +53,14 @@ def write_demo(out: Path, spec: WorldSpec, progress: Progress) -> dict[str, Any]
     """
     out = Path(out).absolute()
     if out.exists() and not (out.is_dir() and ((out / "world.json").exists() or not any(out.iterdir()))):
-        raise DataError(f"{out} holds something other than a demo world; choose another folder or empty it")
+        raise DataError(f"{out} contains something other than demo data; choose another folder or empty this one")
     aside = out.with_name(f".{out.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     for table in _TABLES:
         (aside / table).mkdir(parents=True)
     world = _summary(spec, _run(aside, spec, progress))
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "world.json", {"format": FORMAT})  # whoever kills this leaves a world that is made again
+    write_json(out / "world.json", {"format": FORMAT})  # if interrupted, the data are generated again
     for table in _TABLES:
         shutil.rmtree(out / table, ignore_errors=True)
         (out / table).mkdir()
@@ -88,7 +86,7 @@ def _run(folder: Path, spec: WorldSpec, progress: Progress) -> list[dict[str, An
     # one block, and so one task, a file: a lost worker costs one file
     rows = ray.data.from_items(work, override_num_blocks=len(work)).map(write)
     done = []
-    with progress.task("demo world", total=spec.events, unit="events") as task:
+    with progress.task("demo data", total=spec.events, unit="events") as task:
         for row in rows.iter_rows():
             done.append(row)
             task.update(sum(r["events"] for r in done), detail=f"{len(done)} of {len(work)} files")
@@ -120,7 +118,7 @@ def _summary(spec: WorldSpec, parts: list[dict[str, Any]]) -> dict[str, Any]:
 def write_items(folder: Path, spec: WorldSpec, part: int) -> dict[str, Any]:
     """Write one file of the catalogue."""
     table = items_table(spec, part)
-    _publish(table, folder / "items" / f"part-{part:05d}.parquet")
+    write_parquet(folder / "items" / f"part-{part:05d}.parquet", table)
     return _counts(0, 0, np.zeros((len(TYPES), 2), np.int64))
 
 
@@ -130,9 +128,9 @@ def write_shard(folder: Path, spec: WorldSpec, shard: int) -> dict[str, Any]:
     rankings = rank(spec, shard, catalogue, users, events)
     ids = pa.array(catalogue.item_ids())
     name = f"part-{shard:05d}.parquet"
-    _publish(users_table(spec, shard, users), folder / "users" / name)
-    _publish(interactions_table(users, events, ids), folder / "interactions" / name)
-    _publish(oracle_table(users, rankings, ids), folder / "oracle" / name)
+    write_parquet(folder / "users" / name, users_table(spec, shard, users))
+    write_parquet(folder / "interactions" / name, interactions_table(users, events, ids))
+    write_parquet(folder / "oracle" / name, oracle_table(users, rankings, ids))
     return _counts(len(events.time), len(rankings.user), rankings.counted)
 
 
@@ -141,13 +139,6 @@ def _counts(events: int, rankings: int, counted: np.ndarray) -> dict[str, Any]:
     for kind, name in enumerate(TYPES):
         row[f"pairs_{name}"], row[f"hits_{name}"] = (int(value) for value in counted[kind])
     return row
-
-
-def _publish(table: pa.Table, path: Path) -> None:
-    """Write aside and rename, so that a task that was killed and tried again leaves one whole file."""
-    aside = path.with_suffix(".tmp")
-    pq.write_table(table, aside, compression="zstd")
-    aside.replace(path)
 
 
 def items_table(spec: WorldSpec, part: int) -> pa.Table:
@@ -179,7 +170,7 @@ def items_table(spec: WorldSpec, part: int) -> pa.Table:
 
 
 def users_table(spec: WorldSpec, shard: int, users: Users) -> pa.Table:
-    """What is known of the users. One in twenty-five has no age, one in seven no music taste."""
+    """The users' known traits. One in twenty-five has no age, one in seven no music taste."""
     rng = np.random.default_rng([spec.seed, KNOWN, shard])
     age = pa.array(np.floor(users.age), pa.float32(), mask=rng.random(len(users)) < 0.04)
     unknown = rng.random(len(users)) < 0.15

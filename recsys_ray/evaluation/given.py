@@ -1,24 +1,21 @@
-"""What takes part in the comparison and is not fitted here: two-tower models, and lists that exist already."""
+"""Models in the comparison that are not fitted here: two-tower models, and ready-made lists."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from torch import Tensor
 
-from recsys_ray.baselines.histories import popular_where
 from recsys_ray.core.errors import DataError
-from recsys_ray.core.offsets import spread
+from recsys_ray.core.offsets import offsets_of, spread
 from recsys_ray.data.tables import Tables
-from recsys_ray.evaluation.ranking import Scorer, UserBatch
+from recsys_ray.evaluation.ranking import Scorer, UserBatch, popular_where
 from recsys_ray.storage.store import Place
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 ORACLE = "oracle"
 
@@ -37,13 +34,13 @@ class TowerModel(Protocol):
         ...
 
     def unknown(self, users: UserBatch) -> np.ndarray:
-        """bool [users]: nothing is known of them, neither history nor a trait."""
+        """bool [users]: users with neither history nor a trait."""
         ...
 
 
 @dataclass(frozen=True)
 class Tower:
-    """A two-tower model. Users of whom nothing is known get what is popular, as in serving."""
+    """A two-tower model. Users about whom nothing is known get what is popular, as in serving."""
 
     name: str
     model: TowerModel
@@ -103,7 +100,7 @@ def read_oracle(path: Place, ingest: Tables, item_types: tuple[str, ...]) -> Rea
     lists = table["item_ids"].combine_chunks().take(order)
     gid = pc.fill_null(pc.index_in(lists.flatten(), value_set=ingest.item_ids), -1).to_numpy().astype(np.int64)
     if (gid < 0).any():
-        raise DataError(f"data.oracle: {path} names items that are not in the catalogue; generate the data again")
+        raise DataError(f"data.oracle: {path} contains items that are not in the catalogue; generate the data again")
     length = pc.fill_null(pc.list_value_length(lists), 0).to_numpy()
-    offsets = np.concatenate([[0], np.cumsum(length)]).astype(np.int64)
+    offsets = offsets_of(length)
     return ReadyLists(ORACLE, key[order], offsets, gid, len(item_types))

@@ -1,9 +1,9 @@
 """Ranking metrics, vectorised over queries, and their bootstrap intervals. No Ray in here.
 
-A query has a ranking of at most 100 items and a set of relevant ones, its truth. What is kept of a ranking is where
-the truths stand in it: flat arrays of (query, rank) pairs, ranks counted from 0. All metrics follow from them.
+A query has a ranking of at most 100 items and a set of relevant items, its truths. A ranking is stored as the ranks of
+its truths: flat arrays of (query, rank) pairs, ranks counted from 0. All metrics follow from them.
 
-Definitions agree with ranx (binary relevance) and are compared with it in the tests.
+Definitions agree with ranx (binary relevance); tests compare them.
 """
 
 from __future__ import annotations
@@ -132,8 +132,8 @@ def pooled_interval(
 
     Users: the bootstrap of the seeds' mean. Seeds: Student's t over the seeds' own means; few seeds make it wide. The
     two limits' distances from the mean are added in squares (the MOVER of Zou and Donner, Statistics in Medicine 2008),
-    which keeps the bootstrap's asymmetry. What users and seeds vary together is in both parts, so the interval is
-    somewhat too wide rather than too narrow. With one seed it is the bootstrap over users, and says nothing of seeds.
+    which keeps the bootstrap's asymmetry. Variation shared by users and seeds is in both parts, so the interval is
+    rather too wide than too narrow. With one seed it is the bootstrap over users and does not cover seeds.
 
     Args:
         values: bool or integers [seeds, queries]: the same queries in every row.

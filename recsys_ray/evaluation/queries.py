@@ -1,7 +1,7 @@
-"""The shards of interactions as evaluation reads them: the setting that tasks share, and the survey of every shard.
+"""Reads the interaction shards for evaluation: the setting that tasks share, and the survey of every shard.
 
-A survey is a shard's queries and what its events say of the items. It is a file in the evaluation's scratch folder;
-the driver adds the files up.
+A survey holds a shard's queries and what its events say about the items. It is a file in the evaluation's scratch
+folder; the driver adds the files up.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 
 from recsys_ray.config import Config
 from recsys_ray.core.clock import days_before, popular_days
+from recsys_ray.core.offsets import offsets_of
 from recsys_ray.data.tables import Catalogue, Events, Tables
 from recsys_ray.evaluation.segments import ItemFacts, Queries, find_queries, popularity_tiers
 from recsys_ray.storage.artifacts import SCRATCH, load_arrays, save_arrays
@@ -34,7 +35,9 @@ class Setting:
     batch_size: int
     seed: int
     data_seed: int
-    popular_days: int | None = None  # what users get of whom nothing is known; None: all that was before the test
+    popular_days: int | None = (
+        None  # popularity window for users about whom nothing is known; None: everything before the test
+    )
     windows: tuple[int, ...] = ()  # days of further popularity windows
     places: Mapping[str, Path] = field(default_factory=dict)  # folders of models whose results outlast this evaluation
 
@@ -70,11 +73,11 @@ def known_before(events: Events, moment: int, uids: np.ndarray) -> Events:
     return events.select((events.timestamp < moment) & np.isin(events.uid, uids))
 
 
-LAYOUT = 1  # of a model's part; raised when what is in it changes, so that kept ones are not read as new ones
+LAYOUT = 1  # version of a part file; raise it when its content changes, so that cached files are not misread
 
 
 def part_of(setting: Setting, name: str, shard: Path) -> Path:
-    """Where the result of a model (or the survey) for a shard lies."""
+    """The path of a model's result (or the survey) for a shard."""
     return setting.places.get(name, setting.scratch) / f"{quote(name, safe='')}-{shard.stem}.safetensors"
 
 
@@ -115,29 +118,31 @@ class Survey:
     windows: dict[int, np.ndarray]  # days -> int64 [items]: positive events in a further popularity window
 
 
-def merge_survey(setting: Setting, shards: list[Path], max_users: int | None) -> Survey:
+def merge_survey(setting: Setting, max_users: int | None) -> Survey:
     """Add the surveys up; keep a seeded sample of ``max_users`` users that have queries."""
+    shards = setting.ingest.shards
     names = ("positives", "trained", "popular", *(f"recent_{days}" for days in setting.windows))
     totals = {name: np.zeros(setting.catalogue.items, np.int64) for name in names}
-    found: dict[Path, Queries] = {}
+    parts: list[Queries] = []
     for shard in shards:
         arrays = load_arrays(part_of(setting, "survey", shard))
         for name, total in totals.items():
             total += arrays[name]
-        found[shard] = Queries.from_arrays(arrays)
-    everyone = np.concatenate([np.unique(q.uid) for q in found.values()]) if found else np.zeros(0, np.int64)
+        parts.append(Queries.from_arrays(arrays))
+    everyone = np.concatenate([np.unique(part.uid) for part in parts])
     if max_users is not None and max_users < len(everyone):
         everyone = np.random.default_rng(setting.data_seed).choice(everyone, max_users, replace=False)
-    users, query_offset, truth_offset, parts = {}, {}, {}, []
-    queries = truths = 0
-    for shard, part in found.items():
-        kept = part.keep_users(everyone)
-        users[shard], query_offset[shard], truth_offset[shard] = np.unique(kept.uid), queries, truths
-        kept_arrays = kept.as_arrays()
-        kept_arrays["truth_query"] = kept.truth_query + queries
-        parts.append(kept_arrays)
-        queries, truths = queries + len(kept), truths + len(kept.truth_item)
-    merged = Queries.from_arrays({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
-    facts = ItemFacts(totals["trained"] == 0, popularity_tiers(totals["positives"], setting.catalogue))
-    windows = {days: totals[f"recent_{days}"] for days in setting.windows}
-    return Survey(merged, users, query_offset, truth_offset, facts, totals["popular"], windows)
+    parts = [part.keep_users(everyone) for part in parts]
+
+    def offsets(sizes: list[int]) -> dict[Path, int]:
+        return dict(zip(shards, offsets_of(np.array(sizes)).tolist(), strict=False))
+
+    return Survey(
+        queries=Queries.join(parts),
+        users={shard: np.unique(part.uid) for shard, part in zip(shards, parts, strict=True)},
+        query_offset=offsets([len(part) for part in parts]),
+        truth_offset=offsets([len(part.truth_item) for part in parts]),
+        facts=ItemFacts(totals["trained"] == 0, popularity_tiers(totals["positives"], setting.catalogue)),
+        popular=totals["popular"],
+        windows={days: totals[f"recent_{days}"] for days in setting.windows},
+    )

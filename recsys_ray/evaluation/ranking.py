@@ -1,8 +1,8 @@
-"""The one contract that every recommender fulfils, and full ranking by it. No Ray in here.
+"""The interface that every recommender implements, and full ranking with it. No Ray in here.
 
-A recommender scores ranges of items for a batch of users from what these did before the test period. ``rank`` turns
-scores into lists: only items of one type, none that is unavailable or was touched, ties broken by gid, in memory that
-does not grow with the catalogue.
+A recommender scores ranges of items for a batch of users from their events before the test period. ``rank`` turns
+scores into lists: items of one type only, without unavailable and seen items, ties broken by gid, in memory that does
+not grow with the catalogue.
 """
 
 from __future__ import annotations
@@ -10,20 +10,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from recsys_ray.core.offsets import offsets_of, spread
 from recsys_ray.data.tables import Catalogue, Events
 from recsys_ray.evaluation.metrics import CUTOFF, DEPTH, find_hits
 from recsys_ray.evaluation.segments import SEGMENTS, Queries
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
 
 _CELLS = 1 << 25  # scores held at once: 128 MB of float32
 _MIN_COLUMNS = 1024  # items at once at least
@@ -62,17 +60,6 @@ class UserBatch:
             self.uid[rows], offsets_of(length), self.gid[chosen], self.event[chosen], self.timestamp[chosen], users
         )
 
-    def latest_items(self, limit: int) -> tuple[np.ndarray, np.ndarray]:
-        """(row, gid) of the ``limit`` items that each user touched last, each item once."""
-        rows = self.rows
-        span = int(self.gid.max(initial=0)) + 1
-        backwards = (rows * span + self.gid)[::-1]
-        last = np.sort(len(rows) - 1 - np.unique(backwards, return_index=True)[1])
-        rows = rows[last]
-        ends = np.searchsorted(rows, np.arange(len(self.uid)), side="right")
-        kept = ends[rows] - np.arange(len(rows)) <= limit
-        return rows[kept], self.gid[last[kept]]
-
 
 def batch_of(uids: np.ndarray, history: Events, users: pa.Table | None = None) -> UserBatch:
     """The batch of ``uids`` (sorted, each once; users without events are allowed).
@@ -88,11 +75,11 @@ def batch_of(uids: np.ndarray, history: Events, users: pa.Table | None = None) -
 
 
 def stranger_name(model: str) -> str:
-    """What the table calls a model that is asked with another user's history."""
+    """The name of a model that is queried with another user's history."""
     return f"{model}_for_a_stranger"
 
 
-Scorer = Callable[[int, int], "Float[Tensor, 'users items']"]
+Scorer = Callable[[int, int], Float[Tensor, "users items"]]
 
 
 @runtime_checkable
@@ -115,13 +102,26 @@ class Recommender(Protocol):
         ...
 
 
+def popular_where(empty: np.ndarray, score: Scorer, popularity: np.ndarray) -> Scorer:
+    """``score``, but by popularity for the users that ``empty`` (bool [users]) marks."""
+    if not empty.any():
+        return score
+    chosen = torch.from_numpy(empty)
+
+    def filled(first: int, last: int) -> Tensor:
+        scores = score(first, last)
+        scores[chosen] = torch.tensor(popularity[first:last], dtype=torch.float32)
+        return scores
+
+    return filled
+
+
 @dataclass(frozen=True)
 class Stranger:
-    """A model that is asked with the history and the traits of another user of the batch: the next one's.
+    """A model queried with the history and traits of the next user in the batch.
 
-    What the user has touched is left out of the list as always. Whatever the model's hits are worth more than the
-    stranger's is personal: popularity, trends and activity do as well for anybody.
-    """
+    Items that the user has seen are left out as always. The difference to the model's own hits is personal: popularity,
+    trends and activity work equally well for any user."""
 
     model: Recommender
 

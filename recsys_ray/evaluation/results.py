@@ -1,8 +1,8 @@
-"""Which query was hit by which model: what an evaluation keeps so that seeds can be averaged and models compared on
-the same queries.
+"""Which model hit which query. An evaluation keeps this so that seeds can be averaged and models compared on the same
+queries.
 
-The file ``hits.safetensors``: of each query the user, the item type, a hash of its truths, and one bit for each
-segment that it is in; of each model one bit for each segment in which a truth was among the first ten.
+The file ``hits.safetensors`` has, for each query, the user, the item type, a hash of its truths and one bit for each
+segment it is in; for each model, one bit for each segment in which a truth was in the top ten.
 """
 
 from __future__ import annotations

@@ -1,16 +1,18 @@
-"""What is asked in evaluation, and of whom: queries and truths of a shard of users, segments, popularity tiers.
+"""Queries of the evaluation: queries and truths of a shard of users, segments, popularity tiers.
 
-A query is a user and an item type. Its truths are the items of the type with a positive event in the test period that
-the user had not touched before. Everything here is plain numpy on one shard's columns.
+A query is a user and an item type. Its truths are the items of the type with a positive event in the test period with
+which the user had not interacted before. Everything here is plain numpy on one shard's columns.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from recsys_ray.core.offsets import offsets_of
 from recsys_ray.data.tables import Catalogue, Events
 
 TIERS = 5
@@ -44,6 +46,14 @@ class Queries:
             renumbered[self.truth_query[truths]],
             self.truth_item[truths],
         )
+
+    @staticmethod
+    def join(parts: Sequence[Queries]) -> Queries:
+        """One after the other."""
+        first = offsets_of(np.array([len(part) for part in parts]))
+        joined = {n: np.concatenate([getattr(part, n) for part in parts]) for n in Queries.__dataclass_fields__}
+        joined["truth_query"] += np.repeat(first[:-1], [len(part.truth_query) for part in parts])
+        return Queries(**joined)
 
     def as_arrays(self) -> dict[str, np.ndarray]:
         """Columns under their names, for safetensors."""

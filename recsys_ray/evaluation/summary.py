@@ -1,8 +1,6 @@
-"""From the tasks' files to the rows of metrics.json."""
+"""Combines the tasks' files into the rows of metrics.json."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import numpy as np
 
@@ -17,7 +15,7 @@ from recsys_ray.storage.artifacts import load_arrays
 
 
 def summarise(
-    setting: Setting, shards: list[Path], survey: Survey, models: list[str], resamples: int, oracle: ReadyLists | None
+    setting: Setting, survey: Survey, models: list[str], resamples: int, oracle: ReadyLists | None
 ) -> tuple[list[Row], Hits]:
     """Rows of the table, one a model, item type and segment that has queries; and who hit which query.
 
@@ -28,13 +26,13 @@ def summarise(
     masks = segment_truths(queries, survey.facts)
     truths = {name: np.bincount(queries.truth_query[mask], minlength=len(queries)) for name, mask in masks.items()}
     listed = oracle.lists(queries.uid, queries.item_type) if oracle is not None else None
-    best = _read(setting, shards, survey, ORACLE) if oracle is not None else None
+    best = _read(setting, survey, ORACLE) if oracle is not None else None
     hits = Hits.of(queries, setting.catalogue.types, np.stack([truths[name] > 0 for name in SEGMENTS]))
     if listed is not None:
         hits.asked[ORACLE] = listed
     rows: list[Row] = []
     for name in models:  # one model's coverage in memory at a time
-        found = _read(setting, shards, survey, name)
+        found = _read(setting, survey, name)
         hits.hit[name] = np.zeros((len(SEGMENTS), len(queries)), dtype=bool)
         for column, segment in enumerate(SEGMENTS):
             scores = _score(truths[segment], masks[segment], found)
@@ -56,11 +54,11 @@ def summarise(
     return rows, hits
 
 
-def _read(setting: Setting, shards: list[Path], survey: Survey, name: str) -> Ranked:
+def _read(setting: Setting, survey: Survey, name: str) -> Ranked:
     """A model's results of all shards, queries and truths numbered as in the merged survey."""
     query, rank, truth = [], [], []
     covered = np.zeros((len(SEGMENTS), setting.catalogue.items), dtype=bool)
-    for shard in shards:
+    for shard in survey.users:
         part = load_arrays(part_of(setting, name, shard))
         query.append(part["hit_query"].astype(np.int64) + survey.query_offset[shard])
         truth.append(part["hit_truth"].astype(np.int64) + survey.truth_offset[shard])

@@ -1,5 +1,5 @@
-"""A trained two-tower as a model of the comparison: item vectors as of the test, user vectors from histories, and the
-score of both (recsys_ray/scoring/scorer.py)."""
+"""A trained two-tower in the comparison: item vectors as of the test, user vectors from histories, and the score of
+both (recsys_ray/scoring/scorer.py)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from recsys_ray.core.clock import DAY
+from recsys_ray.core.offsets import offsets_of
+from recsys_ray.data.tables import traits_of
 from recsys_ray.evaluation.ranking import Scorer as RangeScorer
-from recsys_ray.evaluation.ranking import UserBatch
+from recsys_ray.evaluation.ranking import UserBatch, as_tensor
 from recsys_ray.scoring.memory import Memory, memory_file
 from recsys_ray.scoring.scorer import Scorer, ScoreSpec
 from recsys_ray.storage.artifacts import load_arrays
@@ -80,7 +82,7 @@ class TrainedTowers:
         inputs = UserInputs(
             gids=torch.from_numpy(place.astype(np.int64)),
             events=torch.from_numpy(users.event[kept].astype(np.int64)),
-            offsets=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)),
+            offsets=torch.from_numpy(offsets_of(lengths)),
             age=age,
             country=country,
             tastes=tastes,
@@ -88,7 +90,7 @@ class TrainedTowers:
         return self.tower(inputs, tables)
 
     def unknown(self, users: UserBatch) -> np.ndarray:
-        """bool [users]: nothing is known of them, neither history nor a trait."""
+        """bool [users]: users with neither history nor a trait."""
         age, country, tastes = self._traits(users)
         nothing = torch.isnan(age) & (country < 0)
         for taste in tastes.values():
@@ -109,10 +111,6 @@ class TrainedTowers:
         if users.users is None:
             tastes = {name: torch.full((count, dim), torch.nan) for name, dim in spec.tastes.items()}
             return torch.full((count,), torch.nan), torch.full((count,), -1), tastes
-        ages = np.array([np.nan if a is None else a for a in users.users.column("age").to_pylist()], np.float32)
-        countries = np.array([c or "" for c in users.users.column("country").to_pylist()], dtype=str)
-        tastes = {}
-        for name, dim in spec.tastes.items():
-            rows = [row or [np.nan] * dim for row in users.users.column(name).to_pylist()]
-            tastes[name] = torch.from_numpy(np.asarray(rows, np.float32).reshape(count, dim))
-        return torch.from_numpy(ages), torch.from_numpy(country_index(spec.countries, countries)), tastes
+        traits = traits_of(users.users, spec.tastes)
+        tastes = {name: torch.from_numpy(traits[f"taste_{name}"]) for name in spec.tastes}
+        return as_tensor(traits["age"]), torch.from_numpy(country_index(spec.countries, traits["country"])), tastes

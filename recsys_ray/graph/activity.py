@@ -1,17 +1,16 @@
-"""How alive each item is at each snapshot: what its edges cannot say, since aggregation forgets how many there are.
+"""Activity of each item at each snapshot. Edges do not show it, because aggregation loses the number of neighbours.
 
-Columns of the table (all at most a few units large, so that towers can read them as they are):
+Columns of the table (all at most a few units large, so that towers can read them directly):
 
-* ``log(1 + c / mean)`` of the positives ``c`` of the last 7, 30 and 90 days, and of all days; ``mean`` is over the
-  items of the same type that are on the shelf (not published after the snapshot, as far as is known), so that a
-  platform that doubles does not shift every item's value, and what is popular in a type that has only begun shows as
-  in one that has long been there;
-* the same of all events, weak signals included, of the last 30 days;
-* ``log(1 + days)`` since the item's first event, and a flag for items that had none;
+* ``log(1 + c / mean)`` of the positives ``c`` of the last 7, 30 and 90 days, and of all days. ``mean`` is over the
+  published items of the same type (items without a known later date), so that a growing platform does not shift every
+  item's value, and popularity shows in a new type as it does in an old one;
+* the same for all events, weak signals included, of the last 30 days;
+* ``log(1 + days)`` since the item's first event, and a flag for items without events;
 * ``log(1 + days)`` since publication, and a flag for items whose date is known (and not after the snapshot).
 
-In leave-one-out times are logical (recsys_ray/data/split.py): all that came before lies a fraction of a day back. Every
-window then holds everything, ages are about zero, and no date of publication is known.
+In leave-one-out times are logical (recsys_ray/data/split.py): all earlier events lie a fraction of a day back. Every
+window then holds everything, ages are about zero, and no publication date is known.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from recsys_ray.cluster.pool import in_parallel
 from recsys_ray.config import Config
 from recsys_ray.core.clock import DAY, NEVER
 from recsys_ray.core.progress import Progress
-from recsys_ray.core.snapshots import Snapshot
 from recsys_ray.data.tables import Events, Tables, has_code
+from recsys_ray.graph.snapshots import Snapshot
 from recsys_ray.storage.artifacts import save_arrays
 
 ACTIVITY = "activity.safetensors"
@@ -111,7 +110,7 @@ def count_events(
     positives: Sequence[int],
     items: int,
 ) -> Counts:
-    """What happened to each item, of events that all lie before ``moment``."""
+    """Counts per item, from events before ``moment`` only."""
     positive = has_code(event, positives)
     chosen = [positive & (time >= moment - days * DAY) for days in _POSITIVE_DAYS]
     chosen += [positive, time >= moment - _ALL_DAYS * DAY]

@@ -1,16 +1,14 @@
-"""Co-interactions of all users become item-item edges, once per snapshot: sharded over users, merged by key.
+"""Turns the co-interactions of all users into item-item edges, once per snapshot: sharded over users, merged by key.
 
-One task a shard of users counts the pairs of each snapshot and writes them in as many row groups as there are reducers,
-each a range of destinations. One task a range then sums them and keeps the best. Memory is bounded in both: by
+One task per user shard counts the pairs of each snapshot and writes them in as many row groups as there are reducers,
+each a range of destinations. One task per range then sums them and keeps the best. Memory is bounded in both: by
 ``pairs.HOLD`` in the first, by the number of ranges (``data.shards``) in the second.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,11 +20,11 @@ import pyarrow.parquet as pq
 from recsys_ray.cluster.pool import in_parallel
 from recsys_ray.config import Config
 from recsys_ray.core.progress import Progress
-from recsys_ray.core.snapshots import Snapshot
 from recsys_ray.data.tables import Tables, whole_users
 from recsys_ray.graph import pairs
 from recsys_ray.graph.pairs import Counted, PairCounter, Window
-from recsys_ray.storage.artifacts import SCRATCH, write_json
+from recsys_ray.graph.snapshots import Snapshot
+from recsys_ray.storage.artifacts import SCRATCH, json_or_none, write_json, write_parquet, written_whole
 
 _COUNTED = pa.schema([(name, pa.int64() if name == "weight" else pa.int32()) for name in pairs.COLUMNS])
 _EDGES = pa.schema([*((name, pa.int32()) for name in ("src", "dst", "support")), ("weight", pa.float32())])
@@ -44,7 +42,7 @@ def build_edges(
 ) -> dict[str, dict[str, int]]:
     """Write ``out/<snapshot>.parquet`` (src, dst, support, weight; sorted by dst, src) for every snapshot.
 
-    What an interrupted call finished is kept, down to single tasks (below ``_scratch`` beside ``out``).
+    An interrupted call's finished work is reused, down to single tasks (in ``_scratch`` next to ``out``).
 
     Args:
         ntype: int16 [items], item type of each gid.
@@ -54,7 +52,7 @@ def build_edges(
 
     Raises:
         ArtifactError: the ingest folder has no interactions.
-        ConfigError: ``graph.relations`` names an item type that there is not.
+        ConfigError: ``graph.relations`` names an unknown item type.
     """
     tables = Tables(ingest_dir)
     shards, codes = tables.shards, tables.codes(config.events.edges)
@@ -178,24 +176,17 @@ def reduce_range(
     if allowed is not None:
         edges = edges.take(allowed[ntype[edges.src], ntype[edges.dst]])
     edges = pairs.keep_best(edges, ntype, min_support, max_neighbors, seed)
-    out.parent.mkdir(parents=True, exist_ok=True)
     weight = (edges.weight / pairs.ONE).astype(np.float32)
-    table = pa.table([edges.src, edges.dst, edges.support.astype(np.int32), weight], schema=_EDGES)
-    aside = out.with_suffix(".tmp")
-    pq.write_table(table, aside, compression="zstd")
-    aside.replace(out)
+    write_parquet(out, pa.table([edges.src, edges.dst, edges.support.astype(np.int32), weight], schema=_EDGES))
 
 
 def _join(parts: Sequence[Path], out: Path) -> None:
     """Concatenate ranges in order, a row group at a time."""
-    aside = out.with_name(f".{out.name}.tmp")
-    with ExitStack() as stack:
-        writer = stack.enter_context(pq.ParquetWriter(aside, _EDGES, compression="zstd"))
+    with written_whole(out) as aside, pq.ParquetWriter(aside, _EDGES, compression="zstd") as writer:
         for part in parts:
-            file = stack.enter_context(pq.ParquetFile(part))
-            for group in range(file.num_row_groups):
-                writer.write_table(file.read_row_group(group))
-    aside.replace(out)
+            with pq.ParquetFile(part) as file:
+                for group in range(file.num_row_groups):
+                    writer.write_table(file.read_row_group(group))
 
 
 def _relation_counts(path: Path, ntype: np.ndarray, num_types: int) -> dict[str, int]:
@@ -213,8 +204,5 @@ def _described(windows: dict[str, Window]) -> dict[str, dict[str, Any]]:
 
 def _is_done(folder: Path, windows: dict[str, Window]) -> bool:
     """Whether a shard has been counted for (at least) these snapshots."""
-    try:
-        done = json.loads((folder / "done.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return False
+    done = json_or_none(folder / "done.json") or {}
     return all(done.get(name) == window for name, window in _described(windows).items())

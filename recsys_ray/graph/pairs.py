@@ -1,12 +1,11 @@
-"""Counting which items users share, with bounded memory: plain NumPy, no Ray.
+"""Counts which items users share, in bounded memory: plain NumPy, no Ray.
 
-A pair counts for less the further apart its items lie in the user's history, and from the later item to the earlier one
-for half:
+A pair counts less the further apart its items are in the user's history, and half from the later item to the earlier:
 
     weight of a -> b = sum over users that have both of 2^(-(places from a to b - 1) / half_life)   where b came later
                                                     half of that                                    where b came first
 
-so that what is chosen soon after an item ranks before what is chosen by the same people (ours, not the papers').
+so that items chosen soon after a rank before items that the same users chose at other times (ours, not the papers').
 
 A pair of one user is one integer with a < b, ``(a * items + b) << bits | recency | order | places``: one sort of
 integers gives the number of users that share it, its weight in both directions and the latest time at which it was
@@ -22,13 +21,14 @@ from typing import NamedTuple
 import numpy as np
 
 from recsys_ray.core.errors import ConfigError
+from recsys_ray.core.offsets import begins
 from recsys_ray.core.seeds import splitmix64
-from recsys_ray.core.snapshots import Fold
+from recsys_ray.graph.snapshots import Fold
 
 PAIRS_AT_ONCE = 2_000_000  # pairs that are expanded and sorted together; 8 bytes each, a few times over
 HOLD = 8_000_000  # counted pairs that one task holds before it writes them out, over all windows; 40 bytes each
 ONE = 256  # of Counted.weight: whole numbers add up to the same in any order
-_PLACE_BITS = 8  # of a key: which of both came first, and how many places lie between; more than 127 count as 127
+_PLACE_BITS = 8  # of a key: which item came first, and the distance in places, at most 127
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,8 @@ def pair_keys(
 
     A pair is as recent as the later of its two items, because that event made it.
     """
-    starts = np.flatnonzero(np.r_[True, uid[1:] != uid[:-1]]) if len(uid) else np.zeros(0, np.int64)
-    sizes = np.diff(np.r_[starts, len(uid)])
+    starts = np.flatnonzero(begins(uid))
+    sizes = np.diff(np.append(starts, len(uid)))
     time_bits, place_bits = key_bits(items)
     age = np.maximum(0, timestamp - window.start)
     step = max(1, -(-(window.time - window.start) // (1 << time_bits)))
@@ -152,8 +152,8 @@ def count_keys(keys: np.ndarray, items: int, half_life: float | None) -> Pairs:
     keys = np.sort(keys)
     time_bits, place_bits = key_bits(items)
     pair = keys >> (time_bits + place_bits)
-    starts = np.flatnonzero(np.r_[True, pair[1:] != pair[:-1]]) if len(pair) else np.zeros(0, np.int64)
-    last = np.r_[starts[1:], len(pair)][: len(starts)] - 1
+    starts = np.flatnonzero(begins(pair))
+    last = np.append(starts[1:], len(pair))[: len(starts)] - 1
     order_and_places = keys & ((1 << place_bits) - 1)
     if len(starts) == 0:
         return Pairs(*(np.zeros(0, np.int64) for _ in Pairs._fields))
@@ -223,7 +223,7 @@ def _sum_by_key(key: np.ndarray, sums: Sequence[np.ndarray], recency: np.ndarray
     """Distinct keys, ascending, the sums of each column, and the latest recency."""
     order = np.argsort(key, kind="stable")
     key = key[order]
-    first = np.flatnonzero(np.r_[True, key[1:] != key[:-1]]) if len(key) else np.zeros(0, np.int64)
+    first = np.flatnonzero(begins(key))
     if len(first) == 0:
         return [key, *sums, recency]
     added = [np.add.reduceat(column[order], first) for column in sums]
@@ -249,7 +249,7 @@ def allowed_relations(relations: str | Sequence[tuple[str, str]], item_types: Se
         return {"all": np.ones_like(same), "same_type": same, "cross_type": ~same}[relations]
     unknown = sorted({name for pair in relations for name in pair} - set(item_types))
     if unknown:
-        raise ConfigError(f"graph.relations names {unknown[0]!r}; the item types are {', '.join(item_types)}")
+        raise ConfigError(f"graph.relations contains {unknown[0]!r}, but the item types are {', '.join(item_types)}")
     allowed = np.zeros_like(same)
     for a, b in relations:
         i, j = item_types.index(a), item_types.index(b)

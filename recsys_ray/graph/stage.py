@@ -1,8 +1,9 @@
-"""The graph stage: snapshots, their co-interaction edges, and one heterograph of them all in DGL partitions."""
+"""The graph stage: snapshots, their co-interaction edges, and one heterograph of all of them in DGL partitions."""
 
 from __future__ import annotations
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,18 @@ import numpy as np
 from recsys_ray.config import Config
 from recsys_ray.core.errors import DataError
 from recsys_ray.core.progress import Progress
-from recsys_ray.core.snapshots import as_records, plan_snapshots, training_snapshot
 from recsys_ray.data.tables import Tables
 from recsys_ray.graph.activity import write_activity
 from recsys_ray.graph.dgl.partition import partition_graph
 from recsys_ray.graph.dgl.sampling import GRAPH_JSON
 from recsys_ray.graph.edges import build_edges
+from recsys_ray.graph.snapshots import plan_snapshots, training_snapshot
 
 
 def build_graph(
     config: Config, ingest_dir: Path, featurize_dir: Path, out: Path, progress: Progress, num_hosts: int
 ) -> dict[str, Any]:
-    """Make the graph stage's output in ``out``; what an interrupted call finished there is kept.
+    """Write the graph stage's output into ``out``; an interrupted call's finished work is reused.
 
     Args:
         num_hosts: hosts of the cluster: the number of partitions, unless ``graph.partitions`` says otherwise.
@@ -38,20 +39,20 @@ def build_graph(
     counts, ntype = tables.counts, tables.ntype
     parts = config.graph.partitions or num_hosts
     if len(ntype) < parts:
-        raise DataError(f"{len(ntype)} items cannot be cut into {parts} partitions; lower graph.partitions")
+        raise DataError(f"{len(ntype)} items cannot be split into {parts} partitions; lower graph.partitions")
     snapshots = plan_snapshots(config.graph, counts, config.data_seed)
     edges = build_edges(config, ingest_dir, snapshots, ntype, len(counts["item_types"]), out / "edges", progress)
     if not edges[training_snapshot(snapshots).name]:
         names, least = ", ".join(config.events.edges), config.graph.min_support
         raise DataError(
-            f"the graph has no edges: before the validation period no two items have {least} user(s) in common by an "
-            f"event of events.edges ({names}). Does each user have one event only, or one user_id for each visit? If "
-            "not, look at events.edges, graph.min_support, graph.relations and graph.window_days"
+            f"the graph has no edges: before the validation period no two items share {least} user(s) with events "
+            f"in events.edges ({names}). Check whether each user has only one event, or each visit its own user_id; "
+            "otherwise check events.edges, graph.min_support, graph.relations and graph.window_days"
         )
     write_activity(config, ingest_dir, snapshots, out, progress)
     cut = _partition(config, snapshots, ntype, featurize_dir, out, parts, progress)
     return {
-        "snapshots": as_records(snapshots),
+        "snapshots": [asdict(snapshot) for snapshot in snapshots],
         "edges": edges,
         "partitions": parts,
         "partition_method": cut["method"],
@@ -68,10 +69,10 @@ def _partition(
     parts: int,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Cut the graph anew: its JSON is written last, but a partition step is short and never resumed inside."""
+    """Partition the graph from scratch: the step is short and never resumed half-way; its JSON is written last."""
     shutil.rmtree((out / GRAPH_JSON).parent, ignore_errors=True)
     files = [(snapshot.index, out / "edges" / f"{snapshot.name}.parquet") for snapshot in snapshots]
-    with progress.task(f"cutting the graph into {parts} partition(s)", parts, "partitions") as shown:
+    with progress.task(f"splitting the graph into {parts} partition(s)", parts, "partitions") as shown:
         cut = partition_graph(files, ntype, featurize_dir / "text.safetensors", out, parts, config.data_seed)
         shown.update(parts)
     return cut

@@ -1,7 +1,7 @@
-"""Embeddings of items that came after the graph: the trained HGNN over their own neighbourhoods, nothing trained.
+"""Embeds items that came after the graph: the trained HGNN over their own neighbourhoods, without training.
 
-The rest of the catalogue stands still: its first layer's states are those that the HGNN stage left. An item without
-edges is embedded from its text alone.
+The other items do not change: their first-layer states are those that the HGNN stage stored. An item without edges is
+embedded from its text alone.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from recsys_ray.config import HgnnConfig
 from recsys_ray.core.errors import ArtifactError
+from recsys_ray.hgnn.blocks import ItemTypes, Relation
+from recsys_ray.hgnn.encoder import Hgnn, make_hgnn
 from recsys_ray.hgnn.inference import LocalStore, embed_items
-from recsys_ray.hgnn.model import HGNN, ItemTypes, Relation
 from recsys_ray.hgnn.sampler import Edges
 from recsys_ray.hgnn.signature import SignedSource, item_signatures
 
@@ -38,7 +39,7 @@ class Surroundings:
 
 
 class EdgeList:
-    """A small graph in memory, with all of a node's in-edges. Fulfils ``GraphSource`` for whole neighbourhoods."""
+    """A small graph in memory, with all of a node's in-edges. Fulfils ``TextSource`` for whole neighbourhoods."""
 
     def __init__(self, src: Tensor, dst: Tensor, types: ItemTypes, text: Float[Tensor, "N T"]) -> None:
         self._text, self._edges = text, dict[Relation, Edges]()
@@ -82,7 +83,7 @@ def embed_inductively(
     edges = EdgeList(place[items.src], place[items.dst], types, items.text[order])
     packed = torch.from_numpy(item_signatures([items.ids[i] for i in order.tolist()], config.signature_dim).copy())
     source = SignedSource(edges, packed, config.signature_dim)
-    store = LocalStore(len(order), config.hidden_dim)
+    store = LocalStore(len(order), config.state_dim)
     store.table[:] = items.hidden[order]
     own, back = torch.sort(place[items.wanted])
     found = embed_items(model, source, 0, own, store)
@@ -91,13 +92,13 @@ def embed_inductively(
     return store.read(place[items.wanted]), embedding
 
 
-def load_hgnn(weights: Path, config: HgnnConfig, text_dim: int, types: ItemTypes) -> HGNN:
+def load_hgnn(weights: Path, config: HgnnConfig, text_dim: int, types: ItemTypes) -> Hgnn:
     """A trained model for a catalogue whose types are these ranges of rows.
 
     Raises:
         ArtifactError: the weights cannot be read or are of another shape.
     """
-    model = HGNN(text_dim, config, types)
+    model = make_hgnn(text_dim, config, types)
     try:
         model.load_state_dict(load_file(weights))
     except (OSError, RuntimeError, SafetensorError) as error:

@@ -1,37 +1,23 @@
-"""The embedding of every item on a snapshot, layer by layer over full neighbourhoods.
+"""Embeds every item on a snapshot, layer by layer over full neighbourhoods.
 
-Layer by layer each item is computed once per layer, where sampling outwards from each item would compute the same
-neighbours again and again. Nothing is drawn at random: the same graph and weights give the same embeddings.
+Each item is computed once per layer, whereas sampling outwards from each item would compute the same neighbours again
+and again. Nothing is random: the same graph and weights give the same embeddings.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from recsys_ray.hgnn.model import HGNN, Block
-from recsys_ray.hgnn.sampler import build_blocks
-from recsys_ray.hgnn.training import GraphSource
+from recsys_ray.hgnn.blocks import Block, LayerStore
+from recsys_ray.hgnn.encoder import Hgnn
+from recsys_ray.hgnn.sampler import ItemSource, build_blocks
 
 _CHUNK = 16_384  # neighbourhoods of a chunk overlap: the larger, the less is computed twice
 _ALL = -1
-
-
-@runtime_checkable
-class LayerStore(Protocol):
-    """Hidden states that ranks share between two layers."""
-
-    def write(self, gids: Int64[Tensor, "N"], values: Float[Tensor, "N H"]) -> None: ...
-
-    def read(self, gids: Int64[Tensor, "N"]) -> Float[Tensor, "N H"]: ...
-
-    def barrier(self) -> None:
-        """Return when every rank has arrived: all writes are then readable."""
-        ...
 
 
 class LocalStore:
@@ -52,15 +38,15 @@ class LocalStore:
 
 @torch.no_grad()
 def embed_items(
-    model: HGNN,
-    source: GraphSource,
+    model: Hgnn,
+    source: ItemSource,
     snapshot: int,
     own: Int64[Tensor, "N"],
     store: LayerStore,
     on_chunk: Callable[[int], None] = lambda count: None,
 ) -> Float[Tensor, "N O"]:
     """Unit-norm embeddings of this rank's items ``own`` (ascending gids); an item without edges is embedded from its
-    text alone. ``store`` holds the hidden width."""
+    text alone. ``store`` holds ``HgnnConfig.state_dim``."""
     model.eval()
 
     def block_of(gids: Tensor) -> Block:
@@ -69,11 +55,11 @@ def embed_items(
 
     for gids in own.split(_CHUNK):
         block = block_of(gids)
-        store.write(gids, model.first(source.features("text", block.src), block))
+        store.write(gids, model.first(source, block))
     store.barrier()
     parts = []
     for gids in own.split(_CHUNK):
         block = block_of(gids)
         parts.append(model.second(store.read(block.src), block))
-    store.barrier()  # nobody overwrites the store while another rank still reads
+    store.barrier()  # no rank may overwrite the store while another still reads
     return torch.cat(parts) if parts else torch.empty(0, model.out_dim)

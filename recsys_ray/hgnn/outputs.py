@@ -1,4 +1,4 @@
-"""Reading what the HGNN stage wrote; needs no dgl."""
+"""Reads the output of the HGNN stage, without dgl."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def load_embeddings(folder: Path, snapshot: str, num_items: int) -> Float[Tensor
     parts = [load_arrays(path) for path in sorted((folder / "embeddings" / snapshot).glob("part-*.safetensors"))]
     found = sum(len(part["gid"]) for part in parts)
     if found != num_items:
-        raise ArtifactError(f"{folder} has embeddings of {found} items of {num_items} on {snapshot!r}; run hgnn again")
+        raise ArtifactError(f"{folder} has embeddings of {found} of {num_items} items for {snapshot!r}; run hgnn again")
     table = torch.empty(num_items, parts[0]["embedding"].shape[1])
     for part in parts:
         table[torch.from_numpy(part["gid"])] = torch.from_numpy(part["embedding"])

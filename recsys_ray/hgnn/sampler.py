@@ -1,9 +1,9 @@
 """Balanced multi-link neighbour sampler (paper A, section 3.2) and the neighbourhoods of a batch.
 
-Co-interaction graphs are lopsided: podcast-podcast edges outnumber audiobook-audiobook edges by orders of magnitude.
-In each epoch the larger relations are undersampled, uniformly and afresh, to the size of the smallest one, so that
-all item types shape the model and an epoch's cost does not grow with the number of edges. Only the supervision is
-thinned; messages still pass over the whole graph.
+Co-interaction graphs are unbalanced: podcast-podcast edges outnumber audiobook-audiobook edges by orders of magnitude.
+In each epoch the larger relations are undersampled, uniformly and afresh, to the size of the smallest one, so that all
+item types shape the model and an epoch's cost does not grow with the number of edges. Only the supervision is reduced;
+messages still pass over the whole graph.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from recsys_ray.hgnn.model import Block, Relation
+from recsys_ray.hgnn.blocks import Block, Relation
 
 Edges = tuple[Int64[Tensor, "_"], Int64[Tensor, "_"]]  # src gids, dst gids; as many
 _MIX = (0x9E3779B97F4A7C15 - (1 << 64), 0xBF58476D1CE4E5B9 - (1 << 64))  # odd 64-bit constants, as signed
@@ -31,6 +31,20 @@ class NeighborSource(Protocol):
         """Per relation: position in ``gids`` of the receiving node, gid of the neighbour. At most ``fanout`` a node
         and relation; -1: all."""
         ...
+
+
+@runtime_checkable
+class TextSource(NeighborSource, Protocol):
+    """Neighbours, and the text vectors of items."""
+
+    def features(self, name: str, gids: Int64[Tensor, "N"]) -> Float[Tensor, "N T"]: ...
+
+
+@runtime_checkable
+class ItemSource(TextSource, Protocol):
+    """Neighbours, text vectors and signatures (recsys_ray/hgnn/signature.py) of items."""
+
+    def signs(self, gids: Int64[Tensor, "N"]) -> Float[Tensor, "N G"]: ...
 
 
 def quotas(sizes: Mapping[Relation, int], min_edges: int) -> dict[Relation, int]:
@@ -82,6 +96,13 @@ def epoch_edges(
 def pair_keys(a: Int64[Tensor, "E"], b: Int64[Tensor, "E"], num_items: int) -> Int64[Tensor, "E"]:
     """One number per unordered pair of items, so that both directions of an edge share it."""
     return torch.minimum(a, b) * num_items + torch.maximum(a, b)
+
+
+def among(values: Int64[Tensor, "N"], ascending: Int64[Tensor, "M"]) -> Bool[Tensor, "N"]:
+    """Is each value in ``ascending``?"""
+    if not len(ascending):
+        return torch.zeros(len(values), dtype=torch.bool)
+    return ascending[torch.searchsorted(ascending, values).clamp(max=len(ascending) - 1)] == values
 
 
 def held_out(keys: Int64[Tensor, "E"], share: float, seed: int) -> Bool[Tensor, "E"]:
@@ -136,8 +157,6 @@ def dropper(
 
     def drop(src: Tensor, dst: Tensor) -> Tensor:
         keys = pair_keys(src, dst, num_items)
-        place = torch.searchsorted(banned, keys).clamp(max=max(len(banned) - 1, 0))
-        in_batch = banned[place] == keys if len(banned) else torch.zeros_like(keys, dtype=torch.bool)
-        return in_batch | held_out(keys, valid_share, seed) | alone[dst]
+        return among(keys, banned) | held_out(keys, valid_share, seed) | alone[dst]
 
     return drop

@@ -1,19 +1,21 @@
-"""Signatures: random signs that stand for an item's identity (random node features: Sato et al., SDM 2021).
+"""Signatures: random signs that identify an item (random node features: Sato et al., SDM 2021).
 
-They are a hash of the item's id: the same in every snapshot, on every rank and after every re-run, and an item that
-is new tomorrow has one without any training.
+They are a hash of the item's id: the same in every snapshot, on every rank and in every run, and a new item has one
+without training.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int, Int64
 from torch import Tensor
+
+from recsys_ray.hgnn.blocks import Relation
+from recsys_ray.hgnn.sampler import Edges, TextSource
 
 _WORD = 64  # signs in an int64
 
@@ -32,20 +34,22 @@ def signs(packed: Int64[Tensor, "N words"], dim: int) -> Float[Tensor, "N dim"]:
 
 
 class SignedSource:
-    """A graph whose text vectors are followed by signatures: the HGNN's input.
+    """A graph whose items have signatures.
 
     Args:
         packed: what :func:`item_signatures` gives.
     """
 
-    def __init__(self, source: Any, packed: Int64[Tensor, "items words"], dim: int) -> None:
+    def __init__(self, source: TextSource, packed: Int64[Tensor, "items words"], dim: int) -> None:
         self._source, self._packed, self._dim = source, packed, dim
 
     def sample(
         self, gids: Int64[Tensor, "N"], snapshot: int, fanout: int, generator: torch.Generator | None = None
-    ) -> Mapping:
+    ) -> Mapping[Relation, Edges]:
         return self._source.sample(gids, snapshot, fanout, generator)
 
-    def features(self, name: str, gids: Int64[Tensor, "N"]) -> Float[Tensor, "N I"]:
-        text = self._source.features(name, gids)
-        return torch.cat([text, signs(self._packed[gids], self._dim)], 1) if self._dim else text
+    def features(self, name: str, gids: Int64[Tensor, "N"]) -> Float[Tensor, "N T"]:
+        return self._source.features(name, gids)
+
+    def signs(self, gids: Int64[Tensor, "N"]) -> Float[Tensor, "N dim"]:
+        return signs(self._packed[gids], self._dim)

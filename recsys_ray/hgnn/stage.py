@@ -9,23 +9,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int64
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from recsys_ray.cluster.train import Checkpoints, Worker, place_in_partition, run_workers
 from recsys_ray.config import Config, HgnnConfig
 from recsys_ray.core.errors import ArtifactError
 from recsys_ray.core.progress import Progress
 from recsys_ray.core.seeds import seed_from
-from recsys_ray.core.snapshots import Snapshot, snapshots_of, training_snapshot
 from recsys_ray.data.tables import Tables
 from recsys_ray.graph.dgl.client import GraphClient, partition_client
 from recsys_ray.graph.dgl.store import PartitionStore
+from recsys_ray.graph.snapshots import Snapshot, snapshots_of, training_snapshot
+from recsys_ray.hgnn.blocks import ItemTypes, LayerStore
+from recsys_ray.hgnn.encoder import Hgnn, make_hgnn
 from recsys_ray.hgnn.inference import LocalStore, embed_items
-from recsys_ray.hgnn.model import HGNN, ItemTypes
 from recsys_ray.hgnn.signature import SignedSource, item_signatures
-from recsys_ray.hgnn.training import EdgeTrainer, plan_edges, train_epochs
+from recsys_ray.hgnn.training import (
+    EdgeTrainer,
+    neighbourhoods_of,
+    plan_edges,
+    train_epochs,
+)
 from recsys_ray.storage.artifacts import SCRATCH, Artifact, save_arrays, write_json
 
 _SECONDS = "seconds.json"
@@ -39,7 +46,7 @@ def train_hgnn(
     """Train on the newest training graph (or take ``hgnn.weights``), embed all items on all snapshots, into ``out``
     (docs/architecture.md).
 
-    A run that was killed goes on at its last epoch.
+    An interrupted run continues at its last epoch.
 
     Raises:
         ArtifactError: the given weights are of another shape.
@@ -82,13 +89,13 @@ def train_hgnn(
 def _take_weights(config: HgnnConfig, text_dim: int, types: int, out: Path) -> None:
     """Copy given weights into ``out``, with no history of epochs."""
     assert config.weights
-    model = HGNN(text_dim, config, ItemTypes(torch.zeros(types + 1, dtype=torch.int64)))
+    model = make_hgnn(text_dim, config, ItemTypes(torch.zeros(types + 1, dtype=torch.int64)))
     try:
         model.load_state_dict(load_file(config.weights))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ArtifactError(
             f"hgnn.weights: {config.weights} does not fit: {str(error).splitlines()[-1].strip()}; text encoder, "
-            "hidden_dim, out_dim, signature_dim and weights_by must be those that it was trained with"
+            "hidden_dim, out_dim, signature_dim and weights_by must be the same as in its training"
         ) from error
     save_file(model.state_dict(), out / "model.safetensors")
     (out / SCRATCH).mkdir(exist_ok=True)
@@ -98,7 +105,7 @@ def _take_weights(config: HgnnConfig, text_dim: int, types: int, out: Path) -> N
 
 @dataclass(frozen=True)
 class _Spec:
-    """What the workers are told."""
+    """The workers' specification."""
 
     config: HgnnConfig
     seed: int
@@ -112,7 +119,7 @@ class _Spec:
 
 def _run_worker(worker: Worker, spec: _Spec) -> None:
     with partition_client(spec.graph, worker.rank, worker.world) as client:
-        model = HGNN(spec.text_dim, spec.config, ItemTypes(torch.tensor(spec.starts)))
+        model = make_hgnn(spec.text_dim, spec.config, ItemTypes(torch.tensor(spec.starts)))
         run = _Run(worker, spec, model, client)
         if spec.config.weights:
             model.load_state_dict(load_file(spec.out / "model.safetensors"))
@@ -125,14 +132,23 @@ def _run_worker(worker: Worker, spec: _Spec) -> None:
 class _Run:
     """Training and embedding of one worker."""
 
-    def __init__(self, worker: Worker, spec: _Spec, model: HGNN, client: GraphClient) -> None:
+    def __init__(self, worker: Worker, spec: _Spec, model: Hgnn, client: GraphClient) -> None:
         self.worker, self.spec, self.model, self.client = worker, spec, model, client
         self.place, self.sharing = place_in_partition(client.part, worker.rank, worker.world)
         ids = Tables(spec.ingest).item_ids.to_pylist()
         packed = torch.from_numpy(item_signatures(ids, spec.config.signature_dim).copy())
         self.source = SignedSource(client, packed, spec.config.signature_dim)
-        dim = spec.config.hidden_dim
-        self.store = LocalStore(spec.starts[-1], dim) if worker.world == 1 else PartitionStore(client, dim)
+        self.store = self._shared(spec.config.state_dim, "state")
+
+    def _shared(self, dim: int, name: str) -> LayerStore:
+        """A table of all items, which all ranks make at once."""
+        return (
+            LocalStore(self.spec.starts[-1], dim) if self.worker.world == 1 else PartitionStore(self.client, dim, name)
+        )
+
+    def _own(self) -> Int64[Tensor, "N"]:
+        """The items of this rank, ascending."""
+        return torch.tensor_split(torch.sort(self.client.local_gids()).values, self.sharing)[self.place]
 
     def train(self) -> None:
         """Train from the last checkpoint, or from the start; leaves the best weights in the model."""
@@ -140,16 +156,18 @@ class _Run:
 
         spec, config, model, worker = self.spec, self.spec.config, self.model, self.worker
         snapshot = training_snapshot(spec.snapshots).index
+        inside = self.client.edges(snapshot)
         edges = {
             relation: (src[self.place :: self.sharing], dst[self.place :: self.sharing])
-            for relation, (src, dst) in self.client.edges(snapshot).items()
+            for relation, (src, dst) in inside.items()
         }
         task = plan_edges(edges, config, spec.starts[-1], model.types.count, spec.seed, worker.world)
         network: nn.Module = model
         if worker.world > 1:  # a batch need not hold every relation
             network = ray.train.torch.prepare_model(model, parallel_strategy_kwargs={"find_unused_parameters": True})
         optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
-        trainer = EdgeTrainer(model, network, self.source, model.types, config, snapshot, spec.seed)
+        around = neighbourhoods_of(model, self.source, config, snapshot, spec.seed, self._own(), inside, self._shared)
+        trainer = EdgeTrainer(model, network, self.source, around, model.types, config, snapshot, spec.seed)
         checkpoints = Checkpoints(worker, spec.out / SCRATCH / "hgnn", model, model, optimizer)
 
         def on_step(epoch: int, step: int, loss: float) -> None:
@@ -172,8 +190,7 @@ class _Run:
         target = self.spec.out / "embeddings" / name / f"part-{worker.rank:05d}.safetensors"
         if worker.world == 1 and target.exists():
             return
-        own = torch.sort(self.client.local_gids()).values
-        own = torch.tensor_split(own, self.sharing)[self.place]
+        own = self._own()
         done = 0
 
         def on_chunk(count: int) -> None:

@@ -8,16 +8,21 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from recsys_ray.cluster.train import generator_for, mean_over_ranks, run_epochs, sum_over_ranks
 from recsys_ray.config import HgnnConfig
+from recsys_ray.hgnn.blocks import ItemTypes, LayerStore, Relation
+from recsys_ray.hgnn.encoder import Hgnn
 from recsys_ray.hgnn.loss import in_batch_softmax, max_margin
-from recsys_ray.hgnn.model import HGNN, ItemTypes, Relation
+from recsys_ray.hgnn.propagation import PropagationEncoder, unit, write_sums
 from recsys_ray.hgnn.sampler import (
     Edges,
+    ItemSource,
     NeighborSource,
+    TextSource,
+    among,
     build_blocks,
     by_unordered_relation,
     dropper,
@@ -28,13 +33,7 @@ from recsys_ray.hgnn.sampler import (
 )
 
 _VALIDATION_BATCHES = 4
-
-
-@runtime_checkable
-class GraphSource(NeighborSource, Protocol):
-    """Neighbours and the text vectors of items."""
-
-    def features(self, name: str, gids: Int64[Tensor, "N"]) -> Float[Tensor, "N T"]: ...
+_NODES_AT_ONCE = 65_536
 
 
 @dataclass
@@ -82,37 +81,140 @@ def plan_edges(
     return EdgeTask(train, held, shares, steps, log_q, sizes)
 
 
+@runtime_checkable
+class Neighbourhoods(Protocol):
+    """What an encoder sees of the items of a batch: the inputs of its ``forward``, without the edges of the batch."""
+
+    def inputs(
+        self, own: Int64[Tensor, "N"], partner: Int64[Tensor, "N"], isolated: Bool[Tensor, "N"],
+        generator: torch.Generator,
+    ) -> tuple[tuple[Any, ...], Int64[Tensor, "N"]]:  # fmt: skip
+        """Inputs of the network, and the row of its output that belongs to each item of ``own``.
+
+        Args:
+            partner: the other end of the edge that is to be predicted; the item itself where there is none.
+            isolated: items that receive no message, as an item that has no edges yet.
+        """
+        ...
+
+
+class SampledNeighbourhoods:
+    """For GraphSAGE: neighbours drawn afresh for each batch. No message passes over an edge of the batch, in either
+    direction, nor over a validation edge."""
+
+    def __init__(self, source: TextSource, config: HgnnConfig, snapshot: int, num_items: int, seed: int) -> None:
+        self.source, self.config, self.snapshot, self.num_items, self.seed = source, config, snapshot, num_items, seed
+
+    def inputs(
+        self, own: Tensor, partner: Tensor, isolated: Tensor, generator: torch.Generator
+    ) -> tuple[tuple[Any, ...], Tensor]:
+        config = self.config
+        seeds, place = torch.unique(own, return_inverse=True)
+        keys = pair_keys(own, partner, self.num_items)
+        drop = dropper(keys, self.num_items, config.valid_share, self.seed, own[isolated])
+        blocks = build_blocks(self.source, seeds, self.snapshot, config.fanouts, generator, drop)
+        return (self.source.features("text", blocks[0].src), blocks), place
+
+
+class WholeNeighbourhoods:
+    """For the propagation: sums over all neighbours (:func:`recsys_ray.hgnn.propagation.write_sums`), from which the
+    edge that is to be predicted is taken out, in both layers.
+
+    Args:
+        sums: width 4 G, of the training snapshot without its validation edges.
+        edges: those of the snapshot that end in this rank's partition.
+    """
+
+    def __init__(
+        self, source: ItemSource, types: ItemTypes, config: HgnnConfig, snapshot: int, seed: int, sums: LayerStore,
+        edges: Mapping[Relation, Edges],
+    ) -> None:  # fmt: skip
+        self.source, self.types, self.sums, self.dim = source, types, sums, config.signature_dim
+        self.num_items = int(types.starts[-1])
+        nothing = torch.empty(0, dtype=torch.int64)
+        src = torch.cat([nothing, *(src for src, _ in edges.values())])
+        dst = torch.cat([nothing, *(dst for _, dst in edges.values())])
+        kept = ~held_out(pair_keys(src, dst, self.num_items), config.valid_share, seed)
+        src, dst = src[kept], dst[kept]
+        here = torch.unique(dst * self.num_items + src)
+        self._sent = torch.unique(torch.cat([here, self._back(src, dst, here, snapshot)]))
+
+    def _back(self, src: Tensor, dst: Tensor, here: Tensor, snapshot: int) -> Tensor:
+        """Keys of edges in the other direction that end in other partitions: the cap of neighbours may keep one
+        direction alone."""
+        elsewhere = src[~torch.isin(src, dst)].unique()
+        found = [here[:0]]
+        for nodes in elsewhere.split(_NODES_AT_ONCE):
+            for position, neighbours in self.source.sample(nodes, snapshot, -1).values():
+                back = nodes[position] * self.num_items + neighbours
+                found.append(back[among(neighbours * self.num_items + nodes[position], here)])
+        return torch.cat(found)
+
+    def inputs(
+        self, own: Tensor, partner: Tensor, isolated: Tensor, generator: torch.Generator
+    ) -> tuple[tuple[Any, ...], Tensor]:
+        nodes, place = torch.unique(torch.cat([own, partner]), return_inverse=True)
+        table = self.sums.read(nodes).view(len(nodes), 4, self.dim)
+        mine, other = place.split(len(own))
+        sums, rows = table[mine], torch.arange(len(own))
+        sent = among(own * self.num_items + partner, self._sent).float()[:, None]
+        layer = (self.types.of(own) != self.types.of(partner)).long()  # which sum of a layer has the partner in it
+        sums[rows, layer] -= sent * self.source.signs(partner)
+        sums[rows, 2 + layer] -= sent * unit(table[other, 0] + table[other, 1])
+        sums[isolated] = 0
+        return (self.source.features("text", nodes)[mine], sums), rows
+
+
+def neighbourhoods_of(
+    model: Hgnn, source: ItemSource, config: HgnnConfig, snapshot: int, seed: int, own: Int64[Tensor, "N"],
+    edges: Mapping[Relation, Edges], shared: Callable[[int, str], LayerStore],
+) -> Neighbourhoods:  # fmt: skip
+    """What the model's training sees of the graph; all ranks call this at once.
+
+    Args:
+        own: this rank's items, ascending.
+        edges: those of the snapshot that end in this rank's partition.
+        shared: makes a table of all items, of a width and under a name.
+    """
+    num_items = int(model.types.starts[-1])
+    if not isinstance(model, PropagationEncoder):
+        return SampledNeighbourhoods(source, config, snapshot, num_items, seed)
+    sums, sent = shared(4 * config.signature_dim, "sums"), shared(config.signature_dim, "sent")
+    validation = dropper(own[:0], num_items, config.valid_share, seed)
+    write_sums(source, model.types, snapshot, own, sent, sums, validation)
+    return WholeNeighbourhoods(source, model.types, config, snapshot, seed, sums, edges)
+
+
 class EdgeTrainer:
     """Loss of batches of edges, on the training snapshot."""
 
     def __init__(
-        self, model: HGNN, network: nn.Module, source: GraphSource, types: ItemTypes, config: HgnnConfig, snapshot: int,
-        seed: int,
+        self, model: nn.Module, network: nn.Module, source: NeighborSource, neighbourhoods: Neighbourhoods,
+        types: ItemTypes, config: HgnnConfig, snapshot: int, seed: int,
     ) -> None:  # fmt: skip
-        self.model, self.network, self.source, self.types = model, network, source, types
-        self.config, self.snapshot, self.seed = config, snapshot, seed
+        self.model, self.network, self.source, self.neighbourhoods = model, network, source, neighbourhoods
+        self.types, self.config, self.snapshot, self.seed = types, config, snapshot, seed
         self.num_items = int(types.starts[-1])
 
     def loss(self, anchors: Tensor, positives: Tensor, task: EdgeTask, generator: torch.Generator) -> Tensor:
         """Loss of one batch of edges; their own messages, in both directions, are left out. In training, some items
         receive none at all: the model must be able to embed an item that has no edges yet."""
         config = self.config
-        others = [anchors, positives]
+        negatives = anchors[:0]
         if config.loss == "max_margin":
-            others.append(torch.randint(self.num_items, (config.negatives,), generator=generator))
-        seeds, place = torch.unique(torch.cat(others), return_inverse=True)
-        keys = pair_keys(anchors, positives, self.num_items)
-        isolated = None
+            negatives = torch.randint(self.num_items, (config.negatives,), generator=generator)
+        own = torch.cat([anchors, positives, negatives])
+        partner = torch.cat([positives, anchors, negatives])
+        isolated = torch.zeros(len(own), dtype=torch.bool)
         if self.network.training and config.isolated:
-            isolated = seeds[torch.rand(len(seeds), generator=generator) < config.isolated]
-        drop = dropper(keys, self.num_items, config.valid_share, self.seed, isolated)
-        blocks = build_blocks(self.source, seeds, self.snapshot, config.fanouts, generator, drop)
-        z = self.network(self.source.features("text", blocks[0].src), blocks)[place]
-        a, p, n = z[: len(anchors)], z[len(anchors) : 2 * len(anchors)], z[2 * len(anchors) :]
+            isolated = torch.rand(len(own), generator=generator) < config.isolated
+        inputs, rows = self.neighbourhoods.inputs(own, partner, isolated, generator)
+        z = self.network(*inputs)[rows]
+        a, p, n = z.split([len(anchors), len(positives), len(negatives)])
         if config.loss == "softmax":
             types = self.types.of(positives)
             return in_batch_softmax(a, p, anchors, positives, types, task.log_q[positives], config.temperature)
-        return max_margin(a, p, n, self._linked(anchors, others[2]), config.margin)
+        return max_margin(a, p, n, self._linked(anchors, negatives), config.margin)
 
     def _linked(self, anchors: Tensor, negatives: Tensor) -> Tensor:
         """Which negatives are neighbours of which anchors, or the anchors themselves."""

@@ -1,18 +1,18 @@
-"""The results of several finished runs as one Markdown page, from what the runs left and nothing else."""
+"""Writes the results of finished runs to a Markdown page, from the runs' outputs alone."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from recsys_ray.core.errors import ArtifactError
-from recsys_ray.evaluation.labels import Row, main_segment, name_of, select
 from recsys_ray.evaluation.results import DIFFERENCES, EVERY_TYPE, MAIN
 from recsys_ray.report import run_facts
+from recsys_ray.report.labels import Row, main_segment, name_of, select
 from recsys_ray.report.terminal import in_order
+from recsys_ray.storage.artifacts import read_json
 from recsys_ray.storage.outputs import current_output
 
 START, END = "<!-- recsys-ray results: begin -->", "<!-- recsys-ray results: end -->"
@@ -38,17 +38,16 @@ def read_results(run_dir: str | Path) -> Results:
     """
     run = Path(run_dir)
     evaluation, ingest = current_output(run, "evaluation"), current_output(run, "ingest")
-    metrics, differences = (
-        json.loads((evaluation.path / name).read_text(encoding="utf-8")) for name in ("metrics.json", DIFFERENCES)
-    )
+    metrics, differences = (read_json(evaluation.path / name) for name in ("metrics.json", DIFFERENCES))
     if not metrics:
-        raise ArtifactError(f"the evaluation in {run} has no figures: no user of its test period can be evaluated")
+        raise ArtifactError(
+            f"the evaluation in {run} has no results: its test period has no user that can be evaluated"
+        )
     return Results(run.resolve().name, metrics, differences, ingest.counts, evaluation.manifest.get("made_by", {}))
 
 
 def write_page(page: Path, runs: Sequence[Results]) -> None:
-    """Put the runs' tables into a Markdown page, between two marks that this function writes. What an existing page
-    holds outside the marks stays."""
+    """Write the runs' tables into a Markdown page, between two markers. An existing page keeps what is outside them."""
     tables = "\n\n".join([START, *(_section(run) for run in runs), END])
     text = page.read_text(encoding="utf-8") if page.exists() else _HEAD
     before, mark, rest = text.partition(START)
@@ -60,7 +59,7 @@ def write_page(page: Path, runs: Sequence[Results]) -> None:
 def protocol(data: Mapping[str, Any]) -> str:
     """How the test items were chosen, from ingest's counts."""
     if data["protocol"] == "leave_one_out":
-        return "leave-one-out: each user's last item is the test, the one before it validation"
+        return "leave-one-out: each user's last item is the test, the one before it the validation"
     moments = (run_facts.moment(data[name]) for name in ("valid_from", "test_from", "end"))
     return "split by time: validation from {}, test from {}, end {}".format(*moments)
 
@@ -76,12 +75,12 @@ def _section(run: Results) -> str:
         "",
         f"- Data: {items:,} items ({', '.join(run.data['item_types'])}), {run.data['users']:,} users, "
         f"{run.data['rows']['interactions']['kept']:,} interactions.",
-        f"- Protocol: {protocol(run.data)}; full ranking, items already seen left out{seeds}.",
-        f"- Test: {rows[0]['users']:,} users with a history, {rows[0]['queries']:,} lists.",
+        f"- Protocol: {protocol(run.data)}; full ranking, items already seen excluded{seeds}.",
+        f"- Test: {rows[0]['users']:,} users with a history, {rows[0]['queries']:,} lists (one per user and type).",
         f"- Code: {code(run.made_by)}.",
         f"- Command: `{run.made_by.get('command') or 'not recorded'}`",
         "",
-        "| model | HR@10 (95 %) | NDCG@10 (95 %) | coverage@100 | 2T-HGNN minus it, HR@10 (95 %) |",
+        "| model | HR@10 (95 %) | NDCG@10 (95 %) | coverage@100 | 2T-HGNN ahead by, HR@10 (95 %) |",
         "|---|---|---|---|---|",
     ]
     for row in in_order(rows):

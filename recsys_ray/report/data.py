@@ -1,4 +1,4 @@
-"""What the report's page is drawn from: the figures of metrics.json as they are, and what stands beside them."""
+"""Data of the report's page: the figures of metrics.json, and what is shown beside them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recsys_ray.evaluation.labels import (
+from recsys_ray.evaluation.results import DIFFERENCES
+from recsys_ray.report.examples import EXAMPLES, POPULARITY
+from recsys_ray.report.item_map import MAP
+from recsys_ray.report.labels import (
     SEGMENT_NAMES,
     SEGMENT_NOTES,
     Row,
@@ -18,10 +21,7 @@ from recsys_ray.evaluation.labels import (
     ordered,
     select,
 )
-from recsys_ray.evaluation.results import DIFFERENCES
-from recsys_ray.report.examples import EXAMPLES, POPULARITY
-from recsys_ray.report.item_map import MAP
-from recsys_ray.report.run_facts import read_json
+from recsys_ray.storage.artifacts import json_or_none
 
 _COLUMNS = (
     "model", "item_type", "segment", "users", "queries", "hr_at_10", "hr_at_10_low", "hr_at_10_high", "ndcg_at_10",
@@ -31,9 +31,9 @@ _DIFFERENCE_COLUMNS = ("model", "against", "item_type", "segment", "difference",
 
 
 def read_extras(evaluation: Path) -> dict[str, Any]:
-    """What the evaluation wrote beside metrics.json; None for what is not there."""
+    """What the evaluation wrote in addition to metrics.json; None for missing files."""
     files = {"examples": EXAMPLES, "popularity": POPULARITY, "map": MAP, "differences": DIFFERENCES}
-    return {name: read_json(evaluation / file) for name, file in files.items()}
+    return {name: json_or_none(evaluation / file) for name, file in files.items()}
 
 
 def page_data(
@@ -94,7 +94,7 @@ class Headline:
 
 
 def headline(metrics: Sequence[Row], differences: Sequence[Row]) -> Headline | None:
-    """What came out, said as cautiously as the intervals ask for. None without figures."""
+    """The main result, worded as cautiously as the intervals require; None without figures."""
     segment = main_segment(metrics)
     main = {row["model"]: row for row in select(metrics, item_type="all", segment=segment)}
     scored = [row for model, row in main.items() if name_of(model).role != "oracle"]
@@ -104,7 +104,7 @@ def headline(metrics: Sequence[Row], differences: Sequence[Row]) -> Headline | N
     ours, theirs = contest(metrics)
     served, rival = main.get(ours or ""), main.get(theirs or "")
     if served is None or rival is None:
-        verdict = f"{name_of(best['model']).full} finds something in {percent(best['hr_at_10'])} of lists."
+        verdict = f"{name_of(best['model']).full} has a hit in {percent(best['hr_at_10'])} of lists."
         return Headline(verdict, "", best, served, rival)
     names = name_of(served["model"]).full, name_of(rival["model"]).full
     paired = next(
@@ -121,7 +121,7 @@ def headline(metrics: Sequence[Row], differences: Sequence[Row]) -> Headline | N
     elif high < 0:
         verdict = f"{names[0]} is behind the best baseline, {names[1]}"
     else:
-        verdict = f"{names[0]} and the best baseline, {names[1]}, are not clearly apart"
+        verdict = f"{names[0]} and the best baseline, {names[1]}, do not differ clearly"
     verdict += f": a hit in {percent(served['hr_at_10'])} of lists against {percent(rival['hr_at_10'])}."
     return Headline(verdict, detail, best, served, rival)
 

@@ -1,6 +1,5 @@
-"""What the report shows of the lists themselves: users with their history and every model's list, and how much of the
-lists falls on popular items. Made from what the ranking tasks left in the scratch folder; nothing is ranked again.
-"""
+"""Example lists for the report: users with their history and every model's list, and the share of the lists that goes
+to popular items. Read from the ranking tasks' scratch files; nothing is ranked again."""
 
 from __future__ import annotations
 
@@ -11,17 +10,17 @@ from typing import Any
 import numpy as np
 
 from recsys_ray.data.tables import Events
-from recsys_ray.evaluation.labels import Row, contest, ordered
 from recsys_ray.evaluation.metrics import CUTOFF
 from recsys_ray.evaluation.queries import Setting, Survey, known_before, part_of
 from recsys_ray.evaluation.segments import TIERS, Queries
+from recsys_ray.report.labels import Row, contest, ordered
 from recsys_ray.storage.artifacts import load_arrays, write_json
 
 EXAMPLES = "examples.json"
 POPULARITY = "popularity.json"
 
 # Who is shown, in turns: where the served model finds what the best baseline misses, where that finds what it misses,
-# where both do, where neither does, and users of whom little is known.
+# where both do, where neither does, and users about whom little is known.
 _TURNS = ("ours", "rival", "both", "neither", "ours", "rival", "new_to_type", "cold")
 _POOL = 24  # candidates of a kind whose histories are looked at
 _TELLING = 3  # earlier events from which a history says something
@@ -29,9 +28,7 @@ _SHOWN_HISTORY = 12
 _EVERY_TYPE = "all"
 
 
-def write_gallery(
-    setting: Setting, shards: Sequence[Path], survey: Survey, rows: Sequence[Row], examples: int, out: Path
-) -> None:
+def write_gallery(setting: Setting, survey: Survey, rows: Sequence[Row], examples: int, out: Path) -> None:
     """Write ``examples.json`` (unless ``examples`` is 0) and ``popularity.json`` into ``out``.
 
     Memory: the hits of two models over all queries, and one shard's lists at a time.
@@ -46,7 +43,7 @@ def write_gallery(
     served, rival = contest(rows)
     hit = {name: np.zeros(len(survey.queries), dtype=bool) for name in (served, rival) if name}
     counts: dict[str, np.ndarray] = {}
-    for shard in shards:
+    for shard in survey.users:
         first = survey.query_offset[shard]
         for name in models:
             part = load_arrays(part_of(setting, name, shard))

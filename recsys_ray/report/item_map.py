@@ -1,6 +1,6 @@
-"""A map of the items for the report: vectors of a sample, laid out in two dimensions by t-SNE.
+"""The report's item map: vectors of a sample, laid out in two dimensions by t-SNE.
 
-Distances on such a map are only a hint. So each item also keeps its nearest neighbours of the full space.
+Distances on such a map are only a hint, so each item also keeps its nearest neighbours in the full space.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def sample_items(catalogue: Catalogue, size: int, seed: int) -> Int[np.ndarray, 
 
 
 def item_spaces(
-    gids: np.ndarray, items: int, featurize: Path, hgnn: Path | None, towers: Mapping[str, np.ndarray]
+    gids: np.ndarray, items: int, featurize: Path, hgnn: Path, towers: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """float [n, d] of some items in the spaces that are drawn: the graph's, the towers', the text's.
 
@@ -54,7 +54,7 @@ def item_spaces(
     Raises:
         ArtifactError: text vectors or embeddings are missing.
     """
-    spaces = {"hgnn": load_embeddings(hgnn, "test", items)[gids].numpy()} if hgnn is not None else {}
+    spaces = {"hgnn": load_embeddings(hgnn, "test", items)[gids].numpy()}
     spaces |= {name: vectors[gids] for name, vectors in towers.items()}
     return spaces | {"text": load_arrays(featurize / "text.safetensors")["vector"][gids]}
 

@@ -1,19 +1,19 @@
-"""What the other stages left below a run's folder, as the report shows it: data, training, cost, tuning, software.
+"""What the other stages wrote below a run's folder, for the report: data, training, cost, tuning, software.
 
-The report shows what there is: a file that is missing or damaged is left out.
+Missing or damaged files are left out of the report.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from recsys_ray.core.clock import DAY
-from recsys_ray.evaluation.labels import name_of
+from recsys_ray.report.labels import name_of
 from recsys_ray.scoring.scorer import SCORE
+from recsys_ray.storage.artifacts import json_or_none
 from recsys_ray.storage.outputs import current_folder
 
 STAGES = ("ingest", "featurize", "graph", "hgnn", "two_tower", "index", "evaluation")
@@ -24,14 +24,6 @@ _VOCABULARIES = ("languages", "countries", "categories")
 _MOMENTS = ("valid_from", "test_from", "end")
 
 
-def read_json(path: Path) -> Any:
-    """JSON, or None where there is none."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return None
-
-
 def current(run_dir: Path, stage: str) -> Path:
     """The stage's current output, or a path where nothing is."""
     return current_folder(run_dir / stage) or run_dir / stage / "none"
@@ -39,7 +31,7 @@ def current(run_dir: Path, stage: str) -> Path:
 
 def manifests(run_dir: Path) -> dict[str, dict[str, Any]]:
     """Folder of a stage -> its manifest, in the order of the stages."""
-    found = {stage: read_json(current(run_dir, stage) / "manifest.json") for stage in STAGES}
+    found = {stage: json_or_none(current(run_dir, stage) / "manifest.json") for stage in STAGES}
     return {stage: manifest for stage, manifest in found.items() if isinstance(manifest, dict)}
 
 
@@ -118,7 +110,7 @@ def training(run_dir: Path) -> list[dict[str, Any]]:
     plots: list[dict[str, Any]] = []
     for place, name in _CURVES.items():
         stage, _, variant = place.partition("/")
-        epochs = read_json(current(run_dir, stage) / variant / "metrics.json")
+        epochs = json_or_none(current(run_dir, stage) / variant / "metrics.json")
         if isinstance(epochs, dict):
             epochs = epochs.get("epochs")
         series: dict[str, list[tuple[float, float]]] = {}
@@ -144,7 +136,7 @@ def _is_number(value: Any) -> bool:
 def tuning(evaluation: Path) -> list[dict[str, str]]:
     """What the tuning of the baselines chose (``tuning.json``: model -> params, hr_at_10, note, trials), a row a
     model."""
-    found = read_json(evaluation / "tuning.json")
+    found = json_or_none(evaluation / "tuning.json")
     rows = []
     for model, search in found.items() if isinstance(found, dict) else ():
         trials = search.get("trials") or []
@@ -165,13 +157,13 @@ def tuning(evaluation: Path) -> list[dict[str, str]]:
 def told_by_data(run_dir: Path) -> list[tuple[str, str]]:
     """What the two-tower stage chose by the data, as (name, value): ``spec.json`` and ``score.json`` of 2T-HGNN."""
     folder = current(run_dir, "two_tower") / "hgnn"
-    spec, score = read_json(folder / "spec.json"), read_json(folder / SCORE) or {}
+    spec, score = json_or_none(folder / "spec.json"), json_or_none(folder / SCORE) or {}
     if not isinstance(spec, dict):
         return []
 
     def of_types(values: Any, form: str) -> str:
         named = zip(spec.get("item_types") or [], values or [], strict=False)
-        return ", ".join(f"{name} {'by its own events' if v is None else format(v, form)}" for name, v in named)
+        return ", ".join(f"{name} {'from its own events' if v is None else format(v, form)}" for name, v in named)
 
     recent = _plain(spec.get("recent") or [])
     weight = (score.get("memory") or 0.0) / (score.get("temperature") or 1.0)
@@ -179,11 +171,11 @@ def told_by_data(run_dir: Path) -> list[tuple[str, str]]:
     memory = f"weight {weight:.2g}, ridge {ridge}, half-life {half_life} places"
     found = {
         "User tower reads the last item": "yes" if spec.get("last_item") else "no",
-        "and means of the latest, half-lives in places": recent,
-        "Share of the items' own vectors that training hides": _plain(spec.get("id_dropout")),
+        "and means over the latest events, half-lives in places": recent,
+        "Share of learned item vectors hidden in training": _plain(spec.get("id_dropout")),
         "Co-interaction memory": memory if weight else "none",
         "Weight of trends": of_types(score.get("trends"), ".2g") or "none",
-        "Share of the test's choices that unseen items are given": of_types(score.get("unseen_share"), ".2%"),
+        "Share of choices given to unseen items in the test": of_types(score.get("unseen_share"), ".2%"),
     }
     return [(name, value) for name, value in found.items() if value]
 

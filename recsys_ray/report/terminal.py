@@ -9,12 +9,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from recsys_ray.evaluation.labels import SEGMENT_NAMES, Row, main_segment, name_of, select
 from recsys_ray.evaluation.results import EVERY_TYPE, MAIN
+from recsys_ray.report.labels import SEGMENT_NAMES, Row, main_segment, name_of, select
 
 _NOTES = (
-    "HR@10: share of lists with a hit among the first 10; NDCG@10 counts places too.",
-    "cov.: share of the catalogue that is in any list of 100. Intervals are 95 %.",
+    "HR@10: share of lists with a hit in the top 10; NDCG@10 also rewards high ranks.",
+    "cov.: share of the catalogue in anyone's top 100. Intervals are 95 %.",
 )
 _PARTS = {f"{name_of(MAIN).full} without ": "  without ", "2T without ": "  without "}  # below the whole model
 
@@ -28,7 +28,7 @@ def print_results(metrics: Sequence[Row], differences: Sequence[Mapping[str, Any
         differences: the rows of differences.json.
     """
     if not metrics:
-        console.print("No user of the test period can be evaluated: there are no figures.")
+        console.print("No results: the test period has no user that can be evaluated.")
         return
     segment = main_segment(metrics)
     rows = in_order(select(metrics, item_type=EVERY_TYPE, segment=segment))

@@ -1,4 +1,4 @@
-"""The results as one self-contained HTML page."""
+"""Writes the results as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from recsys_ray.config import Config
-from recsys_ray.evaluation.labels import (
+from recsys_ray.report import run_facts
+from recsys_ray.report.data import headline, interval, page_data, percent, read_extras, safe_json
+from recsys_ray.report.labels import (
     SEGMENT_NAMES,
     SEGMENT_NOTES,
     Row,
@@ -21,8 +23,6 @@ from recsys_ray.evaluation.labels import (
     ordered,
     select,
 )
-from recsys_ray.report import run_facts
-from recsys_ray.report.data import headline, interval, page_data, percent, read_extras, safe_json
 from recsys_ray.storage.artifacts import software
 
 _SCRIPTS = ("core.js", "tables.js", "forest.js", "plots.js", "map.js", "examples.js", "start.js")
@@ -36,12 +36,12 @@ def write_report(
     evaluation: Path | None = None,
     spent: Callable[[], tuple[float, float]] | None = None,
 ) -> None:
-    """Write the page. What the stages left below ``run_dir`` is shown as far as it is there.
+    """Write the page. It shows whatever stage outputs exist below ``run_dir``.
 
     Args:
         metrics: rows of metrics.json, of one seed or pooled over several (``seeds``, ``per_seed``).
         evaluation: where examples, map and so on lie; default: the run's own evaluation.
-        spent: seconds and peak MB of an evaluation that is still at work.
+        spent: seconds and peak MB of an evaluation that is still running.
     """
     evaluation = evaluation or run_facts.current(run_dir, "evaluation")
     found = run_facts.manifests(run_dir)

@@ -1,8 +1,8 @@
-"""Who chose what, and when: the counts that item terms are made of.
+"""Counts who chose what and when; item terms are computed from these counts.
 
-A choice is a user's first positive event on an item. For each snapshot they are counted in all, and in the last weeks
-before it. **Nobody had an item** means one thing in this project: no user chose it before the moment
-(:func:`nobody_had`).
+A choice is a user's first positive event on an item. For each snapshot, choices are counted overall and in the last
+weeks before it. An item is **unseen** if no user chose it before the moment (:func:`nobody_had`); this is the one
+definition in the project.
 
 Imports neither dgl nor transformers.
 """
@@ -18,13 +18,12 @@ from jaxtyping import Bool, Int
 from recsys_ray.cluster.pool import in_parallel
 from recsys_ray.config import Config
 from recsys_ray.core.clock import DAY
-from recsys_ray.core.snapshots import Snapshot
-from recsys_ray.data.tables import Events, Tables, has_code
+from recsys_ray.data.tables import Events, Tables, first_touches, has_code
+from recsys_ray.graph.snapshots import Snapshot
 from recsys_ray.scoring.ridge import count_users
 from recsys_ray.storage.artifacts import save_arrays
-from recsys_ray.two_tower.examples import first_touches
 
-PERIODS = ((30, 7), (7, 0))  # from and to so many days before a moment, the oldest first
+PERIODS = ((30, 7), (7, 0))  # periods as days before a moment, the oldest first
 Choices = Int[np.ndarray, "ever_and_periods items"]  # row 0: users who ever chose each item; then of each of PERIODS
 
 

@@ -1,10 +1,10 @@
-"""What validation chooses of the score: the memory's weight and ridge, and the trends' weights.
+"""What validation chooses for the score: the memory's weight and ridge, and the weights of the trends.
 
-Every choice maximises the same measure of the same score: NDCG@100 of the validation queries, each one new item of a
-user, ranked inside its item type without the items of the user's history. HR@10 is told beside it. So does early
-stopping, and so does ``recsys-ray tune``.
+Every choice maximises the same measure of the same score: NDCG@100 of the validation queries, each a new item of a
+user, ranked within its item type without the items of the user's history. HR@10 is only reported. Early stopping and
+``recsys-ray tune`` use the same measure.
 
-First the memory is chosen, with the unseen items at their share; then, beside this memory, the trends of each type.
+The memory is chosen first, with the unseen items at their share; then the trend of each type, with this memory.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from recsys_ray.scoring.scorer import TRENDS, UNSEEN, ScoreSpec
 
 DEPTH = 100  # places that gain something
 _TOP = 10
-_ODDS_CELLS = 1 << 24  # scores held at once where shares are told
+_ODDS_CELLS = 1 << 24  # scores held in memory at once when shares are computed
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,14 @@ class Queries(Users):
 
 @dataclass(frozen=True)
 class Moment:
-    """What is known of all items at a snapshot.
+    """The items at a snapshot.
 
     Attributes:
         memory: with all of ``RIDGES``; None: there is none.
         choices: see recsys_ray/scoring/choices.py.
-        with_trends: whether the last weeks tell something.
-        shares: of each type, of what comes after the snapshot, the part of unseen items; None for a type without
-            training examples; empty: unseen items are left alone.
+        with_trends: whether trends are used.
+        shares: expected share of unseen items after the snapshot, by type; None for a type without training examples;
+            empty: unseen items are not adjusted.
     """
 
     ntype: Int[np.ndarray, "N"]
@@ -84,11 +84,11 @@ class Moment:
         return int(self.ntype.max(initial=-1)) + 1
 
     def range_of(self, kind: int) -> slice:
-        """The gids of a type, which lie together."""
+        """The gids of a type, which are contiguous."""
         return slice(*np.searchsorted(self.ntype, [kind, kind + 1]).tolist())
 
     def unseen(self, gids: slice) -> Bool[Tensor, "n"]:
-        """Which of these items nobody had."""
+        """Which of these items are unseen."""
         if self.choices is None:
             return torch.zeros(gids.stop - gids.start, dtype=torch.bool)
         return torch.from_numpy(nobody_had(self.choices[:, gids]))
@@ -143,9 +143,9 @@ def places(
 def unseen_term(
     users: Users, vectors: Float[Tensor, "N d"], moment: Moment, temperature: float
 ) -> Float32[np.ndarray, "N"]:
-    """What the share of unseen items gives to each item (recsys_ray/scoring/unseen.py): to unseen items of a type one
-    number, so that they have their share in the mean over ``users``; in types without training examples to the others
-    what makes the popular ones popular. 0 where no shares are known, or a type has only unseen items, or none."""
+    """The unseen-share term of each item (recsys_ray/scoring/unseen.py): one number for the unseen items of a type, so
+    that they have their share on average over ``users``; in types without training examples also a popularity
+    correction for the other items. 0 if no shares are known, or if a type has only unseen items or none."""
     given = np.zeros(len(vectors), np.float32)
     if not len(moment.shares) or not len(users):
         return given
@@ -172,8 +172,8 @@ def unseen_term(
 def expected_shares(
     queries: Sequence[Queries], vectors: Float[Tensor, "N d"], moment: Moment, temperature: float
 ) -> Float[Tensor, "N"]:
-    """The sum over users of the towers' softmax over those items of the type that somebody had, without those of the
-    history; 0 for items that nobody had."""
+    """The sum over users of the towers' softmax over the type's items that are not unseen, without those of the
+    history; 0 for unseen items."""
     shares = torch.zeros(len(vectors), dtype=torch.float64)
     for asked in queries:
         gids = slice(asked.first, asked.first + asked.count)
@@ -202,7 +202,7 @@ def item_terms(
     """The item terms as of a snapshot, as the spec has them. By this rank's users.
 
     Args:
-        queries: some users by the type that they are asked about, for trends.
+        queries: some users by queried item type, for trends.
         users: some users, for the share of unseen items.
     """
     found = dict[str, Float32[np.ndarray, "N"]]()
@@ -217,7 +217,7 @@ def item_terms(
 
 
 def recall_of(memory: Memory | None, half_life: float) -> Callable[[Users], Recalled]:
-    """What users' histories bring to mind; nothing where there is no memory."""
+    """What the memory raises for users' histories; nothing without a memory."""
     if memory is None:
         return lambda users: Recalled.nothing()
     return lambda users: memory.recall(users.row, users.history, half_life)
@@ -236,8 +236,8 @@ def choose(
 
     Args:
         queries: of the validation period.
-        some: a sample of them, by which trends are told.
-        users: those of the sample, by whom it is told what unseen items are given.
+        some: a sample of them, from which trends are computed.
+        users: users of the sample, for the share of unseen items.
         vectors: of the items as of the validation period, by towers that were not trained on it.
         moment: as of the validation period.
         spec: temperature and half-life.

@@ -1,17 +1,17 @@
-"""Fits the direct memory: for each item a ridge regression on its neighbours in the co-interaction graph.
+"""Fits the co-interaction memory: for each item, a ridge regression on its neighbours in the graph.
 
     b_.j = (G + ridge I)^-1 g,    G_ik = users of i and k,  g_i = weight of the edge i -> j,  i and k in N_j
 
-N_j are j's neighbours in a snapshot. Were g_i the users of i and j, b_.j would be the ridge regression of having j on
-having its neighbours: EASE^R (Steck, WWW 2019) kept to the graph, with a system of a few dozen numbers an item instead
-of one of the whole catalogue; SLIM with the neighbours as selected features (Ning and Karypis, ICDM 2011), without its
-L1 term. The weight counts a user for less the further back i lies before j, and for less still where j came first
-(recsys_ray/graph/pairs.py): it is a regression on choosing j soon.
+N_j are j's neighbours in a snapshot. If g_i were the users of i and j, b_.j would be the ridge regression of having j
+on having its neighbours: EASE^R (Steck, WWW 2019) restricted to the graph, with a system of a few dozen unknowns per
+item instead of one for the whole catalogue; or SLIM with the neighbours as selected features (Ning and Karypis, ICDM
+2011), without its L1 term. The edge weight counts a user less the further i lies before j, and less still if j came
+first (recsys_ray/graph/pairs.py), so this is a regression on choosing j soon.
 
-A pair i, k that the graph dropped counts as 0 users; G may then have negative eigenvalues, and coefficients that a
-small ridge lets grow without measure are cut at -1 and 1.
+A pair i, k that the graph dropped counts as 0 users. G may then have negative eigenvalues, and coefficients that would
+grow without bound under a small ridge are clipped to -1 and 1.
 
-One task a range of items solves; users are counted by shard with what else is counted there (choices.py).
+One task per range of items solves the systems; users are counted per shard, with the other counts (choices.py).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from jaxtyping import Float, Int
 from recsys_ray.cluster.pool import in_parallel
 from recsys_ray.core.offsets import spread
 from recsys_ray.core.progress import Progress
-from recsys_ray.core.snapshots import Snapshot
 from recsys_ray.data.tables import Events
 from recsys_ray.graph.pairs import Window, latest_items
+from recsys_ray.graph.snapshots import Snapshot
 from recsys_ray.scoring.memory import RIDGES, Memory, memory_file
 
 _RANGES = 8  # of items, whose systems are solved by one task each

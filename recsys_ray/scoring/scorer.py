@@ -1,28 +1,27 @@
-"""The score: what a user's list is ranked by, written once.
+"""The score that ranks a user's list, defined once.
 
     score(u, j) = <[u, 1], [v_j, b_j]> + sum of sparse terms
     b_j = sum of item terms
 
-u and v_j are the towers' unit vectors. A term is one of two kinds. An **item term** is a number for each item: what
-the last weeks tell of it (trends.py), what unseen items are given (unseen.py). It joins b_j, so that the index ranks by
-it. A **sparse term** raises a few thousand items at most, those that the user's history brings to mind (memory.py). It
-never lowers a score.
+u and v_j are the towers' unit vectors. There are two kinds of terms. An **item term** is one number per item: trends
+(trends.py) and the share of unseen items (unseen.py). It is part of b_j, so the index ranks by it. A **sparse term**
+raises at most a few thousand items, selected by the user's history (memory.py), and never lowers a score.
 
 :meth:`Scorer.dense` scores whole ranges of items, for validation and evaluation. :meth:`Scorer.candidates` asks an
-index: an item that no sparse term raises has ``k`` items before it by the index already, if it is not among the index's
-first ``k``; so these and the raised items hold the exact list. The two are the same function, and a test holds them
-together (tests/unit/test_scorer.py). No term passes over the catalogue for a request.
+index: an item that no sparse term raises and that is not in the index's top ``k`` has ``k`` better items, so the top
+``k`` and the raised items contain the exact list. Both compute the same function, which a test verifies
+(tests/unit/test_scorer.py). No term scans the catalogue for a request.
 
-Imports neither dgl nor transformers: it is used in a serving replica.
+Imports neither dgl nor transformers, because serving replicas use it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -31,12 +30,13 @@ from torch import Tensor
 
 from recsys_ray.core.errors import ArtifactError
 from recsys_ray.scoring.memory import Memory, Recalled
+from recsys_ray.storage.artifacts import read_json
 
 SCORE = "score.json"
 MEMORY, TRENDS, UNSEEN = "memory", "trends", "unseen"
-TERMS = (MEMORY, TRENDS, UNSEEN)  # beside the towers; each can be left out
+TERMS = (MEMORY, TRENDS, UNSEEN)  # terms in addition to the towers; each can be left out
 ITEM_TERMS = (TRENDS, UNSEEN)
-VECTOR = "vector"  # beside the item terms in the two-tower's files of items
+VECTOR = "vector"  # stored with the item terms in the two-tower's item files
 
 
 def without(model: str, term: str) -> str:
@@ -62,19 +62,73 @@ class ScoreSpec:
     @staticmethod
     def load(folder: Path) -> ScoreSpec:
         try:
-            return ScoreSpec(**json.loads((folder / SCORE).read_text(encoding="utf-8")))
+            return ScoreSpec(**read_json(folder / SCORE))
         except (OSError, TypeError, ValueError) as error:
-            raise ArtifactError(f"{folder / SCORE} is no description of a score: {error}") from error
+            raise ArtifactError(f"{folder / SCORE} is not a valid score description: {error}") from error
+
+
+_BEYOND = 32  # items that an index is asked for in addition to the list, so that few raised ones can get a place
+_ROUNDING = 1e-5  # of a score
+TOGETHER = 16  # queries from which on a product of matrices is faster than as many exact searches
+
+
+class Pairs(NamedTuple):
+    """Items of several users, ascending by row and gid."""
+
+    row: Int64[np.ndarray, "n"]
+    gid: Int64[np.ndarray, "n"]
+
+
+class Ranked(NamedTuple):
+    """Items of several users: ascending by row, then best first, of equal scores the smaller gid."""
+
+    row: Int64[np.ndarray, "n"]
+    gid: Int64[np.ndarray, "n"]
+    score: Float32[np.ndarray, "n"]
+
+    @staticmethod
+    def best(parts: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]], k: int) -> Ranked:
+        """The best ``k`` of each row in all of the (row, gid, score)."""
+        row, gid, score = (np.concatenate(column) for column in zip(*parts, strict=True))
+        order = np.lexsort((gid, -score, row))
+        order = order[np.arange(len(order)) - np.searchsorted(row[order], row[order]) < k]
+        return Ranked(row[order], gid[order], score[order])
 
 
 @runtime_checkable
 class Index(Protocol):
     """The items of one type that may be recommended, by inner product with [v_j, b_j]."""
 
-    def search(
-        self, query: Float32[np.ndarray, "wide"], k: int, forbidden: Int64[np.ndarray, "f"]
-    ) -> tuple[Float32[np.ndarray, "m"], Int64[np.ndarray, "m"]]:
-        """Scores and gids of the best ``k`` items that are not ``forbidden`` (ascending gids), best first."""
+    @property
+    def exact(self) -> bool:
+        """Whether every item is compared with a query."""
+        ...
+
+    def place(self, gids: Int64[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
+        """Positions in the index; -1 for items that are not in it."""
+        ...
+
+    def search_each(
+        self,
+        queries: Float32[np.ndarray, "q wide"],
+        k: int,
+        forbidden: Pairs,
+        allowed: Int64[np.ndarray, "a"] | None,
+        beyond: int,
+    ) -> Ranked:
+        """The best ``k`` items of each query that are not ``forbidden``, and ``beyond`` more. ``allowed``: ascending
+        positions in the index; None: all."""
+        ...
+
+    def rank(
+        self,
+        queries: Float32[np.ndarray, "q wide"],
+        k: int,
+        raised: Recalled,
+        forbidden: Pairs,
+        allowed: Int64[np.ndarray, "a"] | None,
+    ) -> Ranked:
+        """As :meth:`search_each` of an exact index, where ``raised`` adds to scores before they are ranked."""
         ...
 
 
@@ -129,23 +183,62 @@ class Scorer:
     def candidates(
         self,
         index: Index,
-        user: Float32[np.ndarray, "d"],
-        raised_gid: Int64[np.ndarray, "m"],
-        raised_value: Float32[np.ndarray, "m"],
+        users: Float32[np.ndarray, "q d"],
+        raised: Recalled,
         k: int,
-        forbidden: Int64[np.ndarray, "f"],
-    ) -> tuple[Float32[np.ndarray, "c"], Int64[np.ndarray, "c"]]:
-        """Scores and gids of items of the index's type, in no order, each once; the best ``k`` are among them.
+        forbidden: Pairs,
+        allowed: Int64[np.ndarray, "a"] | None = None,
+    ) -> Ranked:
+        """The best ``k`` items of the index's type for each of some users.
 
         Args:
-            raised_gid, raised_value: what the user's history raises of this type and may be recommended, ascending.
-            forbidden: gids that must not come, ascending.
+            users: vectors of the user tower.
+            raised: of these users' histories, see :meth:`raised`; of any type, allowed or not.
+            forbidden: what must not come.
+            allowed: positions in the index, ascending; None: all.
         """
-        query = np.append(user, np.float32(1))
-        scores, gids = index.search(query, k, forbidden)
-        others = ~among(gids, raised_gid)
-        own = self.wide[raised_gid] @ query + raised_value
-        return np.concatenate([scores[others], own]), np.concatenate([gids[others], raised_gid])
+        queries = as_queries(users)
+        if index.exact and len(queries) >= TOGETHER:
+            return index.rank(queries, k, raised, forbidden, allowed)
+        if not len(raised.gid):
+            return index.search_each(queries, k, forbidden, allowed, 0)
+        found = index.search_each(queries, k, forbidden, allowed, _BEYOND)
+        if not len(found.row):
+            return found
+        size = len(self.wide)
+        own, key = raised.user * size + raised.gid, found.row * size + found.gid
+        place = np.minimum(np.searchsorted(own, key), len(own) - 1)
+        hit = own[place] == key
+        total = found.score + np.where(hit, raised.value[place, 0], np.float32(0))
+        # The index did not find an item: it scores at most as much as the last that it found, plus what it is raised by
+        # (the threshold algorithm of Fagin et al., JCSS 2003). So the vectors of few items need to be read.
+        needed = _gaps(found, total, k, len(queries))
+        more = raised.value[:, 0] >= needed[raised.user] - _ROUNDING
+        more[place[hit]] = False
+        more = np.flatnonzero(more)
+        at = index.place(raised.gid[more])
+        more = more[at >= 0] if allowed is None else more[among(at, allowed)]
+        inside = forbidden.gid < size
+        more = more[~among(own[more], (forbidden.row * size + forbidden.gid)[inside])]
+        user, gid, value = raised.user[more], raised.gid[more], raised.value[more, 0]
+        score = np.einsum("nd,nd->n", self.wide[gid], queries[user]) + value
+        return Ranked.best([(found.row, found.gid, total), (user, gid, score)], k)
+
+
+def _gaps(found: Ranked, total: Float32[np.ndarray, "n"], k: int, queries: int) -> Float32[np.ndarray, "queries"]:
+    """How much an item that was not found must be raised by to reach the first ``k``; infinite where all were found.
+
+    Args:
+        found: up to k + _BEYOND items of each query.
+        total: their scores with what they are raised by.
+    """
+    asked = k + _BEYOND
+    begin = np.searchsorted(found.row, np.arange(queries + 1))
+    needed = np.full(queries, np.inf, np.float32)
+    full = np.flatnonzero(np.diff(begin) == asked)
+    places = begin[full][:, None] + np.arange(asked)
+    needed[full] = np.partition(total[places], _BEYOND, axis=1)[:, _BEYOND] - found.score[places[:, -1]]
+    return needed
 
 
 def with_item_terms(
@@ -159,9 +252,15 @@ def with_item_terms(
     return np.column_stack([items[VECTOR], bias])
 
 
+def as_queries(users: Float32[np.ndarray, "q d"]) -> Float32[np.ndarray, "q wide"]:
+    """[u, 1] for vectors of users: what items [v_j, b_j] are asked with."""
+    return np.pad(users, ((0, 0), (0, 1)), constant_values=1)
+
+
 def among(values: Int[np.ndarray, "n"], ascending: Int[np.ndarray, "m"]) -> np.ndarray:
     """bool [n]: is each value in ``ascending``? A fifth of what np.isin takes for a few values."""
     if not len(ascending):
         return np.zeros(len(values), bool)
+    values = values.astype(ascending.dtype, copy=False)  # of two types NumPy would convert the long one
     places = np.minimum(np.searchsorted(ascending, values), len(ascending) - 1)
     return ascending[places] == values

@@ -1,23 +1,23 @@
-"""Trends: an item term of what the last weeks tell of each item that towers do not know.
+"""Trends: an item term for recent popularity that the towers do not know.
 
-Towers see how often an item was chosen of late, but as of the snapshot of an example, which lies up to months before
-it: so they learn that a week's counts mean little. Where trends rule, that costs more than all that is personal
-brings. So when the towers are done, each item that somebody had is given (ours, not the papers')
+The towers see how often an item was chosen recently, but as of an example's snapshot, which may be months before the
+example. So they learn that a week's counts mean little. Where trends are strong, that costs more than personalisation
+gains. After training, each item that is not unseen therefore gets (ours, not the papers')
 
     trend_i = w * T * log r_i
 
-r_i is how many times as often as the towers expect it is chosen now. It is followed through ``PERIODS``, from r_i = 1:
+r_i says how many times as often as the towers expect the item is being chosen now. Starting from r_i = 1, it is updated
+for each of the ``PERIODS``:
 
     r_i <- r_i * (c_i + a) / (N * p_i + a),    p_i proportional to q_i * r_i
 
-c_i are the choices of a period, N those of the item's type together, q_i the share that the towers themselves give it:
-their softmax over the type, in the mean over users. The factor is the mean of a Gamma posterior: what chance alone
-explains moves little, for the prior, Gamma(a, a), is the one that fits the type's counts best (DuMouchel, Bayesian data
-mining in large frequency tables, American Statistician 1999). What of an item's past the towers know enters with q_i,
-so that nothing counts twice.
+c_i are the choices of a period, N those of the whole item type, and q_i is the share that the towers give the item:
+their softmax over the type, averaged over users. The factor is the mean of a Gamma posterior whose prior, Gamma(a, a),
+fits the type's counts best, so that chance moves little (DuMouchel, Bayesian data mining in large frequency tables,
+American Statistician 1999). What the towers know about an item's past is in q_i, so nothing counts twice.
 
-The weight w is chosen for each item type on the validation period; no trend, w = 0, is the choice that others have to
-beat (recsys_ray/scoring/choose.py). In leave-one-out there are no last weeks.
+The weight w is chosen for each item type on the validation period; w = 0, no trend, is kept unless another weight is
+clearly better (recsys_ray/scoring/choose.py). Leave-one-out has no last weeks and no trends.
 
 Imports neither dgl nor transformers.
 """
@@ -55,11 +55,11 @@ def surplus(count: Int[np.ndarray, "n"], share: Float[np.ndarray, "n"]) -> Float
 def log_ratios(
     choices: Int[np.ndarray, "ever_and_periods N"], expected: Float[np.ndarray, "N"], ntype: Int[np.ndarray, "N"]
 ) -> Float[np.ndarray, "N"]:
-    """log r of every item, float32; 0 for items that nobody had and for types that nobody was asked about.
+    """log r of every item, float32; 0 for unseen items and for types without queries.
 
     Args:
         choices: as of a snapshot, see recsys_ray/scoring/choices.py.
-        expected: q, in any unit: the sum over users of the towers' softmax over the type's items that somebody had.
+        expected: q, in any unit: the sum over users of the towers' softmax over the type's items that are not unseen.
         ntype: number of each item's type.
     """
     found = np.zeros(len(expected))

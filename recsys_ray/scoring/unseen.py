@@ -1,21 +1,21 @@
-"""Unseen items: how much goes to items that nobody had, and in a type without training examples to each other item.
+"""Unseen items: calibrates their share of choices and, in a type without training examples, the other items'
+popularity.
 
-Of what will be chosen in a period, a share goes to items that nobody had at its beginning (unseen items; see
-recsys_ray/scoring/choices.py). Towers do not know it: in-batch training shows them no item that nobody chooses, so
-where the shelf is full of these they overrate each; and where the last new items of a catalogue are about to be found,
-they underrate them. So in the softmax of a user's scores over an item type, which the towers are trained as, unseen
-items are given a share together, and keep their order (ours). One number a type is added to all their scores, so that
-they have their share in the mean over users (:func:`shift_to_share`):
+A share of all choices in a period goes to items that no user had at its start (unseen items;
+recsys_ray/scoring/choices.py). The towers cannot learn it, because in-batch training never shows them an item that
+nobody chooses. With many such items they overrate each; if the last new items of a catalogue are about to be found,
+they underrate them. So, in the softmax of a user's scores over an item type (as which the towers are trained), unseen
+items are given a fixed share together and keep their order (ours). One number per type is added to their scores, so
+that they have this share on average over users (:func:`shift_to_share`):
 
-* in a type with training examples the share that the past tells of a period as long as the one ahead
-  (:func:`share_ahead`);
-* in a type without, the share that the type's events tell (Good, The population frequencies of species and the
-  estimation of population parameters, Biometrika 1953): the next event is as likely about an unseen item as one of them
-  is its item's only one (:func:`share_of_events`). Nor do the towers know what is popular there. So the other items are
-  given what makes the mean user's softmax over them how often each was had (:func:`popular_in_type`); how a user
-  differs from the mean user stays the towers'.
+* in a type with training examples, the share of a past period as long as the one ahead (:func:`share_ahead`);
+* in a type without, the share that its own events suggest (Good, The population frequencies of species and the
+  estimation of population parameters, Biometrika 1953): the next event is on an unseen item with the probability that
+  an event is its item's only one (:func:`share_of_events`). The towers do not know what is popular there either, so the
+  other items get what makes the mean user's softmax over them equal to their popularity (:func:`popular_in_type`);
+  differences from the mean user remain the towers'.
 
-Imports neither dgl nor transformers: it is used in a serving replica.
+Imports neither dgl nor transformers, because serving replicas use it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torch import Tensor
 Shares = Sequence[float | None]  # of each item type; None: it has no examples
 _FAR = 200.0  # log-odds beyond any share
 _BY_NUMBER = 0.25  # 0: unseen items have the share of before however many there are; 1: each has what each had before
-_CAUTION = 0.5  # how far below the guess they are kept, in log-odds
+_CAUTION = 0.5  # how far the share is set below the estimate, in log-odds
 
 
 def share_of_events(had: Int[np.ndarray, "n"]) -> float:
@@ -61,18 +61,19 @@ class Period(NamedTuple):
 def share_ahead(
     seconds: int, items: Float[Tensor, "types"], lately: Period, before: Sequence[Period]
 ) -> list[float | None]:
-    """Each type's share in the period to come: the longer it is, the more goes to items that nobody had as it began. So
-    it is taken from periods of the past, linear in between, constant beyond the longest and the shortest. Fewer unseen
-    items than there were then get less of it, but each of them more: its odds go with the fourth root of their number.
-    And they are kept below that, for towers are surer which unseen item suits whom than they should be, and a share
-    that is too large costs more than one that is too small (docs/experiments.md has the figures).
+    """Each type's share of unseen items in the coming period. The longer a period, the larger the share of items that
+    were unseen at its start, so the share is interpolated linearly between past periods and constant beyond the longest
+    and the shortest. With fewer unseen items than then, the share is smaller, but larger per item: its odds scale with
+    the fourth root of their number. The share is set below this estimate, because the towers are overconfident about
+    which unseen item suits whom, and a share that is too large costs more than one that is too small
+    (docs/experiments.md has the figures).
 
     Args:
-        seconds: how long the period to come is.
-        items: how many are unseen as it begins.
+        seconds: length of the coming period.
+        items: number of unseen items at its start.
         lately: the validation period.
-        before: from each cut to validation, the last cut's first; a type without targets in that is not known. Those no
-            longer than validation tell only where it has no targets.
+        before: from each cut to validation, the last cut first; a type without targets in that one has no share.
+            Periods no longer than validation count only if validation has no targets.
     """
     found: list[float | None] = []
     for kind in range(len(items)):
@@ -111,8 +112,8 @@ def shift_to_share(share: float, log_odds: Float[Tensor, "B"]) -> float:
 def popular_in_type(
     vectors: Float[Tensor, "N d"], had: Int[np.ndarray, "N"], mean_user: Float[Tensor, "d"], temperature: float
 ) -> Float[Tensor, "N"]:
-    """What is added to the scores of a type's items so that the mean user's softmax over those that somebody had is in
-    proportion to how many had each; 0 for unseen items.
+    """What is added to the scores of a type's items so that the mean user's softmax over the items that are not unseen
+    is proportional to their number of users; 0 for unseen items.
 
     Args:
         had: how many users had each item.

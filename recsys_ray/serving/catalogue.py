@@ -1,12 +1,13 @@
 """The tables inside a bundle, memory-mapped: ids, items and users.
 
-Ids are strings outside and dense integers inside; an :class:`IdTable` finds one by binary search on disk, so that a
+Ids are strings outside and dense integers inside. An :class:`IdTable` finds an id by binary search on disk, so that a
 replica starts at once and holds no dictionary of millions of strings.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import pyarrow.compute as pc
 
 from recsys_ray.core.errors import ArtifactError
 from recsys_ray.serving.histories import Profile, mapped_arrays
+from recsys_ray.serving.search import ItemSearch
 
 
 def write_table(path: Path, table: pa.Table) -> None:
@@ -58,7 +60,14 @@ class IdTable:
         return len(self._ids)
 
     def find(self, wanted: str) -> int | None:
-        """The row of ``wanted``, or None. Compares UTF-8 order, which is the order of code points."""
+        """The row of ``wanted``, or None."""
+        place = self._place(wanted)
+        if place < len(self._ids) and self._ids[place].as_py() == wanted:
+            return self._rows[place].as_py()
+        return None
+
+    def _place(self, wanted: str) -> int:
+        """Of the first id that is not before ``wanted``, in the order of UTF-8, which is that of code points."""
         low, high = 0, len(self._ids)
         while low < high:
             middle = (low + high) // 2
@@ -66,9 +75,17 @@ class IdTable:
                 low = middle + 1
             else:
                 high = middle
-        if low < len(self._ids) and self._ids[low].as_py() == wanted:
-            return self._rows[low].as_py()
-        return None
+        return low
+
+    def beginning(self, text: str, limit: int) -> list[str]:
+        """Up to ``limit`` ids that begin with ``text``, ascending."""
+        first = self._place(text)
+        found = self._ids[first : first + limit].to_pylist()
+        return [one for one in found if one.startswith(text)]
+
+    def ids(self, begin: int, count: int) -> list[str]:
+        """Some of the ids, ascending."""
+        return self._ids.slice(begin, count).to_pylist()
 
     def spread(self, count: int) -> Iterator[tuple[str, int]]:
         """Up to ``count`` (id, row), evenly from first to last."""
@@ -86,6 +103,10 @@ class Items:
         self.available: npt.NDArray[np.bool_] = table.column("available").to_numpy()
         self.types = types
         self._table = IdTable(folder / "item_ids.arrow", "gid")
+
+    def search(self, order: npt.NDArray[np.integer]) -> ItemSearch:
+        """By words of titles and ids; ``order``: all gids, those first that are to be found first."""
+        return ItemSearch(self._ids, self._titles, order)
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -110,6 +131,11 @@ class Items:
     def type(self, gid: int) -> str:
         return self.types[self.ntype[gid]]
 
+    def take(self, gids: npt.NDArray[np.int64]) -> tuple[pa.Array, pa.Array]:
+        """Ids and types of many items."""
+        types = pa.array(self.types, pa.string()).take(pa.array(self.ntype[gids].astype(np.int32)))
+        return self._ids.take(pa.array(gids)).cast(pa.string()), types
+
 
 class Users:
     """Traits of every user, by uid."""
@@ -126,17 +152,17 @@ class Users:
     def find(self, user_id: str) -> int | None:
         return self._table.find(user_id)
 
+    def ids(self, begin: int, count: int) -> list[str]:
+        """Some of the ids, ascending."""
+        return self._table.ids(begin, count)
+
+    def beginning(self, text: str, limit: int) -> list[str]:
+        return self._table.beginning(text, limit)
+
     def spread(self, count: int) -> Iterator[tuple[str, int]]:
         return self._table.spread(count)
 
     def traits(self, uid: int, history: Profile) -> Profile:
         """``history`` with what is known of user ``uid``."""
         tastes = {name: array[uid] for name, array in self._tastes.items() if np.isfinite(array[uid]).all()}
-        return Profile(
-            history.gids,
-            history.events,
-            history.timestamps,
-            float(self._age[uid]),
-            int(self._country[uid]),
-            tastes,
-        )
+        return replace(history, age=float(self._age[uid]), country=int(self._country[uid]), tastes=tastes)

@@ -1,7 +1,7 @@
-"""Who did what, for serving: all that a user has seen, and the latest events that make the user's features.
+"""User histories for serving: everything a user has seen, and the latest events, which are the user's features.
 
-Both are built by one pass over the ingest shards (sorted by user and time), a batch of whole users at a time, and are
-read through memory maps: a replica touches the rows of the users who ask.
+Both are built in one pass over the ingest shards (sorted by user and time), a batch of whole users at a time, and read
+through memory maps: a replica touches only the rows of users who ask.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from recsys_ray.core.errors import ArtifactError
+from recsys_ray.core.offsets import spread
 from recsys_ray.data.tables import Events
 from recsys_ray.two_tower.features import UserInputs
 
@@ -123,7 +124,7 @@ class HistoryWriter:
 
 @dataclass(frozen=True)
 class Profile:
-    """What is known of one user when the answer is made."""
+    """What is known about one user when answering."""
 
     gids: npt.NDArray[np.int64]  # [n] oldest first
     events: npt.NDArray[np.int64]  # [n] index into the bundle's event names
@@ -213,6 +214,4 @@ class Histories:
 def _ranges(offsets: Array, rows: npt.NDArray[np.int64]) -> tuple[Array, Array]:
     """Of the ranges ``offsets[r]:offsets[r + 1]``: the place of each entry's row among ``rows``, and the entry."""
     lengths = offsets[rows + 1] - offsets[rows]
-    row = np.repeat(np.arange(len(rows)), lengths)
-    first = np.cumsum(lengths) - lengths
-    return row, np.arange(len(row)) + (offsets[rows] - first)[row]
+    return np.repeat(np.arange(len(rows)), lengths), spread(offsets[rows], lengths)

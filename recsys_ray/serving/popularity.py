@@ -1,4 +1,4 @@
-"""What is popular: users per item over the window's positives, in the world and by country."""
+"""Popularity: users per item over the window's positives, worldwide and by country."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from recsys_ray.core.clock import NEVER
+from recsys_ray.core.offsets import offsets_of
 from recsys_ray.data.tables import Events
 from recsys_ray.scoring.scorer import among
 from recsys_ray.serving.histories import mapped_arrays
@@ -80,24 +81,40 @@ class PopularLists:
         self._local, self._local_score, self._total = gids[kept], score[kept], total
 
     def top(
-        self, k: int, types: Sequence[int], forbidden: npt.NDArray[np.int64], country: int = -1
+        self,
+        k: int,
+        types: Sequence[int],
+        forbidden: npt.NDArray[np.int64],
+        country: int = -1,
+        allowed: npt.NDArray[np.bool_] | None = None,
     ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
         """Scores and gids of the best ``k`` items of ``types`` that are not ``forbidden`` (ascending gids); and whether
-        the country made them. The score is the share of users that an item has."""
+        the country made them. The score is the share of users that an item has.
+
+        Args:
+            allowed: bool [items]; None: all.
+        """
         far = k + len(forbidden)
+
+        def first(ordered: npt.NDArray[np.int64]) -> npt.NDArray[np.int64] | slice:
+            """Places of the first ``far`` allowed ones."""
+            return slice(far) if allowed is None else np.flatnonzero(allowed[ordered])[:far]
+
         known = 0 <= country < len(self._total)
-        world = np.concatenate([np.empty(0, np.int64), *(self._world[kind][:far] for kind in types)])
+        lists = [self._world[kind] for kind in types]
+        world = np.concatenate([np.empty(0, np.int64), *(ordered[first(ordered)] for ordered in lists)])
         score = self._share[world] * (_PRIOR / (_PRIOR + self._total[country]) if known else 1.0)
         local = np.empty(0, np.int64)
         if known:  # an item of the country's is taken from its own list, wherever it stands in the world's
             mine = [slice(*self._begin[country * self._types + kind :][:2]) for kind in types]
             own = slice(*self.counted.offsets[country : country + 2])
             others = ~among(world, self.counted.gids[own])
-            local = np.concatenate([self._local[part][:far] for part in mine])
-            score = np.concatenate([score[others], *(self._local_score[part][:far] for part in mine)])
+            places = [np.arange(part.start, part.stop)[first(self._local[part])] for part in mine]
+            local = np.concatenate([self._local[place] for place in places])
+            score = np.concatenate([score[others], *(self._local_score[place] for place in places)])
             world = np.concatenate([world[others], local])
-        allowed = ~among(world, forbidden)
-        world, score = world[allowed], score[allowed]
+        kept = ~among(world, forbidden)
+        world, score = world[kept], score[kept]
         best = np.lexsort((self.counted.rank[world], -score))[:k]
         return score[best], world[best], np.isin(world[best], local)
 
@@ -146,7 +163,7 @@ def popularity_arrays(
     return {
         "world": world,
         "rank": rank,
-        "offsets": np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
+        "offsets": offsets_of(sizes),
         "gids": gid[named].astype(np.int32),
         "counts": users[named].astype(np.int32),
     }

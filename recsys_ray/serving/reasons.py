@@ -1,4 +1,4 @@
-"""The short reason beside a recommendation."""
+"""The short reason for a recommendation."""
 
 from __future__ import annotations
 
@@ -41,6 +41,6 @@ def because(event: str, title: str) -> str:
 
 
 def fits(traits: Sequence[str]) -> str:
-    """Why an item comes for a user of whom only traits are known."""
+    """The reason given to a user of whom only traits are known."""
     *first, last = traits
     return f"fits your {', '.join(first)} and {last}" if first else f"fits your {last}"

@@ -1,13 +1,16 @@
-"""Answers "what next?" from a bundle: the user tower, then the index, never an item that must not come.
+"""Answers "what next?" from a bundle: the user tower, then the index, without items that are not allowed.
 
-Runs without Ray; ``serve`` puts it behind HTTP and ``recsys-ray recommend`` asks it directly. One thread: on granted
-CPUs the thread pools of torch and FAISS only fight.
+Runs without Ray; ``serve`` puts it behind HTTP and ``recsys-ray recommend`` calls it directly. Single-threaded: with
+few granted CPUs, the thread pools of torch and FAISS only compete.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections import defaultdict
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +19,43 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from recsys_ray.bundle.build import MEMORY, find_bundle
 from recsys_ray.core.clock import DAY
-from recsys_ray.scoring.memory import Memory
-from recsys_ray.scoring.scorer import Scorer, ScoreSpec, among
+from recsys_ray.core.offsets import spread
+from recsys_ray.scoring.memory import MEMORY_FILE, Memory, Recalled
+from recsys_ray.scoring.scorer import Pairs, Ranked, Scorer, ScoreSpec, among, as_queries
 from recsys_ray.serving.catalogue import Items, Users
+from recsys_ray.serving.filters import Facts, Filters
 from recsys_ray.serving.histories import Histories, Profile, mapped_arrays, user_inputs
 from recsys_ray.serving.index import TypeIndex, check_metric, merge_best, search_types
+from recsys_ray.serving.laps import Laps
+from recsys_ray.serving.live import LiveItem, LiveItems, LiveVectors
 from recsys_ray.serving.popularity import Popularity, PopularLists
 from recsys_ray.serving.reasons import because, fits
 from recsys_ray.serving.requests import (
+    MAX_K,
+    Question,
     RequestError,
     UnknownItem,
     check_age,
+    check_flag,
     check_history,
+    check_id,
+    check_items,
     check_k,
+    check_quotas,
+    check_share,
     check_tastes,
     check_types,
-    forbidden,
 )
-from recsys_ray.serving.tower import LoadTower, TowerRunner, load_user_tower
+from recsys_ray.serving.search import ItemSearch
+from recsys_ray.serving.tower import TowerRunner
 from recsys_ray.storage.artifacts import Artifact, open_artifact
+from recsys_ray.storage.outputs import find_bundle
 
-HistoryEntry = Mapping[str, Any]  # item_id, event (optional), timestamp (optional, unix seconds)
+_POOL, _SMALLEST_POOL = 5, 100  # candidates to re-rank: a multiple of the list's length, at least this many
+_FILTERED = 256  # filters and types whose positions are remembered
+_NO_FILTERS = Filters()
+_NOTHING = np.empty(0, np.float32)
 
 
 @dataclass(frozen=True)
@@ -50,6 +67,7 @@ class Recommendation:
     title: str
     score: float
     reason: str
+    because: str | None = None  # item of the user's history that speaks most for it
 
 
 @dataclass(frozen=True)
@@ -57,6 +75,8 @@ class Answer:
     version: str
     known: bool  # the user is in the bundle
     items: list[Recommendation]
+    ignored: list[str]  # ids of the question's history that the bundle does not know
+    cold: bool  # nothing is known about the user, so the answer is what is popular
 
 
 @dataclass(frozen=True)
@@ -69,12 +89,59 @@ class PastEvent:
 
 
 @dataclass(frozen=True)
-class _User:
-    """The one who asks: what they saw (never to come back) and what makes their features."""
+class FoundItem:
+    item_id: str
+    item_type: str
+    title: str
+    available: bool
 
-    profile: Profile
-    seen: npt.NDArray[np.int64]
-    known: bool = False
+
+@dataclass(frozen=True)
+class _Asked:
+    """A question in numbers."""
+
+    question: Question
+    profile: Profile  # what makes the user's features
+    known: bool
+    types: list[int]
+    quotas: dict[int, int] | None
+    barred: npt.NDArray[np.int64]  # gids that must not come, ascending
+    allow: npt.NDArray[np.int64] | None  # gids, ascending; None: all
+    ignored: list[str]
+    live: LiveItems
+
+    def wanted(self, kind: int) -> int:
+        """How many items of a type the answer may need."""
+        return self.quotas.get(kind, 0) if self.quotas else self.question.k
+
+    @property
+    def reranked(self) -> bool:
+        return bool(self.question.diversity or self.question.popularity)
+
+    @property
+    def likeness(self) -> Hashable:
+        """Questions that have this in common are ranked together."""
+        listed = None if self.allow is None else self.allow.tobytes()
+        quotas = tuple((self.quotas or {}).items())
+        return tuple(self.types), self.question.k, quotas, self.reranked, self.question.filters, listed, id(self.live)
+
+
+@dataclass(frozen=True)
+class Listed:
+    """An answer in numbers; :meth:`Recommender.reasons` and :meth:`Recommender.answers` put it into words."""
+
+    asked: _Asked
+    gids: npt.NDArray[np.int64]
+    scores: npt.NDArray[np.floating]
+    by_country: npt.NDArray[np.bool_] | None = None  # of an answer by popularity: whether the country made it
+
+    @property
+    def known(self) -> bool:
+        return self.asked.known
+
+    @property
+    def cold(self) -> bool:
+        return self.by_country is not None
 
 
 @dataclass
@@ -89,12 +156,19 @@ class Recommender:
     indexes: list[TypeIndex]
     tower: TowerRunner
     score: Scorer
+    facts: Facts
+    live: LiveItems
     _country_of: dict[str, int] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        assert self.tower.tables.hgnn is not None
+        self._hgnn = self.tower.tables.hgnn.numpy()
+        self._filtered = lru_cache(maxsize=_FILTERED)(
+            lambda filters, kind: np.flatnonzero(self.facts.allowed(filters)[self.indexes[kind].gids])
+        )
+
     @classmethod
-    def load(
-        cls, path: str | Path, verify: bool = True, load_tower: LoadTower = load_user_tower, warm: bool = True
-    ) -> Recommender:
+    def load(cls, path: str | Path, verify: bool = True, warm: bool = True) -> Recommender:
         """Open the bundle that ``path`` means (see :func:`find_bundle`).
 
         Args:
@@ -111,21 +185,22 @@ class Recommender:
         faiss.omp_set_num_threads(1)
         items = Items(folder, counts["item_types"])
         vectors = mapped_arrays(folder / "vectors.safetensors")["vector"].numpy()
-        tower = TowerRunner.open(folder, load_tower, torch.from_numpy(items.ntype.astype(np.int64)))
-        check_metric(tower.spec.get("metric"), folder / "user_tower")
+        tower = TowerRunner.open(folder, torch.from_numpy(items.ntype.astype(np.int64)))
+        check_metric(tower.tower.spec.metric, folder / "user_tower")
         check_metric(counts["metric"], folder)
         indexes = []
         for number, name in enumerate(counts["item_types"]):
             file = folder / "index" / f"t{number}.faiss"
-            indexes.append(TypeIndex.load(file, name, items.offered(number), vectors, counts["ef_search"]))
+            indexes.append(TypeIndex.load(file, name, items.offered(number), vectors, counts["indexes"][name]))
         popular = PopularLists(Popularity.load(folder / "popularity.safetensors"), items.ntype, items.available != 0)
         spec, memory = ScoreSpec.load(folder / "user_tower"), None
-        if (folder / MEMORY).exists():
-            memory = Memory(**{name: table.numpy() for name, table in mapped_arrays(folder / MEMORY).items()})
+        if (folder / MEMORY_FILE).exists():
+            memory = Memory(**{name: table.numpy() for name, table in mapped_arrays(folder / MEMORY_FILE).items()})
         score = Scorer(vectors, memory, spec.memory, spec.half_life)
         histories = Histories(folder / "histories.safetensors")
         numbers = {name: number for number, name in enumerate(counts["countries"])}
-        made = cls(artifact, items, Users(folder), histories, popular, indexes, tower, score, _country_of=numbers)
+        facts, live = Facts(folder), LiveItems(len(items))
+        made = cls(artifact, items, Users(folder), histories, popular, indexes, tower, score, facts, live, numbers)
         if warm:
             made._warm_up()
         return made
@@ -138,53 +213,78 @@ class Recommender:
     def item_types(self) -> list[str]:
         return self.items.types
 
-    def recommend(
-        self,
-        user_id: str | None = None,
-        history: Sequence[HistoryEntry] | None = None,
-        age: float | None = None,
-        country: str | None = None,
-        tastes: Mapping[str, Sequence[float]] | None = None,
-        item_types: Sequence[str] | None = None,
-        k: int = 10,
-        exclude: Sequence[str] = (),
-    ) -> list[Recommendation]:
-        """The best ``k`` items for a user; arguments and errors as :meth:`answer`."""
-        return self.answer(user_id, history, age, country, tastes, item_types, k, exclude).items
+    def apply(
+        self, change: int, gone: Sequence[str], new: Sequence[tuple[str, Mapping[str, Any], LiveVectors]]
+    ) -> None:
+        """Take changes of items into the answers that begin after this: ids that must not come any more, and new items
+        (id, columns of the items table, vectors). What another bundle's models made, and types that this one does not
+        know, are passed over. ``change``: number of the last change."""
+        fitting = [
+            (LiveItem.of(name, self.items.types.index(record["item_type"]), record), vectors, self.items.find(name))
+            for name, record, vectors in new
+            if vectors.version == self.artifact.counts["base"] and record["item_type"] in self.items.types
+        ]
+        self.live = self.live.after(change, [(name, self.items.find(name)) for name in gone], fitting)
 
-    def answer(
-        self,
-        user_id: str | None = None,
-        history: Sequence[HistoryEntry] | None = None,
-        age: float | None = None,
-        country: str | None = None,
-        tastes: Mapping[str, Sequence[float]] | None = None,
-        item_types: Sequence[str] | None = None,
-        k: int = 10,
-        exclude: Sequence[str] = (),
-    ) -> Answer:
-        """What this user should get next.
+    def recommend(self, user_id: str | None = None, **fields: Any) -> list[Recommendation]:
+        """The best items for a user; ``fields`` are those of :class:`Question`, as are the errors of :meth:`answer`."""
+        return self.answer(Question(user_id, **fields)).items
 
-        Args:
-            user_id: a user of the bundle; one that it does not know is a new user.
-            history: events on top of those that the bundle has of the user.
-            age, country, tastes: override what the bundle has; an unknown country counts as absent.
-            item_types: what to recommend, None for every type.
-            k: how many, 1 to 500; fewer come only where nothing else is allowed.
-            exclude: item ids that must not come.
+    def answer(self, question: Question) -> Answer:
+        """What one user should get next.
 
         Raises:
             RequestError: a value that cannot be used; names the field.
         """
-        check_k(k)
-        types = check_types(item_types, self.items.types)
-        user = self._user(user_id, history, age, country, tastes)
-        barred = forbidden(self.items, user.seen, exclude)
-        if self._has_features(user.profile):
-            found = self._by_taste(user.profile, types, k, barred)
-        else:
-            found = self._by_popularity(user.profile, types, k, barred)
-        return Answer(self.version, user.known, found)
+        (answer,) = self.answers([question])
+        if isinstance(answer, RequestError):
+            raise answer
+        return answer
+
+    def answers(self, questions: Sequence[Question], laps: Laps | None = None) -> list[Answer | RequestError]:
+        """An answer or an error for each question. Together they take less time than one after the other, because one
+        matrix product computes all users' vectors. ``laps`` records the time of features, tower, search and rules."""
+        laps = laps or Laps()
+        answers: list[Answer | RequestError] = []
+        for found in self.lists(questions, laps):
+            if isinstance(found, RequestError):
+                answers.append(found)
+            else:
+                told = self._told(found)
+                answers.append(Answer(self.version, found.known, told, found.asked.ignored, found.cold))
+        laps.lap("rules")
+        return answers
+
+    def lists(self, questions: Sequence[Question], laps: Laps | None = None) -> list[Listed | RequestError]:
+        """As :meth:`answers`, without the words."""
+        laps = laps or Laps()
+        asked: list[_Asked | RequestError] = []
+        for question in questions:
+            try:
+                asked.append(self._ask(question))
+            except RequestError as error:
+                asked.append(error)
+        known = [one for one in asked if isinstance(one, _Asked) and self._has_features(one.profile)]
+        laps.lap("features")
+        by_taste = dict(zip(map(id, known), self._by_taste(known, laps), strict=True)) if known else {}
+        lists: list[Listed | RequestError] = []
+        for one in asked:
+            if isinstance(one, _Asked):
+                lists.append(by_taste[id(one)] if id(one) in by_taste else self._by_popularity(one))
+            else:
+                lists.append(one)
+        return lists
+
+    def popular(
+        self,
+        k: int = 10,
+        item_types: Sequence[str] | None = None,
+        country: str | None = None,
+        filters: Filters = _NO_FILTERS,
+    ) -> list[Recommendation]:
+        """What is popular, for everyone or in a country; errors as :meth:`answer`."""
+        asked = self._ask(Question(country=country, item_types=item_types, k=k, filters=filters))
+        return self._told(self._by_popularity(asked))
 
     def similar(self, item_id: str, k: int = 10, item_types: Sequence[str] | None = None) -> list[Recommendation]:
         """The items whose vectors are nearest to that of ``item_id``, which is not among them.
@@ -195,14 +295,48 @@ class Recommender:
         """
         check_k(k)
         types = check_types(item_types, self.items.types)
-        gid = self.items.find(item_id)
+        live = self.live
+        gid = self.find(item_id)
         if gid is None:
             raise UnknownItem("item_id", f"there is no item {item_id!r}")
-        query = np.array(self.score.wide[gid], np.float32)
+        query = self._rows(live, np.array([gid]), "wide")[0]
         query[-1] = 0  # likeness has nothing to do with what every user is given
-        scores, gids = search_types([self.indexes[t] for t in types], query, k, np.array([gid], np.int64))
-        reason = f'similar to "{self.items.name(gid)}"'
-        return [self._item(int(g), float(s), reason) for s, g in zip(scores, gids, strict=True)]
+        barred = np.unique(np.append(live.removed, gid))
+        asked = replace(self._ask(Question(item_types=item_types, k=k)), barred=barred, live=live)
+        found = [search_types([self.indexes[t] for t in types], query, k, barred)]
+        new = [self._live_candidates([asked], kind, query[None]) for kind in types]
+        found += [(ranked.score, ranked.gid) for ranked in new]
+        reason = f'similar to "{self.name(gid)}"'
+        scores, gids = merge_best(found, k)
+        return [self._item(live, g, s, reason) for s, g in zip(scores.tolist(), gids.tolist(), strict=True)]
+
+    def search(self, text: str, limit: int = 10) -> list[FoundItem]:
+        """Items that have the words of ``text`` in title or id: new ones, then the bundle's, the most popular first."""
+        live, types = self.live, self.item_types
+        new = [live.items[place] for place in live.search.find(text, limit, np.empty(0, np.int64))]
+        found = [FoundItem(one.item_id, types[one.ntype], one.title, one.available) for one in new]
+        for gid in self._search.find(text, limit - len(found), live.removed):
+            available = bool(self.items.available[gid])
+            found.append(FoundItem(self.items.id(gid), self.items.type(gid), self.items.title(gid), available))
+        return found
+
+    @cached_property
+    def _search(self) -> ItemSearch:
+        """Made when somebody searches: it takes seconds for a million items."""
+        return self.items.search(np.argsort(self.popularity.counted.rank, kind="stable"))
+
+    def find(self, item_id: str) -> int | None:
+        """The gid of an item of the bundle, or of one added since; None for a removed one."""
+        gid = self.live.find(item_id)
+        if gid is None and (known := self.items.find(item_id)) is not None:
+            gid = None if among(np.array([known]), self.live.removed)[0] else known
+        return gid
+
+    def name(self, gid: int) -> str:
+        """In sentences: the title, or the id of an item without one."""
+        if gid >= self.live.base:
+            return self.live.get(gid).title or self.live.get(gid).item_id
+        return self.items.name(gid)
 
     def history(self, user_id: str, limit: int = 10) -> list[PastEvent]:
         """The user's latest events inside the window, newest first; empty for an unknown user."""
@@ -217,44 +351,56 @@ class Recommender:
         ]
 
     def example_users(self, count: int = 5) -> list[str]:
-        """Ids of users with recent events, spread over the table; fewer where there are not so many."""
+        """Ids of up to this many users with recent events, spread over the table."""
         offered = (pair for pair in self.users.spread(40 * count))
         busy = [user_id for user_id, uid in offered if len(self.histories.recent(uid).gids) >= 3]
         if not busy:
             return [user_id for user_id, _ in self.users.spread(count)]
         return [busy[place] for place in np.unique(np.linspace(0, len(busy) - 1, min(count, len(busy))).astype(int))]
 
-    def _user(
-        self,
-        user_id: str | None,
-        history: Sequence[HistoryEntry] | None,
-        age: float | None,
-        country: str | None,
-        tastes: Mapping[str, Sequence[float]] | None,
-    ) -> _User:
+    def _ask(self, question: Question) -> _Asked:
+        """Check a question. Raises RequestError."""
         counts, none = self.artifact.counts, np.empty(0, np.int64)
+        quotas = check_quotas(question.quotas, self.items.types)
+        types = check_types(question.item_types, self.items.types)
+        if quotas is not None:
+            if question.item_types is not None and types != sorted(quotas):
+                raise RequestError("item_types", "quotas already name the item types; omit one of the two fields")
+            types = sorted(quotas)
+        check_k(question.k)
+        check_share("diversity", question.diversity, 0)
+        check_share("popularity", question.popularity, -1)
+        check_flag("include_seen", question.include_seen)
+        user_id = None if question.user_id is None else check_id("user_id", question.user_id)
         uid = None if user_id is None else self.users.find(user_id)
         stored = Profile(none, none, none)
         if uid is not None:
             stored = self.users.traits(uid, self.histories.recent(uid))
-        new = check_history(history, self.items, counts["events"], counts["default_event"], counts["end"])
-        age, fresh = check_age(age), check_tastes(tastes, self.tower.tastes)
-        if country is not None and not isinstance(country, str):
-            raise RequestError("country", f"must be a text, not {country!r}")
+        events = counts["events"], counts["default_event"], counts["end"]
+        new, ignored = check_history(question.history, self.items, *events)
+        age, fresh = check_age(question.age), check_tastes(question.tastes, self.tower.tastes)
+        if question.country is not None and not isinstance(question.country, str):
+            raise RequestError("country", f"must be a string, not {question.country!r}")
         profile = self._with_events(stored, new)
         profile = replace(
             profile,
             age=profile.age if age is None else age,
-            country=profile.country if country is None else self._country_of.get(country, -1),
+            country=profile.country if question.country is None else self._country_of.get(question.country, -1),
             tastes=profile.tastes | fresh,
         )
-        seen = none if uid is None else self.histories.seen(uid)
-        seen = np.concatenate([seen, np.array([gid for _, gid, _ in new], np.int64)])
-        return _User(profile, seen, uid is not None)
+        live = self.live
+        ignored = [item_id for item_id in ignored if live.find(item_id) is None]
+        barred = [check_items("exclude", self.items, question.exclude, live), live.removed]
+        if not question.include_seen:
+            barred.append(none if uid is None else self.histories.seen(uid))
+            named = [entry["item_id"] for entry in question.history or ()]
+            barred.append(check_items("history", self.items, named, live))
+        allow = None if question.allow is None else check_items("allow", self.items, question.allow, live)
+        return _Asked(question, profile, uid is not None, types, quotas, _union(barred), allow, ignored, live)
 
     def _with_events(self, stored: Profile, new: list[tuple[int, int, int]]) -> Profile:
-        """The latest events inside the window, as in training. Events that a request names are used even if all of
-        them are older: whoever sends them wants them to count."""
+        """The latest events inside the window, as in training. Events in a request are used even if all of them are
+        older, because the caller wants them to count."""
         if not new:
             return stored
         added = np.array(new, np.int64)
@@ -273,48 +419,189 @@ class Recommender:
         """The tower answers for a user with events, and for one with traits only if it was trained on such users."""
         return bool(len(profile.gids)) or (self.artifact.counts["cold_start"] and bool(profile.known_traits))
 
-    def _by_taste(
-        self, profile: Profile, types: list[int], k: int, barred: npt.NDArray[np.int64]
-    ) -> list[Recommendation]:
-        user = self.tower(user_inputs([profile], self.tower.tastes))[0]
-        raised = self.score.raised(np.zeros(len(profile.gids), np.int64), profile.gids)
-        allowed = (self.items.available[raised.gid] != 0) & ~among(raised.gid, barred)
-        gid, value, kind = raised.gid[allowed], raised.value[allowed, 0], self.items.ntype[raised.gid[allowed]]
-        found = [
-            self.score.candidates(self.indexes[number], user, gid[kind == number], value[kind == number], k, barred)
-            for number in types
-        ]
-        scores, gids = merge_best(found, k)
+    def _by_taste(self, asked: Sequence[_Asked], laps: Laps) -> list[Listed]:
+        """Answers by tower and index, for users about whom something is known."""
+        profiles = [one.profile for one in asked]
+        users = self.tower(user_inputs(profiles, self.tower.tastes))
+        laps.lap("tower")
+        owner = np.repeat(np.arange(len(asked)), [len(profile.gids) for profile in profiles])
+        raised = self.score.raised(owner, np.concatenate([profile.gids for profile in profiles]))
+        begin = np.searchsorted(raised.user, np.arange(len(asked) + 1))
+        alike: dict[Hashable, list[int]] = defaultdict(list)
+        for number, one in enumerate(asked):
+            alike[one.likeness].append(number)
+        found: dict[int, Listed] = {}
+        for numbers in alike.values():
+            group, count = [asked[number] for number in numbers], np.diff(begin)[numbers]
+            places = spread(begin[numbers], count)
+            mine = Recalled(np.repeat(np.arange(len(group)), count), raised.gid[places], raised.value[places])
+            found |= zip(numbers, self._rank(group, users[numbers], mine, laps), strict=True)
+        return [found[number] for number in range(len(asked))]
+
+    def _rank(
+        self, group: Sequence[_Asked], users: npt.NDArray[np.float32], raised: Recalled, laps: Laps
+    ) -> list[Listed]:
+        """The answers to questions that are alike. ``raised``: what the users' histories raise."""
+        one, found = group[0], []
+        row = np.repeat(np.arange(len(group)), [len(each.barred) for each in group])
+        barred = Pairs(row, np.concatenate([each.barred for each in group]))
+        for kind in one.types:
+            wanted = one.wanted(kind)
+            pool = self._pool(one, wanted)
+            allowed = self._allowed_in(one, kind)
+            laps.lap("rules")
+            best = self.score.candidates(self.indexes[kind], users, raised, pool, barred, allowed)
+            laps.lap("search")
+            if len(one.live.ntype):
+                best = Ranked.best([best, self._live_candidates(group, kind, as_queries(users))], pool)
+            if one.quotas and one.reranked:
+                best = self._reranked(group, best, wanted)
+            found.append(best)
+        plain = not one.quotas and not one.reranked
+        best = Ranked.best(found, one.question.k if plain else MAX_K * len(found))
+        if one.reranked and not one.quotas:
+            best = self._reranked(group, best, one.question.k)
+        begin = np.searchsorted(best.row, np.arange(len(group) + 1))
         return [
-            self._item(gid, score, reason)
-            for gid, score, reason in zip(gids.tolist(), scores.tolist(), self._reasons(profile, gids), strict=True)
+            Listed(each, best.gid[a:b], best.score[a:b]) for each, a, b in zip(group, begin, begin[1:], strict=False)
         ]
 
-    def _by_popularity(
-        self, profile: Profile, types: list[int], k: int, barred: npt.NDArray[np.int64]
-    ) -> list[Recommendation]:
-        scores, gids, local = self.popularity.top(k, types, barred, profile.country)
-        here = f"popular in {self.artifact.counts['countries'][profile.country]}" if profile.country >= 0 else ""
-        found = []
-        for gid, score, by_country in zip(gids.tolist(), scores.tolist(), local.tolist(), strict=True):
-            reason = here if by_country else "popular now" if score > 0 else "little known yet"
-            found.append(self._item(gid, score, reason))
-        return found
+    def _reranked(self, group: Sequence[_Asked], pool: Ranked, k: int) -> Ranked:
+        begin, parts = np.searchsorted(pool.row, np.arange(len(group) + 1)), []
+        for number, (a, b) in enumerate(itertools.pairwise(begin)):
+            scores, gids = self._rerank(group[number], pool.score[a:b], pool.gid[a:b], k)
+            parts.append(Ranked(np.full(len(gids), number), gids, scores))
+        return Ranked(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
-    def _reasons(self, profile: Profile, gids: npt.NDArray[np.int64]) -> list[str]:
-        """For each item the event that explains it best: the one whose item's embedding is nearest."""
+    def _live_candidates(self, group: Sequence[_Asked], kind: int, queries: npt.NDArray[np.float32]) -> Ranked:
+        """New items of a type that may come; ``queries``: [u, 1] of each user."""
+        live, filters, parts = group[0].live, group[0].question.filters, []
+        places = [
+            place
+            for place in np.flatnonzero(live.ntype == kind).tolist()
+            if live.items[place].available and (not filters or live.items[place].fits(filters))
+        ]
+        gids = live.base + np.array(places, np.int64)
+        for number, asked in enumerate(group):
+            may = ~among(gids, asked.barred)
+            if asked.allow is not None:
+                may &= among(gids, asked.allow)
+            mine = gids[may]
+            scores = live.wide[mine - live.base] @ queries[number] if len(mine) else _NOTHING
+            parts.append((np.full(len(mine), number), mine, scores))
+        return Ranked.best(parts, len(gids))
+
+    def _rows(self, live: LiveItems, gids: npt.NDArray[np.int64], of: str) -> npt.NDArray[np.float32]:
+        """Rows of ``wide`` or ``hgnn`` of items of the bundle and of new ones."""
+        table = self.score.wide if of == "wide" else self._hgnn
+        old = np.minimum(gids, len(table) - 1)
+        rows = np.array(table[old], np.float32)
+        new = gids >= live.base
+        if new.any():
+            rows[new] = getattr(live, of)[gids[new] - live.base]
+        return rows
+
+    def _allowed_in(self, asked: _Asked, kind: int) -> npt.NDArray[np.int64] | None:
+        """Positions in a type's index that filters and allow-list leave; None: all."""
+        filtered = self._filtered(asked.question.filters, kind) if asked.question.filters else None
+        if asked.allow is None:
+            return filtered
+        listed = self.indexes[kind].positions(asked.allow)
+        return listed if filtered is None else listed[among(listed, filtered)]
+
+    def _rerank(
+        self, asked: _Asked, scores: npt.NDArray[np.float32], gids: npt.NDArray[np.int64], k: int
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+        """The best ``k`` of a pool by popularity's dial and maximal marginal relevance (Carbonell and Goldstein 1998).
+        The scores stay what they are."""
+        if len(gids) <= 1:
+            return scores, gids
+        values = scores.astype(np.float64)
+        if dial := asked.question.popularity:
+            world = self.popularity.counted.world
+            users = np.log1p(np.where(gids < len(world), world[np.minimum(gids, len(world) - 1)], 0))
+            values = values + dial * values.std() * (users - users.mean()) / max(float(users.std()), 1e-9)
+        if not asked.question.diversity:
+            best = np.lexsort((gids, -values))[:k]
+            return scores[best], gids[best]
+        span = float(values.max() - values.min())
+        values = (values - values.min()) / (span or 1.0)
+        vectors, share = self._rows(asked.live, gids, "wide")[:, :-1], asked.question.diversity
+        likeness = np.zeros(len(gids))
+        order: list[int] = []
+        open_ = np.ones(len(gids), bool)
+        while len(order) < min(k, len(gids)):
+            gain = np.where(open_, (1 - share) * values - share * likeness, -np.inf)
+            order.append(int(gain.argmax()))
+            open_[order[-1]] = False
+            likeness = np.maximum(likeness, vectors @ vectors[order[-1]])
+        return scores[order], gids[order]
+
+    def _by_popularity(self, asked: _Asked) -> Listed:
+        mask = None
+        if asked.question.filters:
+            mask = self.facts.allowed(asked.question.filters)
+        if asked.allow is not None:
+            listed = np.zeros(len(self.items), bool)
+            listed[asked.allow[asked.allow < len(listed)]] = True  # not of items added since, which are unseen
+            mask = listed if mask is None else mask & listed
+        groups = [(asked.types, asked.question.k)]
+        if asked.quotas:
+            groups = [([kind], count) for kind, count in asked.quotas.items()]
+        country = asked.profile.country
+        parts = [self._popular_group(asked, types, count, country, mask) for types, count in groups]
+        scores, gids, local = (np.concatenate(part) for part in zip(*parts, strict=True))
+        # the dials have their own order; without them the lists of several types are merged by score
+        order = np.arange(len(scores)) if asked.reranked else np.argsort(-scores, kind="stable")
+        return Listed(asked, gids[order], scores[order], local[order])
+
+    def _popular_group(
+        self, asked: _Asked, types: list[int], count: int, country: int, mask: npt.NDArray[np.bool_] | None
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        """Scores, gids, and whether the country decided, of the most popular items of these types."""
+        found = self.popularity.top(self._pool(asked, count), types, asked.barred, country, mask)
+        if not asked.reranked:
+            return found
+        of_country = dict(zip(found[1].tolist(), found[2].tolist(), strict=True))
+        scores, gids = self._rerank(asked, found[0].astype(np.float32), found[1], count)
+        return scores, gids, np.array([of_country[gid] for gid in gids.tolist()], bool)
+
+    @staticmethod
+    def _pool(asked: _Asked, wanted: int) -> int:
+        """How many candidates are needed for so many places."""
+        return min(max(_POOL * wanted, _SMALLEST_POOL), MAX_K) if asked.reranked else wanted
+
+    def reasons(self, found: Listed) -> list[tuple[str, str | None]]:
+        """Why each item of an answer comes, and the id of the item of the history that speaks most for it: the one
+        whose embedding is nearest."""
+        asked, profile, names = found.asked, found.asked.profile, self.artifact.counts["events"]
+        if found.by_country is not None:
+            here = f"popular in {self.artifact.counts['countries'][profile.country]}" if profile.country >= 0 else ""
+            scored = zip(found.scores.tolist(), found.by_country.tolist(), strict=True)
+            return [
+                (here if local else "popular now" if score > 0 else "little known yet", None) for score, local in scored
+            ]
         if not len(profile.gids):
-            return [fits(profile.known_traits)] * len(gids)
-        table = self.tower.tables.hgnn
-        assert table is not None
-        found, past = table[torch.from_numpy(gids)], table[torch.from_numpy(profile.gids)]
+            return [(fits(profile.known_traits), None)] * len(found.gids)
+        near, past = self._rows(asked.live, found.gids, "hgnn"), self._hgnn[profile.gids]
         # of equally near ones the latest: stable over the reversed history
-        nearest = len(profile.gids) - 1 - (found @ past.flip(0).T).argmax(1).numpy()
-        names = self.artifact.counts["events"]
-        return [because(names[profile.events[place]], self.items.name(int(profile.gids[place]))) for place in nearest]
+        nearest = (len(profile.gids) - 1 - (near @ past[::-1].T).argmax(1)).tolist()
+        told = {
+            place: (because(names[profile.events[place]], self.items.name(gid)), self.items.id(gid))
+            for place, gid in ((place, int(profile.gids[place])) for place in set(nearest))
+        }
+        return [told[place] for place in nearest]
 
-    def _item(self, gid: int, score: float, reason: str) -> Recommendation:
-        return Recommendation(self.items.id(gid), self.items.type(gid), self.items.title(gid), score, reason)
+    def _told(self, found: Listed) -> list[Recommendation]:
+        """The items of an answer, with their reasons."""
+        parts = zip(found.gids.tolist(), found.scores.tolist(), self.reasons(found), strict=True)
+        return [self._item(found.asked.live, gid, score, *why) for gid, score, why in parts]
+
+    def _item(self, live: LiveItems, gid: int, score: float, reason: str, because: str | None = None) -> Recommendation:
+        if gid >= live.base:
+            new = live.get(gid)
+            return Recommendation(new.item_id, self.items.types[new.ntype], new.title, score, reason, because)
+        return Recommendation(self.items.id(gid), self.items.type(gid), self.items.title(gid), score, reason, because)
 
     def _warm_up(self) -> None:
         """The first query reads the maps from disk and lets torch set itself up; no user should wait for that."""
@@ -322,3 +609,9 @@ class Recommender:
             self.recommend(user_id, k=10)
         self.recommend(k=10)
         self.similar(self.items.id(0), k=10)
+
+
+def _union(parts: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
+    """The gids of all parts, ascending. Each part is, and has none twice."""
+    filled = [part for part in parts if len(part)]
+    return filled[0] if len(filled) == 1 else np.unique(np.concatenate([np.empty(0, np.int64), *filled]))

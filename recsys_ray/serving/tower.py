@@ -1,65 +1,41 @@
-"""The user tower as serving sees it: a function of users' features, fed only the table rows that they touch."""
+"""The user tower in serving: a function of users' features that reads only the table rows it needs."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from recsys_ray.core.errors import ArtifactError
 from recsys_ray.serving.histories import mapped_arrays
 from recsys_ray.two_tower.features import ItemTables, UserInputs
-
-
-class UserTowerLike(Protocol):
-    """Users' features -> unit vectors Float[B, d]."""
-
-    def __call__(self, inputs: UserInputs, tables: ItemTables) -> Tensor: ...
-
-
-LoadTower = Callable[[Path], UserTowerLike]
-
-
-def load_user_tower(folder: Path) -> UserTowerLike:
-    """The trained tower; imported late, so that this module is tested without it."""
-    from recsys_ray.two_tower import towers
-
-    return towers.load_user_tower(folder)
+from recsys_ray.two_tower.towers import UserTower, load_user_tower
 
 
 @dataclass(frozen=True)
 class TowerRunner:
     """A tower with its item tables."""
 
-    tower: UserTowerLike
+    tower: UserTower
     tables: ItemTables
-    spec: dict[str, Any]
 
     @classmethod
-    def open(cls, bundle: Path, load: LoadTower, ntype: Tensor) -> TowerRunner:
+    def open(cls, bundle: Path, ntype: Tensor) -> TowerRunner:
         """``bundle`` holds user_tower/, text.safetensors, hgnn.safetensors and, where items have
         vectors of their own, ids.safetensors; ``ntype`` is Long[items]."""
-        path = bundle / "user_tower" / "spec.json"
-        try:
-            spec = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ArtifactError(f"{path} cannot be read ({error}); build the bundle again") from error
+        tower = load_user_tower(bundle / "user_tower")
         text = mapped_arrays(bundle / "text.safetensors")["vector"]
         hgnn = mapped_arrays(bundle / "hgnn.safetensors")["embedding"]
-        ids = mapped_arrays(bundle / "ids.safetensors")["vector"] if spec.get("id_dim") else None
-        return cls(load(path.parent), ItemTables(text, hgnn, ntype, ids), spec)
+        ids = mapped_arrays(bundle / "ids.safetensors")["vector"] if tower.spec.id_dim else None
+        return cls(tower, ItemTables(text, hgnn, ntype, ids))
 
     @property
     def tastes(self) -> dict[str, int]:
         """Taste vectors that the tower was trained with, and their sizes."""
-        return dict(self.spec.get("tastes", {}))
+        return self.tower.spec.tastes
 
     def __call__(self, inputs: UserInputs) -> npt.NDArray[np.float32]:
         """Unit vectors [B, d]."""
@@ -75,5 +51,4 @@ class TowerRunner:
         whole = self.tables
         text, hgnn, ids = (None if table is None else table[gids] for table in (whole.text, whole.hgnn, whole.ids))
         tables = ItemTables(text, hgnn, whole.ntype[gids], ids)
-        compact = UserInputs(places, inputs.events, inputs.offsets, inputs.age, inputs.country, inputs.tastes)
-        return compact, tables
+        return replace(inputs, gids=places), tables

@@ -1,1 +1,1 @@
-"""The stages of a run: one thin module each, the runner, and the chain of all."""
+"""The stages of a run, in one chain; the runner; the evaluation."""

@@ -13,12 +13,12 @@ _GROWN = 1.01  # times what it was before the exact look is worth its price
 
 
 class PeakMemory:
-    """``with PeakMemory() as memory: ...; memory.peak_mb``. Shared pages are counted once (proportional set size)
-    where the system tells, else the resident sizes are added up.
+    """``with PeakMemory() as memory: ...; memory.peak_mb``. Shared pages are counted once (proportional set size) if
+    the system reports it; otherwise resident sizes are added up.
 
-    The exact size makes the kernel walk through every page of thirty processes and keeps the one that trains waiting
-    meanwhile: every second it took a fifth of a core. So it is asked for only when the resident sizes, which cost
-    nothing, have grown."""
+    Reading the exact size makes the kernel walk through every page of thirty processes and stalls the training one:
+    once a second, it took a fifth of a core. So it is read only when the resident sizes, which are free to read, have
+    grown."""
 
     def __init__(self) -> None:
         self.peak_mb = 0.0

@@ -1,10 +1,7 @@
-"""What a stage is, and how one is run: skipped where its output is up to date, resumed where it was killed,
-published whole."""
+"""Defines a stage and runs it: skipped if up to date, resumed if it was interrupted, published as a whole."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -16,7 +13,7 @@ from recsys_ray.cluster.session import ray_session
 from recsys_ray.config import Config
 from recsys_ray.core.errors import ArtifactError
 from recsys_ray.core.progress import Progress
-from recsys_ray.data.files import find_paths, partition_of
+from recsys_ray.data.files import table_fingerprint
 from recsys_ray.stages.peak_memory import PeakMemory
 from recsys_ray.storage.artifacts import (
     Artifact,
@@ -37,7 +34,7 @@ from recsys_ray.storage.outputs import (
     set_current,
     work_folder,
 )
-from recsys_ray.storage.store import source_fingerprint
+from recsys_ray.storage.working_copy import check_shared
 
 
 @dataclass(frozen=True)
@@ -51,10 +48,16 @@ class Context:
     cpus: int
     hosts: int
     cache: Path  # what later runs reuse; may be removed
+    spent: Callable[[], tuple[float, float]]  # seconds and peak memory in MB of this stage so far
 
     @property
     def run_dir(self) -> Path:
         return Path(self.config.run_dir)
+
+    @property
+    def folders(self) -> list[Path]:
+        """Those of the inputs, in the order in which the stage names them."""
+        return [artifact.path for artifact in self.inputs.values()]
 
 
 @dataclass(frozen=True)
@@ -83,11 +86,11 @@ def family(home: Path) -> list[Path]:
 
 
 class Runner:
-    """Runs stages of one configuration; Ray is started when the first of them has work to do.
+    """Runs stages of one configuration; starts Ray when the first of them has work to do.
 
-    What this run and its variants have in common is made once: where a sibling has an output with the same fingerprint,
-    this run points at it. All of them share one cache. The folder of the run is locked meanwhile; who runs variants
-    holds the lock of their home.
+    Outputs shared by this run and its variants are made once: if a sibling has an output with the same fingerprint,
+    this run points at it. All share one cache. The run's folder is locked meanwhile; for variants, the caller holds the
+    lock of their home.
 
     Args:
         home: the folder of the run that this one is a variant of; default: it is the run itself.
@@ -124,7 +127,7 @@ class Runner:
         inputs = {other: self._input(name, other) for other in stage.inputs}
         hashes = {other: artifact.fingerprint for other, artifact in inputs.items()}
         check_kinship(inputs)
-        hashes |= {table: _hash_source(table, path) for table, path in stage.sources(config).items() if path}
+        hashes |= {table: table_fingerprint(table, path) for table, path in stage.sources(config).items() if path}
         settings = stage.settings(config)
         expected = fingerprint(stage.name, settings, hashes, stage.version)
         run_dir = Path(config.run_dir)
@@ -132,7 +135,7 @@ class Runner:
         check_layout(run_dir, stage.folder)
         if not force and (found := self._find(stage, expected)):
             shared = found.path.parent != parent and current_folder(parent) != found.path
-            self.progress.say(f"{place}  {name}: {f'the same as in {found.path.parent}' if shared else 'up to date'}")
+            self.progress.say(f"{place}  {name}: {f'reused from {found.path.parent}' if shared else 'up to date'}")
             return make_current(stage, found, run_dir, self.home)
         self.progress.say(f"{place}  {name}: {stage.summary}")
         if not force and (why := why_again(parent, stage, settings, hashes)):
@@ -141,7 +144,8 @@ class Runner:
         started = time.monotonic()
         work = work_folder(parent, expected[:16])
         with PeakMemory() as memory:
-            counts = stage.run(Context(config, inputs, work, self.progress, cpus, hosts, self.home / "cache"))
+            here = config, inputs, work, self.progress, cpus, hosts, self.home / "cache"
+            counts = stage.run(Context(*here, lambda: (time.monotonic() - started, memory.peak_mb)))
         seconds = time.monotonic() - started
         artifact = publish(
             work,
@@ -181,6 +185,7 @@ class Runner:
         if self._cpus is None:
             self._cpus = self._exit.enter_context(ray_session(self.config.ray))
         hosts = sum(1 for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU"))
+        check_shared(self.home, hosts)
         return self._cpus, max(hosts, 1)
 
 
@@ -197,7 +202,7 @@ def make_current(stage: Stage, made: Artifact, run_dir: Path, home: Path) -> Art
 
 
 def why_again(parent: Path, stage: Stage, settings: dict[str, Any], inputs: Mapping[str, str]) -> str:
-    """Why the current output below ``parent`` does not do, in words; empty where there is none."""
+    """Why the current output below ``parent`` is out of date; empty if there is none."""
     folder = current_folder(parent)
     if folder is None:
         return ""
@@ -207,7 +212,7 @@ def why_again(parent: Path, stage: Stage, settings: dict[str, Any], inputs: Mapp
         open_artifact(folder)
     except ArtifactError as error:
         return str(error)
-    return "what it published elsewhere is not there any more"
+    return "its published files are gone"
 
 
 def check_kinship(inputs: Mapping[str, Artifact]) -> None:
@@ -215,12 +220,6 @@ def check_kinship(inputs: Mapping[str, Artifact]) -> None:
     for name, artifact in inputs.items():
         for other in artifact.manifest["inputs"].keys() & inputs.keys():
             if artifact.manifest["inputs"][other] != inputs[other].fingerprint:
-                raise ArtifactError(f"{artifact.path} was made from another {other} than the one there is; run {name}")
-
-
-def _hash_source(table: str, path: str | Sequence[str]) -> str:
-    """Of several files or folders, and of a folder whose name is a partition, their order and partitions count."""
-    parts = [(partition_of(str(root / "file")), source_fingerprint(root)) for root in find_paths(table, path)]
-    if len(parts) == 1 and not parts[0][0]:
-        return parts[0][1]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+                raise ArtifactError(
+                    f"{artifact.path} was made from a different {other} output than the current one; run {name}"
+                )

@@ -1,7 +1,7 @@
-"""What a stage leaves behind: a folder with a manifest, which is written last and makes the output real.
+"""A stage's output: a folder with a manifest, which is written last and makes the output valid.
 
-The manifest holds inputs and their fingerprints, configuration, counts, checksums, and what software made it. Where
-outputs lie, and which is current: recsys_ray/storage/outputs.py.
+The manifest holds inputs and their fingerprints, configuration, counts, checksums and software versions.
+recsys_ray/storage/outputs.py knows where outputs are and which is current.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from safetensors.numpy import load_file, save_file
 
 from recsys_ray.core.errors import ArtifactError
@@ -29,6 +31,7 @@ from recsys_ray.core.errors import ArtifactError
 MANIFEST = "manifest.json"
 FORMAT = 4  # raise it when what every manifest or pointer holds changes; for one stage's output raise its version
 SCRATCH = "_scratch"  # inside a work folder: resume state that is not part of the output
+LAST, BEST = CHECKPOINTS = ("last.safetensors", "best.safetensors")  # of one training, somewhere in its scratch
 _SOFTWARE = ("ray", "torch", "dgl", "transformers", "pyarrow", "faiss-cpu", "numpy")
 
 
@@ -56,10 +59,7 @@ def fingerprint(stage: str, config: Any, inputs: Mapping[str, str], version: int
 
 def read_manifest(path: str | Path) -> dict[str, Any] | None:
     """The manifest in a folder, of whatever format, or None where there is none that can be read."""
-    try:
-        manifest = json.loads((Path(path) / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+    manifest = json_or_none(Path(path) / MANIFEST)
     return manifest if isinstance(manifest, dict) else None
 
 
@@ -71,22 +71,24 @@ def open_artifact(path: str | Path, verify: bool = False) -> Artifact:
     """
     folder = Path(path)
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(folder / MANIFEST)
     except FileNotFoundError:
-        raise ArtifactError(f"{folder} holds no finished output (no {MANIFEST} in it)") from None
+        raise ArtifactError(f"{folder} contains no finished output (no {MANIFEST})") from None
     except json.JSONDecodeError:
         raise ArtifactError(f"{folder / MANIFEST} is damaged; remove the folder and run the stage again") from None
     if manifest.get("format") != FORMAT:
         raise ArtifactError(
             f"{folder} was made by another version of recsys-ray (format {manifest.get('format')}; this one reads "
-            f"{FORMAT}); run the stage again that made it"
+            f"{FORMAT}); run its stage again"
         )
     for name, expected in manifest["files"].items():
         file = folder / name
         if not file.is_file() or file.stat().st_size != expected["bytes"]:
-            raise ArtifactError(f"{file} is missing or not as it was written; remove the folder and run again")
+            raise ArtifactError(f"{file} is missing or was modified; remove the folder and run the stage again")
         if verify and sha256(file) != expected["sha256"]:
-            raise ArtifactError(f"{file} has another checksum than when it was written; remove the folder, run again")
+            raise ArtifactError(
+                f"{file} has a different checksum than when it was written; remove the folder and run the stage again"
+            )
     return Artifact(folder, manifest)
 
 
@@ -123,7 +125,7 @@ def _some(names: list[str], most: int = 4) -> str:
 
 
 def publish(work: Path, stage: str, expected: str, version: int = 1, **facts: Any) -> Artifact:
-    """Make an output of what is in ``work``: remove the scratch and write the manifest, which makes it real.
+    """Turn ``work`` into an output: remove the scratch folder and write the manifest, which makes it valid.
 
     ``facts`` (config, inputs, counts, schema, seconds, ...) go into the manifest as they are.
     """
@@ -140,20 +142,45 @@ def publish(work: Path, stage: str, expected: str, version: int = 1, **facts: An
     return open_artifact(work)
 
 
+@contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """A path to write to. It gets the name of ``target`` when the block ends: a reader sees the old file or the new
+    one, never half of it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.tmp")
+    yield aside
+    aside.replace(target)
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def json_or_none(path: Path) -> Any:
+    """JSON, or None where there is none that can be read."""
+    try:
+        return read_json(path)
+    except (OSError, ValueError):
+        return None
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON aside, then rename: a reader sees the old file or the new one."""
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(json.dumps(value, indent=1, default=_plain, ensure_ascii=False) + "\n", encoding="utf-8")
-    aside.replace(path)
+    """Write JSON, whole."""
+    with written_whole(path) as aside:
+        aside.write_text(json.dumps(value, indent=1, default=_plain, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_parquet(path: Path, table: pa.Table) -> None:
+    """Write a table as Parquet, whole."""
+    with written_whole(path) as aside:
+        pq.write_table(table, aside, compression="zstd")
 
 
 def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
-    """Write arrays as safetensors, aside and then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
+    """Write arrays as safetensors, whole."""
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    save_file(contiguous, aside, metadata=dict(metadata) if metadata else None)
-    aside.replace(path)
+    with written_whole(path) as aside:
+        save_file(contiguous, aside, metadata=dict(metadata) if metadata else None)
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:

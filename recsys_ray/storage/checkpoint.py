@@ -1,5 +1,5 @@
-"""Checkpoints of a training run as safetensors: written aside and renamed, so that a killed run always finds a whole
-one, and loading one can execute nothing."""
+"""Checkpoints of a training run as safetensors. They are written to a temporary name and renamed, so that an
+interrupted run always finds a complete one, and loading one cannot execute code."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from recsys_ray.storage.artifacts import written_whole
+
 
 def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """``state`` is anything that JSON can hold: the epoch that was finished, the best so far, the history."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for number, slots in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{slot}": torch.as_tensor(value) for slot, value in slots.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, aside, {"state": json.dumps(state)})
-    aside.replace(path)
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with written_whole(path) as aside:
+        save_file(held, aside, {"state": json.dumps(state)})
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:

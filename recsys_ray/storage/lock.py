@@ -1,4 +1,4 @@
-"""One run at a time in one run folder."""
+"""Allows only one run at a time in a run folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _held: set[Path] = set()  # by this process
 def run_lock(run_dir: str | Path) -> Iterator[None]:
     """Hold the folder of a run while the block runs; a process may hold it more than once.
 
-    The system gives a lock up when its process ends, however that ends. The file stays, and says who had it last.
+    The system releases a lock when its process ends, for whatever reason. The file stays and names the last holder.
 
     Raises:
         UserError: another process holds it.
@@ -36,7 +36,7 @@ def run_lock(run_dir: str | Path) -> Iterator[None]:
             file.seek(0)
             holder = file.read().strip()
             raise UserError(
-                f"another run is at work in {path.parent} ({holder}); wait until it has ended, or set another run_dir"
+                f"another run is working in {path.parent} ({holder}); wait until it ends, or set another run_dir"
             ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")

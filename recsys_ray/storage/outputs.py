@@ -1,10 +1,10 @@
-"""Where the outputs of a run lie, and which of them is current.
+"""Where the outputs of a run are, and which of them is current.
 
-    <run_dir>/<stage>/<fingerprint>/    an output, finished once its manifest is there; nothing changes it afterwards
+    <run_dir>/<stage>/<fingerprint>/    an output, finished once its manifest is there; never changed afterwards
     <run_dir>/<stage>/current.json      names the current one, relative to the folder of the pointer
 
-A stage writes into the output's own folder, named by the fingerprint: a killed stage finds its work again, and one with
-other inputs or another configuration starts afresh. A pointer is replaced in one step. Runs share an output by pointers
+A stage writes into the folder named by its fingerprint: an interrupted stage finds its work again, and one with other
+inputs or another configuration starts from scratch. A pointer is replaced atomically. Runs share an output by pointers
 to the same folder.
 """
 
@@ -17,8 +17,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from recsys_ray.core.errors import ArtifactError
-from recsys_ray.storage.artifacts import MANIFEST, Artifact, open_artifact, write_json
-from recsys_ray.storage.store import Place
+from recsys_ray.storage.artifacts import MANIFEST, Artifact, open_artifact, written_whole
+from recsys_ray.storage.store import Place, local_output
 
 POINTER = "current.json"
 
@@ -32,18 +32,18 @@ def current_output(run_dir: str | Path, stage: str) -> Artifact:
     folder = current_folder(Path(run_dir) / stage)
     if folder is None:
         check_layout(run_dir, stage)
-        raise ArtifactError(f"{Path(run_dir) / stage} holds no finished output (no {POINTER} in it)")
+        raise ArtifactError(f"{Path(run_dir) / stage} contains no finished output (no {POINTER})")
     return open_artifact(folder)
 
 
 def current_folder(parent: Path) -> Path | None:
-    """The folder that the pointer in ``parent`` names; None without a pointer. Nobody looks whether it is there."""
+    """The folder that the pointer in ``parent`` names; None without a pointer. Its existence is not checked."""
     place = current_place(Place(str(parent)))
     return place.local if place else None
 
 
 def current_place(parent: Place) -> Place | None:
-    """As :func:`current_folder`, wherever it lies."""
+    """As :func:`current_folder`, for any location."""
     try:
         return parent / json.loads((parent / POINTER).read())["output"]
     except (FileNotFoundError, NotADirectoryError):
@@ -52,17 +52,41 @@ def current_place(parent: Place) -> Place | None:
         raise ArtifactError(f"{parent / POINTER} is damaged; remove it and run the stage again") from None
 
 
+def find_bundle(path: str | Path) -> Path:
+    """The local folder of the bundle that ``path`` means, which may be a URI. Of a bundle in an object store it is the
+    node's copy. Arguments and errors as :func:`locate_bundle`."""
+    return local_output(locate_bundle(path))
+
+
+def locate_bundle(path: str | Path) -> Place:
+    """The location of the bundle for a path or URI: a bundle, a folder of bundles (``bundles`` or ``bundles/current``:
+    the current one), or a run's folder.
+
+    Raises:
+        ArtifactError: there is no bundle.
+    """
+    given = Place(str(path))
+    parents = [given, given / "bundles", *([given / ".."] if Path(given.name).stem == "current" else [])]
+    for place in (given, *(current_place(parent) for parent in parents)):
+        if place and (place / MANIFEST).exists() and (place / "user_tower").exists():
+            return Place(str(place.local.resolve())) if place.is_local else place
+    raise ArtifactError(f"{given} is not a bundle and contains none; 'recsys-ray run' or 'recsys-ray index' builds one")
+
+
 def set_current(parent: Path, output: Path) -> None:
-    """Let the pointer in ``parent`` name ``output``, in one step: there is no moment without a current one."""
-    parent.mkdir(parents=True, exist_ok=True)
-    write_json(parent / POINTER, {"output": os.path.relpath(output.resolve(), parent.resolve())})
+    """Point ``parent`` at ``output``, atomically, so that there is always a current one."""
+    point_at(Place(str(parent)), os.path.relpath(output.resolve(), parent.resolve()))
+
+
+def point_at(parent: Place, output: str) -> None:
+    """As :func:`set_current`, for any location; ``output`` is relative to ``parent``."""
+    (parent / POINTER).write(json.dumps({"output": output}).encode())
 
 
 def put_file(file: Path, target: Path) -> None:
     """Copy a file to ``target`` in one step."""
-    aside = target.with_name(f".{target.name}.tmp")
-    shutil.copyfile(file, aside)
-    aside.replace(target)
+    with written_whole(target) as aside:
+        shutil.copyfile(file, aside)
 
 
 def find_finished(parent: Path, name: str, expected: str) -> Artifact | None:
@@ -101,6 +125,6 @@ def check_layout(run_dir: str | Path, stage: str) -> None:
     """Raises ArtifactError where an earlier version left its outputs, which lay in the stages' folders themselves."""
     if (Path(run_dir) / stage / MANIFEST).exists():
         raise ArtifactError(
-            f"{run_dir} was made by an earlier version of recsys-ray, whose outputs this one cannot read; remove or "
-            "rename the folder, or set another run_dir, and run again"
+            f"{run_dir} was made by an earlier version of recsys-ray, whose outputs this version cannot read; remove "
+            "or rename the folder, or set another run_dir, and run again"
         )

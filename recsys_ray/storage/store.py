@@ -1,8 +1,8 @@
-"""Places in a file system or an object store: a path, ``file://``, or
+"""Locations in a file system or an object store: a path, ``file://``, or
 ``s3://bucket/prefix?endpoint_override=host:port&scheme=http&region=...``; credentials come from the environment.
 
-Between processes and hosts the URI travels. What must be a local file comes through :func:`local_output`, which is the
-folder itself where it is local, and a copy in the node's cache elsewhere.
+Processes and hosts exchange URIs. Whatever must be a local file comes through :func:`local_output`: the folder itself
+if it is local, otherwise a copy in the node's cache.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from pyarrow import fs
 from recsys_ray.core.errors import ArtifactError, UserError
 from recsys_ray.storage.artifacts import MANIFEST, open_artifact
 
+CACHE_FOLDER = "RECSYS_RAY_CACHE"  # of the environment
 _THREADS = 8  # files that are copied at once
 
 
@@ -55,7 +56,7 @@ class Place:
         return self._found[1].rstrip("/").rpartition("/")[2]
 
     def __truediv__(self, name: str | Path) -> Place:
-        """A place below this one, or beside it with ``..``; in a URI its name is quoted, and the query stays."""
+        """A location below this one, or next to it with ``..``; in a URI the name is quoted and the query kept."""
         if "://" not in self.uri:
             return Place(os.path.normpath(Path(self.uri) / name))
         base, mark, query = self.uri.partition("?")
@@ -120,7 +121,8 @@ class Place:
         return sorted(info.base_name for info in found if info.type == fs.FileType.Directory)
 
     def delete(self) -> None:
-        """Remove a file, or a folder with all that is in it: the manifest first, so that what is left is no output."""
+        """Remove a file or a folder with its contents: the manifest first, so that the rest no longer counts as an
+        output."""
         kind = self.kind()
         with self._errors():
             if kind == "file":
@@ -134,7 +136,7 @@ class Place:
         """Copy the files of a local folder here, the manifest last: an upload that is killed leaves no output."""
         names = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
         with self._errors():
-            _each(lambda name: self._copy_in(folder / name, name), [name for name in names if name != MANIFEST])
+            _each(lambda name: self.put(folder / name, name), [name for name in names if name != MANIFEST])
             if MANIFEST in names:
                 (self / MANIFEST).write((folder / MANIFEST).read_bytes())
 
@@ -146,11 +148,13 @@ class Place:
             if MANIFEST in names:
                 self._copy_out(MANIFEST, folder / MANIFEST)
 
-    def _copy_in(self, file: Path, name: str) -> None:
+    def put(self, file: Path, name: str) -> None:
+        """Copy a local file to ``name`` below the folder."""
         filesystem, target = (self / name)._found
-        if self.is_local:
-            Path(target).parent.mkdir(parents=True, exist_ok=True)
-        fs.copy_files(str(file), target, fs.LocalFileSystem(), filesystem, use_threads=False)
+        with self._errors():
+            if self.is_local:
+                Path(target).parent.mkdir(parents=True, exist_ok=True)
+            fs.copy_files(str(file), target, fs.LocalFileSystem(), filesystem, use_threads=False)
 
     def _copy_out(self, name: str, file: Path) -> None:
         filesystem, source = (self / name)._found
@@ -178,7 +182,7 @@ def _resolve(uri: str) -> tuple[fs.FileSystem, str]:
     try:
         filesystem, path = fs.FileSystem.from_uri(uri)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{uri} is no place that can be read ({error}); give a path or s3://bucket/prefix") from error
+        raise UserError(f"{uri} is not a valid location ({error}); give a path or s3://bucket/prefix") from error
     return filesystem, path
 
 
@@ -188,8 +192,8 @@ def _each(work: Any, names: Sequence[str]) -> None:
 
 
 def source_fingerprint(path: str | Path | Place) -> str:
-    """Hash of the names and contents below ``path``, about a second a gigabyte and thread. Neither place nor times
-    count: a copied or restored table, or a run folder that was moved, makes nothing anew."""
+    """Hash of the names and contents below ``path``, about a second a gigabyte and thread. Location and times do not
+    count: a copied or restored table, or a moved run folder, causes no new run."""
     root = Place(str(path))
     files = {root.name: root} if root.kind() == "file" else {name: root / name for name in root.files()}
     with ThreadPoolExecutor() as threads:
@@ -203,12 +207,12 @@ def _sha256(place: Place) -> str:
 
 
 def node_cache() -> Path:
-    """The folder for copies of what lies elsewhere: ``$RECSYS_RAY_CACHE`` or ``~/.cache/recsys-ray``."""
-    return Path(os.environ.get("RECSYS_RAY_CACHE") or Path.home() / ".cache" / "recsys-ray")
+    """The folder for copies of remote files: ``$RECSYS_RAY_CACHE`` or ``~/.cache/recsys-ray``."""
+    return Path(os.environ.get(CACHE_FOLDER) or Path.home() / ".cache" / "recsys-ray")
 
 
 def local_output(place: Place) -> Path:
-    """The folder of an output (one with a manifest): itself where it is local, else the node's copy.
+    """The folder of an output (one with a manifest): itself if local, otherwise the node's copy.
 
     The copy is keyed by its manifest, which has the fingerprint and every file's checksum. Processes that want the same
     one wait for the first.
@@ -222,7 +226,7 @@ def local_output(place: Place) -> Path:
         manifest = (place / MANIFEST).read()
         names = [*json.loads(manifest)["files"], MANIFEST]
     except FileNotFoundError:
-        raise ArtifactError(f"{place} holds no finished output (no {MANIFEST} in it)") from None
+        raise ArtifactError(f"{place} contains no finished output (no {MANIFEST})") from None
     except (ValueError, KeyError, TypeError):
         raise ArtifactError(f"{place / MANIFEST} is damaged; remove the folder and run the stage again") from None
     folder = node_cache() / hashlib.sha256(manifest).hexdigest()[:32]

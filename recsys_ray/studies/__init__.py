@@ -1,4 +1,4 @@
-"""The claims of the papers as experiments that anyone can repeat: ``recsys-ray study NAME``."""
+"""The papers' claims as experiments that anyone can repeat: ``recsys-ray study NAME``."""
 
 NAMES = (  # here, so that the command line can name them without importing torch
     "parts", "sampler-cost", "cold-users", "long-tail", "incumbent-type", "cadence", "window", "foundation-type",

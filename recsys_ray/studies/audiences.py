@@ -1,17 +1,17 @@
-"""Studies of who and what gains: cold users, the long tail, the type that was there before, a whole new type."""
+"""Studies of who benefits: cold users, the long tail, the incumbent item type, a new item type."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 
-from recsys_ray.evaluation.labels import name_of
 from recsys_ray.evaluation.segments import TIERS
+from recsys_ray.report.labels import name_of
 from recsys_ray.studies.changed_tables import NewType, OnlyType
 from recsys_ray.studies.parts import split_of
 from recsys_ray.studies.study import POPULARITY, TWO_TOWER, Comparison, Facts, Side, Study, Variant
 
-_FULL = Variant("full", "everything", ablation=True)
+_FULL = Variant("full", "full model", ablation=True)
 _LLM = "llm_knn"
 
 
@@ -39,9 +39,9 @@ def _cold_comparisons(facts: Facts, models: Sequence[str]) -> list[Comparison]:
 
 COLD_USERS = Study(
     name="cold-users",
-    title="Users who are new to a type",
-    question="Is 2T-HGNN ahead for users who never touched the type that they are asked about, or nothing at all?",
-    reported="Paper A, Table 3 (cold users: never touched an audiobook; HR@10): popularity 0.161, HGNN with users as "
+    title="Users new to an item type",
+    question="Is 2T-HGNN ahead for users without events on the item type, or without any events?",
+    reported="Paper A, Table 3 (cold users: no event on an audiobook; HR@10): popularity 0.161, HGNN with users as "
     "nodes 0.174, two-tower 0.135, 2T-HGNN 0.200.",
     variants=_only_full,
     comparisons=_cold_comparisons,
@@ -62,7 +62,7 @@ def _tail_comparisons(facts: Facts, models: Sequence[str]) -> list[Comparison]:
 LONG_TAIL = Study(
     name="long-tail",
     title="The long tail",
-    question="Does 2T-HGNN find items of the lower popularity tiers that the two-tower alone does not?",
+    question="Does 2T-HGNN find items of the lower popularity tiers that the two-tower without HGNN misses?",
     reported="Paper A, section 4: in popularity tiers 3 to 5 HR@10 is 118 % and MRR 102 % higher.",
     how="Tiers are within each type; each holds a fifth of the events before the test period, tier 5 the least "
     "popular items. Only items of the tier count as relevant.",
@@ -97,16 +97,16 @@ def _incumbent_comparisons(facts: Facts, models: Sequence[str]) -> list[Comparis
 
 INCUMBENT_TYPE = Study(
     name="incumbent-type",
-    title="The type that was there before",
-    question="What happens to the recommendations of a type when other types join its graph and its users?",
+    title="The incumbent item type",
+    question="How do recommendations of one item type change when other types are added?",
     reported="Paper A, Table 4 (podcasts, warm and cold users, HR@10): popularity 0.059, two-tower 0.114, 2T-HGNN "
-    "0.123: the incumbent gains from the model that was built for the newcomer. A model of one type alone is not among "
-    "its rows.",
-    how="A type alone: the interactions of all others are left out, items and users stay.",
+    "0.123. So the incumbent type gains from the model built for the new type. The table has no model of a single "
+    "type.",
+    how="One type alone: interactions with other types are removed; items and users stay.",
     variants=_incumbent_variants,
     needs_dates=True,
     comparisons=_incumbent_comparisons,
-    note=lambda facts: "these data have one item type" if len(facts.types) == 1 else "",
+    note=lambda facts: "these data have only one item type" if len(facts.types) == 1 else "",
 )
 
 
@@ -120,7 +120,7 @@ _SHARE = 0.7  # of full retraining, wanted with the two-tower alone retrained
 def _type_variants(facts: Facts) -> list[Variant]:
     """Everything; then of each type an HGNN that was trained where the type is not, and the catalogue with it."""
     variants = [_FULL]
-    fitting = () if facts.config.hgnn.weights_by == "kinship" else ("hgnn.weights_by=kinship",)
+    fitting = () if facts.config.hgnn.knows_later_types else ("hgnn.weights_by=kinship",)
     for k, name in enumerate(facts.types if len(facts.types) > 1 else []):
         others = json.dumps([other for other in facts.types if other != name])
         trained = (f"data.item_types={others}", *split_of(facts), *fitting)
@@ -159,19 +159,18 @@ def _type_comparisons(facts: Facts, models: Sequence[str]) -> list[Comparison]:
 
 FOUNDATION_TYPE = Study(
     name="foundation-type",
-    title="A whole new item type",
-    question="How well is an item type served whose interactions the HGNN has never been trained on, with none, a "
-    "trickle and all of them as edges?",
-    reported="Paper B claims it by construction and does not measure it. Paper A, Table 1: audiobooks embedded with "
-    "podcast-podcast edges alone have HR@10 0.294 of 0.353.",
-    how="The HGNN is trained on the data without the type: without its items, its interactions and its edges. Its "
-    "weights then embed the whole catalogue, on graphs in which the type has so many interactions before the test "
-    "period, the latest ones; relations share weights by kinship, so that a later type has its own already. The "
-    "two-tower alone is trained again. Full retraining trains both on everything. Where earlier interactions are "
-    "missing, what a user touched then is not known: such queries differ from those of full retraining and are not "
-    "compared.",
+    title="A new item type",
+    question="How well is an item type served on which the HGNN was never trained, with none, a few or all of its "
+    "interactions as edges?",
+    reported="Paper B claims that this works by construction but does not measure it. Paper A, Table 1: audiobooks "
+    "embedded with podcast-podcast edges alone have HR@10 0.294 of 0.353.",
+    how="The HGNN is trained without the type's items, interactions and edges. Its weights, which relations share by "
+    "kinship, then embed the whole catalogue on graphs that contain the given number of the type's latest interactions "
+    "before the test period. Only the two-tower is trained again. Full retraining trains both on everything. Where "
+    "earlier interactions are missing, it is unknown which items a user already had. Queries that differ from those of "
+    "full retraining for this reason are not compared.",
     variants=_type_variants,
     needs_dates=True,
     comparisons=_type_comparisons,
-    note=lambda facts: "these data have one item type" if len(facts.types) == 1 else "",
+    note=lambda facts: "these data have only one item type" if len(facts.types) == 1 else "",
 )

@@ -1,14 +1,12 @@
-"""Changed interactions tables for studies, made of a run's clean ones, in the form that ingest reads.
+"""Modified interactions tables for studies, derived from a run's clean tables, in the form that ingest reads.
 
-A change keeps users, items and the test period's rows comparable: it moves labels or leaves rows out, and is a function
-of the tables and a seed alone.
+A modification keeps users, items and the test period's rows comparable: it moves labels or removes rows, and depends
+only on the tables and a seed.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +18,7 @@ import pyarrow.parquet as pq
 from recsys_ray.core.clock import DAY
 from recsys_ray.core.errors import DataError
 from recsys_ray.data.tables import Events, Tables
-from recsys_ray.storage.artifacts import Artifact, write_json
+from recsys_ray.storage.artifacts import Artifact, json_or_none, write_json
 
 WEEK = 7 * DAY
 FEW = 200  # rows of one type; a group of fewer is joined with the next week's
@@ -92,8 +90,8 @@ class OnlyType:
 
 @dataclass(frozen=True)
 class NewType:
-    """An item type that has just appeared: of its interactions before the test period only the ``keep`` latest are
-    there. Those of the test period stay: they are asked for."""
+    """An item type that has just appeared: of its interactions before the test period, only the ``keep`` latest remain.
+    Those of the test period stay, because they are the truths."""
 
     item_type: str
     keep: int
@@ -108,7 +106,7 @@ class NewType:
 
 def _number(log: Log, item_type: str) -> int:
     if item_type not in log.item_types:
-        raise DataError(f"there is no item type {item_type!r} in the data; there are {', '.join(log.item_types)}")
+        raise DataError(f"there is no item type {item_type!r} in the data; choose from {', '.join(log.item_types)}")
     return log.item_types.index(item_type)
 
 
@@ -118,7 +116,7 @@ def write_changed(change: Any, ingest: Artifact, out: Path, seed: int) -> Path:
     Memory: 14 bytes an interaction, in this process.
     """
     made = {"change": [type(change).__name__, asdict(change)], "seed": seed, "ingest": ingest.fingerprint}
-    if (out / f".{_DONE}").exists() and _read(out / f".{_DONE}") == made:
+    if json_or_none(out / f".{_DONE}") == made:
         return out
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
@@ -141,8 +139,3 @@ def write_changed(change: Any, ingest: Artifact, out: Path, seed: int) -> Path:
         pq.write_table(pa.table(columns).filter(kept[rows]), out / shard.name)
     write_json(out / f".{_DONE}", made)  # last: now it is whole. Ingest passes over hidden files
     return out
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found

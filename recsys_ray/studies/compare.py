@@ -1,4 +1,4 @@
-"""From the hits of a study's variants to paired differences and verdicts. No Ray in here."""
+"""Turns the hits of a study's variants into paired differences and verdicts. No Ray in here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ _IN_TAILS = 20  # resamples outside an interval at least: a wide one needs more 
 
 
 def judge(comparisons: Sequence[Comparison], results: Mapping[str, Result], resamples: int, seed: int) -> list[Outcome]:
-    """Compare as far as both sides were run and evaluated: a memory without weight, for one, is no model of its own."""
+    """Compare where both sides were run and evaluated. For example, a memory of weight 0 is not evaluated as a separate
+    model."""
     outcomes = []
     for comparison in comparisons:
         if all(_evaluated(side, results) for side in (comparison.ours, comparison.theirs)):
@@ -37,8 +38,8 @@ def _models(side: Side, hits: Hits) -> list[str]:
 
 
 def compare(comparison: Comparison, results: Mapping[str, Result], resamples: int, seed: int) -> Row | None:
-    """The paired difference on the queries that both sides were asked: the same user, item type and truths. Which
-    segment a query is in is the other side's word."""
+    """The paired difference on the queries that both sides answered: same user, item type and truths. The other side
+    determines a query's segment."""
     ours, theirs = results[comparison.ours.variant], results[comparison.theirs.variant]
     reference, hits = theirs.hits[0], ours.hits[0]
     seeds = min(len(ours.hits), len(theirs.hits))
@@ -68,7 +69,8 @@ def _asked(comparison: Comparison, reference: Hits) -> int:
 
 
 def _resolve(side: Side, hits: Hits, segments: Sequence[str], rows: np.ndarray) -> str | None:
-    """A model's name; of ``name*`` the best on these queries, so that it is never the weaker opponent by choice."""
+    """A model's name; for ``name*`` the best on these queries, so that the comparison is never with a weaker
+    baseline."""
     names = _models(side, hits)
     if len(names) == 1:
         return names[0]
@@ -99,23 +101,23 @@ def _verdict(comparison: Comparison, found: Row | None) -> str:
         return "nothing to compare"
     if comparison.as_share:
         if not found["hr_at_10_against"]:
-            return "no share: the other has no hit"
+            return "no share: the other side has no hits"
         share = found["hr_at_10"] / found["hr_at_10_against"]
         if comparison.at_least is None:
-            return f"{share:.0%} of it"
-        word = "reached" if share >= comparison.at_least else "not reached"
-        return f"{share:.0%} of it: {word} (wanted: at least {comparison.at_least:.0%})"
+            return f"reaches {share:.0%} of it"
+        word = "met" if share >= comparison.at_least else "missed"
+        return f"reaches {share:.0%} of it: target {word} (at least {comparison.at_least:.0%})"
     direction = "above" if found["low"] > 0 else "below" if found["high"] < 0 else ""
-    seen = {"above": "higher", "below": "lower", "": "no difference that can be told from chance"}[direction]
+    seen = {"above": "higher", "below": "lower", "": "no significant difference"}[direction]
     if comparison.expected is None:
         return seen
     if comparison.expected == "not above":
-        return f"{seen}: as it must be" if direction != "above" else f"{seen}: it must not be"
+        return f"{seen}: as required" if direction != "above" else f"{seen}: must not happen"
     if direction == comparison.expected:
         return f"{seen}: as the papers report"
     if not direction:
-        return f"{seen}: what the papers report is not seen here"
-    return f"{seen}: not what the papers report"
+        return f"{seen}, where the papers report one"
+    return f"{seen}: contrary to the papers"
 
 
 def conclusions(study: Study, outcomes: Sequence[Outcome], results: Mapping[str, Result]) -> list[str]:

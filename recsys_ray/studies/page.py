@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib as mpl
@@ -41,12 +42,12 @@ def write_page(
         study.question,
         "## What the papers report",
         study.reported,
-        f"## What came out here: {data}",
+        f"## Results: {data}",
         "\n".join(f"- {line}" for line in verdict) or "Nothing could be compared.",
         f"![{study.title}]({study.name}.png)",
         _comparisons(outcomes),
-        "A difference is between two models on the same queries; its interval (95 %) covers the draw of users"
-        f"{' and of training seeds' if len(seeds) > 1 else ', not of training seeds: there was one'}.",
+        "Differences are paired: both sides answer the same queries. The 95 % intervals cover the sampling of users"
+        f"{' and of training seeds' if len(seeds) > 1 else ', but not of training seeds: there was only one'}.",
         "## Variants",
         _variants(variants, results),
     ]
@@ -55,10 +56,10 @@ def write_page(
         parts += ["## How to read it", *notes]
     versions = ", ".join(f"{name} {version}" for name, version in software().items())
     parts += [
-        "## Made by",
+        "## How to reproduce",
         f"```\n{command}\n```",
-        f"Seeds {', '.join(map(str, seeds))}; {minutes:,.0f} minutes of stages in all, shared ones counted where they "
-        f"are used. {versions}.",
+        f"Seeds {', '.join(map(str, seeds))}; {minutes:,.0f} minutes of stage time (a shared stage counts each "
+        f"time it is used). {versions}.",
     ]
     (out / f"{study.name}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return verdict
@@ -86,7 +87,7 @@ def _comparisons(outcomes: Sequence[Outcome]) -> str:
 
 def _variants(variants: Sequence[Variant], results: Mapping[str, Result]) -> str:
     lines = [
-        "| variant | what differs | 2T-HGNN, warm users: HR@10 | coverage@100 | minutes: HGNN | two-tower |",
+        "| variant | what differs | 2T-HGNN, warm users: HR@10 | coverage@100 | HGNN minutes | two-tower minutes |",
         "|---|---|---:|---:|---:|---:|",
     ]
     for variant in variants:
@@ -94,7 +95,7 @@ def _variants(variants: Sequence[Variant], results: Mapping[str, Result]) -> str
             continue
         row = overall(result, MAIN)
         figures = ["", ""] if row is None else [f"{row['hr_at_10']:.4f}", f"{row['coverage_at_100']:.1%}"]
-        minutes = [f"{_mean(result.seconds[name]) / 60:.1f}" if name in result.seconds else "" for name in _TRAINED]
+        minutes = [f"{fmean(result.seconds[name]) / 60:.1f}" if name in result.seconds else "" for name in _TRAINED]
         lines.append(f"| {variant.label} | {_changes(variant)} | {' | '.join([*figures, *minutes])} |")
     return "\n".join(lines)
 
@@ -102,16 +103,12 @@ def _variants(variants: Sequence[Variant], results: Mapping[str, Result]) -> str
 def _changes(variant: Variant) -> str:
     changes = [f"`{override}`" for override in variant.overrides]
     if variant.ablation:
-        changes.append("minutes are those of two two-towers: one without HGNN is trained beside")
+        changes.append("two-tower minutes include a second one without HGNN")
     if variant.table is not None:
         changes.append(f"table: `{variant.table}`")
     if variant.weights_of:
         changes.append(f"HGNN weights of `{variant.weights_of}`")
     return ", ".join(changes)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / max(len(values), 1)
 
 
 def _figures(
@@ -168,7 +165,7 @@ def draw(
     results: Mapping[str, Result],
     outcomes: Sequence[Outcome],
 ) -> None:
-    """Differences with their intervals; beside them the minutes of training of each variant."""
+    """Differences with their intervals on the left, each variant's training minutes on the right."""
     shown = [outcome for outcome in outcomes if outcome.found is not None]
     trained = [v for v in variants if v.name in results and any(s in results[v.name].seconds for s in _TRAINED)]
     height = 1.3 + 0.34 * max(len(shown), len(trained), 2)
@@ -189,7 +186,7 @@ def draw(
         left.invert_yaxis()
         begin = [0.0] * len(trained)
         for number, stage in enumerate(_TRAINED):
-            minutes = [_mean(results[v.name].seconds.get(stage, [])) / 60 for v in trained]
+            minutes = [fmean(results[v.name].seconds.get(stage, [0.0])) / 60 for v in trained]
             right.barh(range(len(trained)), minutes, 0.6, left=begin, color=PALETTE[1 + number], label=stage)
             begin = [a + b for a, b in zip(begin, minutes, strict=True)]
         right.set_yticks(range(len(trained)), [v.label for v in trained])

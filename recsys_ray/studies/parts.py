@@ -1,10 +1,11 @@
-"""Studies of the method's parts and settings: Table 1 of paper A, the sampler's cost, cadence, window."""
+"""Studies of the method's parts and settings: ablation (paper A, Table 1), sampler cost, cadence, window."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from statistics import fmean
 
 from recsys_ray.core.clock import DAY
 from recsys_ray.evaluation.results import MAIN
@@ -24,7 +25,7 @@ def _part_variants(facts: Facts) -> list[Variant]:
     events = facts.config.events
     edges = [name for name in events.edges if name not in events.weak] or events.positives
     variants = [
-        Variant("full", "everything", ablation=True),
+        Variant("full", "full model", ablation=True),
         Variant("no-sampler", "without the balanced sampler", ("hgnn.balanced=false",)),
         Variant(
             "no-weak",
@@ -35,9 +36,9 @@ def _part_variants(facts: Facts) -> list[Variant]:
                 f"events.ignore={_as_list([*events.ignore, *events.weak])}",
             ),
         ),
-        Variant("no-same-type", "without edges inside a type", ("graph.relations=cross_type",)),
+        Variant("no-same-type", "without edges within a type", ("graph.relations=cross_type",)),
         Variant("no-cross-type", "without edges across types", ("graph.relations=same_type",)),
-        Variant("no-text", "without the text's meaning", ("text.model=random",)),
+        Variant("no-text", "with random text vectors", ("text.model=random",)),
     ]
     left_out = {"no-weak"} if not events.weak else set()
     if len(facts.types) == 1:
@@ -74,21 +75,21 @@ def _part_comparisons(facts: Facts, models: Sequence[str]) -> list[Comparison]:
 def _part_note(facts: Facts) -> str:
     missing = [] if facts.config.events.weak else ["these data have no weak signals"]
     if len(facts.types) == 1:
-        missing.append("these data have one item type, and no edges across types")
+        missing.append("these data have only one item type, so no edges across types")
     return "; ".join(missing)
 
 
 PARTS = Study(
     name="parts",
-    title="What each part is worth",
-    question="How much HR@10 do warm users lose when one part of the method is taken away?",
+    title="What each part contributes",
+    question="How much HR@10 do warm users lose when one part of the method is removed?",
     reported="Paper A, Table 1 (audiobooks, warm users, HR@10; the full model has 0.353): without HGNN (the two-tower) "
     "0.231, without the balanced sampler 0.332, without weak signals 0.267, without podcast-podcast edges 0.333, "
     "without audiobook-audiobook 0.312, audiobook-audiobook edges alone 0.329, podcast-podcast edges alone 0.294.",
-    how="Without weak signals: their events are left out of the tables, so an item that was only previewed is new. "
-    "Without the text's meaning: every item has a random vector instead, which tells items apart and says nothing of "
-    "them. HGNN and two-tower are trained anew each "
-    "time, but for the first two lines, which are models of the full run; the memory has the same edges as the graph.",
+    how="Without weak signals: their events are removed from the tables, so an item that was only previewed counts as "
+    "new. With random text vectors: each item has a random vector, which identifies it but says nothing about it. HGNN "
+    "and two-tower are trained again for each variant, except for the lines marked (the same towers) and without the "
+    "HGNN, which are models of the full run. The memory uses the same edges as the graph.",
     variants=_part_variants,
     comparisons=_part_comparisons,
     note=_part_note,
@@ -117,28 +118,24 @@ def _judge_cost(outcomes: Sequence[Outcome], results: Mapping[str, Result]) -> l
     lines = [f"{outcome.comparison.label}: {sentence(outcome)}" for outcome in outcomes]
     if {"balanced", "every-edge"} <= results.keys():
         made = [results[name].counts["hgnn"] for name in ("balanced", "every-edge")]
-        balanced, every = (_mean([counts["training_seconds"] for counts in seeds]) for seeds in made)
-        epochs = [_mean([counts["epochs"] for counts in seeds]) for seeds in made]
+        balanced, every = (fmean([counts["training_seconds"] for counts in seeds]) for seeds in made)
+        epochs = [fmean([counts["epochs"] for counts in seeds]) for seeds in made]
         saved = f"{1 - balanced / every:.0%}" if every else "-"
         lines.append(
             f"Training took {balanced:,.1f} s with the balanced sampler ({epochs[0]:.1f} epochs) and {every:,.1f} s "
-            f"over every edge ({epochs[1]:.1f} epochs), start-up, validation and embedding left out: {saved} saved. "
+            f"over every edge ({epochs[1]:.1f} epochs), without start-up, validation and embedding: {saved} saved. "
             "The paper reports about 60 %."
         )
     return lines
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / max(len(values), 1)
-
-
 SAMPLER_COST = Study(
     name="sampler-cost",
     title="What the balanced sampler saves",
-    question="How much shorter is the HGNN's training with the balanced sampler, and what does it do to HR@10?",
+    question="How much training time does the balanced sampler save, and how does it affect HR@10?",
     reported="Paper A, section 3.2: training time about 60 % lower; Table 1: HR@10 0.332 without it, 0.353 with it.",
-    how="Epochs are whole (no hgnn.max_steps) and training stops by itself in both. The seconds are those of the "
-    "epochs' steps alone, on this machine; run nothing else beside.",
+    how="Epochs are complete (no hgnn.max_steps), and both trainings stop by themselves. The seconds cover the epochs' "
+    "steps only. Run nothing else on the machine meanwhile.",
     variants=_sampler_variants,
     comparisons=_sampler_comparisons,
     judge=_judge_cost,
@@ -164,14 +161,14 @@ def _cadence_variants(facts: Facts) -> list[Variant]:
     for day in _DAYS:
         variants.append(Variant(f"day-{day}-daily", f"day {day}, both trained", split_of(facts, day)))
         variants.append(
-            Variant(f"day-{day}-weekly", f"day {day}, HGNN of day 0", split_of(facts, day), weights_of="day-0")
+            Variant(f"day-{day}-weekly", f"day {day}, day-0 HGNN", split_of(facts, day), weights_of="day-0")
         )
     return variants
 
 
 def _cadence_comparisons(facts: Facts, models: Sequence[str]) -> list[Comparison]:
     return [
-        Comparison(f"day {day}: HGNN of day 0 against both trained", Side(f"day-{day}-weekly"),
+        Comparison(f"day {day}: day-0 HGNN against both trained", Side(f"day-{day}-weekly"),
                    Side(f"day-{day}-daily"), reported="suggested, not tested")
         for day in _DAYS
     ]  # fmt: skip
@@ -180,10 +177,10 @@ def _cadence_comparisons(facts: Facts, models: Sequence[str]) -> list[Comparison
 CADENCE = Study(
     name="cadence",
     title="A weekly HGNN with a daily two-tower",
-    question="What is lost when the HGNN keeps its weights for some days while graph, embeddings and two-tower are "
-    "made anew every day?",
-    reported="Paper A, section 3.4, suggests it and does not test it.",
-    how="The split moves on day by day. The weekly variant embeds the day's graph with the weights of day 0.",
+    question="How much HR@10 is lost if the HGNN keeps its weights for some days while graph, embeddings and two-tower "
+    "are updated daily?",
+    reported="Paper A, section 3.4, suggests this schedule but does not test it.",
+    how="The split moves by a day at a time. The day-0 variants embed the current graph with the weights of day 0.",
     variants=_cadence_variants,
     needs_dates=True,
     comparisons=_cadence_comparisons,
@@ -202,11 +199,10 @@ def _window_name(days: int | None) -> str:
 
 WINDOW = Study(
     name="window",
-    title="How far back to look",
-    question="Are 90 days of history better than less and than more?",
+    title="Length of the history window",
+    question="Are 90 days of history better than a shorter or a longer window?",
     reported="Paper A uses 90 days for graph, user features and targets, and compares no other window.",
-    how="The window counts for the graph, for the users' histories and for the popularity baseline. The queries are "
-    "the same.",
+    how="The window applies to the graph, the users' histories and the popularity baseline. The queries are the same.",
     needs_dates=True,
     variants=lambda facts: [
         Variant(f"window-{_window_name(d)}", "all days" if d is None else f"{d} days",

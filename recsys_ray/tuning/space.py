@@ -1,6 +1,6 @@
-"""The search space of ``recsys-ray tune``, and what a tuning leaves: a preset, a table, a plot. No Ray in here.
+"""The search space of ``recsys-ray tune``, and its outputs: a preset, a table, a plot. No Ray in here.
 
-The score is the two-tower's best NDCG@100 on the validation period; the test period is never looked at.
+The score is the two-tower's best NDCG@100 on the validation period; the test period is never used.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from recsys_ray.report.palette import PALETTE
 Params = Mapping[str, float | str]  # dotted field -> number, or the text of a choice as YAML reads it
 
 
-MEASURE = "valid_ndcg_at_100"  # a trial's score, of its best epoch: what training, too, chooses by
+MEASURE = "valid_ndcg_at_100"  # a trial's score, at its best epoch: the measure by which training chooses, too
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,7 @@ SPACE: tuple[Dimension, ...] = (
     Range("hgnn.learning_rate", 3e-4, 1e-2, log=True),
     Choice("hgnn.max_steps", (50, 100, 200, 400)),
     Choice("hgnn.min_edges", (5_000, 20_000, 80_000)),
-    Choice("hgnn.fanouts", ([5, 3], [8, 5], [15, 10])),
-    Choice("hgnn.hidden_dim", (64, 128, 256)),
+    Choice("hgnn.signature_dim", (64, 128, 256)),
     Choice("graph.max_neighbors", (15, 30, 60)),
     Choice("graph.cuts", (3, 5, 8)),
     Choice("graph.min_support", (1, 2)),
@@ -98,7 +97,7 @@ def space_for(config: Config, only: Sequence[str] = ()) -> list[Dimension]:
         if not any(d.name.startswith(wanted) for d in SPACE):
             near = difflib.get_close_matches(wanted, [d.name for d in SPACE], n=1, cutoff=0.3)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"--only {wanted}: no tuned field begins so{hint}")
+            raise ConfigError(f"--only {wanted}: no tuned field begins with this{hint}")
     found: list[Dimension] = []
     for dimension in SPACE:
         if dimension.name not in known:
@@ -157,16 +156,15 @@ def best_of(trials: Sequence[Trial]) -> Trial | None:
 
 def write_preset(path: Path, config: Config, best: Trial, trials: Sequence[Trial], facts: Mapping[str, Any]) -> None:
     """The best trial's configuration: the fields that differ from the defaults, and in a comment how it came about."""
+    of_tuning = {"run_dir", "seed", "ray"}
     chosen = changed(config, overrides_of(best.params))
-    tree = _differences(chosen.model_dump(mode="json"), Config().model_dump(mode="json"))
-    for name in ("run_dir", "seed", "ray"):  # of the tuning, not of what was found
-        tree.pop(name, None)
+    tree = chosen.model_dump(mode="json", exclude=of_tuning, exclude_defaults=True)
     start = next((t.score for t in trials if dict(t.params) == start_of(_space(config, best), config)), None)
     lines = [
         f"Found by recsys-ray tune: {len(trials)} trials, {sum(t.stopped for t in trials)} of them stopped early, "
         f"{sum(t.seconds for t in trials) / 3600:.1f} hours.",
         f"Validation NDCG@100 of the two-tower {best.score:.4f}"
-        + (f", of the configuration that it began with {start:.4f}." if start is not None else "."),
+        + (f", of the initial configuration {start:.4f}." if start is not None else "."),
         *(f"{name}: {value}" for name, value in facts.items()),
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -178,25 +176,13 @@ def _space(config: Config, best: Trial) -> list[Dimension]:
     return [d for d in space_for(config) if d.name in best.params]
 
 
-def _differences(tree: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            inner = _differences(value, defaults[name])
-            if inner:
-                found[name] = inner
-        elif value != defaults[name]:
-            found[name] = value
-    return found
-
-
 def write_trials(folder: Path, trials: Sequence[Trial]) -> None:
     """``trials.md``, best first, and ``trials.png``: the best score over the trials, and every field against it."""
     folder.mkdir(parents=True, exist_ok=True)
     names = list(trials[0].params) if trials else []
     order = sorted(range(len(trials)), key=lambda k: -(trials[k].score or -1.0))
     lines = [
-        f"| place | trial | valid NDCG@100 | epochs | minutes | {' | '.join(names)} |",
+        f"| rank | trial | valid NDCG@100 | epochs | minutes | {' | '.join(names)} |",
         "|---:" * 5 + "|---" * len(names) + "|",
     ]
     for place, k in enumerate(order, 1):

@@ -1,9 +1,9 @@
-"""Batches of examples with the item features that they need, fetched once per distinct item."""
+"""Batches of examples with the item features they need, fetched once per distinct item."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -44,13 +44,13 @@ class ItemFeatures:
         return ItemRows(owners, text, hgnn, alive, self.ntype[gids], self.language[gids], flat, offsets)
 
     def owners(self, gids: Int64[Tensor, "N"], snapshot: str) -> Int64[Tensor, "N"]:
-        """Whose own vector each item may show: its own, or nobody's (-1) while nobody has touched it. At the test, too,
-        an item that is new has none, and the towers have to learn what to do then."""
+        """Whose learned vector each item may show: its own, or none (-1) while it has no interactions. A new item has
+        none in the test either, and the towers have to learn to handle that."""
         return torch.where(self.activity[snapshot][gids, UNTOUCHED] > 0, -1, gids)
 
 
 class ArrayFeatures:
-    """Features that lie in memory: evaluation, the bundle, tests."""
+    """Features held in memory: evaluation, the bundle, tests."""
 
     def __init__(self, **tables: Tensor | np.ndarray) -> None:
         self.tables = {name: torch.as_tensor(table) for name, table in tables.items()}
@@ -68,7 +68,7 @@ class Batch:
     rows: ItemRows
     candidates: Int64[Tensor, "C"]
     target: Int64[Tensor, "B"]  # column of each example's own target
-    not_negative: Bool[Tensor, "B C"]  # touched by the user, or of another type than the target
+    not_negative: Bool[Tensor, "B C"]  # seen by the user, or of another type than the target
     snapshot: int  # that all examples and features are as of
 
 
@@ -107,7 +107,7 @@ def make_batch(
     candidates, target = torch.unique(targets, return_inverse=True)
     needed, place = torch.unique(torch.cat([users.gids, candidates]), return_inverse=True)
     tables = tables_for(source, spec, catalogue, snapshot, needed)
-    local = UserInputs(place[: len(users.gids)], users.events, users.offsets, users.age, users.country, users.tastes)
+    local = replace(users, gids=place[: len(users.gids)])
     own = place[len(users.gids) :]
     assert tables.text is not None
     item_rows = catalogue.rows(

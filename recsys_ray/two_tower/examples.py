@@ -1,7 +1,7 @@
-"""Training examples out of a user's events, each with what was known at its moment and nothing later.
+"""Training examples from a user's events, each with what was known at its moment and nothing later.
 
-An example is a user's first positive event on an item. Its features are the user's earlier events inside the window
-(the target itself left out), as in serving, where an item that the user has touched is never recommended again.
+An example is a user's first positive event on an item. Its features are the user's earlier events within the window,
+without the target itself, as in serving, where seen items are not recommended again.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 
 from recsys_ray.core.clock import DAY
 from recsys_ray.core.offsets import offsets_of, spread
-from recsys_ray.core.snapshots import Snapshot, training_snapshot
-from recsys_ray.data.tables import Events, Tables, has_code, traits_of
+from recsys_ray.data.tables import Events, Tables, first_touches, has_code, traits_of
+from recsys_ray.graph.snapshots import Snapshot, training_snapshot
 from recsys_ray.two_tower.rows import OFFSETS
 
 _NONE = -1  # no snapshot
@@ -33,16 +33,6 @@ class HistoryRules:
     @property
     def window(self) -> int:
         return (1 << 40) if self.window_days is None else self.window_days * DAY
-
-
-def first_touches(events: Events, positive: Bool[np.ndarray, "n"]) -> Int[np.ndarray, "m"]:
-    """Positions of the first positive event of each (user, item), in order."""
-    where = np.flatnonzero(positive)
-    if not len(where):
-        return where
-    pairs = events.uid[where].astype(np.int64) * (int(events.gid.max()) + 1) + events.gid[where]
-    _, first = np.unique(pairs, return_index=True)
-    return where[np.sort(first)]
 
 
 def histories(
@@ -112,9 +102,9 @@ def validation_examples(
 ) -> dict[str, np.ndarray]:
     """Examples of the validation period, out of the events before ``test_from``: for the refit.
 
-    They see the snapshot that the HGNN learned from, the last cut's, although a newer one has ended by then: so their
-    targets lie as far ahead as those of the last cut and further, like the test's. With the newest graph an item that
-    is new would be one that is hardly ever chosen, since little time is left to choose it in."""
+    They use the snapshot on which the HGNN was trained, the last cut's, although a newer one exists: so their targets
+    lie at least as far ahead as those of the last cut, like the test's. With the newest graph, new items would hardly
+    ever be targets, because little time was left to choose them."""
     newest, valid = training_snapshot(snapshots), next(s for s in snapshots if s.name == "valid")
     assert valid.examples is not None
     return build_examples(events.before(test_from), positives, [replace(newest, examples=valid.examples)], rules)
@@ -125,7 +115,7 @@ def build_queries(
 ) -> dict[str, np.ndarray]:
     """Validation queries: for each user with new positives in ``start <= t < end``, one row per such item, with the
     history before ``start`` and nothing after it. Same columns as :func:`build_examples` without snapshot, and
-    ``seen``: whether the user had touched the item before (such rows are left out)."""
+    ``seen``: whether the user had seen the item before (such rows are left out)."""
     chosen = first_touches(events, has_code(events.event, positives))
     chosen = chosen[(events.timestamp[chosen] >= start) & (events.timestamp[chosen] < end)]
     chosen = chosen[~_touched_before(events, chosen, start)]

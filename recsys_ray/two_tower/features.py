@@ -1,4 +1,4 @@
-"""What the user tower is given: the same tensors in training and in serving."""
+"""The user tower's inputs: the same tensors in training and in serving."""
 
 from __future__ import annotations
 

@@ -28,8 +28,7 @@ def sampled_softmax(
 ) -> Float[Tensor, ""]:
     """In-batch sampled softmax with log-Q correction; ``target_B`` is each example's own column.
 
-    ``not_negative_BC`` marks accidental hits: what the user has touched, and items of another type than the target.
-    """
+    ``not_negative_BC`` marks accidental hits: items the user has seen, and items of another type than the target."""
     logits_BC = user_BD @ item_CD.T / temperature - log_q_C
     keep = not_negative_BC.scatter(1, target_B[:, None], False)
     return F.cross_entropy(logits_BC.masked_fill(keep, _NEVER), target_B)

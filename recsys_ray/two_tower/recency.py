@@ -1,11 +1,11 @@
-"""How much of a taste is of the moment: decides whether the user tower reads the last item and means of the latest
-beside the mean of all, and how fast the memory forgets.
+"""Decides before training whether recent events matter more: whether the user tower reads the last item and means over
+the latest events beside the mean of all, and the memory's half-life.
 
-Where the next choice follows the last ones (shops, sessions) the last item tells much; where tastes are steady it only
-adds what can be learned by heart. Which of both the data are can be said before anything is trained: nearest neighbours
-rank for validation queries by the plain mean of the history and by means in which the latest events count for more, and
-the memory ranks alone, with several half-lives. Means of the latest say more than the last item and the mean of all
-where histories are much longer than they reach back.
+Where the next choice follows the last ones (shops, sessions), the last item is informative; where tastes are steady, it
+only adds something to overfit. Nearest neighbours reveal which is the case: they rank validation queries by the plain
+mean of the history and by means that favour the latest events, and the memory ranks alone with several half-lives.
+Means over the latest events add to the last item and the mean of all only if histories are much longer than their
+half-life.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Rows of training examples or queries as columns: a value a row, and a history of any length.
+"""Training examples or queries as columns: one value per row, and a history of any length.
 
 ``history`` (gids, oldest first) and ``history_event`` are flat; row k has ``offsets[k]:offsets[k + 1]`` of both. Most
-users have done little and a few very much, so a matrix with a column for each place would be nearly all padding.
+users have few events and a few have very many, so a padded matrix would be nearly empty.
 """
 
 from __future__ import annotations

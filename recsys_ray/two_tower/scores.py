@@ -1,4 +1,4 @@
-"""From trained weights to what is ranked: the share of unseen items, and the files of a variant."""
+"""Turns trained weights into what is ranked: the share of unseen items, and the files of a variant."""
 
 from __future__ import annotations
 
@@ -34,9 +34,8 @@ class Periods:
 def unseen_shares(
     task: TowerTask, snapshot: str, periods: Periods, choices: Mapping[str, Choices]
 ) -> list[float | None]:
-    """Of each type the share of what comes after a snapshot that goes to items that nobody had (:func:`share_ahead`):
-    by the examples since each cut and, but as of the validation period itself, by the validation queries. Of all
-    ranks."""
+    """The share of choices after a snapshot that goes to unseen items, by type (:func:`share_ahead`): from the examples
+    since each cut and, except for the validation snapshot itself, from the validation queries. Over all ranks."""
     examples = task.examples
     before = [
         _period(task, periods.since[cut], examples["target"][examples["snapshot"] >= cut], choices[name])
@@ -59,7 +58,7 @@ def _period(task: TowerTask, seconds: int, target: np.ndarray, choices: Choices)
 
 
 def _unseen_items(task: TowerTask, choices: Choices) -> torch.Tensor:
-    """float64 [types]: how many items nobody had."""
+    """float64 [types]: number of unseen items."""
     new = torch.from_numpy(nobody_had(choices))
     return torch.bincount(task.catalogue.ntype[new], minlength=task.spec.num_types).double()
 
@@ -72,13 +71,13 @@ def write_towers(
     choices: Mapping[str, Choices],
     shares: Mapping[str, list[float | None]],
 ) -> None:
-    """The weights, and the vectors of all items with their item terms as of the snapshots that are asked about.
+    """Write the weights, and the vectors of all items with their item terms for the ranked snapshots.
 
     Args:
         out: the variant's folder, in that of the stage.
         score: what validation chose.
         choices: by snapshot; empty: there are no item terms.
-        shares: of unseen items, by snapshot; empty: they are given nothing.
+        shares: of unseen items, by snapshot; empty: they are not adjusted.
     """
     some = sample_of_queries(task)
     for snapshot in ASKED:

@@ -1,8 +1,7 @@
-"""The two-tower stage: Ray Data makes the examples, the DGL partitions feed item features, Ray Train trains."""
+"""The two-tower stage: Ray Data builds the examples, the DGL partitions provide item features, Ray Train trains."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -16,23 +15,24 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from recsys_ray.cluster.train import LAST, Checkpoints, Worker, run_workers
+from recsys_ray.cluster.train import Checkpoints, Worker, run_workers
 from recsys_ray.config import Config, TwoTowerConfig
 from recsys_ray.core.clock import is_leave_one_out
 from recsys_ray.core.errors import DataError
+from recsys_ray.core.offsets import offsets_of
 from recsys_ray.core.precision import Precision, choose_precision
 from recsys_ray.core.progress import Progress
 from recsys_ray.core.seeds import seed_from
-from recsys_ray.core.snapshots import Snapshot, snapshots_of
 from recsys_ray.data.tables import Events, Tables
 from recsys_ray.graph.activity import ACTIVITY, COLUMNS
 from recsys_ray.graph.dgl.client import GraphClient, partition_client
+from recsys_ray.graph.snapshots import Snapshot, snapshots_of
 from recsys_ray.scoring.choices import Choices, choices_file, write_choices
 from recsys_ray.scoring.choose import Moment
 from recsys_ray.scoring.memory import Memory, memory_file
 from recsys_ray.scoring.ridge import fit_memories
 from recsys_ray.scoring.scorer import ScoreSpec
-from recsys_ray.storage.artifacts import MANIFEST, SCRATCH, Artifact, load_arrays, write_json
+from recsys_ray.storage.artifacts import LAST, MANIFEST, SCRATCH, Artifact, load_arrays, read_json, write_json
 from recsys_ray.storage.checkpoint import read_state
 from recsys_ray.storage.outputs import current_folder
 from recsys_ray.two_tower.batches import ItemFeatures, batches_in, country_index
@@ -58,9 +58,9 @@ def train_two_tower(
     config: Config, ingest: Artifact, featurize: Artifact, graph: Artifact, hgnn: Artifact, out: Path,
     progress: Progress, cpus: int, hosts: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train the two-tower, and the one without HGNN beside it, into ``out`` (docs/architecture.md).
+    """Train the two-tower, and the one without HGNN, into ``out`` (docs/architecture.md).
 
-    A run that was killed goes on at its last epoch.
+    An interrupted run continues at its last epoch.
 
     Raises:
         DataError: no example lies between the first cut and the validation period.
@@ -109,13 +109,13 @@ def train_two_tower(
             task=task,
             datasets=datasets,
         )
-    last = {v: json.loads((out / v / "metrics.json").read_text(encoding="utf-8"))[-1:] for v in variants}
+    last = {v: read_json(out / v / "metrics.json")[-1:] for v in variants}
     return {"workers": workers, "precision": told.precision, **counts, "last": last}
 
 
 def _periods(config: Config, counts: Mapping[str, Any], snapshots: Sequence[Snapshot]) -> Periods | None:
-    """None where examples do not tell how much goes to unseen items: features are of a time when the target was had
-    already, or the loss knows no shares."""
+    """None if examples do not show the share of unseen items: with features_as_of=window no target is unseen, and the
+    paper's loss has no softmax."""
     if not config.two_tower.unseen or config.two_tower.loss != "softmax" or config.graph.features_as_of != "example":
         return None
     valid, test = counts["valid_from"], counts["test_from"]
@@ -160,6 +160,7 @@ def _spec(config: Config, ingest: Artifact, featurize: Artifact, hgnn: Artifact)
         item_types=list(facts["item_types"]),
         countries=list(facts["countries"]),
         dropout=config.two_tower.dropout,
+        hgnn_dropout=config.two_tower.hgnn_dropout,
         history=config.two_tower.history,
         window_days=config.graph.window_days,
     )
@@ -259,7 +260,7 @@ def catalogue_of(
     lists = frame["categories"].fill_null([])
     known = {name: number + 1 for number, name in enumerate(categories)}
     flat = lists.explode(empty_as_null=False).replace_strict(known, default=0, return_dtype=pl.Int64)
-    offsets = np.concatenate([[0], np.cumsum(lists.list.len().to_numpy())]).astype(np.int64)
+    offsets = offsets_of(lists.list.len().to_numpy())
     return ItemFeatures(
         torch.from_numpy(frame["ntype"].cast(pl.Int64).to_numpy().copy()),
         torch.from_numpy(language.to_numpy().copy()),
@@ -274,7 +275,7 @@ def epochs_so_far(folder: Path, variant: str) -> list[dict[str, Any]]:
     at_work = [output for output in folder.glob("*/") if not (output / MANIFEST).exists()]
     for output in at_work or filter(None, [current_folder(folder)]):
         if (output / variant / "metrics.json").exists():
-            history: list[dict[str, Any]] = json.loads((output / variant / "metrics.json").read_text("utf-8"))
+            history: list[dict[str, Any]] = read_json(output / variant / "metrics.json")
             return history
         with suppress(OSError, SafetensorError):  # none yet, or replaced or removed at this moment
             return list(read_state(output / SCRATCH / variant / LAST)["history"])
@@ -283,7 +284,7 @@ def epochs_so_far(folder: Path, variant: str) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class _Spec:
-    """What the workers are told."""
+    """The workers' specification."""
 
     config: TwoTowerConfig
     seed: int

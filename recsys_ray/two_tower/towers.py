@@ -1,18 +1,20 @@
 """The two towers: three fully connected layers each, unit-norm outputs, one vector space for all item types
 (paper A, section 3.3; paper B, section 3).
 
-Ours, not the papers': a linear path past the layers. It starts as the same principal directions of text and HGNN
-embedding in both towers, while the layers start silent, so that before its first step the two-tower recommends what is
-near the user's items, new items too, and training moves on from there.
+Ours, not the papers': a linear path beside the layers. It starts as the same principal directions of text and HGNN
+embedding in both towers, while the layers start at zero. So before its first step the two-tower recommends the nearest
+neighbours of the user's items, new items included, and training continues from there.
 
 Shape suffixes: B users, N items of a table, n flat history events, T text dimension, H HGNN dimension, D output.
-Imports neither dgl nor transformers: the user tower runs in a serving replica.
+Imports neither dgl nor transformers, because serving replicas run the user tower.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +54,7 @@ class TowerSpec:
     item_types: list[str] = field(default_factory=list)
     countries: list[str] = field(default_factory=list)
     dropout: float = 0.0
+    hgnn_dropout: float = 0.0
     history: int = 50
     window_days: int | None = None
     metric: str = METRIC
@@ -71,7 +74,9 @@ class TowerSpec:
         try:
             return TowerSpec(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, TypeError, ValueError) as error:
-            raise ArtifactError(f"{path} is no description of towers: {error}") from error
+            raise ArtifactError(
+                f"{path} is not a valid tower description ({error}); run the stage that wrote it again"
+            ) from error
 
 
 class Dropout(nn.Module):
@@ -86,7 +91,7 @@ class Dropout(nn.Module):
         if not self.training or not self.dropped:
             return x_BF
         words = torch.empty(-(-x_BF.numel() // 8), dtype=torch.int64, device=x_BF.device).random_(-(2**63), None)
-        kept = words.view(torch.uint8)[: x_BF.numel()].view_as(x_BF) > self.dropped - 1  # 256 is no byte
+        kept = words.view(torch.uint8)[: x_BF.numel()].view_as(x_BF) > self.dropped - 1  # 256 does not fit a byte
         return x_BF * kept * (256 / max(256 - self.dropped, 1))
 
 
@@ -141,9 +146,9 @@ def principal_directions(vectors: Float[Tensor, "N d"], count: int) -> Direction
 
 
 class UserTower(nn.Module):
-    """A user is what they touched: the mean text vector, the mean HGNN embedding of all items and of those of each
-    type, the mean of the items' own vectors, all three of the last item and in means of the latest, how much of each
-    type; and age, country and taste vectors, each of which may be absent (zeros and a flag)."""
+    """Features of a user: the mean text vector of the history, the mean HGNN embedding of all items and of those of
+    each type, the mean of the learned item vectors, all three of the last item and in means of the latest, how much of
+    each type; and age, country and taste vectors, each of which may be absent (zeros and a flag)."""
 
     def __init__(self, spec: TowerSpec) -> None:
         super().__init__()
@@ -155,6 +160,7 @@ class UserTower(nn.Module):
         width = means * (spec.text_dim + spec.hgnn_dim + spec.id_dim) + spec.num_types * spec.hgnn_dim
         width += 2 * spec.num_types + 2 + _SMALL
         width += sum(dim + 1 for dim in spec.tastes.values())
+        self.hide = Dropout(spec.hgnn_dropout)
         self.layers = _Layers(width, spec.layers, spec.dropout)
 
     def forward(self, inputs: UserInputs, tables: ItemTables) -> Float[Tensor, "B D"]:
@@ -170,18 +176,28 @@ class UserTower(nn.Module):
         if self.spec.id_dim:
             assert tables.ids is not None
             vectors.append(tables.ids)
-        # Text, then the HGNN embedding: TwoTower.start_near relies on it.
-        parts = [_mean(*_sums(table, inputs.gids, weight_n, row_n, users)) for table in vectors]
-        known_n = kind_n < kinds  # a type that came later counts in the means over all types only
+
+        def of_each(feature: Callable[[Tensor], Tensor]) -> list[Tensor]:
+            """Of the text, the HGNN embedding and the items' own vectors; TwoTower.start_near relies on the order."""
+            made = [feature(table) for table in vectors]
+            if self.spec.hgnn_dim:
+                made[1] = self.hide(made[1])
+            return made
+
+        def mean_of(table: Tensor, weight_n: Tensor) -> Tensor:
+            return _mean(*_sums(table, inputs.gids, weight_n, row_n, users))
+
+        parts = of_each(partial(mean_of, weight_n=weight_n))
+        known_n = kind_n < kinds  # a type added later counts in the means over all types only
         bag_n, order = torch.sort((row_n * kinds + kind_n)[known_n], stable=True)
         if self.spec.hgnn_dim:
             gids, weights = inputs.gids[known_n][order], weight_n[known_n][order]
-            parts.append(_mean(*_sums(vectors[1], gids, weights, bag_n, users * kinds)).view(users, -1))
+            parts.append(self.hide(_mean(*_sums(vectors[1], gids, weights, bag_n, users * kinds)).view(users, -1)))
         if self.spec.last_item:
-            parts += [_last(table, inputs.gids, inputs.offsets) for table in vectors]
+            parts += of_each(lambda table: _last(table, inputs.gids, inputs.offsets))
         for half_life in self.spec.recent:
             recent_n = recent_weights(inputs.offsets, half_life)
-            parts += [_mean(*_sums(table, inputs.gids, recent_n, row_n, users)) for table in vectors]
+            parts += of_each(partial(mean_of, weight_n=recent_n))
         counts = torch.bincount(bag_n, minlength=users * kinds).view(users, kinds).float()
         parts += [torch.log1p(counts), (counts > 0).float()]
         known = ~torch.isnan(inputs.age)
@@ -206,6 +222,7 @@ class ItemTower(nn.Module):
         self.category = nn.EmbeddingBag.from_pretrained(
             _small_embedding(spec.num_categories + 1).weight.detach(), freeze=False, mode="mean"
         )
+        self.hide = Dropout(spec.hgnn_dropout)
         width = spec.text_dim + spec.hgnn_dim + spec.id_dim + spec.activity_dim + 3 * _SMALL
         self.layers = _Layers(width, spec.layers, spec.dropout)
 
@@ -213,10 +230,12 @@ class ItemTower(nn.Module):
         """Unit vectors."""
         vectors = [rows.text] if rows.hgnn is None else [rows.text, rows.hgnn]
         parts = [_unit_variance(vector) for vector in vectors]
+        if rows.hgnn is not None:
+            parts[1] = self.hide(parts[1])
         if self.spec.id_dim:
             assert rows.ids is not None
             parts.append(rows.ids)
-        known = rows.ntype < self.spec.num_types  # a type that came later is of no kind
+        known = rows.ntype < self.spec.num_types  # a type added later has no type embedding
         kind = self.kind(rows.ntype.where(known, 0)) * known[:, None]
         parts += [rows.activity, kind, self.language(rows.language)]
         parts.append(self.category(rows.categories, rows.category_offsets))

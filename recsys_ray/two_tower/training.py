@@ -27,14 +27,13 @@ from recsys_ray.two_tower.batches import (
     tables_for,
     user_inputs,
 )
-from recsys_ray.two_tower.features import UserInputs
 from recsys_ray.two_tower.loss import inclusion_log_q, paper_loss, sampled_softmax
 from recsys_ray.two_tower.rows import Examples, histories_of, join
 from recsys_ray.two_tower.towers import ItemIds, TowerSpec, TwoTower
 
 _ITEM_CHUNK = 8192
 _QUERY_CHUNK = 512
-_TERM_SAMPLE = 2_000  # users by whom it is told what items are given
+_TERM_SAMPLE = 2_000  # users from whom the item terms are computed
 _START_SAMPLE = 20_000  # items whose directions of variance the towers start with
 _ENOUGH = 12  # examples of an item with which its own vector is as good as half known
 
@@ -75,11 +74,11 @@ def start(model: TwoTower, task: TowerTask, seed: int) -> None:
 
 
 def share_unknown(chosen: Float[Tensor, "items"]) -> float:
-    """The share of own vectors that a training step does without, where none is given: how little the vector of an
-    example's target can be known, k / (n + k) with n other examples of it, in the mean over all examples.
+    """The default share of learned vectors hidden in a training step: the uncertainty of the target's vector, k / (n +
+    k) with n other examples of it, averaged over all examples.
 
     Half of them on Amazon's reviews, where an item has a dozen, a sixth in a shop whose items have three dozen: towers
-    that are to serve new items must learn to do without, and only as often as they will have to.
+    that serve new items must learn to work without the vector, but only as often as they will have to.
 
     Args:
         chosen: how many examples each item is the target of.
@@ -89,7 +88,7 @@ def share_unknown(chosen: Float[Tensor, "items"]) -> float:
 
 
 def sample_of_queries(task: TowerTask) -> Int[np.ndarray, "n"]:
-    """Rows of some validation queries of this rank, by whose users it is told what item terms give to items."""
+    """Rows of some validation queries of this rank, from whose users the item terms are computed."""
     number = len(task.queries["target"])
     return np.arange(number)[:: -(-number // _TERM_SAMPLE) or 1]
 
@@ -135,7 +134,7 @@ class TowerTrainer:
 
     @torch.no_grad()
     def average(self, steps: int) -> None:
-        """Take the weights after ``steps`` steps in all into the average; the first ones count for less."""
+        """Add the weights after ``steps`` steps to the average; the first ones count less."""
         rate = 1 - min(self.config.averaging, (1 + steps) / (10 + steps))
         for averaged, trained in zip(self.averaged.parameters(), self.model.parameters(), strict=True):
             averaged.lerp_(trained, rate)
@@ -182,9 +181,7 @@ def user_vectors(
     needed, place = torch.unique(users.gids, return_inverse=True)
     tables = tables_for(source, model.user.spec, catalogue, snapshot, needed)
     with torch.no_grad():
-        return model.users(
-            UserInputs(place, users.events, users.offsets, users.age, users.country, users.tastes), tables
-        )
+        return model.users(replace(users, gids=place), tables)
 
 
 def users_of(model: TwoTower, task: TowerTask, snapshot: str, rows: Int[np.ndarray, "n"]) -> Users:
@@ -272,8 +269,8 @@ def refit(
     on_step: Callable[[int, int, float], None] = lambda epoch, step, loss: None,
 ) -> TwoTower:
     """One more epoch from the best weights, with the validation period's examples among the others; the averaged
-    weights. Validation has chosen the number of epochs; what happened in it is the freshest there is, and new items
-    have come with it. The baselines, too, are fitted to all that is before the test."""
+    weights. Validation has chosen the number of epochs, so its events, which are the most recent and include new items,
+    can now be used. The baselines are also refitted to everything before the test."""
     first, later = trainer.task.examples, trainer.task.later
     everything = join([first, later]) if later else first
     again = TowerTrainer(

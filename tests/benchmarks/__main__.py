@@ -133,7 +133,8 @@ def memory() -> None:
 def answers() -> None:
     """An answer for three item types out of bundles of 10^4, 10^5 and 10^6 items, in process, one thread: as the
     catalogue grows, an answer may take longer by what the index takes, and by nothing else. Builds the bundles, which
-    takes minutes; type i has a third of the items, and is searched through HNSW from 100,000 items on."""
+    takes minutes; each type has a third of the items, and is searched through HNSW from 10,000 items on. The
+    vectors have the spread of trained ones (32 directions of 128)."""
     import tempfile
     from dataclasses import replace
 
@@ -147,8 +148,9 @@ def answers() -> None:
         with tempfile.TemporaryDirectory() as folder:
             faiss.omp_set_num_threads(os.cpu_count() or 1)
             third = size // 3
-            world = make_world(Path(folder), (third, third, size - 2 * third), 300, 128, 384, memory=0.1)
-            settings = {**world.config.model_dump(), "index": {"min_recall": 0.0, "exact_up_to": 100_000}}
+            shape = (third, third, size - 2 * third)
+            world = make_world(Path(folder), shape, 300, 128, 384, memory=0.1, history=50, latent=32)
+            settings = {**world.config.model_dump(), "index": {"min_recall": 0.0}}
             replace(world, config=world.config.model_validate(settings)).bundle()
             recommender = Recommender.load(folder, verify=False)
             known = [user for user, uid in recommender.users.spread(100) if len(recommender.histories.recent(uid).gids)]
@@ -168,8 +170,91 @@ def answers() -> None:
             print(f"answer, {size:>9,} items, {name:<12} {times}")
 
 
+def batch() -> None:
+    """A block of batch-recommend, written to Parquet, against one answer after the other, in one process and thread:
+    100,000 items in three types, users with histories of 50. Exact and through HNSW, which takes minutes to build."""
+    import tempfile
+    from dataclasses import replace
+
+    import faiss
+    from bundle_world import make_world
+
+    from recsys_ray.serving.batch import Answerer, Job
+    from recsys_ray.serving.requests import Question
+    from recsys_ray.storage.store import Place
+
+    users, few = 2_048, 200
+    with tempfile.TemporaryDirectory() as folder:
+        world = make_world(Path(folder), (33_333, 33_333, 33_334), users, 128, 384, memory=0.1, history=50, latent=32)
+        for name, exact_up_to in (("exact", 100_000), ("HNSW", 10_000)):
+            faiss.omp_set_num_threads(os.cpu_count() or 1)
+            settings = {**world.config.model_dump(), "index": {"min_recall": 0.0, "exact_up_to": exact_up_to}}
+            bundle = replace(world, config=world.config.model_validate(settings)).bundle(name).path
+            for what, reasons in (("reasons", True), ("no reasons", False)):
+                job = Job(str(bundle), Place(f"{folder}/out"), Question(), reasons, users, users, False)
+                answerer = Answerer(job)
+
+                def one_by_one(answerer: Answerer = answerer) -> None:
+                    for user_id in answerer.recommender.users.ids(0, few):
+                        answerer.recommender.recommend(user_id)
+
+                whole = seconds(lambda answerer=answerer: answerer.answer(0))  # type: ignore[misc]
+                line(f"batch, {name}, {what}", whole, seconds(one_by_one) * users / few, "users", users,
+                     "as fast as one by one")  # fmt: skip
+
+
+def store() -> None:
+    """A read of a user's 50 latest live events among 200,000: SQLite against the same with 2,000 events, and while a
+    thread of the process writes; Redis against an empty round trip to it."""
+    import tempfile
+    import threading
+
+    from redis_world import redis_server
+
+    from serve.store import LiveEvent, Store, open_store
+
+    def filled(uri: str, count: int) -> Store:
+        made = open_store(uri)
+        for start in range(0, count, 2_000):
+            numbers = range(start, start + 2_000)
+            made.add_events([LiveEvent(f"e{n}", f"u{n % (count // 100)}", f"i{n}", "stream", n) for n in numbers])
+        return made
+
+    def reading(made: Store) -> Callable[[], None]:
+        def work() -> None:
+            for number in range(500):
+                made.events_of([f"u{number % 20}"], 0, 50)
+
+        return work
+
+    with tempfile.TemporaryDirectory() as folder, redis_server(Path(folder)) as (uri, _):
+        small, large = (filled(f"sqlite://{folder}/{count}.db", count) for count in (2_000, 200_000))
+        few, many = seconds(reading(small)), seconds(reading(large))
+        line("store, SQLite, 200,000 events", many, few, "reads", 500, "as fast as with 2,000")
+        over = threading.Event()
+
+        def write() -> None:
+            number = 0
+            while not over.is_set():
+                large.add_events([LiveEvent(f"w{number}", f"u{number % 20}", "i", "stream", number)])
+                number += 1
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        beside = seconds(reading(large))
+        over.set()
+        writer.join()
+        line("store, SQLite, beside a writer", beside, many, "reads", 500, "as fast as without")
+        import redis
+
+        client = redis.Redis.from_url(uri)
+        empty = seconds(lambda: [client.ping() for _ in range(500)])
+        line("store, Redis, 200,000 events", seconds(reading(filled(uri, 200_000))), empty, "reads", 500,
+             "as fast as PING")  # fmt: skip
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    benchmarks = {work.__name__: work for work in (encoder, sampler, index, memory, answers)}
+    benchmarks = {work.__name__: work for work in (encoder, sampler, index, memory, answers, batch, store)}
     for name in sys.argv[1:] or benchmarks:
         benchmarks[name]()

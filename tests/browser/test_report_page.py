@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from colours import contrast
+from playwright.sync_api import Page
 from report_world import EVIL, MODELS, TYPES, differences, output, rows, write_run
 
 from recsys_ray.config import Config
 from recsys_ray.report.write import write_report
 
 CHARTS = ("differences", "by-type", "by-segment", "scatter", "tiers", "shares", "timeline")
-FLAGS = ("no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
-         "disable-component-update", "disable-sync", "disable-dev-shm-usage")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -28,19 +25,6 @@ def report(tmp_path_factory) -> Path:
     (output(run, "evaluation") / "differences.json").write_text(json.dumps(differences()))
     write_report(run / "report.html", rows(seeds=2), Config(), run)
     return run / "report.html"
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    """The system's own browser: $CHROMIUM, or the first of these names."""
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    path = os.environ.get("CHROMIUM") or next((found for name in names if (found := shutil.which(name))), None)
-    if path is None:
-        pytest.skip("needs Chromium or Chrome: make system-packages installs it, $CHROMIUM names another")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=[f"--{flag}" for flag in FLAGS])
-        yield browser
-        browser.close()
 
 
 @dataclass
@@ -181,17 +165,6 @@ def test_fits_the_window(show, width):
         " return a.width && (a.left < b.left - 12 || a.right > b.right + 12); })).map(svg => svg.parentNode.id)"
     )
     assert page.evaluate(spilled) == []
-
-
-def contrast(first: list[float], second: list[float]) -> float:
-    """WCAG 2: of two sRGB colours."""
-
-    def light(colour: list[float]) -> float:
-        linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in colour[:3])]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    low, high = sorted([light(first), light(second)])
-    return (high + 0.05) / (low + 0.05)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

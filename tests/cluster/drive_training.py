@@ -32,7 +32,7 @@ def settings(root: Path, workers: int) -> Config:
     return Config.model_validate({
         "data": {**tables, "now": "2026-01-02", "shards": 4},
         "graph": {"window_days": 120, "cuts": 2, "first_cut": 0.4, "partitions": workers},
-        "hgnn": {"hidden_dim": 32, "out_dim": 32, "signature_dim": 32, "epochs": EPOCHS * workers, "patience": 99,
+        "hgnn": {"out_dim": 32, "signature_dim": 32, "epochs": EPOCHS * workers, "patience": 99,
                  "batch_size": 256, "min_edges": 2000},
         "two_tower": {"layers": [64, 32], "epochs": EPOCHS * workers, "patience": 99, "batch_size": 256,
                       "history": 20, "ablation": False},

@@ -9,12 +9,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as pytest does: the worlds lie there
 
-from golden.small import CONFIG, EVENTS, FILE, SEED, changes, run_small
+from pipeline_world import EVENTS, SEED, SMALL, configure, make_data, make_run
+
+from golden.small import FILE, changes, figures_of
 from recsys_ray.storage.artifacts import software
 
 kept = json.loads(FILE.read_text(encoding="utf-8"))["figures"] if FILE.exists() else {}
 with tempfile.TemporaryDirectory() as folder:
-    found = run_small(Path(folder))
-facts = {"demo-data": {"events": EVENTS, "seed": SEED}, "run": CONFIG, "software": software()}
+    root = Path(folder)
+    make_data(root / "data")
+    make_run(configure(root, root / "data", "run"))
+    found = figures_of(root / "run")
+facts = {"demo-data": {"events": EVENTS, "seed": SEED}, "run": SMALL, "software": software()}
 FILE.write_text(json.dumps({**facts, "figures": found}, indent=1) + "\n", encoding="utf-8")
 print("\n".join(changes(kept, found)) or "no figure moved by more than its tolerance")

@@ -6,12 +6,12 @@ import json
 
 import pytest
 
-from golden.small import FILE, changes, run_small
+from golden.small import FILE, changes, figures_of
 
 
-def test_the_metrics_of_a_small_run_are_unchanged(ray_local, tmp_path):
+def test_the_metrics_of_a_small_run_are_unchanged(small_run):
     kept = json.loads(FILE.read_text(encoding="utf-8"))["figures"]
-    moved = changes(kept, run_small(tmp_path))
+    moved = changes(kept, figures_of(small_run.folder))
     assert not moved, "\n".join(
         ["", *moved, "If this is meant: make golden, and the change's description and CHANGELOG.md say what moved."]
     )

@@ -16,9 +16,9 @@ from pipelines.leaks import check
 from recsys_ray.config import Config
 from recsys_ray.core.errors import LeakError
 from recsys_ray.core.progress import Progress
-from recsys_ray.core.snapshots import Snapshot, snapshots_of
 from recsys_ray.data.tables import Events, Tables
 from recsys_ray.graph.activity import ACTIVITY
+from recsys_ray.graph.snapshots import Snapshot, snapshots_of
 from recsys_ray.stages.chain import STAGES
 from recsys_ray.stages.runner import Runner
 from recsys_ray.storage.artifacts import load_arrays, publish, save_arrays

@@ -19,9 +19,10 @@ from recsys_ray.baselines import tuning as tuning_module
 from recsys_ray.config import Config, load_config
 from recsys_ray.core.errors import UserError
 from recsys_ray.core.progress import Progress
-from recsys_ray.evaluation import stage as stage
 from recsys_ray.evaluation.ranking import Scorer, UserBatch
-from recsys_ray.storage.artifacts import save_arrays, write_json
+from recsys_ray.stages import evaluate as stage
+from recsys_ray.stages.runner import Context
+from recsys_ray.storage.artifacts import Artifact, save_arrays, write_json
 
 TYPES, PER_TYPE, USERS, SHARDS = ("book", "song"), 150, 48, 3
 ITEMS = len(TYPES) * PER_TYPE
@@ -117,12 +118,17 @@ def run(tmp_path, log) -> Path:
 
 def configuration(run: Path, *overrides: str) -> Config:
     oracle = f"data.oracle={run / 'oracle.parquet'}"
-    return load_config(None, [oracle, "evaluate.bootstrap=200", "evaluate.trials=1", *overrides])
+    small = ("evaluate.bootstrap=200", "evaluate.trials=1", "evaluate.map_items=0")
+    return load_config(None, [oracle, f"run_dir={run}", *small, *overrides])
 
 
-def go(run: Path, config: Config, out: str = "evaluation") -> dict:
-    folders = (run / "ingest", run / "featurize", run / "hgnn")
-    return stage.evaluate(config, *folders, {"2t_hgnn": ColourTower}, run / out, Progress(quiet=True), cpus=2)
+def go(run: Path, config: Config, out: str = "evaluation", cache: str = "", **prints: str) -> dict:
+    inputs = {
+        name: Artifact(run / name, {"fingerprint": prints.get(name, name)}) for name in ("ingest", "featurize", "hgnn")
+    }
+    kept = run / (cache or f"{out}/cache")
+    context = Context(config, inputs, run / out, Progress(quiet=True), 2, 1, kept, lambda: (1.0, 100.0))
+    return stage.evaluate(context, {"2t_hgnn": ColourTower})
 
 
 def table(run: Path, out: str = "evaluation") -> dict[tuple[str, str, str], dict]:
@@ -262,9 +268,9 @@ def test_killed_evaluation_goes_on_where_it_was(ray_local, run, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         go(run, configuration(run))
     monkeypatch.undo()
-    scratch = run / "evaluation" / "_scratch"
-    parts = {path: path.stat().st_mtime_ns for path in scratch.rglob("*.safetensors")}
-    missing = [*scratch.rglob("llm_knn-shard-00001.safetensors"), scratch / "survey-shard-00002.safetensors"]
+    out = run / "evaluation"
+    parts = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    missing = [path for path in parts if path.stem in ("llm_knn-shard-00001", "survey-shard-00002")]
     assert len(missing) == 2
     for path in missing:
         path.unlink()
@@ -274,7 +280,7 @@ def test_killed_evaluation_goes_on_where_it_was(ray_local, run, monkeypatch):
 
 
 def test_a_sample_of_users(ray_local, run):
-    overrides = ("evaluate.max_users=10", "evaluate.batch_size=3")
+    overrides = ("evaluate.max_users=10", "evaluate.batch_size=3", "evaluate.baselines=popularity,item_knn")
     assert go(run, configuration(run, *overrides), "one")["users"] == 10
     go(run, configuration(run, *overrides), "two")
     assert table(run, "one") == table(run, "two")
@@ -285,58 +291,52 @@ def test_a_sample_of_users(ray_local, run):
 def test_every_baseline_gets_the_same_number_of_trials(ray_local, run, monkeypatch):
     """Killed in the middle of tuning, the evaluation goes on there, and comes to the same table."""
     pytest.importorskip("implicit")
-    config = configuration(run, "evaluate.baselines=all", "evaluate.trials=3", "data.oracle=null")
+    tuned = ("evaluate.trials=2", "data.oracle=null")
+    config = configuration(run, "evaluate.baselines=all", *tuned)
     counts = go(run, config)
     assert counts["models"] == [*BASELINES, "2t_hgnn"]
     tuning = json.loads((run / "evaluation" / "tuning.json").read_text())
     assert list(tuning) == list(counts["tuning"]) == list(BASELINES)
     for name, found in tuning.items():
-        assert len(found["trials"]) == counts["tuning"][name]["trials"] == 3 and counts["tuning"][name]["capped"] == 0
+        assert len(found["trials"]) == counts["tuning"][name]["trials"] == 2 and counts["tuning"][name]["capped"] == 0
         assert found["hr_at_10"] == max(trial["hr_at_10"] for trial in found["trials"])
         assert ("epochs" in found["params"]) == (name in ("lightgcn", "sasrec", "hgnn_w_users"))
         assert table(run)[name, "all", "warm"]["coverage_at_100"] > 0
     assert table(run)["ease", "all", "warm"]["hr_at_10"] > 1.3 * table(run)["popularity", "all", "warm"]["hr_at_10"]
-    assert "3 trials" in (run / "evaluation" / "report.html").read_text()
+    assert "2 trials" in (run / "evaluation" / "report.html").read_text()
 
-    attempts = []
-
-    real, config = tuning_module.alone, configuration(run, "evaluate.baselines=ease,lightgcn", "evaluate.trials=3")
-    go(run, config, "undisturbed")
+    attempts, real = [], tuning_module.alone
+    config = configuration(run, "evaluate.baselines=ease,lightgcn", *tuned)
 
     def alone(function, *arguments, **options):
         if function is fitting.try_point:
             attempts.append(arguments[1])
-            if len(attempts) == 5:
+            if len(attempts) == 4:
                 raise KeyboardInterrupt
         return real(function, *arguments, **options)
 
     monkeypatch.setattr(tuning_module, "alone", alone)
     with pytest.raises(KeyboardInterrupt):
         go(run, config, "killed")
-    assert attempts == ["ease"] * 3 + ["lightgcn"] * 2
-    go(run, config, "killed")
-    assert attempts == ["ease"] * 3 + ["lightgcn"] * 4
-    assert table(run, "killed") == table(run, "undisturbed")
+    assert attempts == ["ease"] * 2 + ["lightgcn"] * 2
+    counts = go(run, config, "killed")
+    assert attempts == ["ease"] * 2 + ["lightgcn"] * 3
+    assert table(run, "killed") == {key: row for key, row in table(run).items() if key[0] in counts["models"]}
 
 
 def test_another_evaluation_of_the_run_ranks_no_baseline_again(ray_local, run, monkeypatch):
-    for folder in ("ingest", "featurize", "hgnn"):
-        path = run / folder / "manifest.json"
-        manifest = json.loads(path.read_text()) if path.exists() else {}
-        write_json(path, {**manifest, "fingerprint": f"{folder} as it is"})
-    go(run, configuration(run), "first")
-    assert len(list((run / "cache" / "evaluation").iterdir())) == 4  # the default baselines
+    cached = run / "cache" / "evaluation"
+    go(run, configuration(run), "first", "cache")
+    assert len(list(cached.iterdir())) == 4  # the default baselines
     ranked = []
     monkeypatch.setattr(stage, "fit_for_test", lambda *arguments: ranked.append(arguments))
-    go(run, configuration(run, "two_tower.epochs=1"), "second")
+    go(run, configuration(run, "two_tower.epochs=1"), "second", "cache")
     assert not ranked and table(run, "second") == table(run, "first")
     monkeypatch.undo()
-    manifest = json.loads((run / "hgnn" / "manifest.json").read_text())
-    write_json(run / "hgnn" / "manifest.json", {**manifest, "fingerprint": "trained anew"})
-    go(run, configuration(run), "third")
-    assert len(list((run / "cache" / "evaluation").iterdir())) == 5  # only the one that reads its embeddings
-    go(run, configuration(run, "seed=1"), "fourth")
-    assert len(list((run / "cache" / "evaluation").iterdir())) == 5  # none of the defaults draws
+    go(run, configuration(run), "third", "cache", hgnn="trained anew")
+    assert len(list(cached.iterdir())) == 5  # only the one that reads its embeddings
+    go(run, configuration(run, "seed=1"), "fourth", "cache", hgnn="trained anew")
+    assert len(list(cached.iterdir())) == 5  # none of the defaults draws
     real, fitted = stage.alone, []
 
     def alone(function, *arguments, **options):
@@ -344,10 +344,11 @@ def test_another_evaluation_of_the_run_ranks_no_baseline_again(ray_local, run, m
         return real(function, *arguments, **options)
 
     monkeypatch.setattr(stage, "alone", alone)
-    go(run, configuration(run), "fifth")
+    go(run, configuration(run), "fifth", "cache", hgnn="trained anew")
     assert fitting.fit_for_test not in fitted
-    monkeypatch.setattr(stage, "LAYOUT", stage.LAYOUT + 1)  # what was kept holds something else
-    go(run, configuration(run), "sixth")
+    layout = tuning_module.LAYOUT + 1  # what was kept holds something else
+    monkeypatch.setattr(tuning_module, "LAYOUT", layout)
+    go(run, configuration(run), "sixth", "cache", hgnn="trained anew")
     assert fitted.count(fitting.fit_for_test) == 4 and table(run, "sixth") == table(run, "fifth")
 
 

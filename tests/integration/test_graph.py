@@ -271,6 +271,6 @@ def test_errors_say_what_to_do(world: dict[str, Any], tmp_path: Path) -> None:
     text = world["root"] / "featurize" / "text.safetensors"
     ntype = np.repeat([0, 1, 2], [40, 25, 3]).astype(np.int16)
     write_partitions([], ntype, text, tmp_path, 2, 0)
-    with pytest.raises(UserError, match="one partition a host"):
+    with pytest.raises(UserError, match="each host serves one"):
         PartitionServers(tmp_path, clients=1)
     assert set(Path("/dev/shm").glob("*recsysray*")) <= of_others

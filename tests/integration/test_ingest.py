@@ -257,7 +257,7 @@ def test_leave_one_out_keeps_the_order_of_the_source_where_times_are_equal(tmp_p
         assert found[user] == list(wanted), user
     alone = config.model_copy(update={"data": data.model_copy(update={"interactions": str(tmp_path / "e.parquet")})})
     pq.write_table(pa.Table.from_pylist(table[-2:]), tmp_path / "e.parquet")
-    with pytest.raises(DataError, match="three items of a positive event"):
+    with pytest.raises(DataError, match="positive events on three items"):
         run(alone, tmp_path / "alone")
 
 

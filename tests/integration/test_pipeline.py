@@ -6,7 +6,6 @@ import doctest
 import json
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from contextlib import suppress
@@ -17,18 +16,18 @@ import polars as pl
 import psutil
 import pytest
 from pipeline_world import BASELINES, SMALL, call, call_apart, command, configure, metrics_of, output
+from server_process import free_port, own_folders, running, wait_for
 
 import recsys_ray
 from pipelines.cli import main
-from recsys_ray.bundle.build import find_bundle
-from recsys_ray.core.clock import DAY
+from recsys_ray.config import load_config
 from recsys_ray.evaluation.results import MAIN
 from recsys_ray.scoring.scorer import TERMS, TRENDS, UNSEEN, ScoreSpec, without
 from recsys_ray.serving.recommender import Recommender
 from recsys_ray.stages.chain import STAGES
 from recsys_ray.stages.evaluate import NAMES
 from recsys_ray.storage.artifacts import load_arrays, open_artifact, save_arrays
-from recsys_ray.storage.outputs import set_current
+from recsys_ray.storage.outputs import find_bundle, set_current
 
 
 @pytest.fixture(scope="module")
@@ -36,24 +35,8 @@ def root(tmp_path_factory):
     return tmp_path_factory.mktemp("pipeline")
 
 
-@pytest.fixture(scope="module")
-def data(root, ray_local):
-    done = call("demo-data", "--out", root / "data", "--events", 3000, "--seed", 1)
-    assert done.returncode == 0, done.stderr
-    return root / "data"
-
-
-@pytest.fixture(scope="module")
-def undisturbed(root, data):
-    """A finished run: its folder, its configuration and what the command printed."""
-    config = configure(root, data, "undisturbed")
-    done = call("run", "--config", config)
-    assert done.returncode == 0, done.stderr[-6000:]
-    return root / "undisturbed", config, done
-
-
-def test_one_command_makes_everything(undisturbed):
-    run, _, done = undisturbed
+def test_one_command_makes_everything(small_run):
+    run, done = small_run.folder, small_run.done
     for stage in STAGES.values():
         assert f"{stage.name}: {stage.summary}" in done.stderr
         assert (output(run, stage.folder) / "manifest.json").exists()
@@ -74,16 +57,16 @@ def test_one_command_makes_everything(undisturbed):
         assert promised in done.stdout
 
 
-def test_the_example_of_the_package_runs(undisturbed, tmp_path, monkeypatch):
-    _, config, _ = undisturbed
+def test_the_example_of_the_package_runs(small_run, tmp_path, monkeypatch):
+    config = small_run.config
     shutil.copyfile(config, tmp_path / "my.yaml")
     monkeypatch.chdir(tmp_path)
     ran = doctest.testmod(recsys_ray)
     assert (ran.failed, ran.attempted) == (0, 5)
 
 
-def test_the_second_run_skips_every_stage(undisturbed, monkeypatch):
-    run, config, _ = undisturbed
+def test_the_second_run_skips_every_stage(small_run, monkeypatch):
+    run, config = small_run.folder, small_run.config
     before = {name: (output(run, stage.folder) / "manifest.json").stat().st_mtime_ns for name, stage in STAGES.items()}
     monkeypatch.delattr("recsys_ray.stages.runner.ray_session")  # Ray is not even started
     done = call("run", "--config", config)
@@ -92,8 +75,8 @@ def test_the_second_run_skips_every_stage(undisturbed, monkeypatch):
     assert before == {name: (output(run, s.folder) / "manifest.json").stat().st_mtime_ns for name, s in STAGES.items()}
 
 
-def test_the_report_is_drawn_again_from_what_there_is(undisturbed, tmp_path):
-    run, config, _ = undisturbed
+def test_the_report_is_drawn_again_from_what_there_is(small_run, tmp_path):
+    run, config = small_run.folder, small_run.config
     before = (output(run, "evaluation") / "report.html").stat().st_mtime_ns
     with pytest.raises(SystemExit) as done:
         main(["report", "--config", str(config), "--out", str(tmp_path / "page.html")])
@@ -104,35 +87,35 @@ def test_the_report_is_drawn_again_from_what_there_is(undisturbed, tmp_path):
     assert (output(run, "evaluation") / "report.html").stat().st_mtime_ns == before
 
 
-def test_an_answer_over_http_has_nothing_that_the_user_has_seen(undisturbed, tmp_path):
-    run, _, _ = undisturbed
-    user, seen = seen_by_the_busiest(run)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = (tmp_path / "log").open("w+")
-    words = command("serve", "--bundle", run / "bundles" / "current", "--port", port)
-    server = subprocess.Popen(words, stdout=log, stderr=log)
-    try:
-        url, answer = f"http://127.0.0.1:{port}", None
-        for _ in range(240):
-            try:
-                answer = httpx.get(f"{url}/healthz", timeout=5)
-            except httpx.HTTPError:
-                answer = None
-            if (answer is not None and answer.status_code == 200) or server.poll() is not None:
-                break
-            time.sleep(0.5)
-        assert answer is not None and answer.status_code == 200, (tmp_path / "log").read_text()[-4000:]
-        answer = httpx.post(f"{url}/v1/recommendations", json={"user_id": user, "k": 50}, timeout=30)
-        assert answer.status_code == 200, answer.text
-        ids = [item["item_id"] for item in answer.json()["items"]]
-        assert len(ids) == len(set(ids)) == 50
-        assert not set(ids) & seen
-        assert len(seen) > 10
-    finally:
-        end(server)
-        log.close()
+@pytest.fixture(scope="module")
+def server(small_run, root):
+    """A server of the run's bundles: its address, process, log and temporary folders."""
+    before, port, log = own_folders(), free_port(), root / "serve.log"
+    with running(command("serve", "--bundle", small_run.folder, "--port", port), log) as process:
+        url = f"http://127.0.0.1:{port}"
+        wait_for(url, log, process)
+        yield url, process, log, own_folders() - before
+
+
+def test_an_answer_over_http_has_nothing_that_the_user_has_seen(small_run, server):
+    user, seen = seen_by_the_busiest(small_run.folder)
+    answer = httpx.post(f"{server[0]}/v1/recommendations", json={"user_id": user, "k": 50}, timeout=30)
+    assert answer.status_code == 200, answer.text
+    ids = [item["item_id"] for item in answer.json()["items"]]
+    assert len(ids) == len(set(ids)) == 50
+    assert not set(ids) & seen
+    assert len(seen) > 10
+
+
+def test_sigterm_ends_the_server_as_ctrl_c_does(server):
+    """The last test that takes the server: it ends it."""
+    _, process, log, made = server
+    assert made
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    said = log.read_text()
+    assert "Stopping ..." in said and "SIGTERM received" not in said
+    assert not made & own_folders()
 
 
 def seen_by_the_busiest(run):
@@ -145,21 +128,10 @@ def seen_by_the_busiest(run):
     return users[uid], {items[gid] for gid in gids}
 
 
-def end(process):
-    """End a process as a user would, or by force."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
 @pytest.mark.slow
-def test_a_killed_run_ends_as_an_undisturbed_one(undisturbed, root, data):
-    run, _, _ = undisturbed
-    config, killed = configure(root, data, "killed"), root / "killed"
+def test_a_killed_run_ends_as_an_undisturbed_one(small_run, root, small_data):
+    run = small_run.folder
+    config, killed = configure(root, small_data, "killed"), root / "killed"
     for stage in ("ingest", "featurize", "graph"):
         shutil.copytree(run / stage, killed / stage)
     process = subprocess.Popen(command("run", "--config", config), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -188,14 +160,14 @@ def test_a_killed_run_ends_as_an_undisturbed_one(undisturbed, root, data):
         assert len(list((killed / stage.folder).glob("*/"))) == 1
 
 
-def test_given_weights_embed_without_training(undisturbed, root, data, capsys):
-    run, _, _ = undisturbed
+def test_given_weights_embed_without_training(small_run, root, small_data, capsys):
+    run = small_run.folder
     given = output(run, "hgnn") / "model.safetensors"
-    config, daily = configure(root, data, "daily", hgnn={"weights": str(given)}), root / "daily"
+    config, daily = configure(root, small_data, "daily", hgnn={"weights": str(given)}), root / "daily"
     for stage in ("ingest", "featurize", "graph"):
         shutil.copytree(run / stage, daily / stage)
     assert "no file at nowhere" in complaint(capsys, "hgnn", "--config", config, "--set", "hgnn.weights=nowhere")
-    assert "does not fit" in complaint(capsys, "hgnn", "--config", config, "--set", "hgnn.hidden_dim=8")
+    assert "does not fit" in complaint(capsys, "hgnn", "--config", config, "--set", "hgnn.out_dim=8")
     done = call("hgnn", "--config", config)
     assert done.returncode == 0, done.stderr[-6000:]
     made = output(daily, "hgnn")
@@ -204,8 +176,8 @@ def test_given_weights_embed_without_training(undisturbed, root, data, capsys):
     assert "up to date" in call("hgnn", "--config", config, "--set", f"hgnn.weights={made / given.name}").stderr
 
 
-def test_an_unknown_field_is_one_sentence_and_exit_code_2(root, data):
-    done = call_apart("run", "--config", configure(root, data, "unknown", hgnn={"hiden_dim": 3}))
+def test_an_unknown_field_is_one_sentence_and_exit_code_2(root, small_data):
+    done = call_apart("run", "--config", configure(root, small_data, "unknown", hgnn={"hiden_dim": 3}))
     assert done.returncode == 2
     assert "hgnn.hiden_dim" in done.stderr
     assert "hgnn.hidden_dim" in done.stderr
@@ -224,36 +196,36 @@ def complaint(capsys, *words: object) -> str:
     return errors[0]
 
 
-def test_no_interactions_is_one_sentence(ray_local, root, data, tmp_path, capsys):
-    events = pl.read_parquet(data / "interactions" / "*.parquet")
+def test_no_interactions_is_one_sentence(ray_local, root, small_data, tmp_path, capsys):
+    events = pl.read_parquet(small_data / "interactions" / "*.parquet")
     events.head(0).write_parquet(tmp_path / "none.parquet")
-    config = configure(root, data, "nothing", data={"interactions": str(tmp_path / "none.parquet")})
+    config = configure(root, small_data, "nothing", data={"interactions": str(tmp_path / "none.parquet")})
     assert "interactions" in complaint(capsys, "ingest", "--config", config)
 
 
-def test_a_missing_column_is_one_sentence(ray_local, root, data, tmp_path, capsys):
-    events = pl.read_parquet(data / "interactions" / "*.parquet")
+def test_a_missing_column_is_one_sentence(ray_local, root, small_data, tmp_path, capsys):
+    events = pl.read_parquet(small_data / "interactions" / "*.parquet")
     events.drop("timestamp").write_parquet(tmp_path / "timeless.parquet")
-    config = configure(root, data, "timeless", data={"interactions": str(tmp_path / "timeless.parquet")})
+    config = configure(root, small_data, "timeless", data={"interactions": str(tmp_path / "timeless.parquet")})
     assert "timestamp" in complaint(capsys, "ingest", "--config", config)
 
 
-def test_a_missing_table_or_stage_is_one_sentence(ray_local, root, data, capsys):
-    config = configure(root, data, "missing", data={"items": str(root / "nowhere")})
+def test_a_missing_table_or_stage_is_one_sentence(ray_local, root, small_data, capsys):
+    config = configure(root, small_data, "missing", data={"items": str(root / "nowhere")})
     assert "nowhere" in complaint(capsys, "ingest", "--config", config)
     assert "ingest" in complaint(capsys, "hgnn", "--config", config)
 
 
 @pytest.mark.slow
-def test_one_item_type_alone_works(undisturbed, root, data, tmp_path):
-    run, _, _ = undisturbed
-    items = pl.read_parquet(data / "items" / "*.parquet").filter(pl.col("item_type") == "podcast")
-    events = pl.read_parquet(data / "interactions" / "*.parquet").join(items.select("item_id"), on="item_id")
+def test_one_item_type_alone_works(small_run, root, small_data, tmp_path):
+    run = small_run.folder
+    items = pl.read_parquet(small_data / "items" / "*.parquet").filter(pl.col("item_type") == "podcast")
+    events = pl.read_parquet(small_data / "interactions" / "*.parquet").join(items.select("item_id"), on="item_id")
     items.write_parquet(tmp_path / "items.parquet")
     events.write_parquet(tmp_path / "interactions.parquet")
     tables = {table: str(tmp_path / f"{table}.parquet") for table in ("items", "interactions")}
     changes = {"data": {**SMALL["data"], **tables, "oracle": None}, "two_tower": {"ablation": False}}
-    config = configure(root, data, "podcasts", **changes, hgnn={"epochs": 1})
+    config = configure(root, small_data, "podcasts", **changes, hgnn={"epochs": 1})
     shutil.copytree(run / "cache", root / "podcasts" / "cache")  # the texts are the same: nothing is encoded again
     done = call("run", "--config", config)
     assert done.returncode == 0, done.stderr[-6000:]
@@ -263,11 +235,11 @@ def test_one_item_type_alone_works(undisturbed, root, data, tmp_path):
 
 
 @pytest.mark.slow
-def test_leave_one_out_from_tables_to_answers(undisturbed, root, data):
-    run, _, _ = undisturbed
+def test_leave_one_out_from_tables_to_answers(small_run, root, small_data):
+    run = small_run.folder
     changes = {"split": {"protocol": "leave_one_out"}, "two_tower": {**SMALL["two_tower"], "ablation": False}}
     changes |= {"data": {**SMALL["data"], "oracle": None, "item_types": ["music", "podcast"]}}
-    config = configure(root, data, "left-out", **changes, graph={"window_days": None}, hgnn={"epochs": 1})
+    config = configure(root, small_data, "left-out", **changes, graph={"window_days": None}, hgnn={"epochs": 1})
     shutil.copytree(run / "cache", root / "left-out" / "cache")
     done = call("run", "--config", config)
     assert done.returncode == 0, done.stderr[-6000:]
@@ -299,18 +271,18 @@ def test_leave_one_out_from_tables_to_answers(undisturbed, root, data):
 
 
 @pytest.fixture
-def base(undisturbed):
+def base(small_run):
     """The run's own bundle; afterwards it is live again."""
-    bundles = undisturbed[0] / "bundles"
+    bundles = small_run.folder / "bundles"
     live = find_bundle(bundles)
     yield live
     set_current(bundles, live)
 
 
-def test_new_items_are_recommended_without_training(undisturbed, data, base, tmp_path):
-    run, config, _ = undisturbed
+def test_new_items_are_recommended_without_training(small_run, small_data, base, tmp_path):
+    run, config = small_run.folder, small_run.config
     user, _ = seen_by_the_busiest(run)
-    items = pl.read_parquet(data / "items" / "*.parquet").filter(pl.col("item_type") == "music").head(3)
+    items = pl.read_parquet(small_data / "items" / "*.parquet").filter(pl.col("item_type") == "music").head(3)
     items.with_columns(item_id=pl.format("new-{}", pl.int_range(3))).write_parquet(tmp_path / "new.parquet")
     moment = open_artifact(base).counts["end"] - 60
     trickle = {"user_id": [user], "item_id": ["new-0"], "event": ["stream"], "timestamp": [moment]}
@@ -329,19 +301,18 @@ def test_new_items_are_recommended_without_training(undisturbed, data, base, tmp
     assert find_bundle(live).name == recommender.version
 
 
-def test_items_that_are_embedded_again_stay_where_they_are(undisturbed, data, base, tmp_path):
+def test_items_that_are_embedded_again_stay_where_they_are(small_run, small_data, base, tmp_path):
     """Those whose users' histories the bundle has in full: it then knows all of their edges."""
-    run, _, _ = undisturbed
-    end, ids = open_artifact(base).counts["end"], pl.read_parquet(output(run, "ingest") / "items.parquet")["item_id"]
-    events = pl.read_parquet(output(run, "ingest") / "interactions" / "*.parquet").filter(
-        pl.col("timestamp") >= end - SMALL["graph"]["window_days"] * DAY
-    )
-    busy = events["uid"].value_counts().filter(pl.col("count") > SMALL["two_tower"]["history"])["uid"]
+    run, kept = small_run.folder, load_config(small_run.config).two_tower.history
+    ids = pl.read_parquet(output(run, "ingest") / "items.parquet")["item_id"]
+    events = pl.read_parquet(output(run, "ingest") / "interactions" / "*.parquet")
+    busy = events["uid"].value_counts().filter(pl.col("count") > kept)["uid"]
     cut = set(events.filter(pl.col("uid").is_in(busy.implode()))["gid"])
+    assert cut
     whole = [gid for gid in range(len(ids)) if gid not in cut]
     edges = pl.read_parquet(output(run, "graph") / "edges" / "serve.parquet")
     assert edges["dst"].is_in(whole).sum() > 5
-    items = pl.read_parquet(data / "items" / "*.parquet").filter(pl.col("item_id").is_in(ids[whole].implode()))
+    items = pl.read_parquet(small_data / "items" / "*.parquet").filter(pl.col("item_id").is_in(ids[whole].implode()))
     items.write_parquet(tmp_path / "again.parquet")
     out = tmp_path / "bundles"
     done = call("embed-items", tmp_path / "again.parquet", "--bundle", base, "--out", out, "--replace")
@@ -352,13 +323,13 @@ def test_items_that_are_embedded_again_stay_where_they_are(undisturbed, data, ba
         assert (before * after).sum(1).min() > 0.995, file  # texts may be encoded at a lower precision
 
 
-def test_an_item_of_the_bundle_is_refused_without_replace(undisturbed, data, base, capsys):
-    assert "already in the bundle" in complaint(capsys, "embed-items", data / "items", "--bundle", base)
+def test_an_item_of_the_bundle_is_refused_without_replace(small_run, small_data, base, capsys):
+    assert "already in the bundle" in complaint(capsys, "embed-items", small_data / "items", "--bundle", base)
     assert find_bundle(base.parent) == base
 
 
-def test_embeddings_are_exported_and_probed(undisturbed, tmp_path):
-    run, config, _ = undisturbed
+def test_embeddings_are_exported_and_probed(small_run, tmp_path):
+    run, config = small_run.folder, small_run.config
     out = tmp_path / "items.parquet"
     done = call("export-embeddings", "--config", config, "--out", out, "--snapshot", "test")
     assert done.returncode == 0, done.stderr[-6000:]
@@ -385,12 +356,12 @@ def test_embeddings_are_exported_and_probed(undisturbed, tmp_path):
     assert "up to date" in again.stderr and again.stdout == done.stdout
 
 
-def test_no_feature_of_a_run_looks_past_its_time_and_one_that_does_is_found(undisturbed, root, capsys):
-    run, config, _ = undisturbed
+def test_no_feature_of_a_run_looks_past_its_time_and_one_that_does_is_found(small_run, root, capsys):
+    run, config = small_run.folder, small_run.config
     done = call("check-leaks", "--config", config, "--sample", 300)
     assert done.returncode == 0, done.stderr[-6000:]
     for what in ("training examples", "validation queries", "users of the test", "edges into", "the activity of",
-                 "the embeddings of", "(hgnn, text_only)", "what is remembered",
+                 "the embeddings of", "(hgnn, text_only)", "co-interaction memory",
                  "no feature looks past its time"):  # fmt: skip
         assert what in done.stdout
     for name, said in (("hgnn/embeddings/test/part-00000", "the embedding on snapshot test of item"),

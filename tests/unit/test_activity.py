@@ -6,8 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from recsys_ray.core.clock import DAY
-from recsys_ray.core.snapshots import Fold, Snapshot
 from recsys_ray.graph.activity import COLUMNS, add_counts, count_shard, describe
+from recsys_ray.graph.snapshots import Fold, Snapshot
 
 ITEMS, NOW = 6, 500 * DAY
 TYPES = np.array([0, 0, 1, 1, 1, 1], np.int16)

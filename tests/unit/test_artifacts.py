@@ -89,7 +89,7 @@ def test_two_runs_in_one_folder_are_refused_and_a_dead_one_is_not_in_the_way(tmp
     code = f"import time\nfrom recsys_ray.storage.lock import run_lock\nwith run_lock({str(tmp_path)!r}):\n"
     other = subprocess.Popen([sys.executable, "-c", code + " print(1, flush=True); time.sleep(99)"], stdout=-1)
     assert other.stdout is not None and other.stdout.readline()
-    with pytest.raises(UserError, match=f"another run is at work in .*process {other.pid} on "), run_lock(tmp_path):
+    with pytest.raises(UserError, match=f"another run is working in .*process {other.pid} on "), run_lock(tmp_path):
         pass
     other.kill()
     other.wait()
@@ -107,7 +107,7 @@ def test_damage_is_noticed(tmp_path):
     with pytest.raises(ArtifactError, match="checksum"):
         open_artifact(artifact.path, verify=True)
     file.write_bytes(data[:-1])
-    with pytest.raises(ArtifactError, match=r"table\.safetensors is missing or not"):
+    with pytest.raises(ArtifactError, match=r"table\.safetensors is missing or was modified"):
         open_artifact(artifact.path)
     with pytest.raises(ArtifactError, match="damaged"):
         load_arrays(file)

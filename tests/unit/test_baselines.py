@@ -296,5 +296,5 @@ def test_names_in_the_configuration():
     assert chosen("all") == list(NAMES)
     assert chosen("default") == ["popularity", "item_knn", "llm_knn", "hgnn"]
     assert chosen("sasrec, item_knn") == chosen("[sasrec,item_knn]") == ["item_knn", "sasrec"]
-    with pytest.raises(ConfigError, match=r"no baseline 'item_nn'; known are popularity, item_knn"):
+    with pytest.raises(ConfigError, match=r"unknown baseline 'item_nn'; choose from popularity, item_knn"):
         chosen("item_nn")

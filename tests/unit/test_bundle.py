@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from bundle_world import DAY, END, EVENTS, POPULAR_DAYS, World, make_world
 
-from recsys_ray.bundle.build import find_bundle
 from recsys_ray.core.errors import ArtifactError
 from recsys_ray.data.tables import Tables, whole_users
 from recsys_ray.scoring.scorer import TRENDS, UNSEEN
 from recsys_ray.serving.histories import Histories, HistoryWriter
 from recsys_ray.serving.recommender import Recommender
 from recsys_ray.storage.artifacts import open_artifact
+from recsys_ray.storage.outputs import find_bundle
 
 TYPES = ["audiobook", "music", "podcast"]
 
@@ -44,7 +44,7 @@ def test_bundle_is_whole_and_current(world):
     assert json.loads((bundles / "current.json").read_text()) == {"output": bundle.counts["version"]}
     for named in (world.root, bundles / "current", bundles / "current.json", bundles / bundle.counts["version"]):
         assert find_bundle(named) == bundle.path  # what may be given to --bundle
-    assert bundle.counts["recall_at_10"] == dict.fromkeys(TYPES, 1.0)
+    assert {name: made["recall"] for name, made in bundle.counts["indexes"].items()} == dict.fromkeys(TYPES, 1.0)
     assert not [path for path in bundle.path.rglob("*") if path.suffix in (".pkl", ".pt", ".npy")]
 
 
@@ -106,14 +106,14 @@ def test_popularity_counts_users_of_its_own_days(world, recommender):
 
 def test_poor_recall_is_not_published(tmp_path):
     world = make_world(tmp_path, per_type=(30, 40, 3_000))
-    poor = {"exact_up_to": 10, "hnsw_links": 2, "ef_construction": 2, "ef_search": 1}
+    poor = {"exact_up_to": 10, "hnsw_links": 2, "ef_construction": 2}
     bad = World(**{**vars(world), "config": world.config.model_validate({"index": poor})})
-    with pytest.raises(ArtifactError, match=r"index of '.*' finds 0\.\d+ .*min_recall=0.9"):
+    with pytest.raises(ArtifactError, match=r"index of '.*' has a recall of 0\.\d+ .*min_recall=0.9"):
         bad.bundle()
     assert not (tmp_path / "bundles" / "current.json").exists()
     good = World(**{**vars(world), "config": world.config.model_validate({"index": {"exact_up_to": 10}})})
     counts = good.bundle().counts
-    assert counts["exact"] == dict.fromkeys(TYPES, False) and min(counts["recall_at_10"].values()) > 0.9
+    assert all(min(made["ef_search"]) >= 8 and made["recall"] >= 0.99 for made in counts["indexes"].values())
     assert len(Recommender.load(tmp_path).recommend(world.user_ids[5], k=500)) == 500
 
 
@@ -153,7 +153,7 @@ def test_any_damaged_or_missing_file_is_one_sentence(world, tmp_path):
             with pytest.raises(ArtifactError):
                 Recommender.load(copy)
             shutil.rmtree(copy)
-    with pytest.raises(ArtifactError, match="is no bundle"):
+    with pytest.raises(ArtifactError, match="is not a bundle"):
         Recommender.load(tmp_path)
 
 

@@ -1,11 +1,15 @@
-"""How many CPUs a container grants."""
+"""How many CPUs a container grants; a Ray that does not start in time."""
 
 import os
+import subprocess
 import sys
 
 import pytest
+import ray
 
-from recsys_ray.cluster.session import _container_limit, granted_cpus, without_lines
+from recsys_ray.cluster.session import _container_limit, _start_local, granted_cpus, without_lines
+from recsys_ray.config import RayConfig
+from recsys_ray.core.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -37,3 +41,41 @@ def test_a_line_of_cpp_is_held_back_and_all_others_come(capfd):
         raise ValueError("on")
     os.write(2, b"noise afterwards\n")
     assert capfd.readouterr().err == "one\ntwo\nnoise afterwards\n"
+
+
+def late_start(children: list[subprocess.Popen], times: int):
+    """A stand-in for ``ray.init`` that leaves a process behind and fails as Ray does, so many times."""
+
+    def init(*_, **__) -> None:
+        if len(children) < times:
+            children.append(subprocess.Popen(["sleep", "60"]))
+            raise Exception("The current node timed out during startup. This could happen because ...")
+
+    return init
+
+
+def test_a_ray_that_starts_too_late_is_ended_and_started_once_more(monkeypatch):
+    children: list[subprocess.Popen] = []
+    monkeypatch.setattr(ray, "init", late_start(children, 1))
+    with subprocess.Popen(["sleep", "60"]) as other:
+        _start_local(RayConfig(), 2)
+        assert children[0].poll() is not None
+        assert other.poll() is None  # a process that was there before
+        other.kill()
+
+
+def test_a_ray_that_starts_too_late_twice_is_an_error_in_words(monkeypatch):
+    children: list[subprocess.Popen] = []
+    monkeypatch.setattr(ray, "init", late_start(children, 2))
+    with pytest.raises(UserError, match="did not start within 30 seconds, twice"):
+        _start_local(RayConfig(), 2)
+    assert all(child.poll() is not None for child in children)
+
+
+def test_another_error_of_ray_is_raised_as_it_is(monkeypatch):
+    def init(*_, **__) -> None:
+        raise ValueError("no such option")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(ValueError, match="no such option"):
+        _start_local(RayConfig(), 2)

@@ -65,7 +65,7 @@ def test_a_page_keeps_what_is_outside_its_marks(tmp_path):
 
 
 def test_an_unfinished_run_is_named(tmp_path, capsys):
-    with pytest.raises(ArtifactError, match="holds no finished output"):
+    with pytest.raises(ArtifactError, match="contains no finished output"):
         read_results(tmp_path)
     with pytest.raises(SystemExit) as ended:
         main(["results", str(tmp_path), "--out", str(tmp_path / "page.md")])

@@ -9,7 +9,7 @@ import pytest
 from recsys_ray.config import changed, load_config
 from recsys_ray.core.errors import ConfigError
 
-PRESETS = sorted(p for p in (Path(__file__).parents[2] / "configs").glob("*.yaml") if p.name != "serve.yaml")
+PRESETS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
@@ -70,7 +70,7 @@ def test_mistakes_name_the_field(override, sentence):
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("split.test_from=2024-01-01", "leave split.valid_from and split.test_from out"),
+        ("split.test_from=2024-01-01", "remove split.valid_from and split.test_from"),
         ("graph.cuts=1", "at least 2"),
         ("graph.window_days=30", "set graph.window_days=null"),
         ("data.oracle=somewhere", "data.oracle"),

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from recsys_ray.config import GraphConfig
 from recsys_ray.core.errors import ConfigError
-from recsys_ray.core.snapshots import Fold
 from recsys_ray.graph import pairs
 from recsys_ray.graph.edges import _is_done, count_shard, reduce_range
 from recsys_ray.graph.pairs import Counted, Window, keep_best
+from recsys_ray.graph.snapshots import Fold
 
 WIDE = Window(0, 10_000)
 Event = tuple[int, int, int]  # uid, gid, timestamp
@@ -262,5 +262,5 @@ def test_only_the_wanted_relations_make_edges(tmp_path: Path, relations: object,
 
 
 def test_an_unknown_type_among_the_relations_is_named() -> None:
-    with pytest.raises(ConfigError, match="'film'; the item types are book, song"):
+    with pytest.raises(ConfigError, match="'film', but the item types are book, song"):
         pairs.allowed_relations([("book", "film")], ["book", "song"])

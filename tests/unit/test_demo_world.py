@@ -231,7 +231,7 @@ def test_write_demo(ray_local, tmp_path):
 
 def test_other_folders_are_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(DataError, match="something other than a demo world"):
+    with pytest.raises(DataError, match="something other than demo data"):
         write_demo(tmp_path, SPEC, Progress(quiet=True))
 
 

@@ -21,7 +21,12 @@ def tower(memory: Memory | None = None, **settings) -> TrainedTowers:
 
 
 def batch(ages: list, countries: list, moods: list, days: list[list[int]]) -> UserBatch:
-    table = pa.table({"age": pa.array(ages, pa.float32()), "country": pa.array(countries, pa.string()), "mood": moods})
+    columns = {
+        "age": (ages, pa.float32()),
+        "country": (countries, pa.string()),
+        "mood": (moods, pa.list_(pa.float32())),
+    }
+    table = pa.table({name: pa.array(*column) for name, column in columns.items()})
     lengths, when = [len(own) for own in days], np.array([day * DAY for own in days for day in own], np.int64)
     gid, event = np.zeros(len(when), np.int64), np.zeros(len(when), np.int8)
     return UserBatch(np.arange(len(days)), np.cumsum([0, *lengths]), gid, event, when, table)

@@ -10,13 +10,12 @@ from hypothesis import strategies as st
 
 from recsys_ray.config import GraphConfig
 from recsys_ray.core.clock import DAY
-from recsys_ray.core.snapshots import Snapshot, plan_snapshots
-from recsys_ray.data.tables import Events, Tables
+from recsys_ray.data.tables import Events, Tables, first_touches
+from recsys_ray.graph.snapshots import Snapshot, plan_snapshots
 from recsys_ray.two_tower.examples import (
     HistoryRules,
     build_examples,
     build_queries,
-    first_touches,
     histories,
     user_columns,
     validation_examples,

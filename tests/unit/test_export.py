@@ -70,9 +70,9 @@ def test_only_the_wanted_vectors_are_written(world, tmp_path):
 @pytest.mark.parametrize(
     ("snapshot", "vectors", "sentence"),
     [
-        ("serve", ["text", "txt"], "--vectors takes some of text, hgnn, tower.*'txt'"),
-        ("yesterday", ["hgnn"], "no snapshot 'yesterday'; the graph stage made serve"),
-        ("cut0", ["tower"], "as of test and serve, not of 'cut0'"),
+        ("serve", ["text", "txt"], "--vectors takes a comma-separated choice of text, hgnn, tower.*'txt'"),
+        ("yesterday", ["hgnn"], "no snapshot 'yesterday'; choose from serve"),
+        ("cut0", ["tower"], "for test and serve only, not for 'cut0'"),
     ],
 )
 def test_what_is_not_there_is_one_sentence(world, tmp_path, snapshot, vectors, sentence):
@@ -82,5 +82,5 @@ def test_what_is_not_there_is_one_sentence(world, tmp_path, snapshot, vectors, s
 
 
 def test_a_stage_that_has_not_run_is_one_sentence(tmp_path):
-    with pytest.raises(ArtifactError, match="holds no finished output"):
+    with pytest.raises(ArtifactError, match="contains no finished output"):
         export_run(tmp_path, tmp_path / "a.parquet", "serve", ["text"], QUIET)

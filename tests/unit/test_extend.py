@@ -20,17 +20,19 @@ from bundle_world import DAY, END, POPULAR_DAYS, publish_arrays
 from late_world import QUIET, TYPES, Late, extend, make_late, rows_of, true_edges
 from toy_graph import ToyGraph
 
-from recsys_ray.bundle.build import MEMORY, build_bundle, find_bundle
+from recsys_ray.bundle.build import build_bundle
 from recsys_ray.bundle.extend import extend_bundle
 from recsys_ray.core.errors import ArtifactError, ConfigError, DataError
+from recsys_ray.hgnn.blocks import ItemTypes
 from recsys_ray.hgnn.inductive import EdgeList
-from recsys_ray.hgnn.model import ItemTypes
-from recsys_ray.scoring.memory import Memory
+from recsys_ray.scoring.memory import MEMORY_FILE, Memory
 from recsys_ray.scoring.scorer import ScoreSpec
 from recsys_ray.serving.histories import mapped_arrays
 from recsys_ray.serving.recommender import Recommender
 from recsys_ray.storage.artifacts import open_artifact
+from recsys_ray.storage.outputs import find_bundle
 from serve.app import create_app
+from serve.live import LiveAnswers
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +168,8 @@ def test_a_new_item_is_recommended_and_may_be_in_a_history(late, extended):
     assert {item.item_id for item in recommender.similar(late.lonely, k=100)} >= {late.linked}
 
     async def ask() -> httpx.Response:
-        app = create_app(SimpleNamespace(recommender=recommender, refused=None, examples=False))
+        live = SimpleNamespace(recommender=recommender, refused=None, examples=False, answers=LiveAnswers(None))
+        app = create_app(live)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
             return await client.post(
                 "/v1/recommendations", json={"history": [{"item_id": late.lonely}], "item_types": ["podcast"], "k": 100}
@@ -178,7 +181,7 @@ def test_a_new_item_is_recommended_and_may_be_in_a_history(late, extended):
 
 
 def test_the_memory_holds_the_edges_of_new_items_in_both_directions(late, extended):
-    old, new = Memory.load(late.bundle / MEMORY), Memory.load(extended / MEMORY)
+    old, new = Memory.load(late.bundle / MEMORY_FILE), Memory.load(extended / MEMORY_FILE)
     gid = Recommender.load(extended).items.find(late.linked)
     near = new.gid[new.begin[gid] : new.begin[gid + 1]]
     assert len(near) > 3
@@ -238,10 +241,10 @@ def test_hnsw_indexes_grow(late, tmp_path):
     world = replace(late.world, config=late.world.config.model_validate({"index": {"exact_up_to": 5}}))
     stages = [world.root / name for name in ("ingest", "featurize", "hgnn", "two_tower")]
     base = build_bundle(world.config, *stages, tmp_path / "bundles", QUIET)
-    assert not any(base.counts["exact"].values())
+    assert all(index["ef_search"][0] for index in base.counts["indexes"].values())
     pq.write_table(late.items(late.lonely, late.linked), tmp_path / "new.parquet")
     made = extend_bundle(base.path, tmp_path / "new.parquet", None, QUIET)
-    assert made.counts["recall_at_10"] == dict.fromkeys(TYPES, 1.0)
+    assert {name: index["recall"] for name, index in made.counts["indexes"].items()} == dict.fromkeys(TYPES, 1.0)
     recommender = Recommender.load(made.path)
     found = recommender.similar(late.lonely, k=50, item_types=["podcast"])
     assert len(found) == len(recommender.items.offered(2))
@@ -294,13 +297,13 @@ def test_another_encoder_is_refused(late, tmp_path):
     publish_arrays(copied / "featurize", {"text.safetensors": {"vector": text}}, **bundle_world.FEATURIZE)
     base = replace(late.world, root=copied).bundle("others")
     pq.write_table(late.items(late.lonely), tmp_path / "new.parquet")
-    with pytest.raises(ConfigError, match="another model here"):
+    with pytest.raises(ConfigError, match="a different model here"):
         extend_bundle(base.path, tmp_path / "new.parquet", None, QUIET)
 
 
 def test_no_bundle_is_one_sentence(tmp_path):
     pq.write_table(pa.table({"item_id": ["a"]}), tmp_path / "new.parquet")
-    with pytest.raises(ArtifactError, match="is no bundle"):
+    with pytest.raises(ArtifactError, match="is not a bundle"):
         extend_bundle(tmp_path, tmp_path / "new.parquet", None, QUIET)
 
 

@@ -19,20 +19,23 @@ from bundle_world import DAY, END, POPULAR_DAYS, publish_arrays
 from late_world import HGNN_CONFIG, QUIET, SIZES, TYPES, Late, extend, make_late, rows_of, true_edges
 from toy_graph import ToyGraph
 
-from recsys_ray.bundle.build import find_bundle, sample_profiles
+from recsys_ray.bundle.build import sample_profiles
 from recsys_ray.bundle.export import export_bundle
 from recsys_ray.bundle.extend import extend_bundle
 from recsys_ray.core.errors import DataError
 from recsys_ray.core.progress import Progress
+from recsys_ray.hgnn.blocks import ItemTypes
+from recsys_ray.hgnn.encoder import make_hgnn
 from recsys_ray.hgnn.inductive import load_hgnn
 from recsys_ray.hgnn.inference import LocalStore, embed_items
-from recsys_ray.hgnn.model import HGNN, ItemTypes
 from recsys_ray.hgnn.signature import SignedSource, item_signatures
 from recsys_ray.serving.histories import mapped_arrays, user_inputs
 from recsys_ray.serving.recommender import Recommender
 from recsys_ray.serving.requests import RequestError
 from recsys_ray.storage.artifacts import open_artifact
+from recsys_ray.storage.outputs import find_bundle
 from serve.app import create_app
+from serve.live import LiveAnswers
 
 BOOKS = ["book-1", "book-2", "book-3"]
 
@@ -54,7 +57,8 @@ def call(recommender: Recommender, path: str, body: dict[str, Any] | None = None
     """What HTTP answers."""
 
     async def ask() -> httpx.Response:
-        app = create_app(SimpleNamespace(recommender=recommender, refused=None, examples=False))
+        live = SimpleNamespace(recommender=recommender, refused=None, examples=False, answers=LiveAnswers(None))
+        app = create_app(live)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
             return await (client.get(path) if body is None else client.post(path, json=body))
 
@@ -80,7 +84,7 @@ def stages_embedding(late: Late) -> np.ndarray:
     model = load_hgnn(bundle / "hgnn_model" / "model.safetensors", HGNN_CONFIG, 384, types)
     packed = torch.from_numpy(item_signatures([late.whole.item_ids[gid] for gid in order], 64).copy())
     graph = SignedSource(ToyGraph(src, dst, types.starts, text), packed, 64)
-    store = LocalStore(size, HGNN_CONFIG.hidden_dim)
+    store = LocalStore(size, HGNN_CONFIG.state_dim)
     store.table[:] = hidden
     return embed_items(model, graph, 0, torch.tensor([size - 1]), store)[0].numpy()
 
@@ -126,7 +130,7 @@ def test_http_knows_a_new_type(late, books):
     recommender = Recommender.load(books)
     version = call(recommender, "/v1/version")
     assert version["items_per_type"]["book"] == 3
-    assert version["recall_at_10"]["book"] == 1.0
+    assert version["recall"]["book"] == 1.0
     body = {"history": [{"item_id": "book-3"}], "item_types": ["book"]}
     answer = call(recommender, "/v1/recommendations", body)
     assert {(item["item_id"], item["item_type"]) for item in answer["items"]} == {
@@ -148,7 +152,7 @@ def test_the_new_bundle_says_which_types_it_has(late, books, tmp_path):
     old, new = open_artifact(late.bundle), open_artifact(books, verify=True)
     assert new.counts["item_types"] == [*TYPES, "book"]
     assert new.counts["items_per_type"] == {**old.counts["items_per_type"], "book": 3}
-    assert new.counts["exact"]["book"] is True
+    assert new.counts["indexes"]["book"]["ef_search"] == [0, 0]
     assert export_bundle(books, tmp_path / "all.parquet", ["hgnn"], QUIET) == new.counts["items"]
     table = pq.read_table(tmp_path / "all.parquet").slice(old.counts["items"])
     assert table["item_type"].to_pylist() == ["book"] * 3
@@ -244,15 +248,15 @@ def test_weights_by_relation_have_none_for_a_new_type(late, tmp_path):
     root = tmp_path / "stages"
     for name in ("ingest", "featurize", "two_tower"):
         shutil.copytree(late.world.root / name, root / name)
-    config = HGNN_CONFIG.model_copy(update={"weights_by": "relation"})
-    model = HGNN(384, config, ItemTypes(torch.from_numpy(np.cumsum([0, *SIZES]))))
+    config = HGNN_CONFIG.model_copy(update={"encoder": "graphsage", "hidden_dim": HGNN_CONFIG.state_dim})
+    model = make_hgnn(384, config, ItemTypes(torch.from_numpy(np.cumsum([0, *SIZES]))))
     (part,) = (late.world.root / "hgnn" / "embeddings" / "serve").iterdir()
     arrays = {name: array.numpy() for name, array in mapped_arrays(part).items()}
     files = {"embeddings/serve/part-00000.safetensors": arrays}
     files["model.safetensors"] = {name: weight.numpy() for name, weight in model.state_dict().items()}
     publish_arrays(root / "hgnn", files, config={"hgnn": config.model_dump(mode="json")})
     by_relation = replace(late, bundle=replace(late.world, root=root).bundle().path)
-    sentence = r"item_type 'art', 'book' is not in .* each pair of audiobook, music, podcast .*hgnn.weights_by=kinship"
+    sentence = r"item_type 'art', 'book' is not in .* each pair of audiobook, music, podcast .*hgnn.encoder=propagation"
     with pytest.raises(DataError, match=sentence):
         extend(by_relation, tmp_path / "new", by_relation.items("book-1", "art-1", late.lonely))
     assert not (tmp_path / "new" / "bundles" / "current.json").exists()

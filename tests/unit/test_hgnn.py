@@ -7,12 +7,15 @@ import torch
 from toy_graph import ToyGraph, both_ways
 
 from recsys_ray.config import HgnnConfig
+from recsys_ray.hgnn.blocks import ItemTypes
+from recsys_ray.hgnn.encoder import make_hgnn
+from recsys_ray.hgnn.graphsage import GraphSage
 from recsys_ray.hgnn.inference import LocalStore, embed_items
 from recsys_ray.hgnn.loss import in_batch_softmax, max_margin
-from recsys_ray.hgnn.model import HGNN, ItemTypes
+from recsys_ray.hgnn.propagation import PropagationEncoder, write_sums
 from recsys_ray.hgnn.sampler import build_blocks
 from recsys_ray.hgnn.signature import SignedSource, item_signatures, signs
-from recsys_ray.hgnn.training import EdgeTrainer, plan_edges, train_epochs
+from recsys_ray.hgnn.training import EdgeTrainer, neighbourhoods_of, plan_edges, train_epochs
 from recsys_ray.storage.checkpoint import load_checkpoint, save_checkpoint
 
 ITEMS, HALF = 40, 20
@@ -27,28 +30,39 @@ def planted_world(told=0.0):
 
 
 def signed(graph, config):
-    """The graph with each item's signature behind its text, as the job gives it to the model."""
+    """The graph with each item's signature, as the job gives it to the model."""
     names = [f"item {gid}" for gid in range(len(graph.text))]
     return SignedSource(
         graph, torch.from_numpy(item_signatures(names, config.signature_dim).copy()), config.signature_dim
     )
 
 
+def trainer_of(model, toy, config, seed=0):
+    graph = signed(toy, config)
+    around = neighbourhoods_of(
+        model, graph, config, 0, seed, torch.arange(ITEMS), toy.edges(), lambda dim, name: LocalStore(ITEMS, dim)
+    )
+    return EdgeTrainer(model, model, graph, around, model.types, config, 0, seed)
+
+
+def embed(model, graph, config):
+    return embed_items(model, graph, 0, torch.arange(ITEMS), LocalStore(ITEMS, config.state_dim))
+
+
 def train(config, seed=0, scramble=False, told=0.0):
     """``scramble``: from random weights, since the model's own start already averages over the neighbourhood."""
     torch.manual_seed(seed)
     graph, types = planted_world(told), ItemTypes(torch.tensor([0, HALF, ITEMS]))
-    model = HGNN(16, config, types)
+    model = make_hgnn(16, config, types)
     for weight in model.parameters() if scramble else ():
         torch.nn.init.normal_(weight, std=0.3)
     task = plan_edges(graph.edges(), config, ITEMS, 2, seed)
+    trainer = trainer_of(model, graph, config, seed)
     graph = signed(graph, config)
-    trainer = EdgeTrainer(model, model, graph, types, config, 0, seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     untrained = trainer.validate(task)
     state = train_epochs(trainer, task, optimizer, {}, 0)
-    z = embed_items(model, graph, 0, torch.arange(ITEMS), LocalStore(ITEMS, config.hidden_dim))
-    return model, graph, untrained, state, z
+    return model, graph, untrained, state, embed(model, graph, config)
 
 
 def tastes_found(z):
@@ -60,45 +74,46 @@ def tastes_found(z):
     return float(right[(same & off)[:, :, None] & ~same[:, None, :]].mean())
 
 
+PROPAGATION = {"out_dim": 16, "signature_dim": 64}
+GRAPHSAGE = {"encoder": "graphsage", "hidden_dim": 16, "out_dim": 16, "weights_by": "kinship", "aggregator": "mean"}
+SMALL = {"batch_size": 64, "patience": 9, "min_edges": 50}
+
+
 @pytest.mark.parametrize("loss", ["softmax", "max_margin"])
-@pytest.mark.parametrize("aggregator", ["max", "mean"])
-def test_it_finds_the_planted_tastes(loss, aggregator):
-    config = HgnnConfig(
-        hidden_dim=16, out_dim=16, loss=loss, aggregator=aggregator, epochs=5, batch_size=64, patience=8, min_edges=100
-    )
-    _, _, untrained, state, z = train(config, scramble=True)
+@pytest.mark.parametrize("encoder", [PROPAGATION, GRAPHSAGE, GRAPHSAGE | {"aggregator": "max"}])
+def test_it_finds_the_planted_tastes(loss, encoder):
+    config = HgnnConfig(**encoder, loss=loss, temperature=0.1, epochs=5, batch_size=64, patience=8, min_edges=100)
+    told = 0.0 if encoder is PROPAGATION else 0.5  # GraphSAGE sees items by their texts alone
+    _, _, untrained, state, z = train(config, scramble=True, told=told)
     assert torch.allclose(z.norm(dim=-1), torch.ones(ITEMS), atol=1e-5)
     assert tastes_found(z) > 0.95
     assert min(epoch["valid_loss"] for epoch in state["history"]) < 0.95 * untrained
 
 
-def test_untrained_weights_already_average_over_the_neighbourhood():
-    config = HgnnConfig(hidden_dim=16, out_dim=16)
+def test_untrained_weights_already_place_items_near_those_that_they_share_users_with():
+    config = HgnnConfig(out_dim=64, signature_dim=128)
     graph, types = planted_world(), ItemTypes(torch.tensor([0, HALF, ITEMS]))
     torch.manual_seed(0)
-    model = HGNN(16, config, types)
-    z = embed_items(model, signed(graph, config), 0, torch.arange(ITEMS), LocalStore(ITEMS, 16))
-    assert tastes_found(z) > 0.9
-    for weight in model.parameters():
-        torch.nn.init.normal_(weight, std=0.3)
-    z = embed_items(model, signed(graph, config), 0, torch.arange(ITEMS), LocalStore(ITEMS, 16))
-    assert tastes_found(z) < 0.85  # what training has to make good in the test above
+    model = make_hgnn(16, config, types)
+    assert tastes_found(embed(model, signed(graph, config), config)) > 0.9
+    bare = torch.nn.functional.normalize(model.text(graph.text), dim=-1)
+    assert tastes_found(bare) < 0.6
 
 
-def test_the_same_seed_gives_the_same_embeddings_and_a_resumed_run_too(tmp_path):
-    config = HgnnConfig(hidden_dim=8, out_dim=8, epochs=4, batch_size=64, patience=9, min_edges=50)
+@pytest.mark.parametrize("encoder", [PROPAGATION, GRAPHSAGE])
+def test_the_same_seed_gives_the_same_embeddings_and_a_resumed_run_too(encoder, tmp_path):
+    config = HgnnConfig(**encoder, **SMALL, epochs=4)
     *_, first = train(config)
     *_, second = train(config)
     assert torch.equal(first, second)
 
     toy, types = planted_world(), ItemTypes(torch.tensor([0, HALF, ITEMS]))
-    graph = signed(toy, config)
     for epochs in (2, 4):  # killed after two epochs, started again
         torch.manual_seed(0 if epochs == 2 else 99)
         short = config.model_copy(update={"epochs": epochs})
-        model = HGNN(16, short, types)
+        model = make_hgnn(16, short, types)
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-        trainer = EdgeTrainer(model, model, graph, types, short, 0, 0)
+        trainer = trainer_of(model, toy, short)
         task = plan_edges(toy.edges(), short, ITEMS, 2, 0)
         path = tmp_path / "checkpoint.safetensors"
         state = load_checkpoint(path, model, optimizer) if path.exists() else {}
@@ -106,41 +121,83 @@ def test_the_same_seed_gives_the_same_embeddings_and_a_resumed_run_too(tmp_path)
             trainer, task, optimizer, state, 0,
             on_epoch=lambda state, better: save_checkpoint(path, model, optimizer, state),  # noqa: B023
         )  # fmt: skip
-    resumed = embed_items(model, graph, 0, torch.arange(ITEMS), LocalStore(ITEMS, 8))
-    assert torch.equal(first, resumed)
+    assert torch.equal(first, embed(model, signed(toy, config), config))
 
 
-def test_isolation_in_training_teaches_to_embed_items_without_edges():
+@pytest.mark.parametrize("encoder", [PROPAGATION, GRAPHSAGE])
+def test_isolation_in_training_teaches_to_embed_items_without_edges(encoder):
     found = {}
     for share in (0.0, 0.5):
-        config = HgnnConfig(
-            hidden_dim=16, out_dim=16, epochs=8, batch_size=64, patience=8, min_edges=100, isolated=share
-        )
+        config = HgnnConfig(**encoder, epochs=8, batch_size=64, patience=8, min_edges=100, isolated=share)
         model, _, _, _, z = train(config, scramble=True, told=1.5)
         assert tastes_found(z) > 0.95
         text = planted_world(told=1.5).text
         empty = ToyGraph(*[torch.empty(0, dtype=torch.int64)] * 2, [0, HALF, ITEMS], text)
-        bare = embed_items(model, signed(empty, config), 0, torch.arange(ITEMS), LocalStore(ITEMS, 16))
-        found[share] = tastes_found(bare)
+        found[share] = tastes_found(embed(model, signed(empty, config), config))
     assert found[0.5] > 0.9 and 1 - found[0.5] < 0.5 * (1 - found[0.0]), found
 
 
-def test_layer_by_layer_equals_full_neighbourhoods():
-    config = HgnnConfig(hidden_dim=8, out_dim=8, epochs=1, batch_size=64, min_edges=50)
+@pytest.mark.parametrize("encoder", [PROPAGATION, GRAPHSAGE])
+def test_layer_by_layer_equals_full_neighbourhoods(encoder):
+    config = HgnnConfig(**encoder, **SMALL, epochs=1)
     model, graph, _, _, z = train(config)
     seeds = torch.tensor([3, 17, 25])
     blocks = build_blocks(graph, seeds, 0, [-1, -1])
-    assert torch.allclose(model(graph.features("text", blocks[0].src), blocks), z[seeds], atol=1e-6)
+    assert torch.allclose(model.second(model.first(graph, blocks[0]), blocks[1]), z[seeds], atol=1e-6)
+
+
+def test_sums_made_once_give_the_embedding_of_the_layers():
+    config = HgnnConfig(**PROPAGATION)
+    torch.manual_seed(0)
+    model = PropagationEncoder(16, config, ItemTypes(torch.tensor([0, HALF, ITEMS])))
+    graph = signed(planted_world(), config)
+    sent, sums = LocalStore(ITEMS, 64), LocalStore(ITEMS, 4 * 64)
+    write_sums(graph, model.types, 0, torch.arange(ITEMS), sent, sums)
+    made = model(graph.features("text", torch.arange(ITEMS)), sums.table.view(ITEMS, 4, 64))
+    assert torch.allclose(made, embed(model, graph, config), atol=1e-5)
+
+
+def test_a_pair_is_taken_out_of_both_its_sums():
+    """What the trainer sees of the two ends of an edge is what a graph without that edge shows in the first layer, and
+    in the second but for what others were sent over it."""
+    config = HgnnConfig(**PROPAGATION, valid_share=0.0)
+    toy = ToyGraph(*both_ways([(0, 1), (0, 2), (1, 2), (2, 3), (3, 25)]), [0, HALF, ITEMS], planted_world().text)
+    src, dst = torch.cat([toy.src, torch.tensor([30])]), torch.cat([toy.dst, torch.tensor([3])])
+    toy = ToyGraph(src, dst, [0, HALF, ITEMS], toy.text)  # 30 sends to 3, and 3 does not send to 30
+    model = make_hgnn(16, config, ItemTypes(torch.tensor([0, HALF, ITEMS])))
+    around = trainer_of(model, toy, config).neighbourhoods
+    own, partner = torch.tensor([2, 3, 25, 30, 3]), torch.tensor([3, 2, 3, 3, 30])
+    (_, sums), _ = around.inputs(own, partner, torch.zeros(5, dtype=torch.bool), torch.Generator())
+    sign = signed(toy, config).signs(torch.arange(ITEMS))
+    assert torch.allclose(sums[0, 0], sign[0] + sign[1], atol=1e-6)  # 2 without 3
+    assert torch.allclose(sums[0, 2], _h1(sign, 1) + _h1(sign, 0), atol=1e-6)
+    assert torch.allclose(sums[1, 0], torch.zeros(64), atol=1e-6)  # 3 without 2: nothing of its own type
+    assert torch.allclose(sums[1, 1], sign[25] + sign[30], atol=1e-6)
+    assert torch.allclose(sums[2], torch.zeros(4, 64), atol=1e-6)  # 25 without 3: alone
+    assert torch.equal(sums[3], torch.zeros(4, 64))  # 30 receives nothing, and nothing is taken from it
+    assert torch.allclose(sums[4, 1], sign[25], atol=1e-6)
+    (_, sums), _ = around.inputs(own, partner, torch.ones(5, dtype=torch.bool), torch.Generator())
+    assert not sums.any()
+
+
+def _h1(sign, item):
+    sent = {0: sign[1] + sign[2], 1: sign[0] + sign[2]}[item]
+    return torch.nn.functional.normalize(sent, dim=-1)
 
 
 def test_an_item_without_edges_is_embedded_from_its_text_alone():
-    config = HgnnConfig(hidden_dim=8, out_dim=8)
     types = ItemTypes(torch.tensor([0, 2, 3]))
     graph = ToyGraph(torch.tensor([0, 1]), torch.tensor([1, 0]), [0, 2, 3], torch.eye(3, 16))
-    model = HGNN(16, config, types)
-    z = embed_items(model, signed(graph, config), 0, torch.arange(3), LocalStore(3, 8))
-    h = torch.relu(model.layers[0].own["all"](model.project(graph.text[2])))
-    alone = torch.nn.functional.normalize(model.layers[1].own["all"](h), dim=-1)
+    config = HgnnConfig(**PROPAGATION)
+    model = PropagationEncoder(16, config, types)
+    z = embed_items(model, signed(graph, config), 0, torch.arange(3), LocalStore(3, config.state_dim))
+    assert torch.allclose(z[2, :8], torch.nn.functional.normalize(model.text(graph.text[2]), dim=-1), atol=1e-6)
+    assert not z[2, 8:].any() and z[0, 8:].any()
+    config = HgnnConfig(**GRAPHSAGE)
+    sage = GraphSage(16, config, types)
+    z = embed_items(sage, signed(graph, config), 0, torch.arange(3), LocalStore(3, config.state_dim))
+    h = torch.relu(sage.layers[0].own["all"](sage.project(graph.text[2])))
+    alone = torch.nn.functional.normalize(sage.layers[1].own["all"](h), dim=-1)
     assert torch.allclose(z[2], alone, atol=1e-6)
 
 
@@ -148,42 +205,40 @@ def test_an_item_without_edges_is_embedded_from_its_text_alone():
     ("aggregator", "pooled"),
     [("max", lambda sent: sent.amax(0)), ("mean", lambda sent: sent.mean(0))],
 )
-def test_neighbours_are_pooled_element_by_element(aggregator, pooled):
+def test_graphsage_pools_neighbours_element_by_element(aggregator, pooled):
     torch.manual_seed(0)
-    config = HgnnConfig(hidden_dim=4, out_dim=4, aggregator=aggregator, weights_by="relation", signature_dim=0)
+    config = HgnnConfig(encoder="graphsage", hidden_dim=4, out_dim=4, aggregator=aggregator)
     types = ItemTypes(torch.tensor([0, 3]))
     graph = ToyGraph(torch.tensor([1, 2]), torch.tensor([0, 0]), [0, 3], torch.randn(3, 5))
-    model = HGNN(5, config, types)
+    model = GraphSage(5, config, types)
     (block,) = build_blocks(graph, torch.tensor([0]), 0, [-1])
     h = model.project(graph.text[block.src])
     layer = model.layers[0]
     messages = torch.relu(layer.relation["0_0"](h[1:]))
-    assert torch.allclose(layer(h, h, block)[0], layer.own["0"](h[0]) + pooled(messages), atol=1e-6)
-    sent = h + 1
-    messages = torch.relu(layer.relation["0_0"](sent[1:]))  # what neighbours send is not what a node keeps
-    assert torch.allclose(layer(h, sent, block)[0], layer.own["0"](h[0]) + pooled(messages), atol=1e-6)
+    assert torch.allclose(layer(h, block)[0], layer.own["0"](h[0]) + pooled(messages), atol=1e-6)
 
 
-def test_weights_by_kinship_know_a_type_that_comes_later():
+@pytest.mark.parametrize("encoder", [PROPAGATION, GRAPHSAGE])
+def test_weights_by_kinship_know_a_type_that_comes_later(encoder):
     """Its items are embedded as those of a known type with the same text and the same kind of edges are."""
-    config = HgnnConfig(hidden_dim=8, out_dim=8)
+    config = HgnnConfig(**encoder)
     torch.manual_seed(0)
-    model = HGNN(16, config, ItemTypes(torch.tensor([0, 2, 4])))
+    model = make_hgnn(16, config, ItemTypes(torch.tensor([0, 2, 4])))
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.3)
     text = torch.randn(2, 16).repeat(3, 1)  # items 2 and 4 look like 0, items 3 and 5 like 1
     edges = both_ways([(0, 1), (2, 3), (4, 5)])
-    grown = HGNN(16, config, ItemTypes(torch.tensor([0, 2, 4, 6])))
+    grown = make_hgnn(16, config, ItemTypes(torch.tensor([0, 2, 4, 6])))
     grown.load_state_dict(model.state_dict())
     graph = ToyGraph(*edges, [0, 2, 4, 6], text)
     same = SignedSource(graph, torch.zeros(6, 2, dtype=torch.int64), config.signature_dim)
-    z = embed_items(grown, same, 0, torch.arange(6), LocalStore(6, 8))
+    z = embed_items(grown, same, 0, torch.arange(6), LocalStore(6, config.state_dim))
     assert torch.allclose(z[4:], z[2:4], atol=1e-6)
     assert not torch.allclose(z[4], z[5], atol=1e-3)
-    by_relation = HgnnConfig(hidden_dim=8, out_dim=8, weights_by="relation")
+    by_relation = HgnnConfig(encoder="graphsage", hidden_dim=8, out_dim=8, weights_by="relation")
     with pytest.raises(RuntimeError, match="Missing key"):
-        HGNN(16, by_relation, ItemTypes(torch.tensor([0, 2, 4, 6]))).load_state_dict(
-            HGNN(16, by_relation, ItemTypes(torch.tensor([0, 2, 4]))).state_dict()
+        make_hgnn(16, by_relation, ItemTypes(torch.tensor([0, 2, 4, 6]))).load_state_dict(
+            make_hgnn(16, by_relation, ItemTypes(torch.tensor([0, 2, 4]))).state_dict()
         )
 
 

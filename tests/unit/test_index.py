@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import faiss
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,17 +12,18 @@ from hypothesis import strategies as st
 
 from recsys_ray.config import IndexConfig
 from recsys_ray.core.errors import ArtifactError
+from recsys_ray.scoring.memory import Recalled
+from recsys_ray.scoring.scorer import Pairs
 from recsys_ray.serving.index import (
     TypeIndex,
     check_metric,
     check_unit_norm,
     exact_top_k,
-    recall_at,
     search_types,
 )
 
 DIM = 16
-HNSW = IndexConfig(exact_up_to=10)
+HNSW = IndexConfig(exact_up_to=10, recall=1.0)
 
 
 def unit(rows: int, seed: int = 0) -> np.ndarray:
@@ -36,7 +40,7 @@ def brute_force(vectors: np.ndarray, query: np.ndarray, k: int, allowed: np.ndar
 def built(request) -> TypeIndex:
     """600 items, of which every third is of this type."""
     vectors = unit(600)
-    return TypeIndex.build("book", vectors, np.arange(0, 600, 3, dtype=np.int32), request.param)
+    return TypeIndex.build("book", vectors, np.arange(0, 600, 3, dtype=np.int32), request.param, unit(100, seed=9))
 
 
 def test_kind_follows_size():
@@ -58,6 +62,37 @@ def test_search_is_brute_force(built):
         scores, gids = built.search(query, 10)
         assert gids.tolist() == brute_force(built.vectors, query, 10, built.gids)
         np.testing.assert_allclose(scores, built.vectors[gids] @ query, atol=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(k=st.integers(1, 90), most=st.integers(0, 150), narrow=st.booleans(), seed=st.integers(0, 2**32 - 1))
+def test_many_queries_find_what_each_finds_alone(built, k, most, narrow, seed):
+    random = np.random.default_rng(seed)
+    queries = random.standard_normal((20, DIM), dtype=np.float32)
+    barred = [np.sort(random.choice(600, random.integers(0, most + 1), replace=False)) for _ in queries]
+    pairs = Pairs(np.repeat(np.arange(20), [len(gids) for gids in barred]), np.concatenate(barred))
+    allowed = np.flatnonzero(random.random(200) < 0.3) if narrow else None
+    alone = [built.search(query, k, gids, allowed) for query, gids in zip(queries, barred, strict=True)]
+    together = [built.search_each(queries, k, pairs, allowed)]
+    together += [built.rank(queries, k, Recalled.nothing(), pairs, allowed)] if built.exact else []
+    for found in together:
+        assert found.row.tolist() == [row for row, (_, gids) in enumerate(alone) for _ in gids]
+        scores, gids = (np.concatenate(column) for column in zip(*alone, strict=True))
+        np.testing.assert_allclose(found.score, scores, atol=1e-5)
+        other = found.gid != gids  # of scores that are equal but for rounding either may come first
+        rounded = np.einsum("nd,nd->n", queries[found.row[other]], built.vectors[found.gid[other]])
+        np.testing.assert_allclose(rounded, scores[other], atol=2e-6)
+
+
+def test_the_best_of_many_scores_are_among_the_places(monkeypatch):
+    monkeypatch.setattr("recsys_ray.serving.index._SCORES", 1000)  # several rows at once
+    vectors = np.repeat(unit(500), 2, axis=0)  # every score twice
+    index = TypeIndex.build("a", vectors, np.arange(1000, dtype=np.int32), IndexConfig())
+    queries = unit(7, seed=1)
+    found = index.rank(queries, 11, Recalled.nothing(), Pairs(np.zeros(2, np.int64), np.array([1, 5])))
+    for row, query in enumerate(queries):
+        left = np.setdiff1d(np.arange(1000), [1, 5] if row == 0 else [])
+        assert found.gid[found.row == row].tolist() == brute_force(vectors, query, 11, left)
 
 
 @settings(max_examples=60, deadline=None)
@@ -90,7 +125,7 @@ def test_nothing_left_and_empty_type():
     assert len(index.search(vectors[0], 3, np.arange(5))[1]) == 0
     empty = TypeIndex.build("b", vectors, np.empty(0, np.int32), IndexConfig())
     assert len(empty.search(vectors[0], 3)[1]) == 0
-    assert recall_at(empty, vectors) == 1.0
+    assert empty.tuned(vectors, 1.0) is empty
 
 
 def test_types_are_merged_by_score():
@@ -103,25 +138,54 @@ def test_types_are_merged_by_score():
         assert gids.tolist() == brute_force(vectors, query, 12, np.flatnonzero(np.arange(90) % 3 < 2))
 
 
-def test_recall_is_one_when_exact_and_less_when_the_graph_is_poor():
+def share_found(index: TypeIndex, queries: np.ndarray, k: int) -> float:
+    """By ids."""
+    found = [set(index.search(query, k)[1].tolist()) for query in queries]
+    wanted = [brute_force(index.vectors, query, k, index.gids) for query in queries]
+    return float(np.mean([len(a & set(b)) / k for a, b in zip(found, wanted, strict=True)]))
+
+
+def test_as_many_candidates_are_followed_as_the_recall_needs():
     vectors, queries = unit(3_000), unit(100, seed=4)
     gids = np.arange(3_000, dtype=np.int32)
-    assert recall_at(TypeIndex.build("a", vectors, gids, IndexConfig()), queries) == 1.0
-    poor = IndexConfig(exact_up_to=10, hnsw_links=2, ef_construction=2, ef_search=1)
-    found = recall_at(TypeIndex.build("a", vectors, gids, poor), queries)
-    good = recall_at(TypeIndex.build("a", vectors, gids, HNSW), queries)
-    assert found < 0.5 < 0.9 < good
+    exact = TypeIndex.build("a", vectors, gids, IndexConfig())
+    assert exact.tuned(queries, 1.0) is exact and exact.recall == 1
+    index = TypeIndex.build("a", vectors, gids, HNSW, queries)
+    low, high = index.tuned(queries, 0.8), index.tuned(queries, 0.999)
+    assert 0.8 <= low.recall < high.recall and low.ef_search < high.ef_search
+    for tuned in (low, high):
+        assert min(share_found(tuned, queries, k) for k in (10, 100)) == pytest.approx(tuned.recall, abs=0.005)
+    poor = TypeIndex.build("a", vectors, gids, IndexConfig(exact_up_to=10, hnsw_links=2, ef_construction=2), queries)
+    assert max(poor.ef_search) == 1_024 and poor.recall < 0.99
+
+
+def test_a_graph_that_is_stretched_finds_items_by_their_bias():
+    """Vectors as trained ones: near some directions, and a number b that makes up most of the places of a list."""
+    random = np.random.default_rng(0)
+    vectors = np.concatenate([unit(4_000), np.where(random.random(4_000) < 0.03, 0.4, -0.02)[:, None]], axis=1)
+    vectors = vectors.astype(np.float32)
+    queries = np.concatenate([unit(200, seed=1), np.ones((200, 1), np.float32)], axis=1)
+    gids = np.arange(4_000, dtype=np.int32)
+    made = TypeIndex.build("a", vectors, gids, HNSW, queries)
+    assert made.stretch == pytest.approx(0.4**-0.5)
+    plain = replace(made, index=faiss.IndexHNSWFlat(DIM + 1, 16, faiss.METRIC_INNER_PRODUCT), stretch=1.0)
+    plain.add(gids)
+    plain, narrow = plain.tuned(queries, 0.0), made.tuned(queries, 0.0)  # both with the fewest candidates
+    assert plain.recall + 0.05 < narrow.recall < made.recall
+    for query in queries[:20]:
+        scores, found = made.search(query, 10)
+        np.testing.assert_allclose(scores, vectors[found] @ query, atol=1e-5)
 
 
 def test_equal_vectors_stand_for_each_other():
-    vectors = np.repeat(unit(2), 40, axis=0)  # ten of forty equals: ids say nothing
-    index = TypeIndex.build("a", vectors, np.arange(80, dtype=np.int32), HNSW)
-    assert recall_at(index, vectors[:1]) == 1.0
+    vectors = np.repeat(unit(2), 200, axis=0)  # a hundred of two hundred equals: ids say nothing
+    index = TypeIndex.build("a", vectors, np.arange(400, dtype=np.int32), HNSW, vectors[:1])
+    assert index.recall == 1.0
 
 
 def test_saved_and_loaded(built, tmp_path):
     built.save(tmp_path / "t0.faiss")
-    loaded = TypeIndex.load(tmp_path / "t0.faiss", "book", built.gids, built.vectors, built.ef_search)
+    loaded = TypeIndex.load(tmp_path / "t0.faiss", "book", built.gids, built.vectors, built.settings)
     assert loaded.exact == built.exact
     for query in unit(5, seed=5):
         assert loaded.search(query, 10, built.gids[:3].astype(np.int64))[1].tolist() == (
@@ -135,15 +199,15 @@ def test_what_does_not_fit_is_refused(built, tmp_path):
     path = tmp_path / "t0.faiss"
     path.write_bytes(b"no index")
     with pytest.raises(ArtifactError, match="cannot be read as an index"):
-        TypeIndex.load(path, "book", built.gids, built.vectors, 64)
+        TypeIndex.load(path, "book", built.gids, built.vectors, built.settings)
     other = faiss.IndexFlatL2(DIM)
     other.add(built.vectors[built.gids])
     faiss.write_index(other, str(path))
     with pytest.raises(ArtifactError, match="does not rank by 'inner_product'"):
-        TypeIndex.load(path, "book", built.gids, built.vectors, 64)
+        TypeIndex.load(path, "book", built.gids, built.vectors, built.settings)
     built.save(path)
-    with pytest.raises(ArtifactError, match="holds 200 vectors"):
-        TypeIndex.load(path, "book", built.gids[:-1], built.vectors, 64)
+    with pytest.raises(ArtifactError, match="contains 200 vectors"):
+        TypeIndex.load(path, "book", built.gids[:-1], built.vectors, built.settings)
     with pytest.raises(ArtifactError, match="metric 'cosine'"):
         check_metric("cosine", "the tower")
 

@@ -17,7 +17,6 @@ from recsys_ray.checks.leaks_snapshots import check_activity, check_edges
 from recsys_ray.config import GraphConfig
 from recsys_ray.core.clock import DAY
 from recsys_ray.core.errors import LeakError
-from recsys_ray.core.snapshots import Fold, Snapshot, plan_snapshots
 from recsys_ray.data.tables import Catalogue, Events
 from recsys_ray.evaluation.ranking import batch_of
 from recsys_ray.evaluation.segments import find_queries
@@ -25,6 +24,7 @@ from recsys_ray.graph.activity import add_counts, count_shard, describe
 from recsys_ray.graph.edges import count_shard as count_pairs
 from recsys_ray.graph.edges import reduce_range
 from recsys_ray.graph.pairs import Window
+from recsys_ray.graph.snapshots import Fold, Snapshot, plan_snapshots
 from recsys_ray.storage.artifacts import Artifact
 from recsys_ray.two_tower.examples import HistoryRules, build_queries, training_examples
 
@@ -109,7 +109,7 @@ def test_a_history_with_the_target_or_with_an_event_of_someone_else(world):
     examples = examples_of(world)
     row = int(np.diff(examples["offsets"]).argmax())
     put_last(examples, row, examples["target"][row], 0)
-    with pytest.raises(LeakError, match="holds the target itself"):
+    with pytest.raises(LeakError, match="contains the target itself"):
         look(world, examples)
     examples = examples_of(world)
     touched = world[0].gid[world[0].uid == examples["uid"][row]]
@@ -137,7 +137,7 @@ def test_a_snapshot_that_the_example_may_not_see(world):
         sentence = "embeddings and activity of snapshot cut0, which ends at 1970"
     else:
         late = [replace(plan[0], without=plan[1].without), *plan[1:]]
-        sentence = "snapshot cut0, which holds the user's own events"
+        sentence = "snapshot cut0, which contains the user's events"
     with pytest.raises(LeakError, match=sentence):
         check_examples(events, examples, np.arange(len(examples["target"])), late, counts["valid_from"], words)
 
@@ -231,7 +231,7 @@ def test_edges_of_other_events(world, name):
     table = pq.read_table(right)  # the right users, in an order that they had at another time
     changed = table.set_column(3, table.schema.field(3), pc.multiply(table["weight"], pa.scalar(2, pa.float32())))
     pq.write_table(changed, folder / "order.parquet")
-    with pytest.raises(LeakError, match=r"of (\d+) users and weighs .*, but of \1 and"):
+    with pytest.raises(LeakError, match=r"has (\d+) users and weight .*, but \1 and"):
         look(folder / "order.parquet")
     for number, wrong in enumerate(wrong_ways(snapshot, counts)):
         stored = write_edges(folder / f"wrong-{number}", shards, wrong)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import asdict
 
 import numpy as np
 import polars as pl
@@ -18,14 +19,15 @@ from recsys_ray.config import Config, HgnnConfig
 from recsys_ray.core.clock import NEVER
 from recsys_ray.core.errors import LeakError
 from recsys_ray.core.progress import Progress
-from recsys_ray.core.snapshots import as_records, plan_snapshots
 from recsys_ray.data.tables import Events, Tables
 from recsys_ray.graph.activity import ACTIVITY, COLUMNS, count_shard, describe
 from recsys_ray.graph.edges import count_shard as count_pairs
 from recsys_ray.graph.edges import reduce_range
 from recsys_ray.graph.pairs import Window
+from recsys_ray.graph.snapshots import plan_snapshots
+from recsys_ray.hgnn.blocks import ItemTypes
+from recsys_ray.hgnn.encoder import make_hgnn
 from recsys_ray.hgnn.inference import LocalStore, embed_items
-from recsys_ray.hgnn.model import HGNN, ItemTypes
 from recsys_ray.hgnn.signature import SignedSource, item_signatures
 from recsys_ray.scoring.choices import choices_file, count_choices
 from recsys_ray.scoring.memory import Memory, memory_file
@@ -38,7 +40,7 @@ from recsys_ray.two_tower.training import item_vectors
 
 SIZES, TEXT, LAST = (25, 15), 8, 90
 ITEMS = sum(SIZES)
-HGNN_CONFIG = HgnnConfig(hidden_dim=8, out_dim=6, signature_dim=64)
+HGNN_CONFIG = HgnnConfig(out_dim=6, signature_dim=64)
 CONFIG = Config.model_validate({"graph": {"window_days": None, "cuts": 2, "max_neighbors": 6}})
 DAY = 86_400
 
@@ -92,7 +94,7 @@ def run(tmp_path) -> FinishedRun:
     made = {
         "ingest": {"counts": counts, "config": {"events": CONFIG.events.model_dump()}},
         "graph": {
-            "counts": {"snapshots": as_records(snapshots)},
+            "counts": {"snapshots": [asdict(s) for s in snapshots]},
             "config": {"graph": CONFIG.graph.model_dump(), "edges": ["stream"], "seed": 0},
         },
         "hgnn": {"config": {"hgnn": HGNN_CONFIG.model_dump()}},
@@ -104,7 +106,7 @@ def run(tmp_path) -> FinishedRun:
 def write_embeddings(folders, snapshots, ids, text):
     torch.manual_seed(0)
     starts = torch.tensor([0, SIZES[0], ITEMS])
-    model = HGNN(TEXT, HGNN_CONFIG, ItemTypes(starts))
+    model = make_hgnn(TEXT, HGNN_CONFIG, ItemTypes(starts))
     folders["hgnn"].mkdir()
     save_file(model.state_dict(), folders["hgnn"] / "model.safetensors")
     packed = torch.from_numpy(item_signatures(ids, HGNN_CONFIG.signature_dim).copy())
@@ -112,7 +114,7 @@ def write_embeddings(folders, snapshots, ids, text):
         table = pq.read_table(folders["graph"] / "edges" / f"{s.name}.parquet")
         graph = ToyGraph(*(table[name].to_numpy().astype(np.int64) for name in ("src", "dst")), starts, text)
         source = SignedSource(graph, packed, HGNN_CONFIG.signature_dim)
-        made = embed_items(model, source, s.index, torch.arange(ITEMS), LocalStore(ITEMS, HGNN_CONFIG.hidden_dim))
+        made = embed_items(model, source, s.index, torch.arange(ITEMS), LocalStore(ITEMS, HGNN_CONFIG.state_dim))
         arrays = {"gid": np.arange(ITEMS), "embedding": made.numpy()}
         save_arrays(folders["hgnn"] / "embeddings" / s.name / "part-00000.safetensors", arrays)
 
@@ -139,12 +141,12 @@ def look(run: FinishedRun) -> list[str]:
 
 def test_a_run_as_it_is_made(run):
     said = look(run)
-    assert [line.split(": made")[0].split(": counted")[0] for line in said[1:]] == [
+    assert [line.split(": follow")[0] for line in said[1:]] == [
         "the activity of 40 items on 5 snapshots",
         "the embeddings of 40 items on 5 snapshots",
         "the test's vectors of 40 items (hgnn, text_only)",
-        "what is remembered of pairs of items in validation and test: the edges of their snapshots",
-        "what was chosen in all and in the last weeks on 5 snapshots",
+        "co-interaction memory of validation and test",
+        "counts of choices, overall and in the last weeks on 5 snapshots",
     ]
     assert "edges into 40 items on 5 snapshots" in said[0] and not said[0].startswith("0 ")
 

@@ -49,5 +49,5 @@ def test_a_bundle_tells_what_is_in_it(tmp_path):
     assert bundle.vectors.shape[0] == len(bundle) and bundle.vectors.dtype == np.float32
     assert np.allclose(np.linalg.norm(bundle.vectors, axis=1), 1, atol=1e-4)
     assert bundle.version in repr(bundle)
-    with pytest.raises(ArtifactError, match="is no bundle"):
+    with pytest.raises(ArtifactError, match="is not a bundle"):
         recsys_ray.Bundle.open(tmp_path / "nothing")

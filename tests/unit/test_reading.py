@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from recsys_ray.config import DataConfig
 from recsys_ray.core.errors import DataError
 from recsys_ray.data.csv_records import Records
+from recsys_ray.data.files import table_fingerprint
 from recsys_ray.data.reading import _parse, find_source, read_batches
 from recsys_ray.data.validate import check_users
-from recsys_ray.stages.runner import _hash_source
 
 SONGS = [{"item_id": f"s{i}", "item_type": "song", "title": f"Song {i}"} for i in range(12)]
 LISTENS = [{"user_id": 7 + i, "item_id": "s1", "event": "play", "timestamp": 1_700_000_000 + i} for i in range(5)]
@@ -195,24 +195,24 @@ def test_gzip(tmp_path: Path) -> None:
     ("name", "content", "said"),
     [
         ("a.csv", b"PK\x03\x04" + bytes(range(256)), "zip archive"),
-        ("a.csv", gzip.compress(b"item_id,item_type,title\n"), r"compressed with gzip.*\.csv\.gz"),
-        ("a.csv", b"\n<!DOCTYPE html><html>", "page of HTML"),
+        ("a.csv", gzip.compress(b"item_id,item_type,title\n", mtime=0), r"compressed with gzip.*\.csv\.gz"),
+        ("a.csv", b"\n<!DOCTYPE html><html>", "HTML page"),
         ("a.csv", b'<?xml version="1.0"?><items/>', "XML"),
         ("a.csv", b'{"item_id": 1, "item_type": "song", "title": "x"}\n', "JSON"),
         ("a.csv", b'[\n  {"item_id": 1}]', "JSON"),
         ("a.csv", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "Git LFS pointer.*git lfs pull"),
-        ("a.csv", b"PAR1 and more", r"Parquet file.*end in \.parquet"),
+        ("a.csv", b"PAR1 and more", r"Parquet file.*name in \.parquet"),
         ("a.csv", b"sep=,\nitem_id,item_type,title\n1,song,x\n", "Excel's line 'sep='.*first line"),
         ("a.csv", "item_id,item_type,title\n1,song,x\n".encode("utf-16"), "UTF-16.*iconv"),
         ("a.csv", "item_id,item_type,title\n1,song,x\n".encode("utf-16-le"), "UTF-16.*iconv"),
         ("a.csv", b"\x00\x01\x02\x00\x00" * 30, "binary"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "Git LFS pointer"),
-        ("a.parquet", b"item_id,item_type,title\n", r"is text and not a Parquet file.*\.csv"),
-        ("a.parquet", b"PAR1" + bytes(100), "without its end"),
-        ("a.tsv", b"item_id\titem_type\ttitle\n1\tsong\tx\n", "divided by tabs"),
-        ("a.csv", b"item_id\titem_type\ttitle\n1\tsong\tx, y\n", "divided by tabs"),
-        ("a.csv", b"item_id|item_type|title\n1|song|x\n", r"divided by '\|'"),
-        ("a.csv", b'"item_id";"item_type";"title"\n1;song;x\n', "divided by semicolons(?!.*UTF-8).*sep=';'"),
+        ("a.parquet", b"item_id,item_type,title\n", r"is text, not a Parquet file.*\.csv"),
+        ("a.parquet", b"PAR1" + bytes(100), "incomplete Parquet file"),
+        ("a.tsv", b"item_id\titem_type\ttitle\n1\tsong\tx\n", "separated by tabs"),
+        ("a.csv", b"item_id\titem_type\ttitle\n1\tsong\tx, y\n", "separated by tabs"),
+        ("a.csv", b"item_id|item_type|title\n1|song|x\n", r"separated by '\|'"),
+        ("a.csv", b'"item_id";"item_type";"title"\n1;song;x\n', "separated by semicolons(?!.*UTF-8).*sep=';'"),
         ("a.csv", 'item_id;item_type;title\n1;song;"x\\" é"\n'.encode("latin-1"), "semicolons.*not UTF-8 .*Latin-1"),
         ("a.csv", b"1::Toy Story::Animation|Children's\n", "'::'.*no line of column names.*item_id,item_type,title"),
         ("a.csv", b"1,song,x\n2,song,y\n", "no line of column names.*1,song,x"),
@@ -343,7 +343,7 @@ def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row["user_id"] for row in read("interactions", both)[0]] == ["9", "8"]  # in this order, each once
     assert "nothing matches" in refusal("interactions", f"{tmp_path}/*.pq")
     assert "no file or folder" in refusal("interactions", "~/elsewhere")
-    hashes = [_hash_source("interactions", path) for path in (str(first), both, both[::-1], [str(first)])]
+    hashes = [table_fingerprint("interactions", path) for path in (str(first), both, both[::-1], [str(first)])]
     assert hashes[0] == hashes[3] and len(set(hashes)) == 3
     assert DataConfig(interactions=both).interactions == both
 
@@ -351,7 +351,7 @@ def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_partitions_are_part_of_what_a_source_is(tmp_path: Path) -> None:
     for event in ("play", "skip"):
         write(tmp_path / f"event={event}" / "p.csv", [{"user_id": 1, "item_id": 2, "timestamp": 3}])
-    hashes = [_hash_source("interactions", str(tmp_path / f"event={event}")) for event in ("play", "skip")]
+    hashes = [table_fingerprint("interactions", str(tmp_path / f"event={event}")) for event in ("play", "skip")]
     assert hashes[0] != hashes[1]
 
 

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from bundle_world import DAY, END, EVENTS, FORGOTTEN, LONELY, POPULAR_DAYS, STRANGE_IDS, World, make_world
+from bundle_world import (
+    DAY,
+    END,
+    EVENTS,
+    FORGOTTEN,
+    LONELY,
+    POPULAR_DAYS,
+    STRANGE_IDS,
+    World,
+    categories_of,
+    language_of,
+    make_world,
+    published,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recsys_ray.scoring.scorer import TRENDS, UNSEEN
+from recsys_ray.serving.filters import Filters
+from recsys_ray.serving.live import LiveVectors
 from recsys_ray.serving.reasons import because, fits
 from recsys_ray.serving.recommender import Recommender
-from recsys_ray.serving.requests import RequestError, UnknownItem
+from recsys_ray.serving.requests import Question, RequestError, UnknownItem
 
 TYPES = ["audiobook", "music", "podcast"]
 
@@ -85,7 +102,7 @@ def test_nothing_forbidden_ever_comes(world, recommender, data):
     k = data.draw(st.integers(1, 500))
     country = data.draw(st.sampled_from([None, "DE", "Atlantis"]))
     entries = [{"item_id": item_id, "event": "stream"} for item_id in history]
-    found = recommender.recommend(user, entries, country=country, item_types=wanted, k=k, exclude=exclude)
+    found = recommender.recommend(user, history=entries, country=country, item_types=wanted, k=k, exclude=exclude)
     seen = world.seen(user) if user in world.user_ids else set()
     allowed = {
         item_id
@@ -101,6 +118,63 @@ def test_nothing_forbidden_ever_comes(world, recommender, data):
     assert all(item.title and item.reason and item.item_type in TYPES for item in found)
 
 
+@pytest.fixture(scope="module")
+def through_hnsw(world, tmp_path_factory) -> Recommender:
+    settings = {
+        **world.config.model_dump(),
+        "index": {"exact_up_to": 10, "popular_days": POPULAR_DAYS, "recall": 0.5},
+    }
+    replace(world, config=world.config.model_validate(settings)).bundle("hnsw")
+    return Recommender.load(world.root / "hnsw")
+
+
+def questions_of(world: World) -> st.SearchStrategy[Question]:
+    items = st.lists(st.sampled_from(world.item_ids), max_size=60)
+    return st.builds(
+        Question,
+        user_id=st.sampled_from([None, "nobody", *world.user_ids]),
+        history=st.lists(st.sampled_from(world.item_ids).map(lambda name: {"item_id": name}), max_size=20),
+        country=st.sampled_from([None, "DE"]),
+        item_types=st.sampled_from([None, ["music"], ["audiobook", "podcast"]]),
+        k=st.sampled_from([1, 10, 45]),
+        quotas=st.sampled_from([None, None, {"music": 3, "podcast": 20}]),
+        exclude=items,
+        allow=st.one_of(st.none(), items),
+        filters=st.sampled_from([Filters(), Filters(languages=("de",)), Filters(categories_none=("b",))]),
+        include_seen=st.booleans(),
+        diversity=st.sampled_from([0.0, 0.5]),
+        popularity=st.sampled_from([0.0, 0.3]),
+    ).map(lambda drawn: replace(drawn, item_types=None) if drawn.quotas else drawn)
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_many_answers_are_what_each_is_alone(world, recommender, through_hnsw, data):
+    """Alike questions are ranked together; a question that is like no other stays alone."""
+    one = data.draw(questions_of(world))
+    few = [replace(one, user_id=user) for user in world.user_ids[: data.draw(st.sampled_from([3, 40]))]]
+    few += [*data.draw(st.lists(questions_of(world), max_size=5)), Question(k=0)]
+    for some in (recommender, through_hnsw):
+        for question, together in zip(few, some.answers(few), strict=True):
+            if question.k == 0:
+                assert isinstance(together, RequestError)
+                continue
+            alone = some.answer(question)
+            assert (together.known, together.cold, together.ignored) == (alone.known, alone.cold, alone.ignored)
+            scores = [item.score for item in alone.items]
+            assert [item.score for item in together.items] == pytest.approx(scores, abs=1e-5)
+            if question.diversity or question.popularity:  # the smallest difference moves all that come after
+                continue
+            if len(scores) < 2 or np.abs(np.diff(scores)).min() > 1e-5:  # nearer ones may stand in either order
+                assert (
+                    together.items[:-1]
+                    == [
+                        replace(item, score=other.score)
+                        for item, other in zip(alone.items, together.items, strict=True)
+                    ][:-1]
+                )
+
+
 def test_inline_history_is_as_good_as_a_stored_one(world, recommender):
     names = EVENTS
     for uid in (1, 5, 8):
@@ -113,15 +187,15 @@ def test_inline_history_is_as_good_as_a_stored_one(world, recommender):
         country = ["DE", "SE"][stored.country] if stored.country >= 0 else None
         age = stored.age if np.isfinite(stored.age) else None
         tastes = {name: vector.tolist() for name, vector in stored.tastes.items()}
-        by_id = recommender.answer(world.user_ids[uid])
-        by_history = recommender.answer(history=inline, age=age, country=country, tastes=tastes)
+        by_id = recommender.answer(Question(world.user_ids[uid]))
+        by_history = recommender.answer(Question(history=inline, age=age, country=country, tastes=tastes))
         assert by_id.known and not by_history.known
         assert by_id.items == by_history.items
 
 
 def test_a_fresh_event_changes_the_answer(world, recommender):
     before = recommender.recommend(world.user_ids[1], k=5)
-    after = recommender.recommend(world.user_ids[1], [{"item_id": before[0].item_id}], k=5)
+    after = recommender.recommend(world.user_ids[1], history=[{"item_id": before[0].item_id}], k=5)
     assert before[0].item_id not in ids(after)
     assert [item.score for item in before[1:]] != [item.score for item in after[:4]]
     assert recommender.recommend(world.user_ids[1], k=5) == before
@@ -134,7 +208,8 @@ def test_an_old_inline_history_counts(world, recommender):
 
 
 def test_cold_users(world, recommender):
-    assert not recommender.answer("nobody").known and recommender.answer(LONELY).known
+    nobody, lonely = recommender.answer(Question("nobody")), recommender.answer(Question(LONELY))
+    assert not nobody.known and lonely.known and nobody.cold and lonely.cold
     popular = recommender.recommend(LONELY, k=20)
     assert popular == recommender.recommend() + recommender.recommend(k=20)[10:]
     counts = dict(zip(world.item_ids, recommender.popularity.counted.world, strict=True))
@@ -181,7 +256,17 @@ GOOD = {"item_id": STRANGE_IDS[0]}
         ({"k": 0}, "k", "1 to 500"),
         ({"k": 501}, "k", "1 to 500"),
         ({"k": True}, "k", "1 to 500"),
-        ({"history": [GOOD, {"item_id": "x"}]}, "history.1.item_id", "no item 'x'"),
+        ({"history": [GOOD, {"item_id": True}]}, "history.1.item_id", "a string or a whole number"),
+        ({"history": [{**GOOD, "timestamp": "yesterday"}]}, "history.0.timestamp", "a time like 2024-05-01"),
+        ({"history": [{**GOOD, "timestamp": False}]}, "history.0.timestamp", "unix seconds"),
+        ({"user_id": 1.5}, "user_id", "a string or a whole number"),
+        ({"age": False}, "age", "0 to 130"),
+        ({"quotas": {"films": 3}}, "quotas.films", "known: audiobook, music, podcast"),
+        ({"quotas": {"music": 0}}, "quotas.music", "1 to 500"),
+        ({"quotas": {}}, "quotas", "at least one"),
+        ({"diversity": 2}, "diversity", "from 0 to 1"),
+        ({"popularity": -1.5}, "popularity", "from -1 to 1"),
+        ({"allow": "abc"}, "allow", "list of item ids"),
         ({"history": [{**GOOD, "event": "strem"}]}, "history.0.event", "did you mean 'stream'"),
         ({"history": [{**GOOD, "event": "?"}]}, "history.0.event", "known: follow, preview, stream"),
         ({"history": [{**GOOD, "timestamp": 1.7e12}]}, "history.0.timestamp", "milliseconds"),
@@ -192,12 +277,24 @@ GOOD = {"item_id": STRANGE_IDS[0]}
         ({"item_types": []}, "item_types", "at least one"),
         ({"age": -1}, "age", "0 to 130"),
         ({"age": float("nan")}, "age", "0 to 130"),
-        ({"country": 3}, "country", "must be a text"),
+        ({"country": 3}, "country", "must be a string"),
         ({"tastes": {"films": [1.0]}}, "tastes.films", "known: music"),
-        ({"tastes": {"music": [1.0]}}, "tastes.music", "must hold 4 numbers, not 1"),
+        ({"tastes": {"music": [1.0]}}, "tastes.music", "must contain 4 numbers, not 1"),
         ({"tastes": {"music": [1.0, 2.0, 3.0, float("inf")]}}, "tastes.music", "not finite"),
         ({"tastes": {"music": ["a"] * 4}}, "tastes.music", "list of numbers"),
         ({"exclude": "abc"}, "exclude", "list of item ids"),
+        ({"exclude": 5}, "exclude", "list of item ids"),
+        ({"allow": {"abc": 1}}, "allow", "list of item ids"),
+        ({"history": 5}, "history", "list of events"),
+        ({"history": [5]}, "history.0", "item_id, event and timestamp"),
+        ({"item_types": 5}, "item_types", "list of item types"),
+        ({"item_types": "music"}, "item_types", "list of item types"),
+        ({"item_types": ["music"], "quotas": {"podcast": 2}}, "item_types", "omit one of the two"),
+        ({"quotas": 5}, "quotas", "at least one"),
+        ({"tastes": [1.0]}, "tastes", "map names"),
+        ({"tastes": {"music": 1.0}}, "tastes.music", "list of numbers"),
+        ({"tastes": {"music": [1.0, True, 2.0, 3.0]}}, "tastes.music", "list of numbers"),
+        ({"include_seen": 1}, "include_seen", "true or false"),
     ],
 )
 def test_bad_requests_name_the_field(recommender, request_, field, sentence):
@@ -240,3 +337,199 @@ def test_nothing_that_trains_is_imported():
 
     code = "import sys, serve.app, recsys_ray.two_tower.towers; assert not {'dgl', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_a_bundle_does_not_know_of_a_history_is_ignored_and_told(world, recommender):
+    day = {"item_id": world.item_ids[3], "timestamp": "2023-10-05T10:00:00+02:00"}
+    told = recommender.answer(Question(history=[{"item_id": "gone"}, day, {"item_id": 77}], k=3))
+    assert told.ignored == ["gone", "77"] and not told.cold
+    alike = {"item_id": world.item_ids[3], "timestamp": 1_696_492_800}
+    assert told.items == recommender.recommend(history=[alike], k=3)
+    assert recommender.answer(Question(history=[{"item_id": "gone"}])).cold
+
+
+def test_many_questions_at_once_are_answered_as_one_by_one(world, recommender):
+    questions = [
+        Question(world.user_ids[1]),
+        Question("nobody", k=5),
+        Question(k=0),
+        Question(world.user_ids[5], item_types=["music"], k=4, exclude=[world.item_ids[50]]),
+        Question(history=[{"item_id": STRANGE_IDS[0]}], filters=Filters(languages=("de",))),
+        Question(age=30, country="SE"),
+    ]
+    together = recommender.answers(questions)
+    for question, answer in zip(questions, together, strict=True):
+        if question.k == 0:
+            assert isinstance(answer, RequestError) and answer.field == "k"
+            continue
+        alone = recommender.answer(question)
+        assert [(i.item_id, i.reason) for i in answer.items] == [(i.item_id, i.reason) for i in alone.items]
+        assert [i.score for i in answer.items] == pytest.approx([i.score for i in alone.items], abs=1e-5)
+    assert recommender.answers([]) == []
+
+
+def keeps(item_id: str, filters: Filters) -> bool:
+    mine, date = set(categories_of(item_id)), published(item_id)
+    return (
+        (not filters.languages or language_of(item_id) in filters.languages)
+        and (not filters.categories_any or bool(mine & set(filters.categories_any)))
+        and mine >= set(filters.categories_all)
+        and not mine & set(filters.categories_none)
+        and (filters.published_after is None or (date is not None and date >= filters.published_after))
+        and (filters.published_before is None or (date is not None and date < filters.published_before))
+    )
+
+
+FILTERS = st.builds(
+    Filters,
+    languages=st.sampled_from([(), ("de",), ("de", "en"), ("fr",)]),
+    categories_any=st.sampled_from([(), ("b",), ("b", "c"), ("nothing",)]),
+    categories_all=st.sampled_from([(), ("a",), ("a", "c")]),
+    categories_none=st.sampled_from([(), ("b",), ("nothing",)]),
+    published_after=st.sampled_from([None, END - 100 * DAY]),
+    published_before=st.sampled_from([None, END - 30 * DAY]),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(filters=FILTERS, data=st.data())
+def test_a_filter_leaves_the_best_of_what_it_allows(world, recommender, filters, data):
+    """On both paths, with or without an allow-list: what is left of the whole list, in its order."""
+    user = data.draw(st.sampled_from([LONELY, *world.user_ids[:12]]))
+    allow = data.draw(st.one_of(st.none(), st.lists(st.sampled_from([*world.item_ids, "no such"]), max_size=60)))
+    k = data.draw(st.integers(1, 40))
+    everything = recommender.recommend(user, k=500)
+    left = [i for i in everything if keeps(i.item_id, filters) and (allow is None or i.item_id in allow)]
+    found = recommender.recommend(user, filters=filters, allow=allow, k=k)
+    assert ids(found) == ids(left[:k])
+    assert [i.score for i in found] == pytest.approx([i.score for i in left[:k]], abs=1e-5)
+
+
+def test_seen_items_come_back_only_where_they_are_asked_for(world, recommender):
+    user = world.user_ids[5]
+    again = recommender.recommend(user, k=500, include_seen=True)
+    assert {i.item_id for i in again} & world.seen(user)
+    assert len(again) == world.available.sum(), "what cannot be had never comes"
+
+
+def test_quotas_give_each_type_its_places(world, recommender):
+    for user in (world.user_ids[1], LONELY):
+        found = recommender.recommend(user, quotas={"music": 3, "podcast": 2})
+        assert sorted(i.item_type for i in found) == ["music"] * 3 + ["podcast"] * 2
+        assert [i.score for i in found] == sorted((i.score for i in found), reverse=True)
+        for name, count in (("music", 3), ("podcast", 2)):
+            alone = recommender.recommend(user, item_types=[name], k=count)
+            assert ids(i for i in found if i.item_type == name) == ids(alone)
+
+
+def test_diversity_takes_items_that_differ(world, recommender):
+    def likeness(items: list) -> float:
+        vectors = world.vectors[[world.item_ids.index(i.item_id) for i in items]]
+        return float((vectors @ vectors.T)[np.triu_indices(len(items), 1)].mean())
+
+    user = world.user_ids[1]
+    plain, diverse = recommender.recommend(user, k=8), recommender.recommend(user, k=8, diversity=0.7)
+    assert likeness(diverse) < likeness(plain) - 0.05
+    assert diverse[0] == plain[0], "the first one is the best one"
+    assert ids(recommender.recommend(user, k=8, diversity=1e-9)) == ids(plain)
+
+
+def test_popularity_raises_and_lowers_what_is_popular(world, recommender):
+    def users(items: list) -> float:
+        return float(recommender.popularity.counted.world[[world.item_ids.index(i.item_id) for i in items]].mean())
+
+    user = world.user_ids[1]
+    lowered, plain, raised = (users(recommender.recommend(user, k=10, popularity=dial)) for dial in (-1, 0, 1))
+    assert lowered < plain < raised
+
+
+def test_each_item_names_what_speaks_for_it(world, recommender):
+    user = world.user_ids[1]
+    found = recommender.recommend(user, k=5)
+    past = {event.item_id for event in recommender.history(user, 100)}
+    for item in found:
+        assert item.because in past and f'"Title of {item.because}"' in item.reason
+    assert all(item.because is None for item in recommender.recommend(LONELY))
+
+
+def test_popular_with_filters(world, recommender):
+    filters = Filters(categories_all=("b",))
+    found = recommender.popular(k=7, item_types=["music"], filters=filters)
+    assert found == [i for i in recommender.popular(k=500) if i.item_type == "music" and keeps(i.item_id, filters)][:7]
+
+
+def fresh(recommender, world, like: str, **record) -> tuple[str, dict, LiveVectors]:
+    """A new item with the vector of another one."""
+    gid = world.item_ids.index(like)
+    told = {"item_type": TYPES[world.ntype[gid]], "title": f"Fresh {like}", **record}
+    wide = np.append(world.vectors[gid], 5.0).astype(np.float32)  # it is given so much that it comes first
+    return f"new {like}", told, LiveVectors(recommender.version, wide, recommender._hgnn[gid])
+
+
+@pytest.fixture
+def alive(world) -> Recommender:
+    return Recommender.load(world.root)
+
+
+def test_new_items_come_on_every_path_and_deleted_ones_on_none(world, alive):
+    user, like = world.user_ids[1], next(i for g, i in enumerate(world.item_ids) if world.available[g] and g > 80)
+    new = fresh(alive, world, like, language="de", categories=["x"], published_at=END)
+    before = alive.recommend(user, k=500)
+    alive.apply(3, [before[0].item_id, before[1].item_id, "never was"], [new])
+    assert alive.live.change == 3
+    cases: list[dict] = [
+        {},
+        {"item_types": ["podcast"]},
+        {"filters": Filters(languages=("de",), categories_all=("x",))},
+        {"allow": ["new " + like, like]},
+        {"diversity": 0.2, "popularity": 0.5},
+        {"quotas": {"podcast": 2}},
+        {"history": [{"item_id": like}]},
+    ]
+    for fields in cases:
+        found = alive.recommend(user, k=500, **fields)
+        assert found[0].item_id == "new " + like and found[0].title == f"Fresh {like}"
+        assert not {before[0].item_id, before[1].item_id} & set(ids(found))
+    assert ids(alive.recommend("nobody", allow=["new " + like, like])) == [like]
+    assert "new " + like not in ids(alive.recommend(user, k=500, exclude=["new " + like]))
+    assert "new " + like not in ids(alive.recommend(user, k=500, filters=Filters(languages=("en",))))
+    told = alive.answer(Question(user, history=[{"item_id": "new " + like}], k=500))
+    assert told.ignored == [] and "new " + like not in ids(told.items), "it is seen"
+    assert "new " + like in ids(alive.similar(like, k=3)) and ids(alive.similar("new " + like, k=1)) == [like]
+    assert before[0].item_id not in ids(alive.popular(k=500)) + ids(alive.similar(like, k=500))
+    with pytest.raises(UnknownItem):
+        alive.similar(before[0].item_id)
+
+
+def test_a_new_state_of_an_item_takes_its_place(world, alive):
+    like = next(i for g, i in enumerate(world.item_ids) if world.available[g])
+    _, record, vectors = fresh(alive, world, like)
+    alive.apply(1, [], [(like, record, vectors)])
+    found = alive.recommend(world.user_ids[9], k=500)
+    assert [i.title for i in found if i.item_id == like] == [f"Fresh {like}"]
+    alive.apply(2, [], [(like, {**record, "hidden": True}, vectors)])
+    assert like not in ids(alive.recommend(world.user_ids[9], k=500))
+    alive.apply(3, [like], [])
+    assert like not in ids(alive.recommend(world.user_ids[9], k=500)) and not alive.live.items
+
+
+def test_what_another_bundle_made_of_an_item_is_passed_over(world, alive):
+    name, record, vectors = fresh(alive, world, world.item_ids[0])
+    other = [(name, record, replace(vectors, version="another")), (name, {**record, "item_type": "film"}, vectors)]
+    alive.apply(1, [], other)
+    assert not alive.live.items and alive.live.change == 1
+    packed = LiveVectors.unpack(vectors.pack())
+    assert packed.version == vectors.version and np.array_equal(packed.wide, vectors.wide)
+
+
+def test_what_is_popular_obeys_the_dials(recommender):
+    """A user of whom nothing is known gets other lists with the dials than without, of the same items that may come."""
+    plain = [item.item_id for item in recommender.recommend(k=10)]
+    mixed = recommender.recommend(k=10, diversity=0.9)
+    assert {item.item_id for item in mixed} - set(plain)
+    scores = [item.score for item in mixed]
+    assert scores != sorted(scores, reverse=True)  # the dial's order, not that of the shares of users
+    rare = [item.item_id for item in recommender.recommend(k=10, popularity=-1.0, exclude=plain[:2])]
+    assert len(rare) == 10 and set(rare).isdisjoint(plain[:2]) and rare != plain
+    quotas = recommender.recommend(quotas={"music": 2, "podcast": 3}, diversity=0.5)
+    assert sorted(item.item_type for item in quotas) == ["music"] * 2 + ["podcast"] * 3

@@ -169,10 +169,10 @@ def test_batches_and_latest_items():
     users = pa.table({"user_id": ["b", "c", "e"]})
     batch = batch_of(np.array([1, 2, 4]), events, users)
     assert batch.offsets.tolist() == [0, 4, 4, 5] and batch.empty.tolist() == [False, True, False]
-    row, gid = batch.latest_items(2)
-    assert list(zip(row.tolist(), gid.tolist(), strict=True)) == [(0, 7), (0, 9), (2, 7)]
-    row, gid = batch.latest_items(10)
-    assert gid.tolist() == [8, 7, 9, 7]
+    row, place, _ = HistoryRule(2).entries(batch)
+    assert list(zip(row.tolist(), batch.gid[place].tolist(), strict=True)) == [(0, 7), (0, 9), (2, 7)]
+    _, place, _ = HistoryRule(10).entries(batch)
+    assert batch.gid[place].tolist() == [8, 7, 9, 7]
 
 
 @pytest.mark.parametrize(("name", "expected"), [("2t_hgnn", 1.0), ("popularity", None)])

@@ -11,10 +11,10 @@ import pytest
 from report_world import EVIL, MODELS, differences, output, rows, write_run
 
 from recsys_ray.config import Config
-from recsys_ray.evaluation.labels import contest, name_of
 from recsys_ray.report import run_facts
 from recsys_ray.report import write as report
 from recsys_ray.report.data import headline, safe_json
+from recsys_ray.report.labels import contest, name_of
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "col", "wbr", "base", "source"}
 
@@ -77,7 +77,7 @@ def test_page_holds_every_models_numbers(page):
         and "2 trials, 1 of them stopped at evaluate.trial_seconds" in page
         and "1:00 min" in page
     )
-    assert "hidden_dim: 128" in page and "book 2.13%, podcast [new] by its own events" in page
+    assert "hidden_dim: 128" in page and "book 2.13%, podcast [new] from its own events" in page
 
 
 def test_page_draws_from_the_same_numbers(page):
@@ -161,11 +161,11 @@ def test_headline_says_no_more_than_the_intervals():
 
     assert "leads" in told(0.30, 0.20) and "do not overlap" in told(0.30, 0.20)
     assert "behind" in told(0.20, 0.30)
-    assert "not clearly apart" in told(0.305, 0.30) and "Their intervals overlap" in told(0.305, 0.30)
+    assert "do not differ clearly" in told(0.305, 0.30) and "Their intervals overlap" in told(0.305, 0.30)
     assert "leads" in told(0.305, 0.30, (0.001, 0.009)) and "+0.0050 (+0.0010 to +0.0090)" in told(
         0.305, 0.3, (0.001, 0.009)
     )
-    assert "not clearly apart" in told(0.30, 0.20, (-0.1, 0.3))
+    assert "do not differ clearly" in told(0.30, 0.20, (-0.1, 0.3))
 
 
 def test_contest_leaves_out_parts_controls_and_the_oracle():
@@ -177,7 +177,7 @@ def test_contest_leaves_out_parts_controls_and_the_oracle():
     assert contest(table) == ("2t_hgnn", "item_knn")
     assert contest(table[:2]) == ("two_tower_text_only", None)
     assert contest([]) == (None, None)
-    assert name_of("2t_hgnn_for_a_stranger").full == "2T-HGNN, stranger's history"
+    assert name_of("2t_hgnn_for_a_stranger").full == "2T-HGNN, another user's history"
 
 
 def test_page_and_tables_without_any_row(tmp_path):
@@ -191,11 +191,9 @@ def test_what_the_data_told_is_shown(tmp_path):
     told = dict(run_facts.told_by_data(run))
     assert told["Co-interaction memory"] == "weight 0.5, ridge 30, half-life 4 places"
     assert told["Weight of trends"] == "book 0.75, podcast [new] 0"
-    assert (
-        told["Share of the test's choices that unseen items are given"] == "book 2.13%, podcast [new] by its own events"
-    )
-    assert told["and means of the latest, half-lives in places"] == "4"
-    assert "Share of the items' own vectors that training hides" in told
+    assert told["Share of choices given to unseen items in the test"] == "book 2.13%, podcast [new] from its own events"
+    assert told["and means over the latest events, half-lives in places"] == "4"
+    assert "Share of learned item vectors hidden in training" in told
     (output(run, "two_tower") / "hgnn" / "spec.json").write_text('{"item_types": ["book"]}', encoding="utf-8")
     (output(run, "two_tower") / "hgnn" / "score.json").unlink()
     told = dict(run_facts.told_by_data(run))

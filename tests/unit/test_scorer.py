@@ -18,12 +18,21 @@ from recsys_ray.scoring.scorer import (
     TRENDS,
     UNSEEN,
     VECTOR,
+    Pairs,
+    Ranked,
     Scorer,
     ScoreSpec,
     among,
+    as_queries,
     with_item_terms,
 )
-from recsys_ray.serving.index import TypeIndex, merge_best
+from recsys_ray.serving.index import TypeIndex
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
 
 
 def random_memory(random: np.random.Generator, items: int, ntype: np.ndarray) -> Memory:
@@ -41,9 +50,11 @@ def random_memory(random: np.random.Generator, items: int, ntype: np.ndarray) ->
     history=st.integers(0, 30),
     excluded=st.integers(0, 30),
     weight=st.sampled_from([0.0, 0.05, 0.3, 1.2]),
+    beyond=st.sampled_from([0, 3, 32]),
 )
-def test_the_index_finds_the_list_of_all_scores(seed, sizes, k, history, excluded, weight):
+def test_the_index_finds_the_list_of_all_scores(seed, sizes, k, history, excluded, weight, beyond, monkeypatch_module):
     """Random worlds, exact index: the same list, and the same scores to float32."""
+    monkeypatch_module.setattr("recsys_ray.scoring.scorer._BEYOND", beyond)  # so that few of the raised are looked at
     random = np.random.default_rng(seed)
     items, ntype = sum(sizes), np.repeat(np.arange(len(sizes)), sizes)
     vectors = random.normal(size=(items, 8)).astype(np.float32)
@@ -60,15 +71,14 @@ def test_the_index_finds_the_list_of_all_scores(seed, sizes, k, history, exclude
     raised = score.raised(np.zeros(history, np.int64), touched)
     dense = score.dense(torch.from_numpy(user)[None], raised, 0, items)[0].numpy()
     dense[~available] = dense[forbidden] = -np.inf
-    allowed = available[raised.gid] & ~among(raised.gid, forbidden)
-    gid, value = raised.gid[allowed], raised.value[allowed, 0]
-    found = []
+    found, barred = [], Pairs(np.zeros(len(forbidden), np.int64), forbidden)
     for kind in range(len(sizes)):
         gids = np.flatnonzero(available & (ntype == kind)).astype(np.int32)
         index = TypeIndex.build(str(kind), score.wide, gids, IndexConfig())
-        mine = ntype[gid] == kind
-        found.append(score.candidates(index, user, gid[mine], value[mine], k, forbidden))
-    scores, gids = merge_best(found, k)
+        found.append(score.candidates(index, user[None], raised, k, barred))
+        together = index.rank(as_queries(user[None]), k, raised, barred)
+        np.testing.assert_allclose(together.score, found[-1].score, atol=2e-6)
+    _, gids, scores = Ranked.best(found, k)
 
     order = np.lexsort((np.arange(items), -dense))[:k]
     order = order[np.isfinite(dense[order])]
@@ -110,7 +120,7 @@ def test_what_validation_chose_is_kept_and_a_damaged_file_is_told(tmp_path):
     spec.save(tmp_path)
     assert ScoreSpec.load(tmp_path) == spec
     (tmp_path / "score.json").write_text('{"colour": 1}')
-    with pytest.raises(ArtifactError, match=r"score\.json is no description of a score"):
+    with pytest.raises(ArtifactError, match=r"score\.json is not a valid score description"):
         ScoreSpec.load(tmp_path)
 
 

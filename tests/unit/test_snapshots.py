@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from recsys_ray.config import GraphConfig
 from recsys_ray.core.clock import DAY
 from recsys_ray.core.errors import DataError
-from recsys_ray.core.snapshots import as_records, plan_snapshots, snapshots_of, training_snapshot
+from recsys_ray.graph.snapshots import plan_snapshots, snapshots_of, training_snapshot
 
 COUNTS = {
     "valid_from": 100 * DAY,
@@ -57,12 +58,12 @@ def test_cuts_on_the_same_day_fall_together():
 def test_records_survive_the_manifest():
     for counts in (COUNTS, LEFT_OUT):
         plan = plan_snapshots(GraphConfig(window_days=None), counts, seed=3)
-        stored = json.loads(json.dumps({"snapshots": as_records(plan)}))
+        stored = json.loads(json.dumps({"snapshots": [asdict(s) for s in plan]}))
         assert snapshots_of(stored) == plan
 
 
 def test_records_from_before_there_were_folds_are_read():
-    records = [{name: value for name, value in r.items() if name != "without"} for r in as_records(plan())]
+    records = [{name: value for name, value in r.items() if name != "without"} for r in [asdict(s) for s in plan()]]
     assert snapshots_of({"snapshots": records}) == plan()
 
 

@@ -88,10 +88,10 @@ def test_everyone_with_three_discoveries_is_asked_for_one_item_and_nobody_else_i
 
 
 def test_events_of_one_moment_cannot_be_split_by_time():
-    with pytest.raises(DataError, match=r"one moment, 2024-01-05 .*split.protocol=leave_one_out"):
+    with pytest.raises(DataError, match=r"same time, 2024-01-05 .*split.protocol=leave_one_out"):
         plan_split(SplitConfig(), [(19_727, 9)], (19_727 * DAY, 19_727 * DAY), 19_727 * DAY, ["stream"])
     two_days = [(19_727, 9), (19_728, 9)]
-    with pytest.raises(DataError, match=r"split.valid_from and split.test_from to moments inside that range"):
+    with pytest.raises(DataError, match=r"split.valid_from and split.test_from to times inside that range"):
         plan_split(SplitConfig(), two_days, (19_727 * DAY, 19_728 * DAY), 19_728 * DAY, ["stream"])
 
 

@@ -81,7 +81,7 @@ def test_an_input_of_another_format_is_refused_in_a_sentence(world):
     runner, _ = world
     made = runner().run("a")
     write_json(made.path / "manifest.json", {"format": 3})
-    with pytest.raises(ArtifactError, match=r"b needs the output of a: .*another version of recsys-ray.*run the stage"):
+    with pytest.raises(ArtifactError, match=r"b needs the output of a: .*another version of recsys-ray.*run its stage"):
         runner().run("b")
 
 
@@ -90,7 +90,7 @@ def test_a_stage_refuses_inputs_of_different_makes(world):
     runner, runs = world
     runner().chain(["a", "b"])
     runner(seed=1).run("a")
-    with pytest.raises(ArtifactError, match="made from another a than the one there is; run b"):
+    with pytest.raises(ArtifactError, match="made from a different a output than the current one; run b"):
         runner(seed=1).run("c")
     assert runs == ["a", "b", "a"]
 

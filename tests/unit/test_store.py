@@ -9,37 +9,26 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import boto3
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 from bundle_world import make_world
-from moto.server import ThreadedMotoServer
+from s3 import moto_bucket
 
-from recsys_ray.bundle.build import find_bundle, locate_bundle
 from recsys_ray.core.errors import ArtifactError, DataError, UserError
 from recsys_ray.data.files import partition_of
 from recsys_ray.data.reading import find_source, read_batches
 from recsys_ray.serving.recommender import Recommender
 from recsys_ray.storage.artifacts import open_artifact, publish
+from recsys_ray.storage.outputs import find_bundle, locate_bundle
 from recsys_ray.storage.store import Place, local_output, source_fingerprint
 
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
-    """The query of URIs of the bucket ``test``, on a server of this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "test")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-        server.start()
-        host, port = server.get_host_and_port()
-        client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1")
-        client.create_bucket(Bucket="test")
-        yield f"?scheme=http&region=us-east-1&endpoint_override={host}:{port}"
-        server.stop()
+    with moto_bucket() as query:
+        yield query
 
 
 @pytest.fixture(params=["path", "file", "s3"])
@@ -126,19 +115,19 @@ def test_an_output_is_used_where_it_is_or_through_the_cache(place, tmp_path):
 
 def test_a_killed_upload_leaves_nothing_that_is_taken_for_whole(place, tmp_path, monkeypatch):
     made = output(tmp_path / "mine")
-    copy = Place._copy_in
+    copy = Place.put
 
     def dies(self: Place, file: Path, name: str) -> None:
         if name == "b/c":
             raise KeyboardInterrupt
         copy(self, file, name)
 
-    monkeypatch.setattr(Place, "_copy_in", dies)
+    monkeypatch.setattr(Place, "put", dies)
     with pytest.raises(KeyboardInterrupt):
         (place / "made").upload(made)
     with pytest.raises(ArtifactError, match="no finished output"):
         open_artifact(local_output(place / "made"))
-    monkeypatch.setattr(Place, "_copy_in", copy)
+    monkeypatch.setattr(Place, "put", copy)
     (place / "made").upload(made)
     assert open_artifact(local_output(place / "made"), verify=True)
 
@@ -167,7 +156,7 @@ def test_a_damaged_manifest_is_one_sentence(place):
 def test_a_store_that_cannot_be_used_is_one_sentence(bucket):
     with pytest.raises(UserError, match=r"s3://nowhere/x.* cannot be used .*check the address and your credentials"):
         Place(f"s3://nowhere/x{bucket}").write(b"1")
-    with pytest.raises(UserError, match="is no place that can be read"):
+    with pytest.raises(UserError, match="is not a valid location"):
         Place("ftp2://x/y").read()
 
 
@@ -219,7 +208,7 @@ def test_tables_are_read_where_they_lie(place, tmp_path):
 def test_a_bundle_answers_from_where_it_lies(place, tmp_path):
     world = make_world(tmp_path / "world")
     made = world.bundle()
-    with pytest.raises(ArtifactError, match="is no bundle and holds none"):
+    with pytest.raises(ArtifactError, match="is not a bundle and contains none"):
         find_bundle(str(place))
     (place / "bundles").upload(made.path.parent)
     for given in (place, place / "bundles", place / "bundles" / "current", place / "bundles" / made.path.name):

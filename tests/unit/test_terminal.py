@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from pipelines.cli import app
 from pipelines.show import print_user
-from recsys_ray.evaluation.labels import MODELS
+from recsys_ray.report.labels import MODELS
 from recsys_ray.report.terminal import print_results
 from recsys_ray.serving.recommender import Recommender
 
@@ -69,7 +69,7 @@ def test_names_are_text_not_markup_and_figures_may_lack_an_interval():
         del row["ndcg_at_10_low"], row["ndcg_at_10_high"]
     text = "\n".join(printed(metrics, []))
     assert "[bold]x" in text and "1,234 users" in text and "ahead by" not in text
-    assert "no figures" in "".join(printed([], []))
+    assert "no user that can be evaluated" in "".join(printed([], []))
 
 
 def test_example_user_is_one_line_an_item(tmp_path):

@@ -10,8 +10,8 @@ import pytest
 from checkerboard import ITEMS, TEST, USERS, VALID, board_events
 
 from recsys_ray.core.clock import DAY
-from recsys_ray.core.snapshots import Fold, Snapshot
 from recsys_ray.graph.pairs import Window, latest_items
+from recsys_ray.graph.snapshots import Fold, Snapshot
 from recsys_ray.scoring.choices import PERIODS, count_choices, count_shard, nobody_had
 from recsys_ray.scoring.trends import log_ratios, surplus
 

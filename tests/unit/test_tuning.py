@@ -139,8 +139,7 @@ def job(folder: Path, events: pl.DataFrame, *overrides: str) -> Job:
     write_json(ingest / "manifest.json", {"counts": counts})
     write_features(folder)
     config = load_config(None, list(overrides))
-    shards = sorted((ingest / "interactions").glob("*.parquet"))
-    return Job(config, prepare(config, ingest, folder / "out"), shards, folder / "featurize", folder / "hgnn")
+    return Job(config, prepare(config, ingest, folder / "out"), folder / "featurize", folder / "hgnn")
 
 
 @pytest.mark.parametrize("name", list(BASELINES))

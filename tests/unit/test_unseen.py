@@ -10,7 +10,7 @@ import torch
 from checkerboard import ITEMS, TYPES, board_task
 
 from recsys_ray.config import load_config
-from recsys_ray.core.snapshots import Fold, Snapshot
+from recsys_ray.graph.snapshots import Fold, Snapshot
 from recsys_ray.scoring.unseen import Period, popular_in_type, share_ahead, share_of_events, shift_to_share
 from recsys_ray.two_tower.rows import take
 from recsys_ray.two_tower.scores import Periods, unseen_shares

@@ -64,21 +64,21 @@ def test_interactions_row_by_row() -> None:
     checked = check_interactions(batch_of(rows), "logs/x.parquet", CATALOGUE, RULES)
     assert checked.good["row"].to_pylist() == [1, 9, 14]
     assert checked.good.column_names == ["row", "user_id", "gid", "event", "timestamp"]
-    assert checked.ignored == 1
+    assert checked.tally.ignored == 1
     found = reasons(checked)
     assert set(found) == set(range(2, 14)) - {7, 9}
     assert found[2] == found[3] == "user_id is missing"
     assert found[4] == "item_id is missing"
     assert found[5] == "event is missing"
-    assert found[6] == 'event "strem" is in none of the lists of the events section (did you mean "stream"?)'
+    assert found[6] == 'event "strem" is in none of the lists in the events section (did you mean "stream"?)'
     assert found[8] == "timestamp is missing"
     assert checked.good["timestamp"][1].as_py() == NOW
-    assert checked.taken == {"timestamp in milliseconds": 1}
+    assert checked.tally.taken == {"timestamp in milliseconds": 1}
     assert found[10].startswith(f"timestamp is {NOW + 1}, later than 2023-11-14 22:13:20")
     assert found[11] == "timestamp is -1, before 1970"
-    assert found[12] == 'item_id "zz" is not among the items that were kept'
+    assert found[12] == 'item_id "zz" is not among the items kept'
     assert found[13] == 'item_type is "podcast", but the catalogue has "audio book: 日/é"'
-    assert checked.kinds["missing user_id"][0] == 2
+    assert checked.tally.kinds["missing user_id"][0] == 2
     first = checked.quarantine.to_pylist()[0]
     assert (first["file"], first["table"]) == ("logs/x.parquet", "interactions")
     assert json.loads(first["record"]) == rows[1]
@@ -99,16 +99,16 @@ def test_items_row_by_row() -> None:
     good = checked.good.to_pylist()
     assert [row["row"] for row in good] == [1, 2, 5, 6, 7]
     assert good[0]["title"] == "Tom & Jérôme" and good[1]["title"] == ""
-    assert checked.untitled == 1
+    assert checked.tally.untitled == 1
     assert [row["available"] for row in good] == [True, True, True, False, False]
     assert good[0]["published_at"] == int(datetime(2024, 2, 1, tzinfo=UTC).timestamp())
     assert good[0]["categories"] == [] and good[0]["language"] is None
     found = reasons(checked)
     assert found[3] == "item_type is missing" and found[4] == "item_id is missing"
     assert good[2]["published_at"] is None
-    assert checked.dropped == {
+    assert checked.tally.dropped == {
         "unreadable published_at": [1, 'row 5 of f: published_at is "the other day", not a time (write unix seconds or '
-                                       "an ISO date as 2024-01-31)"],
+                                       "an ISO date such as 2024-01-31)"],
         "unreadable available": [1, 'row 6 of f: available is "perhaps", neither true nor false'],
     }  # fmt: skip
 
@@ -125,12 +125,12 @@ def test_users_row_by_row() -> None:
     assert checked.good["user_id"].to_pylist() == ["1", "2", "3", "4", "5"] and not len(checked.quarantine)
     assert checked.good["age"].to_pylist() == [34.0, None, None, None, None]
     assert checked.good["music"].to_pylist() == [[0.0, 1.0], [1.0, 1.0], None, None, [1.0, 2.0]]
-    assert checked.dropped == {
+    assert checked.tally.dropped == {
         "unreadable age": [1, 'row 2 of f: age is "old", not a number'],
         "age out of range": [2, 'row 3 of f: age is "131", outside 0 to 130'],
         "unreadable music": [1, "row 4 of f: music is [nan, 0.0], not a list of finite numbers"],
     }
-    assert checked.lengths == {"music": {"2": 3}}
+    assert checked.tally.lengths == {"music": {"2": 3}}
 
 
 MOMENT = datetime(2024, 3, 1, 12, 30, 15, tzinfo=UTC)
@@ -239,5 +239,5 @@ def test_interactions_of_items_that_are_left_out_are_ignored_and_not_quarantined
     catalogue = Catalogue(CATALOGUE.item_ids, CATALOGUE.ntypes, CATALOGUE.type_names, pa.array(["c", "7"]))
     rows = [event(), event(item_id="c", timestamp=None), event(item_id=" 7 "), event(item_id="d")]
     checked = check_interactions(batch_of(rows), "f", catalogue, RULES)
-    assert checked.good["row"].to_pylist() == [1] and checked.ignored == 2
+    assert checked.good["row"].to_pylist() == [1] and checked.tally.ignored == 2
     assert list(reasons(checked)) == [4]

@@ -1,7 +1,7 @@
-"""What training needs of the partitioned graph: neighbours, features and edges, by gid. No DGL type leaves this file.
+"""What training reads from the partitioned graph: neighbours, features and edges, by gid. No DGL type leaves this file.
 
-Use a client on one and the same thread of a process that ends with the training: DGL keeps its connections per thread,
-and prints "User pressed Ctrl+C" or stops with "double free" when its process ends, after all results are in.
+Use a client on a single thread of a process that ends with the training: DGL keeps its connections per thread, and when
+its process ends, after all results are in, it prints "User pressed Ctrl+C" or stops with "double free".
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class GraphClient:
         mine = rpc_client.local_ip4_addr_list()
         if not any(ip in mine for ip, _ in known["servers"]):
             raise UserError(
-                "this worker runs on a host without a graph partition; use as many partitions as hosts "
+                "this worker runs on a host without a graph partition; set as many partitions as hosts "
                 "(graph.partitions) and as many workers (hgnn.workers, two_tower.workers)"
             )
         description = json.loads((Path(graph_dir) / GRAPH_JSON).read_text(encoding="utf-8"))

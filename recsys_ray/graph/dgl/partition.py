@@ -1,7 +1,7 @@
-"""From edges and text vectors to DGL partitions of one heterograph that holds every snapshot.
+"""Turns edges and text vectors into DGL partitions of one heterograph that holds every snapshot.
 
-DGL cuts the graph (METIS), renumbers it and writes its own format. Its ``partition_graph`` as a whole is not used: it
-stops where a partition has no node or no edge of some type, which small item types and quiet snapshots do have.
+DGL splits the graph (METIS), renumbers it and writes its own format. Its ``partition_graph`` is not used, because it
+fails if a partition has no node or no edge of some type, which happens with small item types and quiet snapshots.
 """
 
 from __future__ import annotations

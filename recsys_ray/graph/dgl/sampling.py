@@ -1,7 +1,7 @@
-"""Neighbour sampling in one partition: vectorised, seeded, and the same code for the client and for the server.
+"""Neighbour sampling in one partition: vectorised, seeded, and the same code for client and server.
 
 DGL's own ``sample_etype_neighbors`` looks at every edge type of a node and converts each answer into a heterograph;
-with an edge type for every pair of item types in every snapshot that is most of a training step. Here the edges of one
+with an edge type for every pair of item types in every snapshot, that is most of a training step. Here the edges of one
 snapshot are laid out once as one segment per (node, type of source), so that a call touches only what it returns.
 """
 

@@ -1,7 +1,7 @@
-"""DGL's partition servers as Ray actors: one partition a host, for one attempt of one training.
+"""DGL's partition servers as Ray actors: one partition per host, for one attempt of one training.
 
 A DGL server takes a fixed number of clients, once. So servers belong to one attempt of a training function: rank 0
-starts them, sends :attr:`PartitionServers.address` to the other ranks, and they end with it.
+starts them, sends :attr:`PartitionServers.address` to the other ranks, and they stop with it.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class PartitionServers:
         hosts = list(dict.fromkeys(hosts or [ray.get_runtime_context().get_node_id()]))
         if len(hosts) < parts:
             raise UserError(
-                f"the graph has {parts} partitions, but {len(hosts)} host(s) take part: one partition a host; "
+                f"the graph has {parts} partitions, but {len(hosts)} host(s) are available: each host serves one; "
                 "set graph.partitions to the number of hosts and run graph again"
             )
         self._name = name = f"{_PREFIX}{uuid.uuid4().hex[:12]}"
@@ -136,10 +136,9 @@ def write_ip_config(servers: Sequence[tuple[str, int]]) -> str:
 
 
 def remove_leftovers() -> None:
-    """Free the shared memory that killed servers left on this host.
+    """Free the shared memory of killed servers on this host.
 
-    A server holds a lock on a file beside its shared memory; where the lock can be had, the server is gone.
-    """
+    A server holds a lock on a file next to its shared memory; if the lock is free, the server is gone."""
     for path in _SHARED.glob(f"{_PREFIX}*.lock"):
         with suppress(OSError), path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -179,7 +178,7 @@ def _get(references: list[Any]) -> list[Any]:
 
 
 def _end_process(error: Exception) -> None:
-    print(f"a partition server died, this worker ends with it: {error}", file=sys.stderr, flush=True)
+    print(f"a partition server died, so this worker stops: {error}", file=sys.stderr, flush=True)
     os._exit(70)
 
 
@@ -272,7 +271,7 @@ def _features(
         for i in range(table.num_types):
             gids = arrays[i, "gid"]
             if not bool(found[gids[gids >= 0]].all()):
-                raise ArtifactError(f"{folder} does not hold an embedding for every item; run hgnn again")
+                raise ArtifactError(f"{folder} does not contain an embedding for every item; run hgnn again")
             arrays[i, name] = rows[table.local[gids.clamp(min=0)].long()]
     return arrays
 
@@ -281,7 +280,7 @@ def _read_embeddings(folder: Path, table: NodeTable, part: int) -> tuple[Tensor,
     """float32 [own nodes, d], rows by number inside the partition; and which gids were found, bool [items]."""
     files = sorted(folder.glob("part-*.safetensors"))
     if not files:
-        raise ArtifactError(f"{folder} holds no embeddings; run hgnn again")
+        raise ArtifactError(f"{folder} contains no embeddings; run hgnn again")
     nodes = int(table.part_start[part + 1] - table.part_start[part])
     found = torch.zeros(len(table.part), dtype=torch.bool)
     rows = torch.empty(0)
@@ -296,7 +295,7 @@ def _read_embeddings(folder: Path, table: NodeTable, part: int) -> tuple[Tensor,
 
 
 def _check_shared_memory(feature_bytes: int, graph_dir: Path, part: int) -> None:
-    """DGL dies of a bus error where /dev/shm is full; say it in words instead."""
+    """DGL crashes with a bus error if /dev/shm is full; raise a clear error instead."""
     needed = feature_bytes + 2 * (graph_dir / GRAPH_JSON.parent / f"part{part}" / "graph.dgl").stat().st_size
     free = os.statvfs(_SHARED).f_bavail * os.statvfs(_SHARED).f_frsize
     if needed > free:

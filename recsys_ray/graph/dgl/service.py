@@ -1,6 +1,6 @@
 """The one request that this project adds to DGL's RPC: sample in-neighbours on another partition's server.
 
-The client and the server import this module, and with it register the same service.
+Client and server both import this module, which registers the service.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Hidden states that the ranks of a layer-by-layer inference share: DGL's key-value store beside the partitions."""
+"""Hidden states that the ranks of a layer-by-layer inference share: DGL's key-value store on the partition servers."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@
 function drawForest(node, width, panels, order, { same, show = (value) => value.toFixed(3) }) {
   const shown = order.filter((model) => panels.some((panel) => panel.marks.has(model)));
   if (!panels.length || !shown.length) {
-    node.replaceChildren(element("p", { class: "soft" }, "There is nothing of this choice."));
+    node.replaceChildren(element("p", { class: "soft" }, "No data for this selection."));
     return;
   }
   const label = Math.min(Math.max(...shown.map((model) => textWidth(nameOf(model), 640))) + 14, width * 0.4);
@@ -109,7 +109,7 @@ function drawDifferences(node, width) {
       tip:
         `${nameOf(row.model)} against ${nameOf(row.against)}\n` +
         `${signed(row.difference)} (${signed(row.low)} to ${signed(row.high)})` +
-        (row.relative === null ? "" : `\n${row.relative < 0 ? "\u2212" : "+"}${percent(Math.abs(row.relative))} of it`),
+        (row.relative === null ? "" : `\n${row.relative < 0 ? "\u2212" : "+"}${percent(Math.abs(row.relative))} relative`),
     },
   ]);
   const note = `${typeName(state.type)}, ${SEGMENTS.get(state.segment).name}`;

@@ -1,6 +1,6 @@
 // The map of the items: a canvas, since thousands of marks are slow in SVG. A type has a colour and a shape.
 
-const SPACE_NAMES = { hgnn: "HGNN", text: "text alone", "2t_hgnn": "two-tower" };
+const SPACE_NAMES = { hgnn: "HGNN", text: "text only", "2t_hgnn": "two-tower" };
 const SHAPES = ["circle", "square", "triangle", "diamond", "cross", "wedge"];
 
 function startMap() {
@@ -111,7 +111,7 @@ function startMap() {
       const shares = spaces.map((s) => `${SPACE_NAMES[s] ?? s} ${percent(data.spaces[s].same_type)}`).join(", ");
       return aside.replaceChildren(
         element("p", {}, element("strong", {}, "Point at an item"), ", or press arrow keys on the map."),
-        element("p", { class: "soft" }, `Of an item's ${data.spaces[spaces[0]].near[0].length} nearest here, so many are of its own type: ${shares}.`),
+        element("p", { class: "soft" }, `Of an item's ${data.spaces[spaces[0]].near[0].length} nearest neighbours, the share of its own type: ${shares}.`),
       );
     }
     const facts = [data.types[data.type[k]], `popularity tier ${data.tier[k] + 1}`];

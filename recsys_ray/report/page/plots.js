@@ -2,7 +2,7 @@
 
 function drawScatter(node, width) {
   const rows = select({ item_type: state.type, segment: state.segment });
-  if (!rows.length) return node.replaceChildren(element("p", { class: "soft" }, "There is nothing of this choice."));
+  if (!rows.length) return node.replaceChildren(element("p", { class: "soft" }, "No data for this selection."));
   const height = Math.round(Math.min(460, Math.max(320, width * 0.46)));
   const [left, right, top, bottom] = [46, 16, 12, height - 42];
   const across = ticks(0, Math.max(...rows.map((row) => row.coverage_at_100), 0.01) * 1.04, Math.max(3, width / 110));
@@ -19,7 +19,7 @@ function drawScatter(node, width) {
       text(x(v), bottom + 17, `${Math.round(1000 * v) / 10}%`, { "text-anchor": "middle" }),
     ]),
     text(left, top + 2, "HR@10", { class: "strong halo", dx: 6, dy: 6 }),
-    text(width - right, bottom + 36, "coverage@100: share of the catalogue that anyone is shown", { "text-anchor": "end", class: "strong" }),
+    text(width - right, bottom + 36, "coverage@100: share of the catalogue in anyone's top 100", { "text-anchor": "end", class: "strong" }),
   ];
   if (width < 460) grid.at(-1).textContent = "coverage@100";
   const points = rows.map((row) => ({
@@ -90,7 +90,7 @@ function drawTiers(node, width) {
       points: TIERS.map((tier, k) => ({ k, row: select({ item_type: state.type, segment: tier, model })[0] })).filter((p) => p.row),
     }))
     .filter((l) => l.points.length);
-  if (!lines.length) return node.replaceChildren(element("p", { class: "soft" }, "There is nothing of this choice."));
+  if (!lines.length) return node.replaceChildren(element("p", { class: "soft" }, "No data for this selection."));
   const height = Math.max(300, 60 + 16 * lines.length);
   const names = Math.min(Math.max(...lines.map((l) => textWidth(nameOf(l.model), 640))) + 12, width * 0.36);
   const [left, top, bottom, right] = [44, 14, height - 40, width - names];
@@ -157,7 +157,7 @@ function drawShares(node, width) {
   const order = ranking(state.type, segment).filter((model) => recommended[model]?.[segment]?.[state.type]);
   const rows = order.map((model) => ({ name: nameOf(model), role: roleOf(model), shares: recommended[model][segment][state.type] }));
   if (chosen[segment]?.[state.type]) {
-    rows.unshift({ name: "users' own choice", role: "oracle", shares: chosen[segment][state.type], apart: true });
+    rows.unshift({ name: "users' own choices", role: "oracle", shares: chosen[segment][state.type], apart: true });
   }
   const label = Math.min(Math.max(...rows.map((row) => textWidth(row.name, 640)), 40) + 12, width * 0.38);
   const step = 24;

@@ -29,7 +29,7 @@ function startControls() {
   picker.addEventListener("change", () => choose({ segment: picker.value }));
   byId("same-scale").addEventListener("change", (event) => choose({ sameScale: event.target.checked }));
   const roles = [
-    ["served", "the served model", ""], ["part", "a part of it alone", "hollow"], ["rival", "the best baseline", ""],
+    ["served", "the served model", ""], ["part", "a part or variant of it", "hollow"], ["rival", "the best baseline", ""],
     ["baseline", "other baselines", ""], ["control", "a control", "hollow"], ["oracle", "the oracle", "hollow"],
   ].filter(([role]) => DATA.models.some((model) => roleOf(model.id) === role));
   byId("role-keys").append(

@@ -43,8 +43,8 @@ function updateModels() {
   const any = found.values().next().value;
   byId("models-caption").textContent = any
     ? `${SEGMENTS.get(state.segment).name}, ${typeName(state.type)}: ${count(any.users)} users, ` +
-      `${count(any.queries)} lists a model.`
-    : "Nobody is in this choice.";
+      `${count(any.queries)} lists per model.`
+    : "No users in this selection.";
   resort(table);
 }
 

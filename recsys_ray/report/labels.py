@@ -1,4 +1,4 @@
-"""What models and segments are called in front of people, and which models are compared with which."""
+"""Display names of models and segments, and the models' roles."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ MODELS: dict[str, ModelName] = {
         name: ModelName(short, full, "part" if name == "hgnn" else "baseline", BASELINES[name].note)
         for name, (short, full) in _BASELINES.items()
     },
-    "two_tower_text_only": ModelName("2T", "2T without HGNN", "part", "The two-tower without the HGNN's embeddings."),
+    "two_tower_text_only": ModelName("2T", "2T without HGNN", "part", "The two-tower without HGNN embeddings."),
     **{
         without(MAIN, term): ModelName(
             f"no {short}", f"2T-HGNN without {short}", "part", f"The served model without {what}."
         )
         for term, short, what in (
             (MEMORY, "memory", "its co-interaction memory"),
-            (TRENDS, "trends", "what the last weeks tell of items"),
-            (UNSEEN, "unseen", "the share that items get that nobody had"),
+            (TRENDS, "trends", "its correction for recent trends"),
+            (UNSEEN, "unseen", "its calibrated share of unseen items"),
         )
     },
-    MAIN: ModelName("2T-HGNN", "2T-HGNN", "served", "HGNN and two-tower together: the model that is served."),
+    MAIN: ModelName("2T-HGNN", "2T-HGNN", "served", "HGNN and two-tower together: the served model."),
     "oracle": ModelName(
-        "oracle", "Oracle", "oracle", "The demo world's own ranking by true taste: no recommender can expect more."
+        "oracle", "Oracle", "oracle", "Ranking by the demo data's true tastes: the best that can be expected."
     ),
 }
 
@@ -72,22 +72,22 @@ SEGMENT_NAMES = {
 SEGMENT_NOTES = {
     "all": "Every list of the test period.",
     "warm": "Users with any event before the test period.",
-    "new_to_type": "Warm users who are known from other item types only.",
+    "new_to_type": "Warm users with events on other item types only.",
     "cold": "Users without any event before the test period.",
-    "cold_items": "Warm users; only items that no one had touched before validation count as relevant.",
+    "cold_items": "Warm users; only items without any event before validation count as relevant.",
     **{f"tier{k + 1}": f"Warm users; only items of popularity tier {k + 1} count as relevant." for k in range(TIERS)},
 }
 TIER_SEGMENTS = tuple(f"tier{k + 1}" for k in range(TIERS))
 
 
 def name_of(model: str) -> ModelName:
-    """Names of a model; one that this table does not know is a baseline under its own name."""
+    """Names of a model; a model missing in the table is a baseline under its own name."""
     if model in MODELS:
         return MODELS[model]
     if model.endswith(_STRANGER):
         known = name_of(model.removesuffix(_STRANGER))
-        note = f"{known.full}, asked with the history of another user: what of its hits is not personal."
-        return ModelName(f"{known.short}*", f"{known.full}, stranger's history", "control", note)
+        note = f"{known.full}, queried with another user's history: its hits that are not personal."
+        return ModelName(f"{known.short}*", f"{known.full}, another user's history", "control", note)
     if model.startswith("popularity_") and model.removeprefix("popularity_").isdigit():
         days = model.removeprefix("popularity_")
         return ModelName(f"pop.{days}", f"Popularity, {days} days", "baseline", f"Popularity over {days} days.")
@@ -105,12 +105,12 @@ def ordered(metrics: Sequence[Row], name: str) -> list[str]:
 
 
 def main_segment(metrics: Sequence[Row]) -> str:
-    """Warm users, or everyone where nobody is warm."""
+    """Warm users, or everyone if there are no warm users."""
     return "warm" if any(row["segment"] == "warm" for row in metrics) or not metrics else "all"
 
 
 def contest(metrics: Sequence[Row]) -> tuple[str | None, str | None]:
-    """(the served model or, without it, the best that is no baseline; the best baseline), by HR@10 of the headline."""
+    """(the served model, or else the best model that is not a baseline; the best baseline), by headline HR@10."""
     main = select(metrics, item_type="all", segment=main_segment(metrics))
     ranked = sorted(main, key=lambda row: -row["hr_at_10"])
     roles = [(row["model"], name_of(row["model"]).role) for row in ranked]

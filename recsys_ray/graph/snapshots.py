@@ -1,12 +1,13 @@
-"""Moments in time at which the item graph is built, so that nothing sees its own future (docs/architecture.md)."""
+"""The moments at which the item graph is built, so that no feature uses the future (docs/architecture.md)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from recsys_ray.config import GraphConfig
 from recsys_ray.core.clock import DAY, days_before, is_leave_one_out
@@ -91,7 +92,7 @@ def _moments(config: GraphConfig, days: Sequence[tuple[int, int]], valid: int) -
 
 
 def _folds(config: GraphConfig, valid: int, seed: int) -> list[_Cut]:
-    """Cuts by user (cross-fitting): the examples of a fold's users see a graph that none of these users has made.
+    """Cuts by user (cross-fitting): the examples of a fold's users use a graph without these users' events.
 
     Logical times are a few steps before ``valid`` (recsys_ray/data/split.py). A pair's recency counts in 65,536ths of
     the window at the finest, so that in a window this long all pairs are equally recent: there is no "latest" between
@@ -112,21 +113,7 @@ def training_snapshot(snapshots: Sequence[Snapshot]) -> Snapshot:
 
 def snapshots_of(counts: Mapping[str, Any]) -> list[Snapshot]:
     """The snapshots that a graph manifest records."""
-    return [
-        Snapshot(
-            s["name"],
-            s["index"],
-            s["time"],
-            s["start"],
-            tuple(s["examples"]) if s["examples"] else None,
-            Fold(**s["without"]) if s.get("without") else None,
-        )
-        for s in counts["snapshots"]
-    ]
-
-
-def as_records(snapshots: Sequence[Snapshot]) -> list[dict[str, Any]]:
-    return [asdict(snapshot) for snapshot in snapshots]
+    return TypeAdapter(list[Snapshot]).validate_python(counts["snapshots"])
 
 
 def _share(config: GraphConfig, k: int) -> float:

@@ -1,0 +1,160 @@
+"""Embeds one new item at a time into a bundle's vector space, with the models kept in memory.
+
+It gives the same result as :func:`recsys_ray.bundle.extend.extend_bundle` for an item without events, but fast enough
+to answer a request: for items that are added while the bundle is served. The process needs transformers; a
+replica does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import torch
+
+from recsys_ray.bundle.build import TERMS_FILE
+from recsys_ray.config import HgnnConfig, TextConfig
+from recsys_ray.core.clock import NEVER, is_leave_one_out
+from recsys_ray.core.errors import DataError
+from recsys_ray.data.schema import nearest
+from recsys_ray.graph.activity import describe
+from recsys_ray.hgnn.inductive import Surroundings, embed_inductively
+from recsys_ray.scoring.scorer import UNSEEN
+from recsys_ray.serving.catalogue import read_table
+from recsys_ray.storage.artifacts import Artifact, load_arrays, read_json
+from recsys_ray.text.encoder import Encoder
+from recsys_ray.text.featurize import find_same_model, text_of
+from recsys_ray.two_tower.batches import ArrayFeatures
+from recsys_ray.two_tower.stage import catalogue_of
+from recsys_ray.two_tower.towers import GivenIds, load_towers
+from recsys_ray.two_tower.training import item_vectors
+
+
+class Models:
+    """The HGNN and the towers of a bundle, ready to embed items that they were not trained on."""
+
+    def __init__(self, bundle: Path) -> None:
+        self.hgnn = HgnnConfig.model_validate_json((bundle / "hgnn_model" / "config.json").read_text("utf-8"))
+        self._weights = bundle / "hgnn_model" / "model.safetensors"
+        self._vocabularies = read_json(bundle / "vocabularies.json")
+        self._towers = load_towers(bundle / "user_tower")
+
+    def embed(self, types: int, around: Surroundings) -> tuple[torch.Tensor, torch.Tensor]:
+        """State and embedding of the wanted items, among ``types`` item types."""
+        return embed_inductively(self._weights, self.hgnn, types, around)
+
+    def item_vectors(
+        self,
+        items: pl.DataFrame,
+        text: npt.NDArray[np.float16],
+        embedding: torch.Tensor,
+        activity: npt.NDArray[np.float16],
+        ids: torch.Tensor | None,
+    ) -> npt.NDArray[np.float32]:
+        """What the item tower makes of items [n, d].
+
+        Args:
+            items: ntype, language, categories.
+            ids: learned vectors, zeros where an item has none; None: the towers have none.
+        """
+        catalogue = catalogue_of(items, {"serve": activity}, **self._vocabularies)
+        if ids is not None:
+            self._towers.ids = GivenIds(ids)
+        features = ArrayFeatures(text=text, hgnn_serve=embedding)
+        return item_vectors(self._towers, features, catalogue, "serve").numpy()
+
+
+def given_to_unseen(terms: Mapping[str, npt.NDArray[Any]], ntype: npt.NDArray[np.integer], kind: int) -> float:
+    """The unseen-item term of a type in a bundle; 0 if there is none."""
+    alike = np.flatnonzero((ntype == kind) & (terms["had"] == 0))[:1]
+    return float(terms[UNSEEN][alike[0]]) if len(alike) else 0.0
+
+
+@dataclass(frozen=True)
+class EmbeddedItem:
+    """What serving needs of an item."""
+
+    ntype: int  # number of the item type
+    wide: npt.NDArray[np.float32]  # [d + 1]: [v_j, b_j]
+    text: npt.NDArray[np.float16]  # [text_dim]
+    hgnn: npt.NDArray[np.float32]  # [hgnn_dim]
+
+
+class Embedder:
+    """Embeds items from their texts, dates and categories, as unseen items.
+
+    Args:
+        bundle: an opened one.
+
+    Raises:
+        ConfigError: the text encoder of the bundle is not available here.
+    """
+
+    def __init__(self, bundle: Artifact) -> None:
+        counts, folder = bundle.counts, bundle.path
+        made = counts["text"]
+        self._text = TextConfig.model_validate(made["config"])
+        source = find_same_model(self._text, made["precision"], made["encoder"])
+        self._encoder = Encoder(source, self._text.max_tokens, self._text.batch_size, made["precision"])
+        self._bundle, self._types = bundle, list(counts["item_types"])
+        self._models = Models(folder)
+        self._id_dim = 0
+        if (folder / "ids.safetensors").exists():
+            self._id_dim = load_arrays(folder / "ids.safetensors")["vector"].shape[1]
+        terms, ntype = load_arrays(folder / TERMS_FILE), read_table(folder / "items.arrow")["ntype"].to_numpy()
+        self._unseen = np.array([given_to_unseen(terms, ntype, k) for k in range(len(self._types))], np.float32)
+
+    def embed(self, records: Sequence[Mapping[str, Any]]) -> list[EmbeddedItem]:
+        """Embed items.
+
+        Args:
+            records: ``item_id``, ``item_type``, ``title``; optional ``description``, ``language``, ``categories`` (list
+                of texts) and ``published_at`` (unix seconds).
+
+        Raises:
+            DataError: an item type that the bundle does not know.
+        """
+        for record in records:
+            if record["item_type"] not in self._types:
+                near = nearest(record["item_type"], self._types)
+                raise DataError(f"item_type: the bundle has no type {record['item_type']!r}{near}")
+        ntype = np.array([self._types.index(record["item_type"]) for record in records], np.int64)
+        rows = [dict.fromkeys(("description", "language", "categories")) | dict(record) for record in records]
+        text = self._encoder.encode([text_of(row, self._text.fields) for row in rows])
+        none = torch.zeros(0, dtype=torch.int64)
+        alone = Surroundings(
+            ids=[str(record["item_id"]) for record in records],
+            ntype=torch.from_numpy(ntype),
+            text=torch.from_numpy(text).float(),
+            hidden=torch.zeros(len(rows), self._models.hgnn.state_dim),
+            wanted=torch.arange(len(rows)),
+            src=none,
+            dst=none,
+        )
+        _, embedding = self._models.embed(len(self._types), alone)
+        frame = pl.DataFrame(
+            {
+                "ntype": ntype,
+                "language": pl.Series([row["language"] for row in rows], dtype=pl.String),
+                "categories": pl.Series([row["categories"] or [] for row in rows], dtype=pl.List(pl.String)),
+            }
+        )
+        ids = torch.zeros(len(rows), self._id_dim) if self._id_dim else None
+        made = self._models.item_vectors(frame, text, embedding, self._activity(rows, ntype), ids)
+        wide = np.column_stack([made, self._unseen[ntype]]).astype(np.float32)
+        return [EmbeddedItem(int(k), *parts) for k, *parts in zip(ntype, wide, text, embedding.numpy(), strict=True)]
+
+    def _activity(self, rows: Sequence[Mapping[str, Any]], ntype: npt.NDArray[np.int64]) -> npt.NDArray[np.float16]:
+        """No events; the date of publication is known, where there is a calendar."""
+        counts = self._bundle.counts
+        dates = [None if is_leave_one_out(counts) else row.get("published_at") for row in rows]
+        published = np.array([NEVER if date is None else date for date in dates], np.int64)
+        known = published[published != NEVER]
+        moment = max(int(counts["end"]), int(known.max(initial=0)))
+        nothing = np.zeros((5, len(rows)), np.int64)
+        return describe(nothing, np.full(len(rows), NEVER), published, ntype, moment).astype(np.float16)

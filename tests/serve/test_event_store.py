@@ -1,0 +1,270 @@
+"""The same contract for SQLite and for a real Redis server."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import apsw
+import pytest
+import redis
+from redis_world import redis_server
+from server_process import free_port
+
+from serve.store import GivenAnswer, LiveEvent, LiveItem, Store, StoreError, open_store
+
+WRITER = """
+import sys
+from serve.store import LiveEvent, LiveItem, open_store
+store, who, count = open_store(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+for number in range(count):
+    assert store.add_events([LiveEvent(f"{who}-{number}", f"user-{number % 5}", "i", "stream", number)]) == 1
+    if number % 10 == 0:
+        store.put_item(LiveItem(f"{who}-{number}", {"title": who}))
+    print(number, flush=True)
+"""
+CHANGER = """
+import sys
+from serve.store import LiveItem, open_store
+store = open_store(sys.argv[1])
+for number in range(int(sys.argv[2])):
+    store.put_item(LiveItem(f"i{number % 7}", {"number": number}))
+"""
+
+
+@pytest.fixture(scope="module")
+def redis_uri(tmp_path_factory) -> Iterator[str]:
+    with redis_server(tmp_path_factory.mktemp("redis")) as (uri, _):
+        yield uri
+
+
+@pytest.fixture(params=["sqlite", "redis"])
+def uri(request, tmp_path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite://{tmp_path}/live/events.db"
+    found = request.getfixturevalue("redis_uri")
+    redis.Redis.from_url(found).flushall()
+    return found
+
+
+@pytest.fixture
+def store(uri) -> Iterator[Store]:
+    made = open_store(uri)
+    yield made
+    made.close()
+
+
+def event(number: int, user: str = "ü/1", **changes) -> LiveEvent:
+    told = {"event_id": f"e{number}", "user_id": user, "item_id": f"i {number}", "event": "stream"}
+    return LiveEvent(**{**told, "timestamp": 1_000 + number, **changes})
+
+
+def test_events_of_a_user_are_the_latest_in_their_order(store):
+    assert store.events_of(["ü/1"], 0, 10) == {}
+    events = [event(number) for number in (3, 1, 2)]
+    assert store.add_events(events) == 3
+    assert store.add_events([event(9, "other"), event(4, request_id="r1")]) == 2
+    mine = [event(1), event(2), event(3), event(4, request_id="r1")]
+    assert store.events_of(["ü/1", "nobody", "other"], 0, 10) == {"ü/1": mine, "other": [event(9, "other")]}
+    assert store.events_of(["ü/1"], 1_003, 10) == {"ü/1": mine[2:]}
+    assert store.events_of(["ü/1"], 0, 2) == {"ü/1": mine[2:]}
+    assert store.events_of([], 0, 2) == {}
+
+
+def test_events_of_one_second_keep_the_order_in_which_they_came(store):
+    events = [event(number, timestamp=1_000) for number in range(25)]
+    assert store.add_events(events) == 25
+    assert store.events_of(["ü/1"], 0, 100) == {"ü/1": events}
+    assert store.events_of(["ü/1"], 0, 12) == {"ü/1": events[-12:]}
+
+
+def test_a_repeated_event_changes_nothing(store):
+    assert store.add_events([event(1), event(1)]) == 1
+    assert store.add_events([event(1, event="follow"), event(2)]) == 1
+    assert store.events_of(["ü/1"], 0, 10) == {"ü/1": [event(1), event(2)]}
+    assert store.add_events([]) == 0
+
+
+def test_all_events_can_be_read_in_the_order_in_which_they_came(store):
+    events = [event(number, f"u{number % 3}") for number in (5, 3, 8, 1, 9)]
+    for one in events:
+        store.add_events([one])
+    first, place = store.events_after("", 3)
+    rest, end = store.events_after(place, 10)
+    assert first + rest == events
+    assert store.events_after(end, 10) == ([], end)
+
+
+def test_items_are_told_by_their_latest_change(store):
+    assert store.last_change() == 0 and store.items_after(0) == []
+    book = LiveItem("b/ü", {"title": "Ü", "categories": ["a"], "published_at": None}, b"\x00\xff")
+    assert store.put_item(book) == 1
+    assert store.put_item(LiveItem("other", {"title": "x"})) == 2
+    assert store.put_item(LiveItem("b/ü", None)) == 3
+    assert store.last_change() == 3
+    assert store.items_after(0) == [LiveItem("other", {"title": "x"}, None, 2), LiveItem("b/ü", None, None, 3)]
+    assert store.put_item(book) == 4
+    assert store.items_after(3) == [LiveItem(book.item_id, book.record, b"\x00\xff", 4)]
+
+
+def test_outcomes_count_answers_that_an_event_follows(store):
+    store.add_answers([GivenAnswer(f"r{number}", variant, "v1", 1_000) for number, variant in enumerate("aaab")])
+    store.add_answers([GivenAnswer("old", "a", "v1", 10)])
+    store.add_answers([])
+    store.add_events([
+        event(1, request_id="r0"), event(2, request_id="r0"), event(3, request_id="r1", event="preview"),
+        event(500, request_id="r2"), event(4, request_id="r3"), event(5, request_id="unknown"),
+    ])  # fmt: skip
+    assert store.outcomes(1_000, 2_000, ["stream"], 100) == {"a": (3, 1), "b": (1, 1)}
+    assert store.outcomes(0, 2_000, ["stream", "preview"], 1_000) == {"a": (4, 3), "b": (1, 1)}
+    assert store.outcomes(5_000, 6_000, ["stream"], 100) == {}
+
+
+def test_trim_forgets_what_is_old(store):
+    store.add_events([event(number, request_id="r") for number in range(10)])
+    assert store.trim(1_006) == 6
+    kept = [event(number, request_id="r") for number in range(6, 10)]
+    assert store.events_of(["ü/1"], 0, 100) == {"ü/1": kept} and store.events_after("", 100)[0] == kept
+    assert store.trim(1_006) == 0
+
+
+def test_a_forgotten_user_is_in_no_read(store):
+    events = [event(number, request_id=f"r{number % 2}") for number in range(4)]
+    others = [event(9, "other", request_id="r0")]
+    store.add_events(events + others)
+    store.add_answers([GivenAnswer("r0", "a", "v1", 1_000), GivenAnswer("r1", "a", "v1", 1_000)])
+    assert store.forget_user("ü/1") == 4 and store.forget_user("ü/1") == 0
+    assert store.events_of(["ü/1", "other"], 0, 10) == {"other": others}
+    assert store.events_after("", 10)[0] == others
+    assert store.outcomes(0, 2_000, ["stream"], 100) == {"a": (2, 1)}
+
+
+def test_what_cannot_be_kept_is_a_sentence_without_the_user(store):
+    for one in (event(1, "secret\ud800"), event(1, "secret", timestamp=2**70)):
+        with pytest.raises(StoreError, match="cannot be used") as caught:
+            store.add_events([event(2), one])
+        assert "secret" not in str(caught.value)
+    assert store.events_after("", 10)[0] == [], "all of a call or nothing"
+    assert store.add_events([event(1)]) == 1
+
+
+def write_apart(uri: str, who: str, count: int) -> subprocess.Popen:
+    words = [sys.executable, "-c", WRITER, uri, who, str(count)]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(Path.cwd())})
+
+
+def test_several_processes_write_at_once_and_nothing_is_lost(store, uri):
+    writers = [write_apart(uri, f"w{number}", 60) for number in range(4)]
+    while any(writer.poll() is None for writer in writers):
+        store.events_of([f"user-{number}" for number in range(5)], 0, 10)
+    assert [writer.wait() for writer in writers] == [0] * 4
+    found, _ = store.events_after("", 1_000)
+    assert len({one.event_id for one in found}) == len(found) == 240
+    changes = [item.change for item in store.items_after(0)]
+    assert changes == list(range(1, 25)) and store.last_change() == 24
+
+
+def test_what_was_acknowledged_outlives_a_killed_process(store, uri):
+    writer = write_apart(uri, "w", 100_000)
+    assert writer.stdout is not None
+    told = [writer.stdout.readline() for _ in range(50)]
+    os.kill(writer.pid, signal.SIGKILL)
+    told += [line for line in writer.stdout if line.endswith("\n")]
+    writer.wait()
+    found = {one.event_id for one in store.events_after("", 100_000)[0]}
+    assert {f"w-{int(line)}" for line in told} <= found
+    assert store.add_events([event(1)]) == 1, "the next one is not held up"
+
+
+def test_changes_read_beside_a_writer_are_in_order_and_none_is_missed(store, uri):
+    words = [sys.executable, "-c", CHANGER, uri, "400"]
+    changer = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": str(Path.cwd())})
+    seen, state = 0, {}
+    while (running := changer.poll() is None) or seen < store.last_change():
+        changes = store.items_after(seen)
+        numbers = [item.change for item in changes]
+        assert numbers == sorted(numbers)
+        whole = [item.change for item in store.items_after(0)]
+        assert whole == sorted(whole)
+        state.update({item.item_id: item.change for item in changes})
+        seen = numbers[-1] if numbers else seen
+        assert running or changes
+    assert changer.returncode == 0 and seen == 400
+    assert state == {item.item_id: item.change for item in store.items_after(0)}
+
+
+def test_what_was_acknowledged_outlives_a_killed_redis(tmp_path):
+    with redis_server(tmp_path) as (uri, server):
+        writer = write_apart(uri, "w", 100_000)
+        told = [writer.stdout.readline() for _ in range(50)]
+        server.kill()
+        told += [line for line in writer.stdout if line.endswith("\n")]
+        assert writer.wait() == 1, "the writer is told"
+    with redis_server(tmp_path) as (uri, _):
+        store = open_store(uri)
+        assert {f"w-{int(line)}" for line in told} <= {one.event_id for one in store.events_after("", 100_000)[0]}
+        store.close()
+
+
+def test_a_read_does_not_wait_for_a_write(tmp_path):
+    store = open_store(f"sqlite://{tmp_path}/live.db")
+    store.add_events([event(1)])
+    other = apsw.Connection(f"{tmp_path}/live.db")
+    other.execute("BEGIN IMMEDIATE")
+    with ThreadPoolExecutor(1) as pool:
+        write = pool.submit(store.add_events, [event(2)])
+        while not write.running():
+            time.sleep(0.01)
+        time.sleep(0.1)  # it holds its lock by now
+        assert store.events_of(["ü/1"], 0, 10) == {"ü/1": [event(1)]}
+        assert not write.done()
+        other.execute("ROLLBACK")
+        assert write.result() == 1
+    assert store.events_of(["ü/1"], 0, 10) == {"ü/1": [event(1), event(2)]}
+    store.close()
+
+
+def test_a_damaged_file_is_a_sentence(tmp_path):
+    path = tmp_path / "live.db"
+    path.write_bytes(b"no database " * 1000)
+    with pytest.raises(StoreError, match=f"the store {path} cannot be used"):
+        open_store(f"sqlite://{path}")
+    with pytest.raises(StoreError, match="cannot be used"):
+        open_store(f"sqlite://{Path(tmp_path / 'live.db' / 'below.db')}")
+
+
+def test_a_file_that_is_damaged_in_the_middle_is_a_sentence(tmp_path):
+    path = tmp_path / "live.db"
+    store = open_store(f"sqlite://{path}")
+    store.add_events([event(number) for number in range(5_000)])
+    store.put_item(LiveItem("i", {"title": "x"}))
+    store.close()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:8192] + b"\xa5" * (len(whole) - 8192))
+    with pytest.raises(StoreError, match=f"the store {path} cannot be used"):
+        open_store(f"sqlite://{path}").events_after("", 10_000)
+    path.write_bytes(whole)
+    other = apsw.Connection(str(path))
+    other.execute("UPDATE items SET record = '{no'")
+    other.close()
+    with pytest.raises(StoreError, match=f"the store {path} cannot be used"):
+        open_store(f"sqlite://{path}").items_after(0)
+
+
+def test_a_store_that_is_not_there_is_a_sentence():
+    with pytest.raises(StoreError, match="Redis cannot be used"):
+        open_store(f"redis://127.0.0.1:{free_port()}/0")
+    with pytest.raises(StoreError, match="is not a supported store; use sqlite"):
+        open_store("mongodb://x")
+
+
+def test_a_store_that_must_be_there_is_not_made(tmp_path):
+    with pytest.raises(StoreError, match="there is no store"):
+        open_store(f"sqlite://{tmp_path}/typo.db", make=False)
+    assert not list(tmp_path.iterdir())
