@@ -99,6 +99,8 @@ class _Copy:
         wanted = []
         for name, size in there.items():
             if name.startswith(fixed):
+                if f"/{SCRATCH}/" in name:  # checkpoints of a training that ended: nothing reads them any more
+                    continue
                 known = here.get(name) == size and (self.folder / name).exists()
             else:
                 known = name in here and Path(name).name in CHECKPOINTS  # ours are at least as new
@@ -156,7 +158,9 @@ def _files(folder: Path) -> dict[str, State]:
     these are the checkpoints alone."""
     found: dict[str, State] = {}
     for root, folders, names in os.walk(folder):
-        if SCRATCH in folders:  # in the making
+        if SCRATCH in folders and MANIFEST in names:
+            folders.remove(SCRATCH)
+        elif SCRATCH in folders:  # in the making
             folders[:], names = [SCRATCH], []
         elif Path(root).name == SCRATCH or f"/{SCRATCH}/" in root:
             names = [name for name in names if name in CHECKPOINTS]

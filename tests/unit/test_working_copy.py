@@ -119,6 +119,24 @@ def test_while_it_works_the_store_has_checkpoints_and_finished_outputs(run_dir, 
     assert names(run_dir) == {"toy/current.json", "toy/print-two/manifest.json", "toy/print-two/part/a.txt"}
 
 
+def test_checkpoints_beside_a_finished_output_are_of_no_more_use(run_dir, tmp_path, monkeypatch):
+    """They are there if the first machine was killed after it had finished the output and before it cleaned up."""
+    with working_copy(run_dir.uri) as folder:
+        make(folder, "one")
+    finished = names(run_dir)
+    left = run_dir / "toy" / "print-one" / SCRATCH / "model" / "last.safetensors"
+    for machine in ("here", "there"):
+        left.write(b"of a training that ended")
+        use_machine(monkeypatch, tmp_path / machine)
+        with working_copy(run_dir.uri) as folder:
+            assert not list(Path(folder).rglob(SCRATCH))
+        assert names(run_dir) == finished
+    (Path(folder) / "toy" / "print-one" / SCRATCH).mkdir()  # not taken for an output in the making
+    with working_copy(run_dir.uri):
+        pass
+    assert names(run_dir) == finished
+
+
 def test_an_output_that_was_not_wholly_copied_is_none(run_dir, tmp_path, monkeypatch):
     put = Place.put
 
