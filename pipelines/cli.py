@@ -22,7 +22,7 @@ from rich.console import Console
 from recsys_ray.config import BASELINES, Config, load_config
 from recsys_ray.core.errors import UserError
 from recsys_ray.core.progress import Progress
-from recsys_ray.studies import NAMES
+from recsys_ray.studies import EMBEDDING, NAMES
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -234,16 +234,25 @@ def study(
 ) -> None:
     """Test a claim of the papers on your data: run variants of the configuration and compare them.
 
-    After an interruption, run the same command again to continue. Variants are in `run_dir/variants`.
+    After an interruption, run the same command again to continue. Variants are in `run_dir/variants`. **embedding**
+    trains nothing: it examines the finished run in `run_dir`.
     """
-    from pipelines.study import run_study
-
     words = ["recsys-ray", "study", name, *(["--config", str(config)] if config else [])]
     words += [word for override in overrides or [] for word in ("--set", override)]
     words += ["--seeds", str(seeds)] if seeds > 1 else []
+    command = shlex.join(words)
+    if name == EMBEDDING and seeds > 1:
+        raise UserError("the study embedding examines a finished run and trains no seeds: leave out --seeds")
     with _config(config, overrides) as chosen:
-        for line in run_study(name, chosen, seeds, out, shlex.join(words), Progress()):
-            print(line)
+        if name == EMBEDDING:
+            from pipelines.embedding import study_embedding
+
+            study_embedding(chosen, out, command, Progress())
+        else:
+            from pipelines.study import run_study
+
+            for line in run_study(name, chosen, seeds, out, command, Progress()):
+                print(line)
 
 
 @app.command(

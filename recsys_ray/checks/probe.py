@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,21 +51,17 @@ def probe(
     from recsys_ray.checks.probe_plot import draw_probe
 
     tables = Tables(ingest.path)
-    table, catalogue = tables.items("item_type", "language", "categories"), tables.catalogue
+    table = tables.items("item_type", "language", "categories")
     vectors = _vectors(featurize, hgnn, two_tower, variant, len(table))
     labels, absent = classification.find_labels(table)
     for target, reason in absent.items():
         progress.say(f"    no probe of {target}: {reason}")
     fields = featurize.manifest["config"]["text"]["fields"]
-    rows = _classify(config, labels, vectors, out / SCRATCH, progress)
+    rows = classify(config, labels, vectors, (*SINGLE, JOINED), out / SCRATCH, progress)
     for row in rows:
         row["in_text"] = _FIELDS.get(row["target"]) in fields
-    period = Period(
-        ingest.counts["valid_from"], ingest.counts["test_from"], ingest.counts["end"],
-        tables.codes(config.events.edges),
-        config.graph.max_history, seed_from(config.seed, "probe"),
-    )  # fmt: skip
-    near = _look_up(config, tables.shards, period, catalogue, vectors, progress)
+    found = later_pairs(config, tables, progress)
+    near = [{"vectors": kind, **row} for kind in SINGLE for row in found.score(found.rank(vectors[kind]), config)]
     if not near:
         progress.say("    similar items not probed: no item pair is first shared in the test period")
     metrics = {"snapshot": SNAPSHOT, "classification": rows, "similar": near, "absent": absent}
@@ -89,13 +86,24 @@ def _vectors(featurize: Artifact, hgnn: Artifact, two_tower: Artifact, variant: 
 # -- classification ------------------------------------------------------------------------------------------------
 
 
-def _classify(
-    config: Config, labels: Mapping[str, Labels], vectors: Mapping[str, Any], scratch: Path, progress: Progress
+def classify(
+    config: Config,
+    labels: Mapping[str, Labels],
+    vectors: Mapping[str, Any],
+    kinds: Sequence[str],
+    scratch: Path,
+    progress: Progress,
 ) -> list[Row]:
-    """One task for each target and kind of vectors, on a sample of items that is the same for all kinds."""
+    """One task for each target and kind of vectors, on a sample of items that is the same for all kinds.
+
+    Args:
+        vectors: name -> [items, d], row = gid.
+        kinds: names, or several of them joined by ``+``.
+        scratch: where a finished fit is kept.
+    """
     scratch.mkdir(parents=True, exist_ok=True)
     calls = []
-    for target, kind in itertools.product(labels, (*SINGLE, JOINED)):
+    for target, kind in itertools.product(labels, kinds):
         seed = seed_from(config.seed, "probe", target) % 2**32
         chosen = classification.sample_items(labels[target], config.probe.items, seed)
         parts = [np.asarray(vectors[name][chosen], np.float32) for name in kind.split("+")]
@@ -127,11 +135,32 @@ def _classify_one(
 # -- similar items -------------------------------------------------------------------------------------------------
 
 
-def _look_up(
-    config: Config, shards: Sequence[Path], period: Period, catalogue: Catalogue, vectors: Mapping[str, Any],
-    progress: Progress,
-) -> list[Row]:  # fmt: skip
-    """Recall of later co-interactions, a row for each kind of vectors, item type and segment."""
+@dataclass(frozen=True)
+class LaterPairs:
+    """Pairs of items that a user first had both of in the test period, each in both directions."""
+
+    query: np.ndarray  # int64 [pairs], gid
+    answer: np.ndarray  # int64 [pairs], gid
+    trained: np.ndarray  # bool [items]: an event before the validation period
+    catalogue: Catalogue
+
+    def rank(self, vectors: np.ndarray) -> np.ndarray:
+        """float64 [pairs]: the answer's rank among the query's neighbours; ``vectors`` [items, d]."""
+        return similar.ranks(vectors, self.query, self.answer, self.catalogue)
+
+    def score(self, rank: np.ndarray, config: Config) -> list[Row]:
+        """Recall by item type and segment (:func:`similar.score_pairs`)."""
+        resamples, seed = config.evaluate.bootstrap, config.seed
+        return similar.score_pairs(rank, self.query, self.answer, self.trained, self.catalogue, resamples, seed)
+
+
+def later_pairs(config: Config, tables: Tables, progress: Progress) -> LaterPairs:
+    """A sample of the pairs of a run, the same for any kind of vectors."""
+    counts, catalogue, shards = tables.counts, tables.catalogue, tables.shards
+    period = Period(
+        counts["valid_from"], counts["test_from"], counts["end"], tables.codes(config.events.edges),
+        config.graph.max_history, seed_from(config.seed, "probe"),
+    )  # fmt: skip
     limit = config.probe.pairs * _OVERSAMPLE
     with progress.task("item pairs of the test period", 2 * len(shards), "shards") as shown:
 
@@ -147,15 +176,7 @@ def _look_up(
         for had, seen in over_shards(similar.survey_past, pairs, catalogue.items):
             known, trained = known | had, trained | seen
     a, b = pairs[:, ~known][:, : config.probe.pairs]
-    if not len(a):
-        return []
-    query, answer = np.concatenate([a, b]), np.concatenate([b, a])
-    rows = []
-    for kind in SINGLE:
-        rank = similar.ranks(vectors[kind], query, answer, catalogue)
-        scored = similar.score_pairs(rank, query, answer, trained, catalogue, config.evaluate.bootstrap, config.seed)
-        rows += [{"vectors": kind, **row} for row in scored]
-    return rows
+    return LaterPairs(np.concatenate([a, b]), np.concatenate([b, a]), trained, catalogue)
 
 
 # -- what is shown -------------------------------------------------------------------------------------------------

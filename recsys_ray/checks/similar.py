@@ -13,6 +13,7 @@ import torch
 
 from recsys_ray.data.tables import Catalogue, Events
 from recsys_ray.evaluation.metrics import bootstrap_interval
+from recsys_ray.evaluation.ranking import as_tensor
 from recsys_ray.graph.pairs import Window, edge_hash, key_bits, latest_items, pair_keys
 
 CUTOFFS = (10, 100)
@@ -86,7 +87,7 @@ def ranks(vectors: np.ndarray, query: np.ndarray, answer: np.ndarray, catalogue:
         if not len(mine):
             continue
         mine = mine[np.argsort(query[mine], kind="stable")]
-        table = torch.nn.functional.normalize(torch.from_numpy(np.asarray(vectors[first:last], np.float32)), dim=1)
+        table = torch.nn.functional.normalize(as_tensor(vectors[first:last]).float(), dim=1)
         for rows in np.array_split(mine, -(-len(mine) * (last - first) // _CELLS)):
             asked = torch.from_numpy(query[rows] - first)
             scores = table[asked] @ table.T

@@ -17,7 +17,7 @@ from recsys_ray.data.reading import find_source
 from recsys_ray.evaluation.results import Hits
 from recsys_ray.evaluation.segments import SEGMENTS, Queries
 from recsys_ray.storage.artifacts import Artifact
-from recsys_ray.studies import NAMES
+from recsys_ray.studies import EMBEDDING, NAMES
 from recsys_ray.studies.changed_tables import WEEK, Log, NewType, OnlyType, ShuffledLabels, write_changed
 from recsys_ray.studies.compare import compare, conclusions, judge
 from recsys_ray.studies.page import write_page
@@ -32,7 +32,7 @@ COUNTS = {"item_types": TYPES, "events": ["stream", "preview"], "valid_from": TE
 PRESETS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 FITTING = [  # a study that needs dates refuses another protocol
     (name, preset)
-    for name in NAMES
+    for name in STUDIES
     for preset in PRESETS
     if not STUDIES[name].needs_dates or load_config(preset).split.protocol == "time"
 ]
@@ -262,7 +262,7 @@ def test_the_permutation_fails_only_what_is_personal(own, fails):
 
 
 def test_the_command_line_knows_every_study():
-    assert tuple(STUDIES) == NAMES
+    assert (*STUDIES, EMBEDDING) == NAMES
 
 
 @pytest.mark.parametrize(("name", "preset"), FITTING, ids=lambda value: getattr(value, "stem", value))
