@@ -215,6 +215,11 @@ class HgnnConfig(Section):
 class TwoTowerConfig(Section):
     """User and item towers over text vectors and HGNN embeddings (paper A, section 3.3)."""
 
+    inputs: Literal["all", "paper"] = Field(
+        "all",
+        description="paper: only what paper A feeds the towers, and no linear path beside their layers; without "
+        "activity, item type, mean text, last item, learned item vectors, and weights of events",
+    )
     layers: tuple[Positive, ...] = Field((512, 256, 128), description="fully connected layers of both towers")
     loss: Literal["softmax", "paper"] = Field(
         "softmax", description="in-batch softmax with log-Q correction, or the loss printed in paper A"

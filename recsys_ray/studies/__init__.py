@@ -2,6 +2,6 @@
 
 EMBEDDING = "embedding"  # examines a finished run; the other studies run variants of a configuration
 NAMES = (  # here, so that the command line can name them without importing torch
-    "parts", "sampler-cost", "cold-users", "long-tail", "incumbent-type", "cadence", "window", "foundation-type",
-    "permutation", EMBEDDING,
+    "paper", "parts", "sampler-cost", "cold-users", "long-tail", "incumbent-type", "cadence", "window",
+    "foundation-type", "permutation", EMBEDDING,
 )  # fmt: skip

@@ -120,6 +120,17 @@ def _verdict(comparison: Comparison, found: Row | None) -> str:
     return f"{seen}: contrary to the papers"
 
 
+def sign(outcome: Outcome) -> str:
+    """Whether the difference has the sign that the papers report: yes or no, and whether it is not significant; empty
+    if they report none."""
+    found, expected = outcome.found, outcome.comparison.expected
+    if found is None or expected not in ("above", "below"):
+        return ""
+    same = found["difference"] > 0 if expected == "above" else found["difference"] < 0
+    sure = found["low"] > 0 or found["high"] < 0
+    return ("yes" if same else "no") + ("" if sure else ", n.s.")
+
+
 def conclusions(study: Study, outcomes: Sequence[Outcome], results: Mapping[str, Result]) -> list[str]:
     """The verdict, in lines, computed from the numbers."""
     if study.judge is not None:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from recsys_ray.evaluation.results import EVERY_TYPE, MAIN
 from recsys_ray.report.palette import PALETTE
 from recsys_ray.storage.artifacts import software, write_json
-from recsys_ray.studies.compare import conclusions, overall
+from recsys_ray.studies.compare import conclusions, overall, sign
 from recsys_ray.studies.study import Facts, Outcome, Result, Study, Variant
 
 _TRAINED = ("hgnn", "two-tower")
@@ -67,20 +67,20 @@ def write_page(
 
 def _comparisons(outcomes: Sequence[Outcome]) -> str:
     lines = [
-        "| comparison | queries | HR@10 | against | difference | relative | the papers |",
-        "|---|---:|---:|---:|---:|---:|---|",
+        "| comparison | queries | HR@10 | against | difference | relative | the papers | same sign |",
+        "|---|---:|---:|---:|---:|---:|---|---|",
     ]
     for outcome in outcomes:
         found, about = outcome.found, outcome.comparison
         if found is None:
-            lines.append(f"| {about.label} | 0 | | | | | {about.reported} |")
+            lines.append(f"| {about.label} | 0 | | | | | {about.reported} | |")
             continue
         relative = "" if found["relative"] is None else f"{found['relative']:+.1%}"
         of = "" if found["queries"] == found["asked_of_the_other"] else f" of {found['asked_of_the_other']:,}"
         lines.append(
             f"| {about.label} | {found['queries']:,}{of} | {found['hr_at_10']:.4f} | {found['hr_at_10_against']:.4f} | "
             f"{found['difference']:+.4f} ({found['low']:+.4f} to {found['high']:+.4f}) | {relative} | "
-            f"{about.reported} |"
+            f"{about.reported} | {sign(outcome)} |"
         )
     return "\n".join(lines)
 
@@ -137,6 +137,7 @@ def _figures(
                 "segments": list(o.comparison.segments),
                 "reported": o.comparison.reported,
                 "verdict": o.verdict,
+                "same_sign": sign(o),
                 "found": o.found,
             }
             for o in outcomes

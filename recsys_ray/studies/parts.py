@@ -21,26 +21,30 @@ def _as_list(values: Sequence[str]) -> str:
 # -- parts: Table 1 ----------------------------------------------------------------------------------------------------
 
 
-def _part_variants(facts: Facts) -> list[Variant]:
+WITHOUT_SAMPLER = Variant("no-sampler", "without the balanced sampler", ("hgnn.balanced=false",))
+
+
+def without_weak_signals(facts: Facts) -> Variant:
     events = facts.config.events
     edges = [name for name in events.edges if name not in events.weak] or events.positives
+    left_out = (
+        "events.weak=[]",
+        f"events.edges={_as_list(edges)}",
+        f"events.ignore={_as_list([*events.ignore, *events.weak])}",
+    )
+    return Variant("no-weak", "without weak signals", left_out)
+
+
+def _part_variants(facts: Facts) -> list[Variant]:
     variants = [
         Variant("full", "full model", ablation=True),
-        Variant("no-sampler", "without the balanced sampler", ("hgnn.balanced=false",)),
-        Variant(
-            "no-weak",
-            "without weak signals",
-            (
-                "events.weak=[]",
-                f"events.edges={_as_list(edges)}",
-                f"events.ignore={_as_list([*events.ignore, *events.weak])}",
-            ),
-        ),
+        WITHOUT_SAMPLER,
+        without_weak_signals(facts),
         Variant("no-same-type", "without edges within a type", ("graph.relations=cross_type",)),
         Variant("no-cross-type", "without edges across types", ("graph.relations=same_type",)),
         Variant("no-text", "with random text vectors", ("text.model=random",)),
     ]
-    left_out = {"no-weak"} if not events.weak else set()
+    left_out = {"no-weak"} if not facts.config.events.weak else set()
     if len(facts.types) == 1:
         left_out |= {"no-same-type", "no-cross-type"}
     return [variant for variant in variants if variant.name not in left_out]

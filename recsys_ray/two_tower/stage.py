@@ -46,7 +46,7 @@ from recsys_ray.two_tower.examples import (
 from recsys_ray.two_tower.recency import with_recency
 from recsys_ray.two_tower.rows import Examples, from_table, join, take, to_table
 from recsys_ray.two_tower.scores import ASKED, Periods, unseen_shares, write_towers
-from recsys_ray.two_tower.towers import TowerSpec, TwoTower
+from recsys_ray.two_tower.towers import ALL, TowerSpec, TwoTower
 from recsys_ray.two_tower.training import TowerTask, TowerTrainer, refit, start, train_epochs
 
 VARIANTS = {"hgnn": True, "text_only": False}  # folder -> with HGNN embeddings
@@ -140,7 +140,7 @@ def is_whole(variant: Path) -> bool:
 
 
 def _spec(config: Config, ingest: Artifact, featurize: Artifact, hgnn: Artifact) -> TowerSpec:
-    facts = ingest.counts
+    facts, everything = ingest.counts, config.two_tower.inputs == ALL
     return TowerSpec(
         num_types=len(facts["item_types"]),
         events=list(facts["events"]),
@@ -152,17 +152,18 @@ def _spec(config: Config, ingest: Artifact, featurize: Artifact, hgnn: Artifact)
         num_categories=len(facts["categories"]),
         tastes=dict(facts["taste"]),
         layers=list(config.two_tower.layers),
-        id_dim=config.two_tower.id_dim,
+        id_dim=config.two_tower.id_dim if everything else 0,
         id_rows=min(sum(facts["items_per_type"]), config.two_tower.id_items),
         num_items=sum(facts["items_per_type"]),
         id_dropout=config.two_tower.id_dropout,
-        last_item=config.two_tower.last_item,
+        last_item=config.two_tower.last_item if everything else False,
         item_types=list(facts["item_types"]),
         countries=list(facts["countries"]),
         dropout=config.two_tower.dropout,
         hgnn_dropout=config.two_tower.hgnn_dropout,
         history=config.two_tower.history,
         window_days=config.graph.window_days,
+        inputs=config.two_tower.inputs,
     )
 
 

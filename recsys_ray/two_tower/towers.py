@@ -3,7 +3,8 @@
 
 Ours, not the papers': a linear path beside the layers. It starts as the same principal directions of text and HGNN
 embedding in both towers, while the layers start at zero. So before its first step the two-tower recommends the nearest
-neighbours of the user's items, new items included, and training continues from there.
+neighbours of the user's items, new items included, and training continues from there. ``TowerSpec.inputs`` of "paper"
+are those of paper A alone, without the linear path.
 
 Shape suffixes: B users, N items of a table, n flat history events, T text dimension, H HGNN dimension, D output.
 Imports neither dgl nor transformers, because serving replicas run the user tower.
@@ -33,6 +34,8 @@ _SMALL = 16  # width of the embeddings of country, language, category and item t
 _ID_SCALE = 8.0  # Adam moves an entry by about the learning rate a step: this many times that
 _ID_START = 0.1  # size of an item's own vector before the first step
 _AGE_SCALE = 50.0  # years; brings ages to about one
+
+ALL, PAPER = "all", "paper"  # what the towers read: all that helps, or what paper A feeds and no more
 
 Directions = tuple[Float[Tensor, "d"], Float[Tensor, "k d"]]  # a mean, and orthonormal axes around it
 
@@ -65,6 +68,7 @@ class TowerSpec:
     last_item: bool | None = False  # None: to be chosen before the towers are built
     recent: list[float] = field(default_factory=list)  # half-lives, in places, of further means of the history
     cold_start: bool = True  # trained on empty histories too: every user's first event is an example
+    inputs: str = ALL
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -96,35 +100,39 @@ class Dropout(nn.Module):
 
 
 class _Layers(nn.Module):
-    """Fully connected layers with ReLU between them, beside a linear path; unit-norm outputs.
+    """Fully connected layers with ReLU between them, beside a linear path if there is one; unit-norm outputs.
 
     Attributes:
         bf16: whether they compute in bf16 while they train. Answers are always fp32's.
     """
 
-    def __init__(self, in_dim: int, layers: list[int], dropout: float) -> None:
+    def __init__(self, in_dim: int, spec: TowerSpec) -> None:
         super().__init__()
         self.bf16 = False
         parts: list[nn.Module] = []
         width = in_dim
-        for out in layers:
-            parts += [Dropout(dropout), nn.Linear(width, out), nn.ReLU()]
+        for out in spec.layers:
+            parts += [Dropout(spec.dropout), nn.Linear(width, out), nn.ReLU()]
             width = out
         self.deep = nn.Sequential(*parts[:-1])
-        self.linear = nn.Linear(in_dim, width)
+        self.linear = nn.Linear(in_dim, width) if spec.inputs == ALL else None
 
     def forward(self, x_BF: Float[Tensor, "B F"]) -> Float[Tensor, "B D"]:
         if self.bf16 and self.training:
             with torch.autocast(x_BF.device.type, torch.bfloat16):
-                x_BF = x_BF.bfloat16()
-                out_BD = (self.deep(x_BF) + self.linear(x_BF)).float()
+                out_BD = self._outputs(x_BF.bfloat16()).float()
         else:
-            out_BD = self.deep(x_BF) + self.linear(x_BF)
+            out_BD = self._outputs(x_BF)
         return F.normalize(out_BD, dim=-1)
+
+    def _outputs(self, x_BF: Tensor) -> Tensor:
+        return self.deep(x_BF) if self.linear is None else self.deep(x_BF) + self.linear(x_BF)
 
     @torch.no_grad()
     def start(self, blocks: list[tuple[int, Directions]]) -> None:
         """Silence the layers; let each block of inputs (its first column) pass along its directions."""
+        if self.linear is None:
+            return
         last = self.deep[-1]
         assert isinstance(last, nn.Linear)
         for parameter in (last.weight, last.bias, self.linear.weight, self.linear.bias):
@@ -148,20 +156,24 @@ def principal_directions(vectors: Float[Tensor, "N d"], count: int) -> Direction
 class UserTower(nn.Module):
     """Features of a user: the mean text vector of the history, the mean HGNN embedding of all items and of those of
     each type, the mean of the learned item vectors, all three of the last item and in means of the latest, how much of
-    each type; and age, country and taste vectors, each of which may be absent (zeros and a flag)."""
+    each type; and age, country and taste vectors, each of which may be absent (zeros and a flag).
+
+    Paper A's are the mean HGNN embedding of the items of each type, in which all events weigh the same; and age,
+    country and taste vectors."""
 
     def __init__(self, spec: TowerSpec) -> None:
         super().__init__()
         self.spec = spec
         self.event_weight = nn.Parameter(torch.zeros(len(spec.events)))  # log weight: a stream may say more
         self.country = _small_embedding(spec.num_countries + 1)
-        self.event_weight.requires_grad_(len(spec.events) > 1)  # one event has nothing to be weighed against
-        means = 1 + bool(spec.last_item) + len(spec.recent)  # of all, the last item, of the latest
-        width = means * (spec.text_dim + spec.hgnn_dim + spec.id_dim) + spec.num_types * spec.hgnn_dim
-        width += 2 * spec.num_types + 2 + _SMALL
-        width += sum(dim + 1 for dim in spec.tastes.values())
+        weighed = len(spec.events) > 1 and spec.inputs == ALL  # one event has nothing to be weighed against
+        self.event_weight.requires_grad_(weighed)
+        width = spec.num_types * spec.hgnn_dim + 2 + _SMALL + sum(dim + 1 for dim in spec.tastes.values())
+        if spec.inputs == ALL:
+            means = 1 + bool(spec.last_item) + len(spec.recent)  # of all, the last item, of the latest
+            width += means * (spec.text_dim + spec.hgnn_dim + spec.id_dim) + 2 * spec.num_types
         self.hide = Dropout(spec.hgnn_dropout)
-        self.layers = _Layers(width, spec.layers, spec.dropout)
+        self.layers = _Layers(width, spec)
 
     def forward(self, inputs: UserInputs, tables: ItemTables) -> Float[Tensor, "B D"]:
         """Unit vectors. ``inputs.gids`` are rows of ``tables``."""
@@ -170,15 +182,35 @@ class UserTower(nn.Module):
     def _features(self, inputs: UserInputs, tables: ItemTables) -> Float[Tensor, "B width"]:
         users, kinds = len(inputs.offsets) - 1, self.spec.num_types
         row_n = torch.repeat_interleave(torch.arange(users), inputs.offsets.diff())
-        weight_n = self.event_weight.exp()[inputs.events]
         kind_n = tables.ntype[inputs.gids]
+        known_n = kind_n < kinds  # a type added later counts in the means over all types only
+        bag_n, order = torch.sort((row_n * kinds + kind_n)[known_n], stable=True)
+        weight_n = self.event_weight.exp()[inputs.events]
+        by_type = []
+        if self.spec.hgnn_dim:
+            assert tables.hgnn is not None
+            gids, weights = inputs.gids[known_n][order], weight_n[known_n][order]
+            sums = _sums(_unit_variance(tables.hgnn.float()), gids, weights, bag_n, users * kinds)
+            by_type.append(self.hide(_mean(*sums).view(users, -1)))
+        if self.spec.inputs == PAPER:
+            return torch.cat([*by_type, *self._traits(inputs)], 1)
+        overall, latest = self._over_all_types(inputs, tables, row_n, weight_n)
+        counts = torch.bincount(bag_n, minlength=users * kinds).view(users, kinds).float()
+        amounts = [torch.log1p(counts), (counts > 0).float()]
+        return torch.cat([*overall, *by_type, *latest, *amounts, *self._traits(inputs)], 1)
+
+    def _over_all_types(
+        self, inputs: UserInputs, tables: ItemTables, row_n: Int64[Tensor, "n"], weight_n: Float[Tensor, "n"]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Means over the whole history of text, HGNN embedding and the items' own vectors, in this order
+        (TwoTower.start_near relies on it); and the same of the last item and over the latest."""
+        users = len(inputs.offsets) - 1
         vectors = [_unit_variance(table.float()) for table in (tables.text, tables.hgnn) if table is not None]
         if self.spec.id_dim:
             assert tables.ids is not None
             vectors.append(tables.ids)
 
         def of_each(feature: Callable[[Tensor], Tensor]) -> list[Tensor]:
-            """Of the text, the HGNN embedding and the items' own vectors; TwoTower.start_near relies on the order."""
             made = [feature(table) for table in vectors]
             if self.spec.hgnn_dim:
                 made[1] = self.hide(made[1])
@@ -187,44 +219,42 @@ class UserTower(nn.Module):
         def mean_of(table: Tensor, weight_n: Tensor) -> Tensor:
             return _mean(*_sums(table, inputs.gids, weight_n, row_n, users))
 
-        parts = of_each(partial(mean_of, weight_n=weight_n))
-        known_n = kind_n < kinds  # a type added later counts in the means over all types only
-        bag_n, order = torch.sort((row_n * kinds + kind_n)[known_n], stable=True)
-        if self.spec.hgnn_dim:
-            gids, weights = inputs.gids[known_n][order], weight_n[known_n][order]
-            parts.append(self.hide(_mean(*_sums(vectors[1], gids, weights, bag_n, users * kinds)).view(users, -1)))
+        overall, latest = of_each(partial(mean_of, weight_n=weight_n)), list[Tensor]()
         if self.spec.last_item:
-            parts += of_each(lambda table: _last(table, inputs.gids, inputs.offsets))
+            latest += of_each(lambda table: _last(table, inputs.gids, inputs.offsets))
         for half_life in self.spec.recent:
-            recent_n = recent_weights(inputs.offsets, half_life)
-            parts += of_each(partial(mean_of, weight_n=recent_n))
-        counts = torch.bincount(bag_n, minlength=users * kinds).view(users, kinds).float()
-        parts += [torch.log1p(counts), (counts > 0).float()]
+            latest += of_each(partial(mean_of, weight_n=recent_weights(inputs.offsets, half_life)))
+        return overall, latest
+
+    def _traits(self, inputs: UserInputs) -> list[Tensor]:
+        """Age, country and taste vectors."""
         known = ~torch.isnan(inputs.age)
-        parts.append(torch.stack([torch.nan_to_num(inputs.age) / _AGE_SCALE * known, known.float()], 1))
+        parts = [torch.stack([torch.nan_to_num(inputs.age) / _AGE_SCALE * known, known.float()], 1)]
         parts.append(self.country(inputs.country + 1))
         for name, dim in self.spec.tastes.items():
             taste = inputs.tastes.get(name)
-            taste = torch.full((users, dim), float("nan")) if taste is None else taste
+            taste = torch.full((len(inputs.age), dim), float("nan")) if taste is None else taste
             known = ~torch.isnan(taste).any(1, keepdim=True)
             parts += [torch.nan_to_num(taste) * known, known.float()]
-        return torch.cat(parts, 1)
+        return parts
 
 
 class ItemTower(nn.Module):
-    """Text vector, HGNN embedding, own vector, activity, item type, language and categories of an item."""
+    """Text vector, HGNN embedding, own vector, activity, item type, language and categories of an item; paper A has
+    text, HGNN embedding, language and categories."""
 
     def __init__(self, spec: TowerSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.kind = _small_embedding(spec.num_types)
+        self.kind = _small_embedding(spec.num_types) if spec.inputs == ALL else None
         self.language = _small_embedding(spec.num_languages + 1)
         self.category = nn.EmbeddingBag.from_pretrained(
             _small_embedding(spec.num_categories + 1).weight.detach(), freeze=False, mode="mean"
         )
         self.hide = Dropout(spec.hgnn_dropout)
-        width = spec.text_dim + spec.hgnn_dim + spec.id_dim + spec.activity_dim + 3 * _SMALL
-        self.layers = _Layers(width, spec.layers, spec.dropout)
+        width = spec.text_dim + spec.hgnn_dim + spec.id_dim + 2 * _SMALL
+        width += spec.activity_dim + _SMALL if spec.inputs == ALL else 0
+        self.layers = _Layers(width, spec)
 
     def forward(self, rows: ItemRows) -> Float[Tensor, "N D"]:
         """Unit vectors."""
@@ -235,9 +265,10 @@ class ItemTower(nn.Module):
         if self.spec.id_dim:
             assert rows.ids is not None
             parts.append(rows.ids)
-        known = rows.ntype < self.spec.num_types  # a type added later has no type embedding
-        kind = self.kind(rows.ntype.where(known, 0)) * known[:, None]
-        parts += [rows.activity, kind, self.language(rows.language)]
+        if self.kind is not None:
+            known = rows.ntype < self.spec.num_types  # a type added later has no type embedding
+            parts += [rows.activity, self.kind(rows.ntype.where(known, 0)) * known[:, None]]
+        parts.append(self.language(rows.language))
         parts.append(self.category(rows.categories, rows.category_offsets))
         return self.layers(torch.cat(parts, 1))
 

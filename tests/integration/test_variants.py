@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
@@ -13,6 +14,7 @@ from pipeline_world import output
 from pipelines.cli import main
 from recsys_ray.config import load_config
 from recsys_ray.studies import audiences as groups
+from recsys_ray.studies.registry import STUDIES
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -129,6 +131,36 @@ def test_a_new_type_is_embedded_with_weights_that_never_saw_it(config, tmp_path,
             assert ("at least 70%" in share["verdict"]) == share["ours"]["variant"].endswith("-all")
         else:
             assert share["verdict"] == "no share: the other side has no hits"
+
+
+def test_the_papers_setting_runs_through_and_is_compared_with_their_tables(config, tmp_path, monkeypatch):
+    whole = STUDIES["paper"]
+    few = {"full", "old-old", "printed-loss"}  # the others differ in settings that other studies run
+    lean = replace(whole, variants=lambda facts: [v for v in whole.variants(facts) if v.name in few])
+    monkeypatch.setitem(STUDIES, "paper", lean)
+    data = load_config(config).data
+    words = ["--config", Path(__file__).parents[2] / "configs" / "paper.yaml"]
+    for name in ("items", "interactions", "users", "oracle"):
+        words += ["--set", f"data.{name}={getattr(data, name)}"]
+    short = ("hgnn.epochs=2", "two_tower.epochs=2", "evaluate.trials=1", "evaluate.bootstrap=200", "data.shards=2")
+    for setting in (*short, f"run_dir={tmp_path / 'run'}", "two_tower.layers=[32, 16]"):
+        words += ["--set", setting]
+    main_ok("study", "paper", *words, "--out", tmp_path)
+    study = json.loads((tmp_path / "paper.json").read_text())
+    found = {c["label"]: c for c in study["comparisons"] if c["found"]}
+    for label in (
+        "Table 2, audiobooks: 2T-HGNN against HGNN alone",
+        "Table 2, all types: 2T-HGNN against 2T without HGNN",
+        "Table 1, all types: podcast-podcast edges only",
+        "Table 1, all types: with the two-tower's loss as printed",
+        "Table 3, all types: 2T-HGNN against Popularity",
+        "Table 4, podcasts: 2T-HGNN against 2T without HGNN",
+    ):
+        assert found[label]["found"]["queries"] > 0
+        assert (found[label]["same_sign"] != "") == ("printed" not in label)
+    spec = json.loads((output(tmp_path / "run/variants/paper-full-seed-0", "two_tower") / "hgnn/spec.json").read_text())
+    assert spec["inputs"] == "paper" and spec["id_dim"] == 0
+    assert "signs are those of the paper" in (tmp_path / "paper.md").read_text()
 
 
 def test_a_tuning_goes_on_and_leaves_a_preset(config, tmp_path, capsys):

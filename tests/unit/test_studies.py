@@ -19,7 +19,7 @@ from recsys_ray.evaluation.segments import SEGMENTS, Queries
 from recsys_ray.storage.artifacts import Artifact
 from recsys_ray.studies import EMBEDDING, NAMES
 from recsys_ray.studies.changed_tables import WEEK, Log, NewType, OnlyType, ShuffledLabels, write_changed
-from recsys_ray.studies.compare import compare, conclusions, judge
+from recsys_ray.studies.compare import compare, conclusions, judge, sign
 from recsys_ray.studies.page import write_page
 from recsys_ray.studies.registry import STUDIES
 from recsys_ray.studies.study import Comparison, Facts, Result, Side, Study, Variant
@@ -143,14 +143,16 @@ def test_one_type_alone_and_a_new_type(ingest, tmp_path):
         write_changed(OnlyType("film"), ingest, tmp_path / "none", 0)
 
 
-def result_of(users: list[str], truths: list[int], **models: list[bool]) -> Result:
-    """One query a user, all of them books and warm."""
+def result_of(
+    users: list[str], truths: list[int], types: tuple[str, ...] = ("book", "song"), **models: list[bool]
+) -> Result:
+    """One query a user, all of them warm and of the first type."""
     nobody = np.zeros(len(users), bool)
     order = np.arange(len(users))
     queries = Queries(order, np.zeros(len(users), np.int16), ~nobody, nobody, order, np.array(truths))
     member = np.zeros((len(SEGMENTS), len(users)), bool)
     member[:2] = True
-    hits = Hits.of(queries, ("book", "song"), member)
+    hits = Hits.of(queries, types, member)
     hits.hit.update({name: member & np.array(hit) for name, hit in models.items()})
     rows = [
         {"model": name, "item_type": "all", "segment": "warm", "hr_at_10": float(np.mean(hit)), "coverage_at_100": 0.5,
@@ -259,6 +261,31 @@ def test_the_permutation_fails_only_what_is_personal(own, fails):
     outcomes = judge(study.comparisons(facts, list(hit)), results, 300, 0)
     first, *_ = conclusions(study, outcomes, results)
     assert first.startswith("FAILED" if fails else "Passed")
+
+
+def test_the_papers_experiment_has_both_types_of_paper_a_and_says_which_signs_are_the_same():
+    config, study = load_config(PRESETS[[path.stem for path in PRESETS].index("paper")]), STUDIES["paper"]
+    facts = Facts(config, {**COUNTS, "item_types": ["audiobook", "podcast"]})
+    variants = {v.name: changed(config, v.overrides) for v in study.variants(facts)}
+    assert variants["no-old-old"].graph.relations == [("audiobook", "audiobook"), ("audiobook", "podcast")]
+    assert variants["old-old"].graph.relations == [("podcast", "podcast")]
+    assert all(made.two_tower.inputs == "paper" for made in variants.values()) and not study.note(facts)
+    assert "item types" in study.note(Facts(config, COUNTS)) and "settings" in study.note(Facts(load_config(), COUNTS))
+
+    users, truths = [f"u{k}" for k in range(100)], list(range(100))
+    shares = {"popularity": 20, "hgnn": 40, "2t_hgnn": 60, "two_tower_text_only": 61}
+    hit = {name: [k < share for k in range(100)] for name, share in shares.items()}
+    full = result_of(users, truths, ("audiobook", "podcast"), **hit)
+    weak = result_of(users, truths, ("audiobook", "podcast"), **{"2t_hgnn": [k < 30 for k in range(100)]})
+    outcomes = judge(study.comparisons(facts, list(hit)), {"full": full, "no-weak": weak}, 200, 0)
+    signs = {o.comparison.label: sign(o) for o in outcomes if "all types" in o.comparison.label}
+    assert signs["Table 2, all types: HGNN alone against Popularity"] == "yes"
+    assert signs["Table 2, all types: 2T-HGNN against 2T without HGNN"] == "no, n.s."
+    assert signs["Table 2, all types: HGNN alone against 2T without HGNN"] == "no"
+    assert signs["Table 1, all types: without weak signals"] == "yes"
+    lines = [line for line in conclusions(study, outcomes, {"full": full}) if line.startswith("Table 2, all types")]
+    (line,) = lines
+    assert "3 of 5 signs" in line and "2T-HGNN against 2T without HGNN (no, n.s.)" in line
 
 
 def test_the_command_line_knows_every_study():

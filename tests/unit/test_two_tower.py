@@ -46,6 +46,46 @@ def test_it_learns_the_checkerboard(loss, with_hgnn):
         assert torch.allclose(vectors.norm(dim=-1), torch.ones(len(vectors)), atol=1e-5)
 
 
+def papers_board(with_hgnn: bool = True) -> TowerTask:
+    task = board_task(with_hgnn=with_hgnn)
+    return replace(task, spec=replace(task.spec, inputs="paper", last_item=False))
+
+
+def test_it_learns_the_checkerboard_from_the_papers_inputs():
+    trainer, optimizer = board_trainer(papers_board())
+    assert train_epochs(trainer, optimizer, {})["history"][-1]["valid_hr_at_10"] > 0.97
+
+
+@pytest.mark.parametrize("with_hgnn", [True, False])
+def test_the_papers_towers_read_what_paper_a_feeds_and_no_more(someone, with_hgnn):
+    _, _, inputs, tables = someone
+    task = papers_board(with_hgnn)
+    trainer, _ = board_trainer(task)
+    model, random = trainer.model.eval(), torch.Generator().manual_seed(0)
+    start(model, task, 0)
+    assert not any("linear" in name or "ids" in name for name, _ in model.named_parameters())
+
+    def moved(**changes: object) -> bool:
+        tables_now = replace(tables, **{n: v for n, v in changes.items() if hasattr(tables, n)})
+        inputs_now = replace(inputs, **{n: v for n, v in changes.items() if hasattr(inputs, n)})
+        return not torch.allclose(model.users(inputs_now, tables_now), model.users(inputs, tables), atol=1e-6)
+
+    other = torch.nn.functional.normalize(torch.randn(ITEMS, 16, generator=random), dim=1)
+    assert not moved(text=other.half()) and not moved(events=torch.tensor([1, 0, 0]))
+    twice = {"gids": inputs.gids.repeat(2), "events": inputs.events.repeat(2), "offsets": torch.tensor([0, 6, 6, 6])}
+    assert not moved(**twice)  # how much of each type is no feature
+    assert moved(hgnn=other) == moved(gids=torch.tensor([3, 150, 5])) == with_hgnn
+    assert moved(age=torch.tensor([60.0, 20.0, 30.0])) and moved(tastes={"music": torch.ones(3, 3)})
+
+    gids = torch.arange(ITEMS)
+    rows = task.catalogue.rows(gids, "valid", tables.text.float(), tables.hgnn if with_hgnn else None)
+    items = model.items(rows)
+    hidden = replace(rows, activity=rows.activity + 1, ntype=1 - rows.ntype, owners=rows.owners.flip(0))
+    assert torch.equal(items, model.items(hidden))
+    assert not torch.allclose(items, model.items(replace(rows, text=other)), atol=1e-6)
+    assert not torch.allclose(items, model.items(replace(rows, categories=1 - rows.categories + 1)), atol=1e-6)
+
+
 def test_without_a_feature_that_tells_the_board_it_does_not_see_it():
     trainer, optimizer = board_trainer(board_task("nowhere"), CONFIG.model_copy(update={"epochs": 2}))
     state = train_epochs(trainer, optimizer, {})
