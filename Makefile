@@ -77,7 +77,7 @@ bench: $(VENV)/.installed-dev  ## run the benchmarks, which compare ratios, not 
 	$(BIN)/python -m tests.benchmarks
 
 bench-serving: $(VENV)/.installed-dev  ## load-test the endpoint over a million items (needs wrk; takes minutes to set up)
-	$(BIN)/python -m tests.benchmarks.serving
+	$(BIN)/python -m tests.benchmarks.serving $(if $(SOAK),--soak $(SOAK))
 
 clean:  ## remove runs and generated data
 	rm -rf runs data/demo-*

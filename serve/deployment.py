@@ -56,6 +56,9 @@ if TYPE_CHECKING:
 NAME = "recsys-ray"
 _LOG = logging.getLogger("ray.serve")
 _WATCH_S = 1.0
+# When a replica dies, HAProxy repeats the requests that it had sent there on another one. Nothing breaks if the dead
+# replica had finished some of them: only an event without an event_id counts twice.
+_RETRY_ON = "conn-failure empty-response"
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -68,8 +71,9 @@ class RecommendationService:
         self._recommender: Recommender | None = None
         self._limits = limits or Limits()
         self._settings = settings or Settings()
-        store = self._settings.store
-        self.answers = LiveAnswers(open_store(store) if store else None, variants_of(self._settings.variants))
+        # A replica that starts while the store is gone answers from the bundle, as the others do.
+        store = open_store(self._settings.store, wait=True) if self._settings.store else None
+        self.answers = LiveAnswers(store, variants_of(self._settings.variants))
         if self._settings.log:
             write_json_lines()
         self._wanted = ""  # path or URI from the deployment's configuration
@@ -205,6 +209,7 @@ class Scaling:
         fixed = {
             "max_ongoing_requests": 4 * self.ongoing,
             "max_queued_requests": self.queued,
+            "health_check_period_s": 1,  # by which a killed replica is noticed and replaced; it is 10 s
             "backpressure_config": BackpressureConfig(status_code=429, retry_after_s=1),
         }
         if self.max_replicas is None or self.max_replicas <= self.replicas:
@@ -306,6 +311,8 @@ def serve_forever(
     user = next(iter(probe.example_users(1)), "anyone")
     version = probe.version
     del probe
+    if settings.store:
+        open_store(settings.store).close()  # so is a mistake in its address
     progress.say(f"Starting Ray Serve with bundle {version} ...")
     stop = threading.Event()
     before = {number: signal.signal(number, lambda *_: stop.set()) for number in _STOPS}
@@ -364,9 +371,14 @@ def _prefer_haproxy() -> None:
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(scratch / "admin.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(scratch),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(scratch / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(scratch / "metrics.sock"),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
+        # Where requests wait while there is no replica: at the port of another server, that one would answer them.
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_free_port()),
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        "RAY_SERVE_HAPROXY_RETRY_ON": _RETRY_ON,
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # it is 10 s, and after three failed ones another is started
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # it is 30 s, for a balancer that is not there
     }
     for name, value in settings.items():

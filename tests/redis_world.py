@@ -13,9 +13,9 @@ from server_process import free_port
 
 
 @contextmanager
-def redis_server(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+def redis_server(folder: Path, port: int | None = None) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """Its URI and its process, once it answers; it keeps every write on the disk before it acknowledges it."""
-    port = free_port()
+    port = port or free_port()
     words = ["redis-server", "--port", str(port), "--dir", str(folder), "--save", "", "--appendonly", "yes"]
     server = subprocess.Popen([*words, "--appendfsync", "always"], stdout=subprocess.DEVNULL)
     try:

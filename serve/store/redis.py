@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import base64
 import json
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from serve.store.interface import GivenAnswer, LiveEvent, LiveItem, StoreError
 
 _TIMEOUT_S = 2.0
+# Before a Redis that did not answer is asked again; until then nobody waits for it. To be refused costs no time.
+_REFUSED_S, _LATE_S = 1.0, 10.0
 _INEXACT = 2**53  # scores of sorted sets are floats
 _KEY = "recsys-ray:"
 # KEYS: the log of all events. ARGV: the prefix, then for each event its id, user, time, request and the whole of it.
@@ -54,12 +59,16 @@ return found
 class RedisStore:
     """Keeps to :class:`serve.store.interface.Store`."""
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, wait: bool = False) -> None:
+        """``wait``: a Redis that does not answer now is no error, for it may answer later."""
+        self._asked_again = 0.0
+        # The package's default tries again ten times with pauses between, for which every answer would wait.
+        again = Retry(NoBackoff(), 1, (redis.ConnectionError,))
+        times = {"socket_timeout": _TIMEOUT_S, "socket_connect_timeout": _TIMEOUT_S}
         with self._errors():
-            self._db: Any = redis.Redis.from_url(
-                uri, decode_responses=True, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S
-            )
-            self._db.ping()
+            self._db: Any = redis.Redis.from_url(uri, decode_responses=True, retry=again, **times)
+            if not wait:
+                self._db.ping()
             scripts = _ADD_EVENTS, _PUT_ITEM, _ITEMS_AFTER
             self._add_events, self._put_item, self._items_after = map(self._db.register_script, scripts)
 
@@ -163,8 +172,14 @@ class RedisStore:
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
+        if time.monotonic() < self._asked_again:
+            raise StoreError("the store in Redis does not answer")
         try:
             yield
+        except (redis.ConnectionError, redis.TimeoutError) as error:
+            pause = _LATE_S if isinstance(error, redis.TimeoutError) else _REFUSED_S
+            self._asked_again = time.monotonic() + pause
+            raise StoreError(f"the store in Redis does not answer ({type(error).__name__})") from None
         except (redis.RedisError, OSError, ValueError, OverflowError) as error:  # its text may hold values
             raise StoreError(f"the store in Redis cannot be used ({type(error).__name__})") from None
 

@@ -58,15 +58,17 @@ def _seconds(text: str) -> float:
     return float(number) * {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0}[unit]
 
 
-def open_loop(url: str, bodies: Sequence[str], rate: float, seconds: float, connections: int = 32) -> Load:
+def open_loop(
+    url: str, bodies: Sequence[str], rate: float, seconds: float, connections: int = 32, path: str = PATH
+) -> Load:
     """``rate`` requests a second at the times of a Poisson process. An answer's time counts from the moment that its
     request was due, also where it waited for a connection: no answer is forgiven because the one before was late."""
-    return asyncio.run(_open_loop(url, bodies, rate, seconds, connections))
+    return asyncio.run(_open_loop(url, bodies, rate, seconds, connections, path))
 
 
-async def _open_loop(url: str, bodies: Sequence[str], rate: float, seconds: float, connections: int) -> Load:
+async def _open_loop(url: str, bodies: Sequence[str], rate: float, seconds: float, connections: int, path: str) -> Load:
     host, port = re.fullmatch(r"http://([^:/]+):(\d+)", url).groups()  # type: ignore[union-attr]
-    head = f"POST {PATH} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: "
+    head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: "
     requests = [f"{head}{len(body.encode())}\r\n\r\n{body}".encode() for body in bodies]
     due = np.cumsum(np.random.default_rng(0).exponential(1 / rate, round(rate * seconds)))
     waiting: asyncio.Queue[tuple[float, bytes] | None] = asyncio.Queue()
@@ -77,14 +79,12 @@ async def _open_loop(url: str, bodies: Sequence[str], rate: float, seconds: floa
         nonlocal failed
         reader, writer = await asyncio.open_connection(host, int(port))
         while (one := await waiting.get()) is not None:
-            writer.write(one[1])
-            told = (await reader.readuntil(b"\r\n\r\n")).lower()
-            if (length := re.search(rb"content-length: (\d+)", told)) is not None:
-                await reader.readexactly(int(length[1]))
-            else:
-                while size := int(await reader.readline(), 16):
-                    await reader.readexactly(size + 2)
-                await reader.readexactly(2)
+            try:
+                writer.write(one[1])
+                told = await _answer(reader)
+            except (ConnectionError, asyncio.IncompleteReadError):
+                told = b""
+                reader, writer = await asyncio.open_connection(host, int(port))
             times.append(time.perf_counter() - one[0])
             failed += not told.startswith(b"http/1.1 200")
         writer.close()
@@ -101,6 +101,18 @@ async def _open_loop(url: str, bodies: Sequence[str], rate: float, seconds: floa
     await asyncio.gather(*tasks)
     taken = time.perf_counter() - began
     return Load(len(times) / taken, *(float(np.quantile(times, share)) for share in (0.5, 0.99)), failed)
+
+
+async def _answer(reader: asyncio.StreamReader) -> bytes:
+    """Reads a whole answer; returns its head."""
+    told = (await reader.readuntil(b"\r\n\r\n")).lower()
+    if (length := re.search(rb"content-length: (\d+)", told)) is not None:
+        await reader.readexactly(int(length[1]))
+    else:
+        while size := int(await reader.readline(), 16):
+            await reader.readexactly(size + 2)
+        await reader.readexactly(2)
+    return told
 
 
 def questions(user_ids: Sequence[str], count: int = 5_000, **fields: object) -> list[str]:

@@ -3,11 +3,19 @@
 make bench-serving          (or: python -m tests.benchmarks.serving --items 100000)
 
 All three are asked in the same run, with the same settings, on the same cores as the generator of the load.
+
+make bench-serving SOAK=600 (or: python -m tests.benchmarks.serving --soak 600)
+
+Instead, the endpoint alone with an event store: for so many seconds, 80 % of the questions a second that it can answer,
+and events beside. Prints the memory of the replica, what failed and p99, minute by minute.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
+import math
 import os
 import signal
 import socket
@@ -16,10 +24,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
+import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' worlds
 
@@ -29,6 +39,7 @@ from recsys_ray.bundle.bundle import Bundle
 from recsys_ray.serving.recommender import Recommender
 from tests.benchmarks.load import Load, closed, open_loop, questions
 
+_EVENTS = 20  # a second
 _EMPTY = """
 import serve.deployment as deployment
 
@@ -54,7 +65,12 @@ def application(args):
 
 deployment.application = application
 """
-_SERVE = "import sys\nfrom serve.deployment import serve_forever\nserve_forever(sys.argv[1], port=int(sys.argv[2]))\n"
+_SERVE = """
+import sys
+from serve.deployment import serve_forever
+from serve.settings import load_settings
+serve_forever(sys.argv[1], port=int(sys.argv[2]), settings=load_settings({"store": sys.argv[3] or None}))
+"""
 _UVICORN = """
 import sys
 import uvicorn
@@ -76,6 +92,7 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=100_000)
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--folder", type=Path, help="keep the bundle here, and use it again")
+    parser.add_argument("--soak", type=float, metavar="SECONDS", help="watch the endpoint's memory for so long instead")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         run = given.folder or Path(scratch)
@@ -84,6 +101,9 @@ def main() -> None:
         bodies = questions([user_id for user_id, _ in recommender.users.spread(20_000)])
         del recommender
         print(f"{given.items:,} items, {given.users:,} users, {os.cpu_count()} cores with the generator beside")
+        if given.soak:
+            _soak(bundle, bodies, given.soak, given.seconds, Path(scratch) / "live.db")
+            return
         peaks: dict[str, float] = {}
         servers = {"empty deployment": _EMPTY + _SERVE, "recsys-ray": _SERVE, "the app on uvicorn": _UVICORN}
         half = 0.0
@@ -99,6 +119,37 @@ def main() -> None:
                     _show(f"{name}, {rate:,.0f} a second come", open_loop(url, bodies, rate, given.seconds))
 
 
+def _soak(bundle: Path, bodies: list[str], seconds: float, trial: float, store: Path) -> None:
+    """Answers and events for ``seconds``; memory grows with caches at first, and should stay where it is afterwards."""
+    named = itertools.cycle(json.loads(body)["user_id"] for body in bodies)
+    items = [item.item_id for item in Recommender.load(bundle, warm=False).recommend(k=500)]
+    with _running(_SERVE, bundle, f"sqlite://{store}") as url, ThreadPoolExecutor(1) as beside:
+        closed(url, bodies, 16, 3)  # to warm up
+        rate = 0.8 * closed(url, bodies, 16, trial).rate
+        print(f"{rate:,.0f} questions and {_EVENTS} events a second; {_memory()}", flush=True)
+        for minute in range(1, math.ceil(seconds / 60) + 1):
+            lasts = min(60.0, seconds - 60 * (minute - 1))
+            told = [
+                {"user_id": next(named), "item_id": item_id}
+                for item_id in itertools.islice(itertools.cycle(items), 2000)
+            ]
+            events = [json.dumps({"events": [event]}, ensure_ascii=False) for event in told]
+            kept = beside.submit(open_loop, url, events, _EVENTS, lasts, 4, "/v1/events")
+            load = open_loop(url, bodies, rate, lasts)
+            _show(f"minute {minute}, {kept.result().failed} events failed", load, _memory())
+
+
+def _memory() -> str:
+    """Of the replicas of this process' servers: their own, and with the files that they map."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if process.name().startswith("ray::ServeReplica"):
+                facts = process.memory_full_info()
+                found.append(f"{facts.uss / 2**20:,.1f} MB, {facts.rss / 2**20:,.1f} MB with mapped files")
+    return "; ".join(found)
+
+
 def _show(name: str, load: Load, more: str = "") -> None:
     times = f"p50 {load.p50 * 1e3:>7.2f} ms   p99 {load.p99 * 1e3:>7.2f} ms   failed {load.failed}"
     print(f"{name:<42} {load.rate:>8,.0f} answers/s   {times}   {more}", flush=True)
@@ -112,13 +163,13 @@ def _bundle(run: Path, items: int, users: int) -> Path:
 
 
 @contextmanager
-def _running(script: str, bundle: Path) -> Iterator[str]:
+def _running(script: str, bundle: Path, store: str = "") -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryFile("w+") as log:
-        words = [sys.executable, "-c", script, str(bundle), str(port)]
+        words = [sys.executable, "-c", script, str(bundle), str(port), store]
         process = subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True)
         try:
             deadline = time.monotonic() + 300

@@ -212,6 +212,50 @@ def test_what_was_acknowledged_outlives_a_killed_redis(tmp_path):
         store.close()
 
 
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+def test_nobody_waits_for_a_redis_that_is_gone_or_hangs(tmp_path, fault):
+    port = free_port()
+    with redis_server(tmp_path, port) as (uri, server):
+        store = open_store(uri)
+        assert store.add_events([event(1)]) == 1
+        server.send_signal(fault)
+        try:
+            began = time.monotonic()
+            for _ in range(20):
+                with pytest.raises(StoreError, match="does not answer"):
+                    store.events_of(["ü/1"], 0, 10)
+                with pytest.raises(StoreError, match="does not answer"):
+                    store.add_events([event(2)])
+            assert time.monotonic() - began < 8, "only the first waits: 40 calls would take more than 20 s"
+        finally:
+            server.send_signal(signal.SIGCONT)
+            store.close()
+
+
+def test_a_redis_that_comes_back_is_asked_again(tmp_path):
+    port = free_port()
+    with redis_server(tmp_path, port) as (uri, server):
+        store = open_store(uri)
+        assert store.add_events([event(1)]) == 1
+        server.kill()
+        with pytest.raises(StoreError, match="does not answer"):
+            store.add_events([event(2)])
+    with redis_server(tmp_path, port):
+        time.sleep(1)
+        assert store.events_of(["ü/1"], 0, 10) == {"ü/1": [event(1)]}
+    store.close()
+
+
+def test_a_redis_may_come_later(tmp_path):
+    port = free_port()
+    with pytest.raises(StoreError, match="does not answer"):
+        open_store(f"redis://127.0.0.1:{port}/0")
+    store = open_store(f"redis://127.0.0.1:{port}/0", wait=True)
+    with redis_server(tmp_path, port):
+        assert store.add_events([event(1)]) == 1
+    store.close()
+
+
 def test_a_read_does_not_wait_for_a_write(tmp_path):
     store = open_store(f"sqlite://{tmp_path}/live.db")
     store.add_events([event(1)])
@@ -258,7 +302,7 @@ def test_a_file_that_is_damaged_in_the_middle_is_a_sentence(tmp_path):
 
 
 def test_a_store_that_is_not_there_is_a_sentence():
-    with pytest.raises(StoreError, match="Redis cannot be used"):
+    with pytest.raises(StoreError, match="Redis does not answer"):
         open_store(f"redis://127.0.0.1:{free_port()}/0")
     with pytest.raises(StoreError, match="is not a supported store; use sqlite"):
         open_store("mongodb://x")
