@@ -378,6 +378,7 @@ def _prefer_haproxy() -> None:
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_free_port()),
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
         "RAY_SERVE_HAPROXY_RETRY_ON": _RETRY_ON,
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "20",  # it is 5 s, too short on a busy machine: the start would fail
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # it is 10 s, and after three failed ones another is started
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # it is 30 s, for a balancer that is not there
     }

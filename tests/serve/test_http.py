@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +28,7 @@ from recsys_ray.bundle.release import promote, rollback
 from recsys_ray.serving.recommender import Recommender
 from recsys_ray.serving.requests import Question
 from recsys_ray.storage.outputs import find_bundle
+from recsys_ray.storage.store import Place
 
 TYPES = ["audiobook", "music", "podcast"]
 SERVE = """
@@ -180,33 +183,62 @@ def test_a_taken_port_is_one_sentence(server, world, tmp_path):
     assert last.startswith(f"cannot listen at 127.0.0.1:{port}")
 
 
-def test_a_promotion_under_load_is_noticed_by_nobody(server, world):
-    """One replica; eight users who never stop asking."""
+def test_a_promotion_under_load_is_noticed_by_nobody(server, world, tmp_path):
+    """One replica; eight users who never stop asking. Each answer is the one that its bundle gives, a damaged bundle is
+    refused, and the old one goes on."""
     url, old, done = server[0], find_bundle(world.root), threading.Event()
     promote(old)
-    new = replace(world, config=world.config.model_copy(update={"seed": 1})).bundle().path
+    stranger = make_world(tmp_path / "other", seed=99)
+    other = replace(stranger, config=stranger.config.model_copy(update={"seed": 1})).bundle().path
+    new, damaged = old.parent / "new", old.parent / "damaged"
+    for copy in (new, damaged):
+        shutil.copytree(other, copy)
+    vectors = bytearray((damaged / "vectors.safetensors").read_bytes())
+    vectors[-1] ^= 1
+    (damaged / "vectors.safetensors").write_bytes(vectors)
+    versions = {old.name: old.name, other.name: "new"}
+    users = world.user_ids[:8]
+    expected = {
+        (version, user): [item.item_id for item in Recommender.load(old.parent / folder).recommend(user, k=5)]
+        for version, folder in versions.items()
+        for user in users
+    }
+    assert all(expected[old.name, user] != expected[other.name, user] for user in users)
 
-    def keep_asking(number: int) -> list[str]:
-        versions = []
+    def keep_asking(user: str) -> list[str]:
+        found = []
         with httpx.Client(base_url=url, timeout=30) as client:
             while not done.is_set():
-                answer = client.post("/v1/recommendations", json={"user_id": world.user_ids[number], "k": 5})
-                assert answer.status_code == 200 and len(answer.json()["items"]) == 5
-                versions.append(answer.json()["version"])
-        return versions
+                answer = client.post("/v1/recommendations", json={"user_id": user, "k": 5})
+                assert answer.status_code == 200, answer.text
+                told = answer.json()
+                assert [item["item_id"] for item in told["items"]] == expected[told["version"], user]
+                found.append(told["version"])
+        return found
 
     with ThreadPoolExecutor(8) as pool:
-        asked = [pool.submit(keep_asking, number) for number in range(8)]
+        asked = [pool.submit(keep_asking, user) for user in users]
         try:
-            for version, change in ((new.name, lambda: promote(new)), (old.name, lambda: rollback(new.parent))):
-                change()
-                until(url, lambda facts, version=version: facts["version"] == version)
-                time.sleep(0.5)
+            promote(new, None)
+            until(url, lambda facts: facts["version"] == other.name)
+            time.sleep(0.5)
+            assert httpx.post(f"{url}/v1/promote", json={"version": "damaged", "force": True}).status_code == 409
+            write_pointer(old.parent, "damaged")  # as if it had been whole when it was promoted
+            until(url, lambda facts: "checksum" in (facts["refused"] or ""))
+            assert httpx.get(f"{url}/v1/version").json()["version"] == other.name
+            rollback(old.parent)
+            until(url, lambda facts: facts["version"] == old.name and facts["refused"] is None)
+            time.sleep(0.5)
         finally:
             done.set()
-        for versions in (one.result() for one in asked):
-            runs = [name for name, _ in itertools.groupby(versions)]
-            assert runs == [old.name, new.name, old.name]
+        for found in (one.result() for one in asked):
+            runs = [name for name, _ in itertools.groupby(found)]
+            assert runs == [old.name, other.name, old.name]
+
+
+def write_pointer(bundles: Path, version: str) -> None:
+    pointer = json.loads((bundles / "serving.json").read_text())
+    Place(str(bundles / "serving.json")).write(json.dumps({**pointer, "output": version}).encode())
 
 
 def test_ctrl_c_ends_it(server):
