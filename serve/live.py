@@ -143,22 +143,23 @@ class LiveAnswers:
         return question
 
     def take_changes(self, recommender: Recommender) -> bool:
-        """Tell the recommender what changed of items since it looked last; False where the store does not answer."""
+        """Tell the recommender what changed of items since it looked last; False where the store does not answer, or
+        holds an item that cannot be read."""
         if self.store is None:
             return True
         try:
             if self.store.last_change() <= recommender.live.change:
                 return True
             changed = self.store.items_after(recommender.live.change)
-        except StoreError:
+            gone = [item.item_id for item in changed if not _offered(item)]
+            new = [
+                (item.item_id, item.record, LiveVectors.unpack(item.vectors))
+                for item in changed
+                if item.record is not None and item.vectors is not None and _offered(item)
+            ]
+            recommender.apply(changed[-1].change, gone, new)
+        except (StoreError, ValueError, TypeError, AttributeError, LookupError):  # a damaged row costs no answer
             return False
-        gone = [item.item_id for item in changed if not _offered(item)]
-        new = [
-            (item.item_id, item.record, LiveVectors.unpack(item.vectors))
-            for item in changed
-            if item.record is not None and item.vectors is not None and _offered(item)
-        ]
-        recommender.apply(changed[-1].change, gone, new)
         return True
 
     def outdated(self, recommender: Recommender) -> list[LiveItem]:

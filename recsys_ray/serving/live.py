@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from recsys_ray.serving.filters import Filters
@@ -34,8 +35,12 @@ class LiveVectors:
 
     @staticmethod
     def unpack(data: bytes) -> LiveVectors:
-        found = load(data)
-        return LiveVectors(found["version"].tobytes().decode(), found["wide"], found["hgnn"])
+        """Raises ValueError: ``data`` are damaged."""
+        try:
+            found = load(data)
+            return LiveVectors(found["version"].tobytes().decode(), found["wide"], found["hgnn"])
+        except (SafetensorError, KeyError) as error:
+            raise ValueError("the vectors of an added item are damaged") from error
 
 
 @dataclass(frozen=True)

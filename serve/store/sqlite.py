@@ -91,7 +91,8 @@ class SqliteStore:
         return self._write(write)
 
     def last_change(self) -> int:
-        return int(self._rows("SELECT coalesce(max(change), 0) FROM items")[0][0])
+        with self._errors():
+            return int(self._rows("SELECT coalesce(max(change), 0) FROM items")[0][0])
 
     def items_after(self, change: int) -> list[LiveItem]:
         query = "SELECT item_id, record, vectors, change FROM items WHERE change > ? ORDER BY change"

@@ -7,13 +7,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import apsw
 import pytest
 import redis
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from redis_world import redis_server
 from server_process import free_port
 
@@ -299,6 +302,54 @@ def test_a_file_that_is_damaged_in_the_middle_is_a_sentence(tmp_path):
     other.close()
     with pytest.raises(StoreError, match=f"the store {path} cannot be used"):
         open_store(f"sqlite://{path}").items_after(0)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory) -> bytes:
+    """A store with some of everything."""
+    path = tmp_path_factory.mktemp("whole") / "live.db"
+    store = open_store(f"sqlite://{path}")
+    store.add_events([event(number, f"u{number % 7}", request_id=f"r{number}") for number in range(300)])
+    for number in range(20):
+        store.put_item(LiveItem(f"i{number}", {"title": "x" * 50}, bytes(200)))
+    store.add_answers([GivenAnswer(f"r{number}", "a", "v", 1_000) for number in range(50)])
+    store.close()
+    return path.read_bytes()
+
+
+@given(data=st.data())
+@settings(max_examples=150)
+def test_whatever_became_of_the_file_it_is_read_or_a_sentence(file, tmp_path_factory, data):
+    """Bytes changed, the end missing, a part empty, or no store at all."""
+    places = st.integers(0, len(file) - 1)
+    kind = data.draw(st.sampled_from(["flipped", "cut", "empty", "foreign"]))
+    damaged = bytearray(file)
+    if kind == "flipped":
+        for place in data.draw(st.lists(places, min_size=1, max_size=40)):
+            damaged[place] = data.draw(st.integers(0, 255))
+    elif kind == "cut":
+        del damaged[data.draw(places) :]
+    elif kind == "empty":
+        start = data.draw(places)
+        count = min(data.draw(st.integers(1, 6_000)), len(damaged) - start)
+        damaged[start : start + count] = bytes(count)
+    else:
+        damaged = bytearray(data.draw(st.binary(max_size=20_000)))
+    path = tmp_path_factory.mktemp("damaged") / "live.db"
+    path.write_bytes(damaged)
+    try:
+        store = open_store(f"sqlite://{path}")
+    except StoreError:
+        return
+    calls: list[Callable[[], object]] = [
+        lambda: store.events_after("", 1_000), lambda: store.events_of(["u1"], 0, 10), store.last_change,
+        lambda: store.items_after(0), lambda: store.outcomes(0, 5_000, ["stream"], 10),
+        lambda: store.add_events([event(1_000)]), lambda: store.put_item(LiveItem("i", None)),
+        lambda: store.trim(1_005), store.close,
+    ]  # fmt: skip
+    for call in calls:
+        with suppress(StoreError):
+            call()
 
 
 def test_a_store_that_is_not_there_is_a_sentence():

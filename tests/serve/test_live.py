@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
+import apsw
 import pytest
 from fastapi.testclient import TestClient
 from late_world import Late, make_late
@@ -164,6 +165,20 @@ def test_without_the_store_answers_go_on_and_events_are_not_swallowed(late, uri,
         told = http.post("/v1/events", json={"events": [{"user_id": "u", "item_id": "i"}]})
         assert told.status_code == 503 and "--store" in told.json()["detail"]
         assert not http.post("/v1/recommendations", json={}).json()["degraded"]
+
+
+@pytest.mark.parametrize("column, value", [("vectors", b"none"), ("record", "[]"), ("record", '{"available": 1}')])
+def test_a_damaged_item_in_the_store_costs_no_answer(late, uri, column, value):
+    with TestClient(create_app(Replica(late.bundle, uri))) as http:
+        record = {"item_type": "music", "title": "Title of music-00001"}
+        assert http.put("/v1/items/new", json=record).status_code == 200
+        db = apsw.Connection(uri.removeprefix("sqlite://"))
+        db.execute(f"UPDATE items SET change = change + 1, {column} = ?", (value,))
+        db.close()
+        told = http.post("/v1/recommendations", json={"user_id": "x"})
+        assert told.status_code == 200 and told.json()["degraded"] and told.json()["items"]
+        assert http.put("/v1/items/new", json=record).status_code == 200
+        assert not http.post("/v1/recommendations", json={"user_id": "x"}).json()["degraded"], "put again"
 
 
 def test_variants_are_stable_and_counted(late, uri):
