@@ -186,31 +186,13 @@ class UserTower(nn.Module):
         known_n = kind_n < kinds  # a type added later counts in the means over all types only
         bag_n, order = torch.sort((row_n * kinds + kind_n)[known_n], stable=True)
         weight_n = self.event_weight.exp()[inputs.events]
-        by_type = []
-        if self.spec.hgnn_dim:
-            assert tables.hgnn is not None
-            gids, weights = inputs.gids[known_n][order], weight_n[known_n][order]
-            sums = _sums(_unit_variance(tables.hgnn.float()), gids, weights, bag_n, users * kinds)
-            by_type.append(self.hide(_mean(*sums).view(users, -1)))
-        if self.spec.inputs == PAPER:
-            return torch.cat([*by_type, *self._traits(inputs)], 1)
-        overall, latest = self._over_all_types(inputs, tables, row_n, weight_n)
-        counts = torch.bincount(bag_n, minlength=users * kinds).view(users, kinds).float()
-        amounts = [torch.log1p(counts), (counts > 0).float()]
-        return torch.cat([*overall, *by_type, *latest, *amounts, *self._traits(inputs)], 1)
-
-    def _over_all_types(
-        self, inputs: UserInputs, tables: ItemTables, row_n: Int64[Tensor, "n"], weight_n: Float[Tensor, "n"]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Means over the whole history of text, HGNN embedding and the items' own vectors, in this order
-        (TwoTower.start_near relies on it); and the same of the last item and over the latest."""
-        users = len(inputs.offsets) - 1
         vectors = [_unit_variance(table.float()) for table in (tables.text, tables.hgnn) if table is not None]
         if self.spec.id_dim:
             assert tables.ids is not None
             vectors.append(tables.ids)
 
         def of_each(feature: Callable[[Tensor], Tensor]) -> list[Tensor]:
+            """Of the text, the HGNN embedding and the items' own vectors; TwoTower.start_near relies on the order."""
             made = [feature(table) for table in vectors]
             if self.spec.hgnn_dim:
                 made[1] = self.hide(made[1])
@@ -219,12 +201,19 @@ class UserTower(nn.Module):
         def mean_of(table: Tensor, weight_n: Tensor) -> Tensor:
             return _mean(*_sums(table, inputs.gids, weight_n, row_n, users))
 
-        overall, latest = of_each(partial(mean_of, weight_n=weight_n)), list[Tensor]()
-        if self.spec.last_item:
-            latest += of_each(lambda table: _last(table, inputs.gids, inputs.offsets))
-        for half_life in self.spec.recent:
-            latest += of_each(partial(mean_of, weight_n=recent_weights(inputs.offsets, half_life)))
-        return overall, latest
+        everything = self.spec.inputs == ALL
+        parts = of_each(partial(mean_of, weight_n=weight_n)) if everything else []
+        if self.spec.hgnn_dim:
+            gids, weights = inputs.gids[known_n][order], weight_n[known_n][order]
+            parts.append(self.hide(_mean(*_sums(vectors[1], gids, weights, bag_n, users * kinds)).view(users, -1)))
+        if everything:
+            if self.spec.last_item:
+                parts += of_each(lambda table: _last(table, inputs.gids, inputs.offsets))
+            for half_life in self.spec.recent:
+                parts += of_each(partial(mean_of, weight_n=recent_weights(inputs.offsets, half_life)))
+            counts = torch.bincount(bag_n, minlength=users * kinds).view(users, kinds).float()
+            parts += [torch.log1p(counts), (counts > 0).float()]
+        return torch.cat([*parts, *self._traits(inputs)], 1)
 
     def _traits(self, inputs: UserInputs) -> list[Tensor]:
         """Age, country and taste vectors."""
