@@ -112,7 +112,8 @@ def test_answers_go_on_without_redis_and_with_a_replica_that_starts_meanwhile(wo
         assert all(one.statuses[-1] == 429 for one in unanswered), "too many wait for the new replica: come later"
         answers = [one for one in without.recommendations if one.answered]
         assert len(answers) > 30 and answers == without.degraded
-        assert len(without.events) > 5 and all(one.statuses == [503, 503] for one in without.events)
+        # One that was under way when the replica died may first get no answer at all.
+        assert len(without.events) > 5 and all(one.statuses[-1] == 503 for one in without.events)
         assert all("store" in one.told["detail"] for one in without.events)
         after = load.since(back + 2)
         assert after.asked and not after.failed and not after.degraded
