@@ -42,7 +42,6 @@ COLUMN_NAMES = (
     "published",
 )
 COLUMNS = len(COLUMN_NAMES)
-CHOSEN = 3  # column: positives of all days
 UNTOUCHED = 6  # column: no event yet
 _POSITIVE_DAYS = (7, 30, 90)
 _ALL_DAYS = 30

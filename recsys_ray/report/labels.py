@@ -77,7 +77,6 @@ SEGMENT_NOTES = {
     "cold_items": "Warm users; only items without any event before validation count as relevant.",
     **{f"tier{k + 1}": f"Warm users; only items of popularity tier {k + 1} count as relevant." for k in range(TIERS)},
 }
-TIER_SEGMENTS = tuple(f"tier{k + 1}" for k in range(TIERS))
 
 
 def name_of(model: str) -> ModelName:
