@@ -59,7 +59,8 @@ async def _watch(context: Context) -> None:
                 version = recommender.version
             store = context.live.answers.store
             up = None if store is None else await context.run(partial(context.live.answers.take_changes, recommender))
-            context.metrics.state(recommender.live, context.live.refused is not None, up)
+            damaged = 0 if store is None else store.damaged
+            context.metrics.state(recommender.live, context.live.refused is not None, up, damaged)
         except Exception as error:  # answers continue without gauges
             failed("gauges", error)
         await asyncio.sleep(_LOOK_S)

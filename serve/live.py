@@ -143,35 +143,35 @@ class LiveAnswers:
         return question
 
     def take_changes(self, recommender: Recommender) -> bool:
-        """Tell the recommender what changed of items since it looked last; False where the store does not answer, or
-        holds an item that cannot be read."""
+        """Tell the recommender what changed of items since it looked last; False where the store does not answer."""
         if self.store is None:
             return True
         try:
-            if self.store.last_change() <= recommender.live.change:
+            last = self.store.last_change()
+            if last <= recommender.live.change:
                 return True
             changed = self.store.items_after(recommender.live.change)
-            gone = [item.item_id for item in changed if not _offered(item)]
-            new = [
-                (item.item_id, item.record, LiveVectors.unpack(item.vectors))
-                for item in changed
-                if item.record is not None and item.vectors is not None and _offered(item)
-            ]
-            recommender.apply(changed[-1].change, gone, new)
-        except (StoreError, ValueError, TypeError, AttributeError, LookupError):  # a damaged row costs no answer
+        except StoreError:
             return False
+        gone = [item.item_id for item in changed if not _offered(item)]
+        new = [
+            (item.item_id, item.record, LiveVectors.unpack(item.vectors))
+            for item in changed
+            if item.record is not None and item.vectors is not None and _offered(item)
+        ]
+        # The last row may be damaged, and further ones may have come since its number was read.
+        recommender.apply(max([last, *(item.change for item in changed)]), gone, new)
         return True
 
     def outdated(self, recommender: Recommender) -> list[LiveItem]:
         """New items that another bundle's models embedded, and that this bundle does not have. Raises StoreError."""
         changed = self.store.items_after(0) if self.store is not None else []
-        base = recommender.artifact.counts["base"]
         return [
             item
             for item in changed
             if item.vectors is not None
             and _offered(item)
-            and LiveVectors.unpack(item.vectors).version != base
+            and not recommender.made(LiveVectors.unpack(item.vectors))
             and recommender.items.find(item.item_id) is None
         ]
 

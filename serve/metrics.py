@@ -58,6 +58,7 @@ LIVE_ITEMS = Metric("gauge", "recsys_live_items", "items added or changed since 
 REMOVED_ITEMS = Metric("gauge", "recsys_removed_items", "items of the bundle that were removed")
 EVENTS = Metric("counter", "recsys_events_total", "user events received")
 STORE_UP = Metric("gauge", "recsys_store_up", "1: the event store answers")
+STORE_DAMAGED = Metric("gauge", "recsys_store_damaged_rows", "damaged rows of the event store that were left out")
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 
 
@@ -150,10 +151,11 @@ class Metrics:
         if scores:
             self._record(REFERENCE, sum(scores) / len(scores), {})
 
-    def state(self, live: LiveItems, refused: bool, store: bool | None) -> None:
-        """``store``: whether it answers; None: there is none."""
+    def state(self, live: LiveItems, refused: bool, store: bool | None, damaged: int) -> None:
+        """``store``: whether it answers; None: there is none. ``damaged``: rows of it."""
         self._record(REFUSED, float(refused), {})
         self._record(LIVE_ITEMS, len(live.items), {})
         self._record(REMOVED_ITEMS, len(live.removed), {})
         if store is not None:
             self._record(STORE_UP, float(store), {})
+            self._record(STORE_DAMAGED, damaged, {})

@@ -38,9 +38,13 @@ class LiveVectors:
         """Raises ValueError: ``data`` are damaged."""
         try:
             found = load(data)
-            return LiveVectors(found["version"].tobytes().decode(), found["wide"], found["hgnn"])
-        except (SafetensorError, KeyError) as error:
-            raise ValueError("the vectors of an added item are damaged") from error
+            made = LiveVectors(found["version"].tobytes().decode(), found["wide"], found["hgnn"])
+        except (SafetensorError, KeyError, TypeError, ValueError):
+            raise ValueError("its vectors cannot be read") from None
+        for vector in (made.wide, made.hgnn):
+            if vector.dtype != np.float32 or vector.ndim != 1 or not np.isfinite(vector).all():
+                raise ValueError("its vectors are none")
+        return made
 
 
 @dataclass(frozen=True)

@@ -213,6 +213,11 @@ class Recommender:
     def item_types(self) -> list[str]:
         return self.items.types
 
+    def made(self, vectors: LiveVectors) -> bool:
+        """Whether these are vectors of this bundle's models, or of the same run's."""
+        widths = self.score.wide.shape[1], self._hgnn.shape[1]
+        return vectors.version == self.artifact.counts["base"] and (len(vectors.wide), len(vectors.hgnn)) == widths
+
     def apply(
         self, change: int, gone: Sequence[str], new: Sequence[tuple[str, Mapping[str, Any], LiveVectors]]
     ) -> None:
@@ -222,7 +227,7 @@ class Recommender:
         fitting = [
             (LiveItem.of(name, self.items.types.index(record["item_type"]), record), vectors, self.items.find(name))
             for name, record, vectors in new
-            if vectors.version == self.artifact.counts["base"] and record["item_type"] in self.items.types
+            if self.made(vectors) and record["item_type"] in self.items.types
         ]
         self.live = self.live.after(change, [(name, self.items.find(name)) for name in gone], fitting)
 

@@ -50,7 +50,16 @@ class GivenAnswer:
 
 
 class Store(Protocol):
-    """Safe to use from several threads, and from several processes at once. All methods raise StoreError."""
+    """Safe to use from several threads, and from several processes at once. All methods raise StoreError.
+
+    Each row is checked when it is read. A damaged one is left out, counted, and named once in the log. An item whose
+    row is damaged counts as deleted where its id can still be read.
+    """
+
+    @property
+    def damaged(self) -> int:
+        """Rows found damaged so far, up to a thousand."""
+        ...
 
     def add_events(self, events: Sequence[LiveEvent]) -> int:
         """Keep events, all of them or none; returns how many were new."""
@@ -67,6 +76,11 @@ class Store(Protocol):
 
     def put_item(self, item: LiveItem) -> int:
         """Keep an item's state; returns the number of the change."""
+        ...
+
+    def put_vectors(self, item: LiveItem, vectors: bytes) -> bool:
+        """Give an item that was read other vectors, which is a change. False: it has changed since, so nothing is
+        done."""
         ...
 
     def last_change(self) -> int:

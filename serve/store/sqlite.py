@@ -16,6 +16,7 @@ from typing import Any
 import apsw
 
 from serve.store.interface import GivenAnswer, LiveEvent, LiveItem, StoreError
+from serve.store.rows import EXACT, Rows, parsed, text
 
 _SAFE = (3, 51, 3)
 _WAIT_MS = 5_000  # for other writers
@@ -32,6 +33,8 @@ CREATE TABLE IF NOT EXISTS answers (
 CREATE INDEX IF NOT EXISTS answers_by_time ON answers (timestamp);
 """
 _COLUMNS = "event_id, user_id, item_id, event, timestamp, request_id"
+# In a damaged file a column may hold anything: texts come after all numbers.
+_LAST_CHANGE = f"SELECT CAST(coalesce(max(change), 0) AS INTEGER) FROM items WHERE change < {EXACT}"
 
 
 class SqliteStore:
@@ -44,6 +47,7 @@ class SqliteStore:
         if not make and not self._path.exists():
             raise StoreError(f"there is no store {self._path}; use the one given to serve --store")
         self._writing, self._reading = threading.Lock(), threading.Lock()
+        self._made = Rows()
         with self._errors():
             self._path.parent.mkdir(parents=True, exist_ok=True)
             # Two connections: a read waits neither for the disk nor for a writer of another process.
@@ -63,42 +67,58 @@ class SqliteStore:
 
         return self._write(write)
 
+    @property
+    def damaged(self) -> int:
+        return self._made.damaged
+
     def events_of(self, user_ids: Sequence[str], since: int, limit: int) -> dict[str, list[LiveEvent]]:
-        query = (
-            f"SELECT {_COLUMNS} FROM events WHERE user_id = ? AND timestamp >= ? ORDER BY timestamp DESC, place DESC"
-        )
+        query = f"""
+            SELECT place, {_COLUMNS} FROM events WHERE user_id = ? AND timestamp >= ?
+            ORDER BY timestamp DESC, place DESC LIMIT ?"""
         found = {}
         with self._errors(), self._reading:
             for user_id in user_ids:
-                if rows := self._reader.execute(f"{query} LIMIT ?", (user_id, since, limit)).fetchall():
-                    found[user_id] = [LiveEvent(*row) for row in reversed(rows)]
+                if events := self._events(self._read(query, (user_id, since, limit))):
+                    found[user_id] = events[::-1]
         return found
 
     def events_after(self, place: str, limit: int) -> tuple[list[LiveEvent], str]:
         query = f"SELECT place, {_COLUMNS} FROM events WHERE place > ? ORDER BY place LIMIT ?"
         rows = self._rows(query, int(place or 0), limit)
-        return [LiveEvent(*row[1:]) for row in rows], str(rows[-1][0]) if rows else place
+        return self._events(rows), str(rows[-1][0]) if rows else place
+
+    def _events(self, rows: Sequence[Sequence[Any]]) -> list[LiveEvent]:
+        return [event for row in rows if (event := self._made.event(row[0], row[1:])) is not None]
 
     def put_item(self, item: LiveItem) -> int:
         record = None if item.record is None else json.dumps(item.record, ensure_ascii=False)
 
         def write() -> int:
-            change = self._db.execute("SELECT coalesce(max(change), 0) + 1 FROM items").get
+            change = self._db.execute(_LAST_CHANGE).get + 1
             row = (item.item_id, change, record, item.vectors)
             self._db.execute("INSERT OR REPLACE INTO items (item_id, change, record, vectors) VALUES (?, ?, ?, ?)", row)
             return int(change)
 
         return self._write(write)
 
+    def put_vectors(self, item: LiveItem, vectors: bytes) -> bool:
+        def write() -> bool:
+            row = (self._db.execute(_LAST_CHANGE).get + 1, vectors, item.item_id, item.change)
+            self._db.execute("UPDATE items SET change = ?, vectors = ? WHERE item_id = ? AND change = ?", row)
+            return self._db.changes() > 0
+
+        return self._write(write)
+
     def last_change(self) -> int:
-        with self._errors():
-            return int(self._rows("SELECT coalesce(max(change), 0) FROM items")[0][0])
+        return int(self._rows(_LAST_CHANGE)[0][0])
 
     def items_after(self, change: int) -> list[LiveItem]:
         query = "SELECT item_id, record, vectors, change FROM items WHERE change > ? ORDER BY change"
-        rows = self._rows(query, change)
-        with self._errors():
-            return [LiveItem(name, record and json.loads(record), vectors, at) for name, record, vectors, at in rows]
+        made = [
+            self._made.item(at, name, record if record is None else parsed(record), vectors)
+            for name, record, vectors, at in self._rows(query, change)
+        ]
+        return [item for item in made if item is not None]
 
     def add_answers(self, answers: Sequence[GivenAnswer]) -> None:
         rows = [(one.request_id, one.variant, one.version, one.timestamp) for one in answers]
@@ -108,9 +128,9 @@ class SqliteStore:
     def outcomes(self, since: int, until: int, events: Sequence[str], window: int) -> dict[str, tuple[int, int]]:
         marks = ", ".join("?" * len(events))
         query = f"""
-            SELECT variant, count(*), sum(EXISTS (
+            SELECT variant, count(*) AS given, sum(EXISTS (
                 SELECT 1 FROM events WHERE events.request_id = answers.request_id AND event IN ({marks})
-                AND events.timestamp BETWEEN answers.timestamp AND answers.timestamp + ?))
+                AND events.timestamp BETWEEN answers.timestamp AND answers.timestamp + ?)) AS followed
             FROM answers WHERE timestamp >= ? AND timestamp < ? GROUP BY variant"""
         rows = self._rows(query, *events, window, since, until)
         return {variant: (given, followed) for variant, given, followed in rows}
@@ -143,7 +163,18 @@ class SqliteStore:
 
     def _rows(self, query: str, *values: Any) -> list[Any]:
         with self._errors(), self._reading:
+            return self._read(query, values)
+
+    def _read(self, query: str, values: Sequence[Any]) -> list[Any]:
+        """Texts that are none, in a damaged file, come as bytes."""
+        try:
             return self._reader.execute(query, values).fetchall()
+        except UnicodeDecodeError:
+            names = [f'"{name}"' for name, *_ in self._reader.execute(query, values).get_description()]
+            columns = (f"CASE typeof({name}) WHEN 'text' THEN CAST({name} AS BLOB) ELSE {name} END" for name in names)
+            rows = self._reader.execute(f"SELECT {', '.join(columns)} FROM ({query})", values).fetchall()
+            texts = {number for number, name in enumerate(names) if name != '"vectors"'}
+            return [tuple(text(v) if number in texts else v for number, v in enumerate(row)) for row in rows]
 
     def _write(self, work: Callable[[], Any]) -> Any:
         """One transaction, which waits for those of others at its beginning, and is on the disk when this returns."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import apsw
+import numpy as np
 import pytest
 import redis
 from hypothesis import given, settings
@@ -20,8 +24,13 @@ from hypothesis import strategies as st
 from redis_world import redis_server
 from server_process import free_port
 
+from recsys_ray.serving.live import LiveVectors
 from serve.store import GivenAnswer, LiveEvent, LiveItem, Store, StoreError, open_store
 
+WIDE, HGNN = np.float32([1, 2, 3]), np.float32([4, 5])
+VECTORS = LiveVectors("v1", WIDE, HGNN).pack()
+SONG = {"item_type": "music", "title": "x"}
+COLUMNS = ("event_id", "user_id", "item_id", "event", "timestamp", "request_id")
 WRITER = """
 import sys
 from serve.store import LiveEvent, LiveItem, open_store
@@ -29,7 +38,7 @@ store, who, count = open_store(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 for number in range(count):
     assert store.add_events([LiveEvent(f"{who}-{number}", f"user-{number % 5}", "i", "stream", number)]) == 1
     if number % 10 == 0:
-        store.put_item(LiveItem(f"{who}-{number}", {"title": who}))
+        store.put_item(LiveItem(f"{who}-{number}", {"item_type": "music", "title": who}))
     print(number, flush=True)
 """
 CHANGER = """
@@ -37,7 +46,7 @@ import sys
 from serve.store import LiveItem, open_store
 store = open_store(sys.argv[1])
 for number in range(int(sys.argv[2])):
-    store.put_item(LiveItem(f"i{number % 7}", {"number": number}))
+    store.put_item(LiveItem(f"i{number % 7}", {"item_type": "music", "title": str(number)}))
 """
 
 
@@ -106,14 +115,145 @@ def test_all_events_can_be_read_in_the_order_in_which_they_came(store):
 
 def test_items_are_told_by_their_latest_change(store):
     assert store.last_change() == 0 and store.items_after(0) == []
-    book = LiveItem("b/ü", {"title": "Ü", "categories": ["a"], "published_at": None}, b"\x00\xff")
+    book = LiveItem("b/ü", {**SONG, "title": "Ü", "categories": ["a"], "published_at": None}, VECTORS)
     assert store.put_item(book) == 1
-    assert store.put_item(LiveItem("other", {"title": "x"})) == 2
+    assert store.put_item(LiveItem("other", SONG)) == 2
     assert store.put_item(LiveItem("b/ü", None)) == 3
     assert store.last_change() == 3
-    assert store.items_after(0) == [LiveItem("other", {"title": "x"}, None, 2), LiveItem("b/ü", None, None, 3)]
+    assert store.items_after(0) == [LiveItem("other", SONG, None, 2), LiveItem("b/ü", None, None, 3)]
     assert store.put_item(book) == 4
-    assert store.items_after(3) == [LiveItem(book.item_id, book.record, b"\x00\xff", 4)]
+    assert store.items_after(3) == [LiveItem(book.item_id, book.record, VECTORS, 4)]
+
+
+def test_vectors_are_replaced_unless_the_item_has_changed_meanwhile(store):
+    """What was deleted or changed since it was read must not come back."""
+    store.put_item(LiveItem("i", SONG, VECTORS))
+    store.put_item(LiveItem("other", SONG, VECTORS))
+    (read, _), again = store.items_after(0), LiveVectors("next", WIDE, HGNN).pack()
+    assert store.put_vectors(read, again) and not store.put_vectors(read, again), "the second replica comes too late"
+    assert store.items_after(0)[1] == LiveItem("i", SONG, again, 3) and store.last_change() == 3
+    store.put_item(LiveItem("i", None))
+    assert not store.put_vectors(LiveItem("i", SONG, again, 3), VECTORS)
+    assert not store.put_vectors(LiveItem("unknown", SONG, again, 3), VECTORS)
+    assert store.items_after(3) == [LiveItem("i", None, None, 4)] and store.last_change() == 4
+
+
+BAD_EVENTS = {
+    "no text": [b"\xff", "u", "i", "stream", 1_005, None],
+    "a time that is none": ["e", "u", "i", "stream", "now", None],
+    "half a character": ["e", "u", "i\ud800", "stream", 1_005, None],
+}
+BAD_ITEMS: dict[str, tuple[object, object]] = {
+    "no JSON": ("{no", None),
+    "no text": (b'{"item_type": "music\xff"}', None),
+    "a list": ("[]", None),
+    "a type that is none": ('{"item_type": 3, "title": "x"}', None),
+    "categories that are none": ('{"item_type": "music", "categories": [1]}', None),
+    "a state that is none": ('{"item_type": "music", "hidden": "no"}', None),
+    "nested without end": ("[" * 100_000, None),
+    "vectors that are none": (json.dumps(SONG), b"none"),
+    "vectors of text": (json.dumps(SONG), "none"),
+    "vectors of two dimensions": (json.dumps(SONG), LiveVectors("v", np.ones((2, 2), np.float32), HGNN).pack()),
+    "vectors of nothing": (json.dumps(SONG), LiveVectors("v", np.float32([np.nan]), HGNN).pack()),
+}
+
+
+def damage_event(uri: str, event_id: str, fields: list) -> None:
+    """Put other fields in an event's place, whether or not a store would take them."""
+    if uri.startswith("sqlite"):
+        db = apsw.Connection(uri.removeprefix("sqlite://"))
+        values = [v.encode("utf-8", "surrogatepass") if isinstance(v, str) else v for v in fields]
+        marks = [
+            f"{c} = {'CAST(? AS TEXT)' if isinstance(v, bytes) else '?'}" for c, v in zip(COLUMNS, values, strict=True)
+        ]
+        db.execute(f"UPDATE events SET {', '.join(marks)} WHERE event_id = ?", (*values, event_id))
+        db.close()
+        return
+    db = redis.Redis.from_url(uri)
+    text = b"[%s]" % b", ".join(b'"%s"' % v if isinstance(v, bytes) else json.dumps(v).encode() for v in fields)
+    rows = db.xrange("recsys-ray:events")
+    (place,) = (place for place, row in rows if json.loads(row[b"event"])[0] == event_id)
+    db.delete("recsys-ray:events")
+    for at, row in rows:
+        db.xadd("recsys-ray:events", {"event": text if at == place else row[b"event"]}, at)
+    for row in db.zrange("recsys-ray:user:u", 0, -1):
+        if json.loads(row.partition(b" ")[2])[0] == event_id:
+            db.zadd("recsys-ray:user:u", {row.partition(b" ")[0] + b" " + text: db.zscore("recsys-ray:user:u", row)})
+            db.zrem("recsys-ray:user:u", row)
+
+
+def damage_item(uri: str, item_id: str, record: object, vectors: object) -> None:
+    if uri.startswith("sqlite"):
+        db = apsw.Connection(uri.removeprefix("sqlite://"))
+        db.execute(
+            "UPDATE items SET record = CAST(? AS TEXT), vectors = ? WHERE item_id = ?", (record, vectors, item_id)
+        )
+        db.close()
+        return
+    told = record if isinstance(record, bytes) else str(record).encode()
+    packed = json.dumps(base64.b64encode(vectors).decode() if isinstance(vectors, bytes) else vectors)
+    db = redis.Redis.from_url(uri)
+    change = db.hget("recsys-ray:items", item_id).partition(b" ")[0]
+    db.hset("recsys-ray:items", item_id, b"%s [%s, %s]" % (change, told, packed.encode()))
+
+
+@pytest.mark.parametrize("fields", BAD_EVENTS.values(), ids=BAD_EVENTS.keys())
+def test_a_damaged_event_costs_no_other(store, uri, caplog, fields):
+    events = [event(number, "u") for number in range(5)]
+    store.add_events(events)
+    damage_event(uri, "e2", fields)
+    rest = [*events[:2], *events[3:]]
+    for _ in range(3):
+        assert store.events_of(["u"], 0, 10) == {"u": rest}
+        found, place = store.events_after("", 3)
+        assert found == rest[:2] and store.events_after(place, 3)[0] == rest[2:], "reading goes on behind it"
+    (told,) = caplog.messages
+    assert "damaged row" in told and store.damaged == 1
+    assert not {"u", "i", "e"} & set(re.findall(r"\b\w\b", told)), "logs hold no ids"
+    assert store.add_events([event(9, "u")]) == 1 and store.events_of(["u"], 0, 10) == {"u": [*rest, event(9, "u")]}
+    store.forget_user("u")
+    assert store.events_of(["u"], 0, 10) == {} and store.events_after("", 10)[0] == []
+
+
+@pytest.mark.parametrize("record, vectors", BAD_ITEMS.values(), ids=BAD_ITEMS.keys())
+def test_a_damaged_item_costs_no_other_and_counts_as_deleted(store, uri, caplog, record, vectors):
+    for name in ("a", "secret", "b"):
+        store.put_item(LiveItem(name, SONG, VECTORS))
+    damage_item(uri, "secret", record, vectors)
+    whole = [LiveItem("a", SONG, VECTORS, 1), LiveItem("b", SONG, VECTORS, 3)]
+    for _ in range(3):
+        assert store.items_after(0) == [whole[0], LiveItem("secret", None, None, 2), whole[1]]
+    (told,) = caplog.messages
+    assert "item of change 2" in told and "secret" not in told and store.damaged == 1
+    assert store.put_item(LiveItem("secret", SONG, VECTORS)) == 4
+    assert store.items_after(0) == [*whole, LiveItem("secret", SONG, VECTORS, 4)]
+
+
+def test_a_damaged_number_of_a_change_does_not_stop_the_next_ones(tmp_path, caplog):
+    """SQLite keeps whatever is written into a column of numbers."""
+    store = open_store(f"sqlite://{tmp_path}/live.db")
+    for name in "abcd":
+        store.put_item(LiveItem(name, SONG))
+    db = apsw.Connection(f"{tmp_path}/live.db")
+    for name, change in (("a", "many"), ("b", 2**60), ("c", 3.5)):
+        db.execute("UPDATE items SET change = ? WHERE item_id = ?", (change, name))
+    db.close()
+    assert store.last_change() == 4 and store.items_after(0) == [LiveItem("d", SONG, None, 4)]
+    assert store.put_item(LiveItem("e", SONG)) == 5 and store.items_after(4) == [LiveItem("e", SONG, None, 5)]
+    assert store.damaged == len(caplog.messages) == 3
+    store.close()
+
+
+def test_a_damaged_answer_costs_no_other_figure(tmp_path, redis_uri):
+    db = redis.Redis.from_url(redis_uri)
+    db.flushall()
+    store = open_store(redis_uri)
+    store.add_answers([GivenAnswer(f"r{number}", "a", "v1", 1_000) for number in range(3)])
+    store.add_events([event(1, request_id="r1"), event(2, request_id="r2")])
+    db.zadd("recsys-ray:answers", {b"\xff": 1_000, '["r"]': 1_001})
+    db.rpush("recsys-ray:request:r1", b"\xff")
+    assert store.outcomes(0, 2_000, ["stream"], 100) == {"a": (3, 2)} and store.damaged == 3
+    store.close()
 
 
 def test_outcomes_count_answers_that_an_event_follows(store):
@@ -296,12 +436,6 @@ def test_a_file_that_is_damaged_in_the_middle_is_a_sentence(tmp_path):
     path.write_bytes(whole[:8192] + b"\xa5" * (len(whole) - 8192))
     with pytest.raises(StoreError, match=f"the store {path} cannot be used"):
         open_store(f"sqlite://{path}").events_after("", 10_000)
-    path.write_bytes(whole)
-    other = apsw.Connection(str(path))
-    other.execute("UPDATE items SET record = '{no'")
-    other.close()
-    with pytest.raises(StoreError, match=f"the store {path} cannot be used"):
-        open_store(f"sqlite://{path}").items_after(0)
 
 
 @pytest.fixture(scope="module")
@@ -311,7 +445,7 @@ def file(tmp_path_factory) -> bytes:
     store = open_store(f"sqlite://{path}")
     store.add_events([event(number, f"u{number % 7}", request_id=f"r{number}") for number in range(300)])
     for number in range(20):
-        store.put_item(LiveItem(f"i{number}", {"title": "x" * 50}, bytes(200)))
+        store.put_item(LiveItem(f"i{number}", {**SONG, "title": "x" * 50}, VECTORS))
     store.add_answers([GivenAnswer(f"r{number}", "a", "v", 1_000) for number in range(50)])
     store.close()
     return path.read_bytes()

@@ -8,17 +8,19 @@ from pathlib import Path
 from urllib.parse import quote
 
 import apsw
+import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from late_world import Late, make_late
 from replica import Replica
 
 from recsys_ray.core.errors import UserError
+from recsys_ray.serving.live import LiveVectors
 from recsys_ray.serving.recommender import Recommender
 from serve.app import create_app
 from serve.live import Variant, assign, variants_of
 from serve.routes.changes import wilson
-from serve.store import StoreError
+from serve.store import LiveItem, StoreError
 
 VARIANTS = (Variant("plain", 0.5), Variant("diverse", 0.5, diversity=0.5))
 
@@ -168,17 +170,36 @@ def test_without_the_store_answers_go_on_and_events_are_not_swallowed(late, uri,
 
 
 @pytest.mark.parametrize("column, value", [("vectors", b"none"), ("record", "[]"), ("record", '{"available": 1}')])
-def test_a_damaged_item_in_the_store_costs_no_answer(late, uri, column, value):
+def test_a_damaged_item_in_the_store_costs_only_itself(late, uri, column, value):
+    """It might have been deleted or hidden, so it does not come; what changes after it does."""
+    record = {"item_type": "music", "title": "Title of music-00001"}
     with TestClient(create_app(Replica(late.bundle, uri))) as http:
-        record = {"item_type": "music", "title": "Title of music-00001"}
-        assert http.put("/v1/items/new", json=record).status_code == 200
-        db = apsw.Connection(uri.removeprefix("sqlite://"))
-        db.execute(f"UPDATE items SET change = change + 1, {column} = ?", (value,))
-        db.close()
-        told = http.post("/v1/recommendations", json={"user_id": "x"})
-        assert told.status_code == 200 and told.json()["degraded"] and told.json()["items"]
-        assert http.put("/v1/items/new", json=record).status_code == 200
-        assert not http.post("/v1/recommendations", json={"user_id": "x"}).json()["degraded"], "put again"
+        known = ask(http, user_id="x")[0]
+        for item_id in (known, "next"):
+            assert http.put(f"/v1/items/{quote(item_id, safe='')}", json=record).status_code == 200
+    db = apsw.Connection(uri.removeprefix("sqlite://"))
+    db.execute(f"UPDATE items SET {column} = ? WHERE item_id = ?", (value, known))
+    db.close()
+    replica = Replica(late.bundle, uri)
+    with TestClient(create_app(replica)) as http:
+        told = http.post("/v1/recommendations", json={"user_id": "x", "k": 500}).json()
+        names = [item["item_id"] for item in told["items"]]
+        assert not told["degraded"] and known not in names and "next" in names
+        assert replica.answers.store is not None and replica.answers.store.damaged == 1
+        assert http.put(f"/v1/items/{quote(known, safe='')}", json=record).status_code == 200
+        assert known in ask(http, user_id="x"), "put again"
+
+
+def test_vectors_of_another_width_are_another_models(late, uri):
+    replica = Replica(late.bundle, uri)
+    with TestClient(create_app(replica)) as http:
+        assert replica.answers.store is not None
+        ours = replica.recommender.artifact.counts["base"]
+        wrong = LiveVectors(ours, np.ones(3, np.float32), np.ones(3, np.float32)).pack()
+        replica.answers.store.put_item(LiveItem("new", {"item_type": "music", "title": "x"}, wrong))
+        told = http.post("/v1/recommendations", json={"user_id": "x", "k": 500}).json()
+        assert "new" not in [item["item_id"] for item in told["items"]] and not told["degraded"]
+        assert [item.item_id for item in replica.answers.outdated(replica.recommender)] == ["new"]
 
 
 def test_variants_are_stable_and_counted(late, uri):

@@ -90,5 +90,5 @@ def wait_until_all_answer(url: str, prometheus: str, world: Any) -> list[str]:
                     del wanted[name]
         groups = reader.get("/api/v1/rules").json()["data"]["groups"]
         wanted |= {rule["name"]: rule["lastError"] for rule in groups[0]["rules"] if rule["health"] == "err"}
-        assert len(groups[0]["rules"]) == 9
+        assert len(groups[0]["rules"]) == 10
     return list(wanted)

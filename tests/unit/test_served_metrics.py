@@ -94,6 +94,7 @@ def test_gauges_tell_the_state(world, tmp_path):
     assert counted["recsys_removed_items"] == 1 and counted["recsys_live_items"] == 0
     assert counted["recsys_bundle_end_timestamp_seconds"] == replica.recommender.artifact.counts["end"]
     assert counted["recsys_bundle_refused"] == 0 and counted["recsys_store_up"] == 1
+    assert counted["recsys_store_damaged_rows"] == 0
     canaries = json.loads((replica.recommender.artifact.path / "canary.json").read_text())["user_ids"]
     best = [replica.recommender.recommend(user_id, k=1)[0].score for user_id in canaries]
     assert counted["recsys_reference_score"] == pytest.approx(sum(best) / len(best), rel=1e-5)
