@@ -20,7 +20,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ from recsys_ray.bundle.release import (
 )
 from recsys_ray.cluster.session import granted_cpus, ray_session
 from recsys_ray.config import RayConfig
-from recsys_ray.core.errors import UserError
+from recsys_ray.core.errors import ArtifactError, UserError
 from recsys_ray.core.progress import Progress
 from recsys_ray.serving.live import LiveVectors
 from recsys_ray.serving.recommender import Recommender
@@ -44,10 +44,10 @@ from recsys_ray.storage.outputs import locate_bundle
 from recsys_ray.storage.store import Place, local_output
 from serve.app import create_app
 from serve.live import LiveAnswers, variants_of
-from serve.logs import write_json_lines
+from serve.logs import failed, write_json_lines
 from serve.metrics import RayMeter
 from serve.settings import Settings, load_settings
-from serve.store import open_store
+from serve.store import StoreError, open_store
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -79,6 +79,9 @@ class RecommendationService:
         self._wanted = ""  # path or URI from the deployment's configuration
         self._tried: str | None = None  # the last place that was loaded or refused
         self._watcher: asyncio.Task[None] | None = None
+        self._outdated = store is not None  # new items may have vectors of another bundle's models
+        self._embeddings: Any = None
+        self._waits: str | None = None  # why those cannot be embedded again now
         self.examples = examples
         self.refused: str | None = None
 
@@ -103,32 +106,53 @@ class RecommendationService:
         """Look every second for what is to be served now."""
         while True:
             await asyncio.sleep(_WATCH_S)
-            await asyncio.to_thread(self.look)
+            try:
+                await asyncio.to_thread(self.look)
+            except Exception as error:  # or no further bundle would ever be looked at
+                failed("bundles", error)
 
     def look(self) -> None:
         """Load what is to be served, if that is another bundle than before; a bundle that is damaged or worse leaves
-        the live one in place, and is named by /v1/version and the log."""
+        the live one in place, and is named by /v1/version and the log. New items that another bundle's models embedded
+        are embedded again, now or when the store answers."""
         live = self.recommender
         try:
             place, compared = bundle_to_serve(self._wanted)
-            if str(place) == self._tried:
-                return
-            self._tried = str(place)
-            if local_output(place) != live.artifact.path:
-                new = _loaded(place)
-                check_release(new, live, self._limits if compared else None)
-                self._recommender = new
-                _LOG.warning("now serving version %s, before: %s", new.version, live.version)
-                self._embed_again(new)
-            self.refused = None
+            if str(place) != self._tried:
+                self._tried = str(place)
+                if local_output(place) != live.artifact.path:
+                    self._swap(place, compared)
+                self.refused = None
         except UserError as error:
             if self.refused != str(error):
                 _LOG.error("bundle refused, version %s stays: %s", live.version, error)
             self.refused = str(error)
+        if self._outdated:
+            self._embed_again()
+
+    def _swap(self, place: Place, compared: bool) -> None:
+        """Raises UserError for a bundle that is refused."""
+        live = self.recommender
+        try:
+            new = _loaded(place)
+            check_release(new, live, self._limits if compared else None)
+        except UserError:
+            raise
+        except Exception as error:  # a fault of ours, or a bundle that was made to cause one
+            failed("bundles", error)
+            raise ArtifactError(f"{place} cannot be served ({type(error).__name__}); build the bundle again") from error
+        self._recommender, self._outdated = new, True
+        _LOG.warning("now serving version %s, before: %s", new.version, live.version)
 
     async def embed(self, record: Mapping[str, Any]) -> bytes:
         """Vectors of a new item, by an actor that all replicas share: its models take seconds to load."""
-        made: bytes = await self._embedding(record)
+        from ray.exceptions import RayActorError
+
+        try:
+            made: bytes = await self._embedding(record)
+        except RayActorError:  # it died, with the replica that had started it
+            self._embeddings = None
+            made = await self._embedding(record)
         return made
 
     async def promote(self, version: str, force: bool) -> tuple[str, str | None]:
@@ -147,18 +171,36 @@ class RecommendationService:
     def _embedding(self, record: Mapping[str, Any]) -> Any:
         import ray
 
-        actor: Any = ray.remote(num_cpus=0)(Embeddings)
-        embeddings = actor.options(name="recsys-ray-embedder", get_if_exists=True, max_restarts=-1).remote()
-        return embeddings.embed.remote(str(self.recommender.artifact.path), dict(record))
+        if self._embeddings is None:  # kept: the actor ends with the reference of the replica that started it
+            actor: Any = ray.remote(num_cpus=0)(Embeddings)
+            self._embeddings = actor.options(name="recsys-ray-embedder", get_if_exists=True, max_restarts=-1).remote()
+        return self._embeddings.embed.remote(str(self.recommender.artifact.path), dict(record))
 
-    def _embed_again(self, recommender: Recommender) -> None:
-        """New items from before this bundle's promotion that it lacks."""
+    def _embed_again(self) -> None:
+        """New items that this bundle lacks and whose vectors another bundle's models made. What cannot be done now is
+        tried again at the next look."""
         import ray
+        from ray.exceptions import RayError, RayTaskError
 
-        for item in self.answers.outdated(recommender):
-            assert item.record is not None and self.answers.store is not None
-            vectors = ray.get(self._embedding({"item_id": item.item_id, **item.record}))
-            self.answers.store.put_item(replace(item, vectors=vectors))
+        recommender, waits = self.recommender, None
+        try:
+            for item in self.answers.outdated(recommender):
+                assert item.record is not None and self.answers.store is not None
+                try:
+                    vectors = ray.get(self._embedding({"item_id": item.item_id, **item.record}))
+                except RayTaskError as error:  # of this item: the others need not wait
+                    failed("embedding", error)
+                else:
+                    self.answers.store.put_vectors(item, vectors)
+            self._outdated = False
+        except StoreError as error:
+            waits = str(error)
+        except RayError as error:
+            self._embeddings = None
+            waits = f"the embedder does not answer ({type(error).__name__})"
+        if waits and not self._waits:  # once: the store says it in changing words
+            _LOG.warning("version %s is served, but new items are missing for now: %s", recommender.version, waits)
+        self._waits = waits
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self, self._settings, RayMeter())

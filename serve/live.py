@@ -164,13 +164,16 @@ class LiveAnswers:
         return True
 
     def outdated(self, recommender: Recommender) -> list[LiveItem]:
-        """New items that another bundle's models embedded, and that this bundle does not have. Raises StoreError."""
+        """New items that another bundle's models embedded, and that this bundle could recommend but does not have.
+        Raises StoreError."""
         changed = self.store.items_after(0) if self.store is not None else []
         return [
             item
             for item in changed
-            if item.vectors is not None
+            if item.record is not None
+            and item.vectors is not None
             and _offered(item)
+            and item.record["item_type"] in recommender.item_types
             and not recommender.made(LiveVectors.unpack(item.vectors))
             and recommender.items.find(item.item_id) is None
         ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +31,22 @@ def ray_local():
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     with ray_session(RayConfig(num_cpus=4, object_store_mb=256)):
         yield
+
+
+@pytest.fixture
+def server_log(caplog) -> Iterator[pytest.LogCaptureFixture]:
+    """What a server logs. Its loggers keep to themselves once Ray or a server was here."""
+    loggers = [logging.getLogger(name) for name in ("recsys_ray.serve", "ray.serve")]
+    before = [(logger.level, logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+        logger.propagate = False
+        logger.addHandler(caplog.handler)
+    yield caplog
+    for logger, (level, propagate) in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+        logger.propagate = propagate
+        logger.removeHandler(caplog.handler)
 
 
 @pytest.fixture(scope="session")

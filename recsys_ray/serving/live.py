@@ -43,7 +43,7 @@ class LiveVectors:
             raise ValueError("its vectors cannot be read") from None
         for vector in (made.wide, made.hgnn):
             if vector.dtype != np.float32 or vector.ndim != 1 or not np.isfinite(vector).all():
-                raise ValueError("its vectors are none")
+                raise ValueError("its vectors are not finite float32 numbers")
         return made
 
 

@@ -31,9 +31,9 @@ class Rows:
         try:
             _check(isinstance(fields, list | tuple) and len(fields) == 6, "an event has six fields")
             *names, moment, request = fields
-            _check(all(map(_is_text, names)), "an id or an event's name is no text")
-            _check(_is_whole(moment) and abs(moment) < EXACT, "its time is no number of seconds")
-            _check(request is None or _is_text(request), "its request id is no text")
+            _check(all(map(_is_text, names)), "an id or an event's name is not text")
+            _check(_is_whole(moment) and abs(moment) < EXACT, "its time is not a whole number of seconds")
+            _check(request is None or _is_text(request), "its request id is not text")
         except ValueError as error:
             self.skip(f"event at {place}", error)
             return None
@@ -44,7 +44,7 @@ class Rows:
         a deleted one. None: nobody knows which item it was."""
         if not (_is_text(name) and _is_whole(change) and 0 < change < EXACT):
             number = change if isinstance(change, int | float) else "?"
-            self.skip(f"item of change {number}", ValueError("its id is no text, or its change's number is none"))
+            self.skip(f"item of change {number}", ValueError("its id is not text, or its change has no number"))
             return None
         try:
             _check_record(record)
@@ -81,16 +81,16 @@ def _check_record(record: Any) -> None:
     if record is None:
         return
     _check(isinstance(record, dict), "it has no columns")
-    _check(_is_text(record.get("item_type")), "its item type is no text")
+    _check(_is_text(record.get("item_type")), "its item type is not text")
     texts = (record.get(name) for name in ("title", "description", "language"))
-    _check(all(one is None or _is_text(one) for one in texts), "one of its texts is none")
+    _check(all(one is None or _is_text(one) for one in texts), "one of its texts is not text")
     categories = record.get("categories")
     _check(
         categories is None or (isinstance(categories, list) and all(map(_is_text, categories))),
-        "its categories are no list of texts",
+        "its categories are not a list of texts",
     )
     moment = record.get("published_at")
-    _check(moment is None or (_is_whole(moment) and abs(moment) < EXACT), "its date is no number of seconds")
+    _check(moment is None or (_is_whole(moment) and abs(moment) < EXACT), "its date is not a whole number of seconds")
     states = (record.get("available", True), record.get("hidden", False))
     _check(all(isinstance(state, bool) for state in states), "its state is neither true nor false")
 

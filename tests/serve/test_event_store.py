@@ -198,7 +198,7 @@ def damage_item(uri: str, item_id: str, record: object, vectors: object) -> None
 
 
 @pytest.mark.parametrize("fields", BAD_EVENTS.values(), ids=BAD_EVENTS.keys())
-def test_a_damaged_event_costs_no_other(store, uri, caplog, fields):
+def test_a_damaged_event_costs_no_other(store, uri, server_log, fields):
     events = [event(number, "u") for number in range(5)]
     store.add_events(events)
     damage_event(uri, "e2", fields)
@@ -207,7 +207,7 @@ def test_a_damaged_event_costs_no_other(store, uri, caplog, fields):
         assert store.events_of(["u"], 0, 10) == {"u": rest}
         found, place = store.events_after("", 3)
         assert found == rest[:2] and store.events_after(place, 3)[0] == rest[2:], "reading goes on behind it"
-    (told,) = caplog.messages
+    (told,) = server_log.messages
     assert "damaged row" in told and store.damaged == 1
     assert not {"u", "i", "e"} & set(re.findall(r"\b\w\b", told)), "logs hold no ids"
     assert store.add_events([event(9, "u")]) == 1 and store.events_of(["u"], 0, 10) == {"u": [*rest, event(9, "u")]}
@@ -216,20 +216,20 @@ def test_a_damaged_event_costs_no_other(store, uri, caplog, fields):
 
 
 @pytest.mark.parametrize("record, vectors", BAD_ITEMS.values(), ids=BAD_ITEMS.keys())
-def test_a_damaged_item_costs_no_other_and_counts_as_deleted(store, uri, caplog, record, vectors):
+def test_a_damaged_item_costs_no_other_and_counts_as_deleted(store, uri, server_log, record, vectors):
     for name in ("a", "secret", "b"):
         store.put_item(LiveItem(name, SONG, VECTORS))
     damage_item(uri, "secret", record, vectors)
     whole = [LiveItem("a", SONG, VECTORS, 1), LiveItem("b", SONG, VECTORS, 3)]
     for _ in range(3):
         assert store.items_after(0) == [whole[0], LiveItem("secret", None, None, 2), whole[1]]
-    (told,) = caplog.messages
+    (told,) = server_log.messages
     assert "item of change 2" in told and "secret" not in told and store.damaged == 1
     assert store.put_item(LiveItem("secret", SONG, VECTORS)) == 4
     assert store.items_after(0) == [*whole, LiveItem("secret", SONG, VECTORS, 4)]
 
 
-def test_a_damaged_number_of_a_change_does_not_stop_the_next_ones(tmp_path, caplog):
+def test_a_damaged_number_of_a_change_does_not_stop_the_next_ones(tmp_path, server_log):
     """SQLite keeps whatever is written into a column of numbers."""
     store = open_store(f"sqlite://{tmp_path}/live.db")
     for name in "abcd":
@@ -240,7 +240,7 @@ def test_a_damaged_number_of_a_change_does_not_stop_the_next_ones(tmp_path, capl
     db.close()
     assert store.last_change() == 4 and store.items_after(0) == [LiveItem("d", SONG, None, 4)]
     assert store.put_item(LiveItem("e", SONG)) == 5 and store.items_after(4) == [LiveItem("e", SONG, None, 5)]
-    assert store.damaged == len(caplog.messages) == 3
+    assert store.damaged == len(server_log.messages) == 3
     store.close()
 
 

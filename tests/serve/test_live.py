@@ -172,9 +172,9 @@ def test_without_the_store_answers_go_on_and_events_are_not_swallowed(late, uri,
 @pytest.mark.parametrize("column, value", [("vectors", b"none"), ("record", "[]"), ("record", '{"available": 1}')])
 def test_a_damaged_item_in_the_store_costs_only_itself(late, uri, column, value):
     """It might have been deleted or hidden, so it does not come; what changes after it does."""
-    record = {"item_type": "music", "title": "Title of music-00001"}
+    record, user = {"item_type": "music", "title": "Title of music-00001"}, late.whole.user_ids[1]
     with TestClient(create_app(Replica(late.bundle, uri))) as http:
-        known = ask(http, user_id="x")[0]
+        known = ask(http, user_id=user)[0]
         for item_id in (known, "next"):
             assert http.put(f"/v1/items/{quote(item_id, safe='')}", json=record).status_code == 200
     db = apsw.Connection(uri.removeprefix("sqlite://"))
@@ -182,12 +182,12 @@ def test_a_damaged_item_in_the_store_costs_only_itself(late, uri, column, value)
     db.close()
     replica = Replica(late.bundle, uri)
     with TestClient(create_app(replica)) as http:
-        told = http.post("/v1/recommendations", json={"user_id": "x", "k": 500}).json()
+        told = http.post("/v1/recommendations", json={"user_id": user, "k": 500}).json()
         names = [item["item_id"] for item in told["items"]]
         assert not told["degraded"] and known not in names and "next" in names
         assert replica.answers.store is not None and replica.answers.store.damaged == 1
         assert http.put(f"/v1/items/{quote(known, safe='')}", json=record).status_code == 200
-        assert known in ask(http, user_id="x"), "put again"
+        assert known in ask(http, user_id=user), "put again"
 
 
 def test_vectors_of_another_width_are_another_models(late, uri):
@@ -197,7 +197,7 @@ def test_vectors_of_another_width_are_another_models(late, uri):
         ours = replica.recommender.artifact.counts["base"]
         wrong = LiveVectors(ours, np.ones(3, np.float32), np.ones(3, np.float32)).pack()
         replica.answers.store.put_item(LiveItem("new", {"item_type": "music", "title": "x"}, wrong))
-        told = http.post("/v1/recommendations", json={"user_id": "x", "k": 500}).json()
+        told = http.post("/v1/recommendations", json={"user_id": late.whole.user_ids[1], "k": 500}).json()
         assert "new" not in [item["item_id"] for item in told["items"]] and not told["degraded"]
         assert [item.item_id for item in replica.answers.outdated(replica.recommender)] == ["new"]
 
