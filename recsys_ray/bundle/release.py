@@ -19,7 +19,7 @@ import numpy as np
 from recsys_ray.bundle.build import CANARY
 from recsys_ray.core.errors import ArtifactError, UserError
 from recsys_ray.serving.recommender import Recommender
-from recsys_ray.storage.artifacts import open_artifact, read_json, sha256
+from recsys_ray.storage.artifacts import open_artifact, read_json, sha256, understood
 from recsys_ray.storage.outputs import locate_bundle
 from recsys_ray.storage.store import Place, local_output, node_cache
 
@@ -109,10 +109,12 @@ def check_release(new: Recommender, live: Recommender | None, limits: Limits | N
         ArtifactError: ``new`` gives no answer, the answers have too little in common, or its validation score is much
             worse.
     """
-    users = read_json(new.artifact.path / CANARY)["user_ids"]
+    with understood(new.artifact.path / CANARY):
+        users = list(read_json(new.artifact.path / CANARY)["user_ids"])
     shared = []
     for user_id in users:
-        answer = new.recommend(user_id=user_id, k=_PLACES)
+        with understood(new.artifact.path):
+            answer = new.recommend(user_id=user_id, k=_PLACES)
         if not answer or not np.isfinite([item.score for item in answer]).all():
             raise ArtifactError(f"bundle {new.version} gives no answer for one of its canary users; build it again")
         if live is not None and live.users.find(user_id) is not None:

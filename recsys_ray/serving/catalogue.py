@@ -29,10 +29,13 @@ def write_table(path: Path, table: pa.Table) -> None:
 
 
 def read_table(path: Path) -> pa.Table:
-    """Memory-mapped. Raises ArtifactError where the file is missing or damaged."""
+    """Memory-mapped. Raises ArtifactError where the file is missing or damaged: Arrow does not look itself whether
+    offsets lead out of its memory."""
     try:
-        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-    except (OSError, pa.ArrowInvalid) as error:
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        table.validate(full=True)
+        return table
+    except (OSError, pa.ArrowException) as error:
         raise ArtifactError(f"{path} cannot be read ({error}); build the bundle again") from error
 
 

@@ -21,6 +21,7 @@ from recsys_ray.config import IndexConfig
 from recsys_ray.core.errors import ArtifactError
 from recsys_ray.scoring.memory import Recalled
 from recsys_ray.scoring.scorer import Pairs, Ranked, among
+from recsys_ray.serving.index_file import check_index_file
 
 METRIC = "inner_product"
 UNIT_NORM_WITHIN = 1e-3
@@ -195,12 +196,11 @@ class TypeIndex:
         Raises:
             ArtifactError: the file is damaged, ranks by another metric, or does not fit the items.
         """
+        check_index_file(path)
         try:
             index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
         except RuntimeError as error:
             raise ArtifactError(f"{path} cannot be read as an index; build the bundle again") from error
-        if index.metric_type != faiss.METRIC_INNER_PRODUCT:
-            raise ArtifactError(f"{path} does not rank by {METRIC!r}, the towers' metric; build the bundle again")
         if index.ntotal != len(gids) or index.d != vectors.shape[1]:
             raise ArtifactError(
                 f"{path} contains {index.ntotal} vectors of {index.d} numbers, but the bundle has {len(gids)} items of "

@@ -24,7 +24,7 @@ from recsys_ray.core.offsets import spread
 from recsys_ray.scoring.memory import MEMORY_FILE, Memory, Recalled
 from recsys_ray.scoring.scorer import Pairs, Ranked, Scorer, ScoreSpec, among, as_queries
 from recsys_ray.serving.catalogue import Items, Users
-from recsys_ray.serving.filters import Facts, Filters
+from recsys_ray.serving.filters import FACTS, Facts, Filters
 from recsys_ray.serving.histories import Histories, Profile, mapped_arrays, user_inputs
 from recsys_ray.serving.index import TypeIndex, check_metric, merge_best, search_types
 from recsys_ray.serving.laps import Laps
@@ -49,7 +49,7 @@ from recsys_ray.serving.requests import (
 )
 from recsys_ray.serving.search import ItemSearch
 from recsys_ray.serving.tower import TowerRunner
-from recsys_ray.storage.artifacts import Artifact, open_artifact
+from recsys_ray.storage.artifacts import MANIFEST, Artifact, open_artifact, understood
 from recsys_ray.storage.outputs import find_bundle
 
 _POOL, _SMALLEST_POOL = 5, 100  # candidates to re-rank: a multiple of the list's length, at least this many
@@ -183,26 +183,44 @@ class Recommender:
         counts = artifact.counts
         torch.set_num_threads(1)
         faiss.omp_set_num_threads(1)
-        items = Items(folder, counts["item_types"])
-        vectors = mapped_arrays(folder / "vectors.safetensors")["vector"].numpy()
-        tower = TowerRunner.open(folder, torch.from_numpy(items.ntype.astype(np.int64)))
-        check_metric(tower.tower.spec.metric, folder / "user_tower")
-        check_metric(counts["metric"], folder)
+        with understood(folder / MANIFEST):
+            types, metric, countries = list(counts["item_types"]), counts["metric"], list(counts["countries"])
+            settings = [counts["indexes"][name] for name in types]
+            check_metric(metric, folder)
+        with understood(folder / "items.arrow"):
+            items = Items(folder, types)
+        with understood(folder / "vectors.safetensors"):
+            vectors = mapped_arrays(folder / "vectors.safetensors")["vector"].numpy()
+            if vectors.dtype != np.float32 or vectors.ndim != 2 or len(vectors) != len(items):
+                raise ValueError(f"not one float32 vector for each of {len(items)} items")
+        with understood(folder / "user_tower"):
+            tower = TowerRunner.open(folder, torch.from_numpy(items.ntype.astype(np.int64)))
+            check_metric(tower.tower.spec.metric, folder / "user_tower")
+            spec = ScoreSpec.load(folder / "user_tower")
         indexes = []
-        for number, name in enumerate(counts["item_types"]):
+        for number, name in enumerate(types):
             file = folder / "index" / f"t{number}.faiss"
-            indexes.append(TypeIndex.load(file, name, items.offered(number), vectors, counts["indexes"][name]))
-        popular = PopularLists(Popularity.load(folder / "popularity.safetensors"), items.ntype, items.available != 0)
-        spec, memory = ScoreSpec.load(folder / "user_tower"), None
-        if (folder / MEMORY_FILE).exists():
-            memory = Memory(**{name: table.numpy() for name, table in mapped_arrays(folder / MEMORY_FILE).items()})
-        score = Scorer(vectors, memory, spec.memory, spec.half_life)
-        histories = Histories(folder / "histories.safetensors")
-        numbers = {name: number for number, name in enumerate(counts["countries"])}
-        facts, live = Facts(folder), LiveItems(len(items))
-        made = cls(artifact, items, Users(folder), histories, popular, indexes, tower, score, facts, live, numbers)
-        if warm:
-            made._warm_up()
+            with understood(file):
+                indexes.append(TypeIndex.load(file, name, items.offered(number), vectors, settings[number]))
+        with understood(folder / "popularity.safetensors"):
+            popular = PopularLists(
+                Popularity.load(folder / "popularity.safetensors"), items.ntype, items.available != 0
+            )
+        memory = None
+        with understood(folder / MEMORY_FILE):
+            if (folder / MEMORY_FILE).exists():
+                memory = Memory(**{name: table.numpy() for name, table in mapped_arrays(folder / MEMORY_FILE).items()})
+            score = Scorer(vectors, memory, spec.memory, spec.half_life)
+        with understood(folder / FACTS):
+            facts = Facts(folder)
+        with understood(folder / "users.safetensors"):
+            users, histories = Users(folder), Histories(folder / "histories.safetensors")
+        numbers = {name: number for number, name in enumerate(countries)}
+        live = LiveItems(len(items))
+        with understood(folder):
+            made = cls(artifact, items, users, histories, popular, indexes, tower, score, facts, live, numbers)
+            if warm:
+                made._warm_up()
         return made
 
     @property

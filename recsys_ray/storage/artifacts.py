@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.numpy import load_file, save_file
 
-from recsys_ray.core.errors import ArtifactError
+from recsys_ray.core.errors import ArtifactError, UserError
 
 MANIFEST = "manifest.json"
 FORMAT = 4  # raise it when what every manifest or pointer holds changes; for one stage's output raise its version
@@ -74,21 +74,25 @@ def open_artifact(path: str | Path, verify: bool = False) -> Artifact:
         manifest = read_json(folder / MANIFEST)
     except FileNotFoundError:
         raise ArtifactError(f"{folder} contains no finished output (no {MANIFEST})") from None
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         raise ArtifactError(f"{folder / MANIFEST} is damaged; remove the folder and run the stage again") from None
+    if not isinstance(manifest, dict):
+        raise ArtifactError(f"{folder / MANIFEST} is damaged; remove the folder and run the stage again")
     if manifest.get("format") != FORMAT:
         raise ArtifactError(
             f"{folder} was made by another version of recsys-ray (format {manifest.get('format')}; this one reads "
             f"{FORMAT}); run its stage again"
         )
-    for name, expected in manifest["files"].items():
-        file = folder / name
-        if not file.is_file() or file.stat().st_size != expected["bytes"]:
-            raise ArtifactError(f"{file} is missing or was modified; remove the folder and run the stage again")
-        if verify and sha256(file) != expected["sha256"]:
-            raise ArtifactError(
-                f"{file} has a different checksum than when it was written; remove the folder and run the stage again"
-            )
+    with understood(folder / MANIFEST):
+        for name, expected in manifest["files"].items():
+            file = folder / name
+            if not file.is_file() or file.stat().st_size != expected["bytes"]:
+                raise ArtifactError(f"{file} is missing or was modified; remove the folder and run the stage again")
+            if verify and sha256(file) != expected["sha256"]:
+                raise ArtifactError(
+                    f"{file} has a different checksum than when it was written; remove the folder and run the stage "
+                    "again"
+                )
     return Artifact(folder, manifest)
 
 
@@ -150,6 +154,21 @@ def written_whole(target: Path) -> Iterator[Path]:
     aside = target.with_name(f".{target.name}.tmp")
     yield aside
     aside.replace(target)
+
+
+@contextmanager
+def understood(path: Path) -> Iterator[None]:
+    """Whatever a library makes of a file that another one wrote, or nobody should have: in words, with its name.
+
+    Raises:
+        ArtifactError: the block raised anything else.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise ArtifactError(f"{path} is damaged ({type(error).__name__}: {error}); build it again") from error
 
 
 def read_json(path: Path) -> Any:

@@ -1,0 +1,242 @@
+"""Bundles with damaged or forged files: refused in words that name the file, whatever the manifest says, and never the
+end of the process. FAISS and Arrow read such files without a doubt and outside their memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+from bundle_world import make_world
+
+from recsys_ray.bundle.release import check_release
+from recsys_ray.core.errors import ArtifactError
+from recsys_ray.scoring.scorer import TRENDS
+from recsys_ray.serving.index_file import check_index_file
+from recsys_ray.serving.recommender import Recommender
+from recsys_ray.storage.artifacts import sha256
+
+EDGES = [b"\x00" * 4, b"\xff" * 4, b"\xff\xff\xff\x7f", b"\x00\x00\x00\x80", b"\x01\x00\x00\x00"]
+Case = tuple[str, int]  # a file of the bundle, and a seed
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory) -> Path:
+    return made(tmp_path_factory.mktemp("world"))
+
+
+def made(root: Path) -> Path:
+    """A bundle with a file of every kind: memory, item terms, flat indexes and HNSW graphs."""
+    world = make_world(root, (12, 40, 30), 20, memory=0.1, terms=(TRENDS,))
+    path = world.bundle().path
+    recommender = Recommender.load(path)
+    for number in (1, 2):
+        file, index = path / "index" / f"t{number}.faiss", recommender.indexes[number]
+        graph = faiss.IndexHNSWFlat(index.vectors.shape[1], 4, faiss.METRIC_INNER_PRODUCT)
+        graph.add(np.array(index.vectors[index.gids]))
+        faiss.write_index(graph, str(file))
+        trust(path, file)
+    return path
+
+
+def trust(bundle: Path, file: Path) -> None:
+    """Write a file's size and checksum into the manifest, as whoever forged it would."""
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["files"][str(file.relative_to(bundle))] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+
+
+def changed(data: bytes, draw: random.Random) -> bytes:
+    """Some bytes of it flipped, cut, replaced, repeated or made the edge of a number's range."""
+    made = bytearray(data)
+    kind = draw.choice(["flip", "flip", "edge", "edge", "cut", "repeat", "other", "zero"])
+    # what says how the rest is to be read lies at the beginning or the end
+    reach = draw.choice([64, 300, len(made)])
+    place = (
+        min(draw.randrange(reach), len(made) - 1)
+        if draw.random() < 0.7
+        else max(len(made) - 1 - draw.randrange(reach), 0)
+    )
+    if kind == "flip":
+        for _ in range(draw.randint(1, 4)):
+            made[min(place + draw.randrange(16), len(made) - 1)] ^= 1 << draw.randrange(8)
+    elif kind == "edge":
+        place -= place % 4
+        made[place : place + 4] = draw.choice(EDGES)
+    elif kind == "cut":
+        del made[place:]
+    elif kind == "repeat":
+        made[place:place] = made[place : place + draw.randint(1, 200)]
+    elif kind == "other":
+        made[place : place + 8] = draw.randbytes(8)
+    else:
+        made[place : place + draw.randint(1, 100)] = b""
+    return bytes(made) if made != data else changed(data, draw)
+
+
+def outcome(bundle: Path, case: Case, trusted: bool) -> str:
+    """What becomes of the bundle with one file changed: served, or refused, or what was raised instead."""
+    name, seed = case
+    file, manifest = bundle / name, bundle / "manifest.json"
+    before, stated = file.read_bytes(), manifest.read_bytes()
+    file.write_bytes(changed(before, random.Random(seed)))
+    if trusted and name != "manifest.json":
+        trust(bundle, file)
+    try:
+        check_release(Recommender.load(bundle), None, None)
+        return "served"
+    except ArtifactError as error:
+        return "refused" if str(bundle) in str(error) or names_version(error) else f"no file is named: {error}"
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        file.write_bytes(before)
+        manifest.write_bytes(stated)
+
+
+def names_version(error: ArtifactError) -> bool:
+    """Of a bundle whose files are whole, but whose answers are not, the version is named."""
+    return "gives no answer" in str(error)
+
+
+def apart(judge: Callable[[Case], str], cases: list[Case]) -> Iterator[tuple[Case, str]]:
+    """The outcomes, found in a process of their own: where it dies, the last one says so, and another goes on."""
+    rest = list(cases)
+    while rest:
+        read, write = os.pipe()
+        if not (child := os.fork()):
+            os.close(read)
+            with os.fdopen(write, "w", buffering=1) as out:
+                for case in rest:
+                    print(json.dumps(judge(case)), file=out)
+            os._exit(0)
+        os.close(write)
+        with os.fdopen(read) as told:
+            found = [json.loads(line) for line in told if line.endswith("\n")]
+        _, status = os.waitpid(child, 0)
+        yield from zip(rest, found, strict=False)
+        if len(found) < len(rest):
+            yield rest[len(found)], f"the process died ({status})"
+        rest = rest[len(found) + 1 :]
+
+
+def fuzz(bundle: Path, count: int, seed: int, trusted: bool) -> dict[str, list[Case]]:
+    """Outcome -> cases; ``count`` changes over the bundle's files in turn."""
+    names = sorted(str(path.relative_to(bundle)) for path in bundle.rglob("*") if path.is_file())
+    cases = [(names[number % len(names)], seed + number) for number in range(count)]
+    found: dict[str, list[Case]] = {}
+    for case, what in apart(partial(outcome, bundle, trusted=trusted), cases):
+        found.setdefault(what, []).append(case)
+    return found
+
+
+def copied(bundle: Path, target: Path) -> Path:
+    return Path(shutil.copytree(bundle, target / bundle.name))
+
+
+def test_what_differs_from_its_checksum_is_refused(bundle, tmp_path):
+    found = fuzz(copied(bundle, tmp_path), 60, 0, trusted=False)
+    assert {name for name, _ in found.pop("served", [])} <= {"manifest.json"}, "it cannot hold its own checksum"
+    assert set(found) == {"refused"}, found
+
+
+def test_forged_files_are_refused_in_words_or_do_no_harm(bundle, tmp_path):
+    found = fuzz(copied(bundle, tmp_path), 40, 1_000, trusted=True)
+    assert set(found) == {"refused", "served"}, found
+    assert len(found["refused"]) > 10
+
+
+def searched(path: Path, data: bytes) -> str:
+    """As :func:`outcome`, of an index alone."""
+    path.write_bytes(data)
+    try:
+        check_index_file(path)
+    except ArtifactError as error:
+        return "refused" if str(path) in str(error) else f"no file is named: {error}"
+    index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+    index.search(np.eye(index.d, dtype=np.float32), 5)
+    return "served"
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_forged_indexes_are_refused_in_words_or_do_no_harm(bundle, tmp_path, number):
+    whole = (bundle / "index" / f"t{number}.faiss").read_bytes()
+    cases = [("", seed) for seed in range(200)]
+    judge = partial(_judge, tmp_path / "t.faiss", whole)
+    found = Counter(what for _, what in apart(judge, cases))
+    assert set(found) <= {"refused", "served"} and found["refused"] > 50, found
+
+
+def _judge(path: Path, whole: bytes, case: Case) -> str:
+    return searched(path, changed(whole, random.Random(case[1])))
+
+
+def graph_of(path: Path) -> tuple[bytes, dict[str, int]]:
+    """The bytes of an HNSW file, and where its parts begin."""
+    data, place, parts = path.read_bytes(), 37, {}
+    for name, width in (("chances", 8), ("begin", 4), ("levels", 4), ("offsets", 8), ("links", 4)):
+        count = int.from_bytes(data[place : place + 8], "little")
+        parts[name] = place + 8
+        place += 8 + width * count
+    return data, {**parts, "entry": place, "top": place + 4, "vectors": place + 20}
+
+
+def put(value: int, width: int = 4) -> Callable[[bytes, int], bytes]:
+    raw = value.to_bytes(width, "little", signed=True)
+    return lambda data, place: data[:place] + raw + data[place + width :]
+
+
+@pytest.mark.parametrize(
+    "part, forge, sentence",
+    [
+        ("links", put(10**6), "links to items that are not there"),
+        ("links", put(-2), "links to items that are not there"),
+        ("levels", put(10**6), "levels are damaged"),
+        ("offsets", put(8, 8), "offsets are damaged"),
+        ("begin", put(1), "levels are damaged"),
+        ("entry", put(10**6), "begins at an item that is not there"),
+        ("top", put(14), "begins at an item that is not there"),
+        ("vectors", lambda data, place: data[:place] + b"IxF2" + data[place + 4 :], "do not belong together"),
+        ("vectors", lambda data, place: data[:-4], "ends too early"),
+        ("vectors", lambda data, place: data + b"more", "something follows"),
+    ],
+)
+def test_each_thing_that_could_lead_faiss_astray_is_found(bundle, tmp_path, part, forge, sentence):
+    file = tmp_path / "t.faiss"
+    data, places = graph_of(bundle / "index" / "t1.faiss")
+    file.write_bytes(data)
+    check_index_file(file)
+    file.write_bytes(forge(data, places[part]))
+    with pytest.raises(ArtifactError, match=f"{file} cannot be read as an index: .*{sentence}"):
+        check_index_file(file)
+
+
+def test_a_link_to_an_item_that_is_not_on_the_level_is_found(bundle, tmp_path):
+    """FAISS would read that item's links behind the end of its own, of the last item behind the end of all."""
+    data, places = graph_of(bundle / "index" / "t1.faiss")
+    whole = faiss.read_index(str(bundle / "index" / "t1.faiss"))
+    index = faiss.downcast_index(whole)
+    levels, offsets = faiss.vector_to_array(index.hnsw.levels), faiss.vector_to_array(index.hnsw.offsets)
+    begin = faiss.vector_to_array(index.hnsw.cum_nneighbor_per_level)
+    high, low = int(np.flatnonzero(levels > 1)[0]), int(np.flatnonzero(levels == 1)[-1])
+    file = tmp_path / "t.faiss"
+    file.write_bytes(put(low)(data, places["links"] + 4 * int(offsets[high] + begin[1])))
+    with pytest.raises(ArtifactError, match="not on that level"):
+        check_index_file(file)
+
+
+if __name__ == "__main__":  # PYTHONPATH=tests:. python tests/unit/test_damaged_bundle.py 3000 0
+    with tempfile.TemporaryDirectory() as scratch:
+        counted = fuzz(made(Path(scratch)), int(sys.argv[1]), int(sys.argv[2]), trusted=True)
+    for word, cases in counted.items():
+        print(len(cases), word, cases[:3])
