@@ -144,16 +144,17 @@ class Memory:
         user, gid, weight = _latest(user.astype(np.int64), gid.astype(np.int64), items, half_life)
         start, count = self.begin[gid], self.begin[gid + 1] - self.begin[gid]
         place = spread(start, count)
-        key = np.repeat(user, count) * items + self.gid[place]
+        owner, near = np.repeat(user, count), self.gid[place]
+        key = owner * items + near
         if not len(key):
             return Recalled(key, key, np.zeros((0, self.coefficient.shape[1]), np.float32))
         order = np.argsort(key)  # not stable, which is five times as fast
-        key = key[order]
-        first = np.flatnonzero(begins(key))
+        first = np.flatnonzero(begins(key[order]))
         parts = self.coefficient[place[order]] * np.repeat(weight, count)[order, None]
         total = np.add.reduceat(parts, first, axis=0)
         value = np.log1p(np.maximum(total, 0) / SMALL).astype(np.float32)
-        return Recalled(key[first] // items, key[first] % items, value)
+        one = order[first]
+        return Recalled(owner[one], near[one].astype(np.int64), value)
 
 
 def memory_file(two_tower: Path, snapshot: str) -> Path:

@@ -18,7 +18,7 @@ Imports neither dgl nor transformers, because serving replicas use it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -182,62 +182,86 @@ class Scorer:
 
     def candidates(
         self,
-        index: Index,
+        indexes: Sequence[Index],
         users: Float32[np.ndarray, "q d"],
         raised: Recalled,
         k: int,
         forbidden: Pairs,
-        allowed: Int64[np.ndarray, "a"] | None = None,
+        allowed: Sequence[Int64[np.ndarray, "_"] | None] | None = None,
     ) -> Ranked:
-        """The best ``k`` items of the index's type for each of some users.
+        """The best ``k`` items of the indexes' types together, for each of some users.
 
         Args:
             users: vectors of the user tower.
             raised: of these users' histories, see :meth:`raised`; of any type, allowed or not.
             forbidden: what must not come.
-            allowed: positions in the index, ascending; None: all.
+            allowed: for each index positions in it, ascending; None: all.
         """
         queries = as_queries(users)
-        if index.exact and len(queries) >= TOGETHER:
-            return index.rank(queries, k, raised, forbidden, allowed)
+        asked = list(zip(indexes, allowed or [None] * len(indexes), strict=True))
+        whole = [one for one in asked if one[0].exact and len(queries) >= TOGETHER]
+        found = [index.rank(queries, k, raised, forbidden, may) for index, may in whole]
+        if walked := [one for one in asked if one not in whole]:
+            found += self._walked(walked, queries, raised, k, forbidden)
+        return Ranked.best(found, k)
+
+    def _walked(
+        self,
+        asked: Sequence[tuple[Index, Int64[np.ndarray, "_"] | None]],
+        queries: Float32[np.ndarray, "q wide"],
+        raised: Recalled,
+        k: int,
+        forbidden: Pairs,
+    ) -> list[Ranked]:
+        """Parts of :meth:`candidates`, in no order: what the indexes find, and what is raised beside it."""
+        beyond = _BEYOND if len(raised.gid) else 0
+        found = [index.search_each(queries, k, forbidden, may, beyond) for index, may in asked]
         if not len(raised.gid):
-            return index.search_each(queries, k, forbidden, allowed, 0)
-        found = index.search_each(queries, k, forbidden, allowed, _BEYOND)
-        if not len(found.row):
             return found
         size = len(self.wide)
-        own, key = raised.user * size + raised.gid, found.row * size + found.gid
-        place = np.minimum(np.searchsorted(own, key), len(own) - 1)
-        hit = own[place] == key
-        total = found.score + np.where(hit, raised.value[place, 0], np.float32(0))
-        # The index did not find an item: it scores at most as much as the last that it found, plus what it is raised by
+        row, gid, score = (np.concatenate(column) for column in zip(*found, strict=True))
+        own = raised.user * size + raised.gid
+        place = np.minimum(np.searchsorted(own, row * size + gid), len(own) - 1)
+        hit = own[place] == row * size + gid
+        total = score + np.where(hit, raised.value[place, 0], np.float32(0))
+        # An index did not find an item: it scores at most as much as the last that it found, plus what it is raised by
         # (the threshold algorithm of Fagin et al., JCSS 2003). So the vectors of few items need to be read.
-        needed = _gaps(found, total, k, len(queries))
-        more = raised.value[:, 0] >= needed[raised.user] - _ROUNDING
+        least = _kth(row, total, k, len(queries))
+        needed = [_needed(one, least, k + beyond) for one in found]
+        more = raised.value[:, 0] >= np.min(needed, axis=0)[raised.user] - _ROUNDING
         more[place[hit]] = False
         more = np.flatnonzero(more)
-        at = index.place(raised.gid[more])
-        more = more[at >= 0] if allowed is None else more[among(at, allowed)]
+        kept = np.zeros(len(more), bool)
+        for (index, may), need in zip(asked, needed, strict=True):
+            at = index.place(raised.gid[more])
+            here = at >= 0 if may is None else among(at, may)
+            kept |= here & (raised.value[more, 0] >= need[raised.user[more]] - _ROUNDING)
+        more = more[kept]
         inside = forbidden.gid < size
         more = more[~among(own[more], (forbidden.row * size + forbidden.gid)[inside])]
-        user, gid, value = raised.user[more], raised.gid[more], raised.value[more, 0]
-        score = np.einsum("nd,nd->n", self.wide[gid], queries[user]) + value
-        return Ranked.best([(found.row, found.gid, total), (user, gid, score)], k)
+        user, gid_more, value = raised.user[more], raised.gid[more], raised.value[more, 0]
+        scores = np.einsum("nd,nd->n", self.wide[gid_more], queries[user]) + value
+        return [Ranked(row, gid, total), Ranked(user, gid_more, scores)]
 
 
-def _gaps(found: Ranked, total: Float32[np.ndarray, "n"], k: int, queries: int) -> Float32[np.ndarray, "queries"]:
-    """How much an item that was not found must be raised by to reach the first ``k``; infinite where all were found.
+def _kth(
+    row: Int64[np.ndarray, "n"], score: Float32[np.ndarray, "n"], k: int, queries: int
+) -> Float32[np.ndarray, "queries"]:
+    """The ``k``-th largest score of each row; -inf where there are fewer."""
+    order = np.lexsort((-score, row))
+    begin = np.searchsorted(row[order], np.arange(queries + 1))
+    found = np.full(queries, -np.inf, np.float32)
+    enough = np.flatnonzero(np.diff(begin) >= k)
+    found[enough] = score[order[begin[enough] + k - 1]]
+    return found
 
-    Args:
-        found: up to k + _BEYOND items of each query.
-        total: their scores with what they are raised by.
-    """
-    asked = k + _BEYOND
-    begin = np.searchsorted(found.row, np.arange(queries + 1))
-    needed = np.full(queries, np.inf, np.float32)
-    full = np.flatnonzero(np.diff(begin) == asked)
-    places = begin[full][:, None] + np.arange(asked)
-    needed[full] = np.partition(total[places], _BEYOND, axis=1)[:, _BEYOND] - found.score[places[:, -1]]
+
+def _needed(found: Ranked, least: Float32[np.ndarray, "queries"], asked: int) -> Float32[np.ndarray, "queries"]:
+    """How much an item that an index did not find must be raised by to reach the score ``least``; infinite where the
+    index found fewer than ``asked``, and so everything."""
+    needed = np.full(len(least), np.inf, np.float32)
+    full = np.flatnonzero(np.bincount(found.row, minlength=len(least)) == asked)
+    needed[full] = least[full] - found.score[np.searchsorted(found.row, full) + asked - 1]
     return needed
 
 
@@ -254,7 +278,7 @@ def with_item_terms(
 
 def as_queries(users: Float32[np.ndarray, "q d"]) -> Float32[np.ndarray, "q wide"]:
     """[u, 1] for vectors of users: what items [v_j, b_j] are asked with."""
-    return np.pad(users, ((0, 0), (0, 1)), constant_values=1)
+    return np.concatenate([users, np.ones((len(users), 1), np.float32)], axis=1)
 
 
 def among(values: Int[np.ndarray, "n"], ascending: Int[np.ndarray, "m"]) -> np.ndarray:

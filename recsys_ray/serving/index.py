@@ -35,6 +35,7 @@ _SAMPLE = 1_000
 _CHUNK = 65_536  # rows an exact search holds at once
 _SCORES = 1 << 23  # that a ranking holds at once: they should stay in the processor's cache
 _STRIDE = 64  # scores of which the best one is looked at first
+_NOTHING = np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
 
 Vectors = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
@@ -293,26 +294,29 @@ class TypeIndex:
         count = np.bincount(row, minlength=len(queries))
         wanted, ef = np.minimum(k + beyond, len(self.gids) - count), self._ef(k, beyond)
         together = (wanted > 0) & (count <= _OVERFETCH if self.exact else wanted + count <= ef)
-        parts = []
-        if allowed is not None or len(queries) == 1:
+        if allowed is not None:
             together[:] = False
-        elif together.any():
-            ask = int((wanted + count)[together].max())
+        parts = [Ranked(*_NOTHING)]
+        if together.any():
             rows = np.flatnonzero(together)
-            scores, found = self._walk(queries[rows], ef, ask)
-            key = rows[:, None] * len(self.gids) + found
-            keep = (found >= 0) & ~among(key.ravel(), row * len(self.gids) + barred).reshape(key.shape)
+            scores, found = self._walk(queries[rows], ef, int((wanted + count)[rows].max()))
+            keep = found >= 0
+            if len(row):
+                keep &= ~among((rows[:, None] * len(self.gids) + found).ravel(), row * len(self.gids) + barred).reshape(
+                    keep.shape
+                )
             keep &= keep.cumsum(1) <= wanted[rows, None]
             whole = keep.sum(1) == wanted[rows]
             keep &= whole[:, None]
             together[rows[~whole]] = False
-            parts.append((np.repeat(rows, keep.sum(1)), self.gids[found[keep]].astype(np.int64), scores[keep]))
-        begin = np.searchsorted(forbidden.row, np.arange(len(queries) + 1))
-        for number in np.flatnonzero(~together):
+            parts.append(Ranked(np.repeat(rows, keep.sum(1)), self.gids[found[keep]].astype(np.int64), scores[keep]))
+        alone = np.flatnonzero(~together & (wanted > 0))
+        begin = np.searchsorted(forbidden.row, np.arange(len(queries) + 1)) if len(alone) else ()
+        for number in alone:
             mine = forbidden.gid[begin[number] : begin[number + 1]]
             score, gid = self.search(queries[number], k, mine, allowed, beyond)
-            parts.append((np.full(len(gid), number), gid, score))
-        return Ranked.best(parts, k + beyond)
+            parts.append(Ranked(np.full(len(gid), number), gid, score))
+        return parts[-1] if len(parts) <= 2 else Ranked.best(parts, k + beyond)
 
     def rank(self, queries: Vectors, k: int, raised: Recalled, forbidden: Pairs, allowed: Ids | None = None) -> Ranked:
         """The best ``k`` items of each of the ``queries`` [q, d] by all scores of an exact index.

@@ -468,20 +468,21 @@ class Recommender:
         one, found = group[0], []
         row = np.repeat(np.arange(len(group)), [len(each.barred) for each in group])
         barred = Pairs(row, np.concatenate([each.barred for each in group]))
-        for kind in one.types:
-            wanted = one.wanted(kind)
-            pool = self._pool(one, wanted)
-            allowed = self._allowed_in(one, kind)
+        plain = not one.quotas and not one.reranked
+        for types in [one.types] if plain else [[kind] for kind in one.types]:
+            wanted = one.wanted(types[0])
+            pool, indexes = self._pool(one, wanted), [self.indexes[kind] for kind in types]
+            allowed = [self._allowed_in(one, kind) for kind in types]
             laps.lap("rules")
-            best = self.score.candidates(self.indexes[kind], users, raised, pool, barred, allowed)
+            best = self.score.candidates(indexes, users, raised, pool, barred, allowed)
             laps.lap("search")
             if len(one.live.ntype):
-                best = Ranked.best([best, self._live_candidates(group, kind, as_queries(users))], pool)
+                queries = as_queries(users)
+                best = Ranked.best([best, *(self._live_candidates(group, kind, queries) for kind in types)], pool)
             if one.quotas and one.reranked:
                 best = self._reranked(group, best, wanted)
             found.append(best)
-        plain = not one.quotas and not one.reranked
-        best = Ranked.best(found, one.question.k if plain else MAX_K * len(found))
+        best = found[0] if plain else Ranked.best(found, MAX_K * len(found))
         if one.reranked and not one.quotas:
             best = self._reranked(group, best, one.question.k)
         begin = np.searchsorted(best.row, np.arange(len(group) + 1))

@@ -19,7 +19,6 @@ from recsys_ray.scoring.scorer import (
     UNSEEN,
     VECTOR,
     Pairs,
-    Ranked,
     Scorer,
     ScoreSpec,
     among,
@@ -71,14 +70,15 @@ def test_the_index_finds_the_list_of_all_scores(seed, sizes, k, history, exclude
     raised = score.raised(np.zeros(history, np.int64), touched)
     dense = score.dense(torch.from_numpy(user)[None], raised, 0, items)[0].numpy()
     dense[~available] = dense[forbidden] = -np.inf
-    found, barred = [], Pairs(np.zeros(len(forbidden), np.int64), forbidden)
+    indexes, barred = [], Pairs(np.zeros(len(forbidden), np.int64), forbidden)
     for kind in range(len(sizes)):
         gids = np.flatnonzero(available & (ntype == kind)).astype(np.int32)
         index = TypeIndex.build(str(kind), score.wide, gids, IndexConfig())
-        found.append(score.candidates(index, user[None], raised, k, barred))
+        indexes.append(index)
+        alone = score.candidates([index], user[None], raised, k, barred)
         together = index.rank(as_queries(user[None]), k, raised, barred)
-        np.testing.assert_allclose(together.score, found[-1].score, atol=2e-6)
-    _, gids, scores = Ranked.best(found, k)
+        np.testing.assert_allclose(together.score, alone.score, atol=2e-6)
+    _, gids, scores = score.candidates(indexes, user[None], raised, k, barred)
 
     order = np.lexsort((np.arange(items), -dense))[:k]
     order = order[np.isfinite(dense[order])]
