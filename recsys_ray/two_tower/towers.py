@@ -12,10 +12,10 @@ Imports neither dgl nor transformers, because serving replicas run the user towe
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -180,40 +180,45 @@ class UserTower(nn.Module):
         return self.layers(self._features(inputs, tables))
 
     def _features(self, inputs: UserInputs, tables: ItemTables) -> Float[Tensor, "B width"]:
-        users, kinds = len(inputs.offsets) - 1, self.spec.num_types
+        users, kinds, everything = len(inputs.offsets) - 1, self.spec.num_types, self.spec.inputs == ALL
         row_n = torch.repeat_interleave(torch.arange(users), inputs.offsets.diff())
-        kind_n = tables.ntype[inputs.gids]
-        known_n = kind_n < kinds  # a type added later counts in the means over all types only
-        bag_n, order = torch.sort((row_n * kinds + kind_n)[known_n], stable=True)
         weight_n = self.event_weight.exp()[inputs.events]
         vectors = [_unit_variance(table.float()) for table in (tables.text, tables.hgnn) if table is not None]
         if self.spec.id_dim:
             assert tables.ids is not None
             vectors.append(tables.ids)
-
-        def of_each(feature: Callable[[Tensor], Tensor]) -> list[Tensor]:
-            """Of the text, the HGNN embedding and the items' own vectors; TwoTower.start_near relies on the order."""
-            made = [feature(table) for table in vectors]
-            if self.spec.hgnn_dim:
-                made[1] = self.hide(made[1])
-            return made
-
-        def mean_of(table: Tensor, weight_n: Tensor) -> Tensor:
-            return _mean(*_sums(table, inputs.gids, weight_n, row_n, users))
-
-        everything = self.spec.inputs == ALL
-        parts = of_each(partial(mean_of, weight_n=weight_n)) if everything else []
-        if self.spec.hgnn_dim:
-            gids, weights = inputs.gids[known_n][order], weight_n[known_n][order]
-            parts.append(self.hide(_mean(*_sums(vectors[1], gids, weights, bag_n, users * kinds)).view(users, -1)))
+        kind_n = tables.ntype[inputs.gids]
+        known_n = kind_n < kinds  # a type added later counts in the means over all types only
+        bag_n, order = torch.sort((row_n * kinds + kind_n)[known_n], stable=True)
+        parts, latest = [], []
         if everything:
-            if self.spec.last_item:
-                parts += of_each(lambda table: _last(table, inputs.gids, inputs.offsets))
-            for half_life in self.spec.recent:
-                parts += of_each(partial(mean_of, weight_n=recent_weights(inputs.offsets, half_life)))
+            bags = _Bags.together([_Bags(inputs.gids, weight_n, row_n, users), *self._of_the_latest(inputs, row_n)])
+            means = [bags.means(table).view(-1, users, table.shape[1]).unbind() for table in vectors]
+            all_, *latest = zip(*means, strict=True)
+            parts += self._hidden(all_)
+        if self.spec.hgnn_dim:
+            each_type = _Bags(inputs.gids[known_n][order], weight_n[known_n][order], bag_n, users * kinds)
+            parts.append(self.hide(each_type.means(vectors[1]).view(users, -1)))
+        for made in latest:
+            parts += self._hidden(made)
+        if everything:
             counts = torch.bincount(bag_n, minlength=users * kinds).view(users, kinds).float()
             parts += [torch.log1p(counts), (counts > 0).float()]
         return torch.cat([*parts, *self._traits(inputs)], 1)
+
+    def _of_the_latest(self, inputs: UserInputs, row_n: Int64[Tensor, "n"]) -> list[_Bags]:
+        users, bags = len(inputs.offsets) - 1, []
+        if self.spec.last_item:
+            full = torch.nonzero(inputs.offsets.diff() > 0).squeeze(1)
+            last = inputs.gids[inputs.offsets[1:][full] - 1]
+            bags.append(_Bags(last, torch.ones(len(last)), full, users))
+        for half_life in self.spec.recent:
+            bags.append(_Bags(inputs.gids, recent_weights(inputs.offsets, half_life), row_n, users))
+        return bags
+
+    def _hidden(self, made: Sequence[Tensor]) -> list[Tensor]:
+        """Of text, HGNN embedding and the items' own vectors (:meth:`TwoTower.start_near` relies on the order)."""
+        return [self.hide(part) if place == 1 and self.spec.hgnn_dim else part for place, part in enumerate(made)]
 
     def _traits(self, inputs: UserInputs) -> list[Tensor]:
         """Age, country and taste vectors."""
@@ -363,38 +368,35 @@ def _small_embedding(rows: int) -> nn.Embedding:
     return embedding
 
 
-def _sums(
-    table: Float[Tensor, "N d"],
-    gids: Int64[Tensor, "n"],
-    weight: Float[Tensor, "n"],
-    bag: Int64[Tensor, "n"],
-    bags: int,
-) -> tuple[Float[Tensor, "bags d"], Float[Tensor, "bags"]]:
-    """Weighted sum of table rows in each bag, and the sum of the weights. ``bag`` ascends."""
-    starts = torch.searchsorted(bag, torch.arange(bags))
-    total = F.embedding_bag(gids, table, starts, mode="sum", per_sample_weights=weight)
-    return total, torch.zeros(bags).index_add(0, bag, weight)
+@dataclass(frozen=True)
+class _Bags:
+    """Weighted rows of a table, some in each bag."""
 
+    gids: Int64[Tensor, "n"]
+    weight: Float[Tensor, "n"]
+    bag: Int64[Tensor, "n"]  # ascending
+    count: int
 
-def _last(
-    table: Float[Tensor, "N d"], gids: Int64[Tensor, "n"], offsets: Int64[Tensor, "bags_plus_1"]
-) -> Float[Tensor, "bags d"]:
-    """The table's row of each bag's last element; zeros for empty bags."""
-    last = torch.zeros(len(offsets) - 1, table.shape[1])
-    full = offsets.diff() > 0
-    last[full] = table[gids[offsets[1:][full] - 1]]
-    return last
+    @staticmethod
+    def together(each: Sequence[_Bags]) -> _Bags:
+        """The bags of one after those of the other: one pass over a table serves all of them."""
+        shifts = itertools.accumulate((one.count for one in each), initial=0)
+        bag = torch.cat([one.bag + shift for one, shift in zip(each, shifts, strict=False)])
+        gids, weight = torch.cat([one.gids for one in each]), torch.cat([one.weight for one in each])
+        return _Bags(gids, weight, bag, sum(one.count for one in each))
+
+    def means(self, table: Float[Tensor, "N d"]) -> Float[Tensor, "count d"]:
+        """The weighted mean of each bag; zeros where there is nothing."""
+        starts = torch.searchsorted(self.bag, torch.arange(self.count))
+        total = F.embedding_bag(self.gids, table, starts, mode="sum", per_sample_weights=self.weight)
+        weight = torch.zeros(self.count).index_add(0, self.bag, self.weight)
+        return total / weight.clamp(min=1e-12)[:, None]
 
 
 def recent_weights(offsets: Int64[Tensor, "bags_plus_1"], half_life: float) -> Float[Tensor, "n"]:
     """1 for a user's last event, half of it for the one ``half_life`` places before."""
     back = torch.repeat_interleave(offsets[1:], offsets.diff()) - 1 - torch.arange(int(offsets[-1]))
     return 0.5 ** (back / half_life)
-
-
-def _mean(total: Float[Tensor, "*bags d"], weight: Float[Tensor, "*bags"]) -> Float[Tensor, "*bags d"]:
-    """Zeros where there is nothing."""
-    return total / weight.clamp(min=1e-12)[..., None]
 
 
 def load_user_tower(folder: Path) -> UserTower:
