@@ -1,15 +1,15 @@
-"""Computes waiting requests together.
+"""Computes requests that wait at the same time together, on the event loop itself.
 
-One thread computes, and takes everything that arrived while it was busy: under load one matrix product serves many
-users, and a single request waits for nothing. Meanwhile the event loop accepts requests; Serve counts those that wait,
-adds replicas by this number and refuses with 429.
+Answers are short and many. A thread of their own for them would share the interpreter's lock with the event loop, and
+would have to wait for it after each call into NumPy, torch or FAISS: that cost more than the answers. Between two
+batches the loop reads everything that has arrived; so Serve counts the requests that wait, adds replicas by this number
+and refuses with 429, and a batch holds what came while the one before was computed.
 """
 
 from __future__ import annotations
 
 import asyncio
-import queue
-import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
@@ -18,50 +18,60 @@ Answer = TypeVar("Answer")
 
 
 class Batches(Generic[Question, Answer]):
-    """``await ask(question)``, answered by ``compute``, which is given up to ``most`` questions at once.
+    """``await ask(question)``, answered by ``compute`` together with others.
 
     Args:
         compute: questions -> an answer, or the exception to raise, for each. What it raises itself reaches all of them.
+        most: what the questions of a batch may cost in all; one that costs more is computed alone. The loop does
+            nothing else meanwhile.
+        cost: of a question.
     """
 
-    def __init__(self, compute: Callable[[list[Question]], Sequence[Answer | Exception]], most: int = 32) -> None:
-        self._compute, self._most = compute, most
-        self._waiting: queue.SimpleQueue[tuple[Question, asyncio.Future[Answer]]] = queue.SimpleQueue()
-        threading.Thread(target=self._work, name="answers", daemon=True).start()
+    def __init__(
+        self,
+        compute: Callable[[list[Question]], Sequence[Answer | Exception]],
+        most: int,
+        cost: Callable[[Question], int] = lambda question: 1,
+    ) -> None:
+        self._compute, self._most, self._cost = compute, most, cost
+        self._waiting: deque[tuple[Question, asyncio.Future[Answer]]] = deque()
+        self._due = False
 
     async def ask(self, question: Question) -> Answer:
-        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._waiting.put((question, future))
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Answer] = loop.create_future()
+        self._waiting.append((question, future))
+        if not self._due:
+            self._due = True
+            loop.call_soon(self._work, loop)
         return await future
 
-    def _work(self) -> None:
-        while True:
-            batch = [self._waiting.get()]
-            while len(batch) < self._most and not self._waiting.empty():
-                batch.append(self._waiting.get())
-            batch = [(question, future) for question, future in batch if not future.cancelled()]
-            if not batch:
-                continue
-            answers: Sequence[Answer | Exception]
-            try:
-                answers = self._compute([question for question, _ in batch])
-            except Exception as error:
-                answers = [error] * len(batch)
-            for loop in {future.get_loop() for _, future in batch}:
-                mine = [
-                    (future, answer)
-                    for (_, future), answer in zip(batch, answers, strict=True)
-                    if future.get_loop() is loop
-                ]
-                if not loop.is_closed():
-                    loop.call_soon_threadsafe(_settle, mine)
+    def _work(self, loop: asyncio.AbstractEventLoop) -> None:
+        batch = self._next()
+        answers: Sequence[Answer | Exception]
+        try:
+            answers = self._compute([question for question, _ in batch]) if batch else []
+        except Exception as error:
+            answers = [error] * len(batch)
+        for (_, future), answer in zip(batch, answers, strict=True):
+            if isinstance(answer, Exception):
+                future.set_exception(answer)
+            else:
+                future.set_result(answer)
+        self._due = bool(self._waiting)
+        if self._due:  # after the loop has looked at its connections
+            loop.call_soon(self._work, loop)
 
-
-def _settle(answers: Sequence[tuple[asyncio.Future[Answer], Answer | Exception]]) -> None:
-    for future, answer in answers:
-        if future.done():  # who asked has gone
-            continue
-        if isinstance(answer, Exception):
-            future.set_exception(answer)
-        else:
-            future.set_result(answer)
+    def _next(self) -> list[tuple[Question, asyncio.Future[Answer]]]:
+        """Those who have waited longest, without those who have gone."""
+        batch: list[tuple[Question, asyncio.Future[Answer]]] = []
+        left = self._most
+        while self._waiting:
+            question, future = self._waiting[0]
+            if not future.done():
+                left -= self._cost(question)
+                if batch and left < 0:
+                    break
+                batch.append((question, future))
+            self._waiting.popleft()
+        return batch

@@ -1,4 +1,4 @@
-"""What the routes share: the current recommender, and the threads that compute answers."""
+"""What the routes share: the current recommender, and where answers are computed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from serve.metrics import Metrics
 from serve.store import Store, StoreError
 
 Result = TypeVar("Result")
-_SWITCH_S = 2e-4  # the event loop must not wait 5 ms, the default, whenever a thread computes an answer
+_SWITCH_S = 2e-4  # the event loop must not wait 5 ms, the default, whenever the thread is at work
+_TOGETHER = 640  # places that a batch fills: 64 lists of ten
+_LONG = 5  # a list that is ranked again costs so many times its places
 
 
 class Live(Protocol):
@@ -52,13 +54,12 @@ class Live(Protocol):
 
 
 class Context:
-    """Nothing is computed on the event loop, so it keeps accepting requests. Only then does Serve count waiting
-    requests, by which it adds replicas and refuses with 429."""
+    """Recommendations are computed on the event loop (serve/batching.py), everything that takes longer in a thread."""
 
     def __init__(self, live: Live, metrics: Metrics) -> None:
         sys.setswitchinterval(_SWITCH_S)
         self.live, self.metrics = live, metrics
-        self._batches: Batches[Question, Told] = Batches(self.answers)
+        self._batches: Batches[Question, Told] = Batches(self.answers, _TOGETHER, _places)
         self._thread = ThreadPoolExecutor(1, "facts")
 
     async def answer(self, question: Question) -> Told:
@@ -91,6 +92,12 @@ class Context:
 
     async def run(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+
+def _places(question: Question) -> int:
+    """What an answer costs."""
+    places = question.k if question.quotas is None else sum(question.quotas.values())
+    return max(10, places) * (_LONG if question.diversity or question.popularity else 1)
 
 
 def json(value: Any) -> Response:

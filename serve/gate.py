@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import re
+import secrets
 import time
 from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.errors import Refused, problem
-from serve.ids import new_id
 from serve.logs import failed, told
 from serve.metrics import Metrics
 
@@ -37,7 +37,7 @@ class Gate:
             return await self.app(scope, receive, send)
         headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"")
-        name = given.decode() if _REQUEST_ID.fullmatch(given) else new_id()
+        name = given.decode() if _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
         scope["request_id"] = name
         began = time.perf_counter()
         status = read = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,6 @@ from recsys_ray.serving.laps import Laps
 from recsys_ray.serving.live import LiveVectors
 from recsys_ray.serving.recommender import Answer, Recommender
 from recsys_ray.serving.requests import Question, RequestError
-from serve.ids import new_id
 from serve.store import GivenAnswer, LiveItem, Store, StoreError
 
 
@@ -101,7 +101,7 @@ class LiveAnswers:
             if isinstance(variant, RequestError):
                 told.append(variant)
             elif isinstance(answer, Answer):
-                told.append(Told(answer, new_id(), variant.name if variant else None, degraded))
+                told.append(Told(answer, secrets.token_hex(16), variant.name if variant else None, degraded))
             else:
                 told.append(answer)
         if self.variants and self.store is not None and not degraded:
@@ -116,7 +116,7 @@ class LiveAnswers:
             return known.get(name) or RequestError("variant", f"there is no variant {name!r}; {text}")
         if not self.variants:
             return None
-        return assign(self.variants, new_id() if question.user_id is None else str(question.user_id))
+        return assign(self.variants, secrets.token_hex(16) if question.user_id is None else str(question.user_id))
 
     def _asked(
         self,

@@ -6,7 +6,7 @@ with ``ray_`` before the names; tests use their own. Labels are routes, never pa
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -118,24 +118,25 @@ class Metrics:
         self._record(TOGETHER, len(told), {})
         for stage, seconds in stages.items():
             self._record(STAGE_SECONDS, seconds, {"stage": stage})
-        for one in told:
-            self._answer(one.answer, one.variant, one.degraded)
-
-    def _answer(self, answer: Answer, variant: str | None, degraded: bool) -> None:
-        self._record(ANSWERS, 1, {"variant": variant or "", "known": str(answer.known).lower()})
-        types: dict[str, int] = defaultdict(int)
-        for item in answer.items:
-            types[item.item_type] += 1
-        for name, count in types.items():
+        answers = [one.answer for one in told]
+        for (variant, known), count in Counter((one.variant, one.answer.known) for one in told).items():
+            self._record(ANSWERS, count, {"variant": variant or "", "known": str(known).lower()})
+        for name, count in Counter(item.item_type for answer in answers for item in answer.items).items():
             self._record(ITEMS, count, {"item_type": name})
-        for metric, applies in ((COLD, answer.cold), (EMPTY, not answer.items), (DEGRADED, degraded)):
-            if applies:
-                self._record(metric, 1, {})
-        if answer.ignored:
-            self._record(IGNORED, len(answer.ignored), {})
-        if answer.items and not answer.cold:
-            score = answer.items[0].score
-            self._mean = score if self._mean is None else self._mean + (score - self._mean) / _MEAN_OF
+        counts = {
+            COLD: sum(answer.cold for answer in answers),
+            EMPTY: sum(not answer.items for answer in answers),
+            DEGRADED: sum(one.degraded for one in told),
+            IGNORED: sum(len(answer.ignored) for answer in answers),
+        }
+        for metric, count in counts.items():
+            if count:
+                self._record(metric, count, {})
+        for answer in answers:
+            if answer.items and not answer.cold:
+                score = answer.items[0].score
+                self._mean = score if self._mean is None else self._mean + (score - self._mean) / _MEAN_OF
+        if self._mean is not None:
             self._record(TOP_SCORE, self._mean, {})
 
     def events(self, count: int) -> None:

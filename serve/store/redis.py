@@ -22,7 +22,7 @@ from redis.retry import Retry
 from serve.store.interface import GivenAnswer, LiveEvent, LiveItem, StoreError
 from serve.store.rows import EXACT, UNREADABLE, Rows, parsed, text
 
-_TIMEOUT_S = 2.0
+_TIMEOUT_S = 0.5  # answers wait for it, all at once
 # Before a Redis that did not answer is asked again; until then nobody waits for it. To be refused costs no time.
 _REFUSED_S, _LATE_S = 1.0, 10.0
 _KEY = "recsys-ray:"
