@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.numpy import load_file, save_file
 
-from recsys_ray.core.errors import ArtifactError, UserError
+from recsys_ray.core.errors import ArtifactError
 
 MANIFEST = "manifest.json"
 FORMAT = 4  # raise it when what every manifest or pointer holds changes; for one stage's output raise its version
@@ -165,7 +165,7 @@ def understood(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except UserError:
+    except ArtifactError:
         raise
     except Exception as error:
         raise ArtifactError(f"{path} is damaged ({type(error).__name__}: {error}); build it again") from error
