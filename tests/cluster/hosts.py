@@ -18,7 +18,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -90,6 +90,22 @@ class Hosts:
         assert process.returncode == 0, f"exit code {process.returncode}\n{printed[-4000:]}\n{errors[-8000:]}"
         return printed
 
+    def start(self, host: int, script: Path, *arguments: object) -> subprocess.Popen[str]:
+        """Begin what :meth:`run` does, with pipes to talk to it; errors go where the test's go."""
+        return subprocess.Popen(
+            self.command(host, sys.executable, str(script), *map(str, arguments)), env=environment(), text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+
+    def kill_all(self, host: int) -> None:
+        """kill -9 of every process of a host but its first: the network stays, as after a crash of all that ran."""
+        first = self._inits[host]
+        here = Path(f"/proc/{first}/ns/pid").readlink()
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                if (process / "ns" / "pid").readlink() == here and int(process.name) != first:
+                    os.kill(int(process.name), signal.SIGKILL)
+
     def pull_plug(self, host: int) -> None:
         """End a host at once, with everything on it."""
         os.kill(self._inits[host], signal.SIGKILL)
@@ -113,6 +129,16 @@ def environment() -> dict[str, str]:
         "RAY_DEDUP_LOGS": "0",
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
+        # As docs/operations.md says of hosts that serve; HAProxy's own files lie where each host has its own.
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": "/tmp/ray/haproxy.cfg",
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": "/tmp/ray/admin.sock",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": "/tmp/ray",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": "/tmp/ray/server-state",
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": "/tmp/ray/metrics.sock",
         "GLOO_SOCKET_IFNAME": "eth0",  # gloo would advertise 127.0.0.1 otherwise
     }
 
