@@ -65,11 +65,13 @@ def main(bundles: Path, users: Path) -> None:
         told = load.since(0)
         store = open_store(STORE)
         kept = {event.event_id for event in store.events_after("", 1_000_000)[0]}
-        after = load.since(back)
+        refused = [one for one in told.failed if one.statuses[-1] == 503 and "store" in one.told.get("detail", "")]
         figures = {
-            "text": str(told), "failed": len(told.failed), "gap": told.gap, "lost": len(told.acknowledged - kept),
-            "late": [round(one.at - killed, 2) for one in told.repeated], "replaced": round(back - killed, 1),
-            "degraded": len(told.degraded), "after": len(after.asked), "failed after": len(after.failed),
+            "text": str(told), "gap": told.gap, "lost": len(told.acknowledged - kept), "refused": len(refused),
+            "recommendations failed": len([one for one in told.failed if one.event_id is None]),
+            "events failed": len([one for one in told.failed if one.event_id is not None and one not in refused]),
+            "repeated after": [round(one.at - killed, 2) for one in told.repeated], "replaced": round(back - killed, 1),
+            "sent since": len(load.since(back).asked),
         }  # fmt: skip
     redis.kill()
     print(json.dumps(figures), flush=True)
