@@ -97,6 +97,7 @@ def make_world(
             "gid": gids,
             "embedding": embedding[gids],
             "hidden": np.zeros((len(gids), 4), np.float16),
+            "strength": np.zeros(len(gids), np.float32),
         }
         for number, gids in enumerate((order[:half], order[half:]))
     }

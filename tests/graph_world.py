@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,12 @@ def small_config(**graph: object) -> Config:
     return Config(data=DataConfig(shards=3), graph=GraphConfig(**{"cuts": 2, "window_days": 30, **graph}))
 
 
-def true_edges(graph: Path, snapshot: str) -> set[tuple[int, int]]:
-    """(src, dst) of a snapshot's edge file."""
-    src, dst = pq.read_table(graph / "edges" / f"{snapshot}.parquet", columns=["src", "dst"]).columns
-    return set(zip(src.to_pylist(), dst.to_pylist(), strict=True))
+def true_edges(graph: Path, snapshot: str) -> dict[tuple[int, int], float]:
+    """(src, dst) of a snapshot's edge file -> what a message counts: its weight, over the square root of both ends'
+    sums of weights."""
+    table = pq.read_table(graph / "edges" / f"{snapshot}.parquet", columns=["src", "dst", "weight"])
+    strength: dict[int, float] = defaultdict(float)
+    edges = {(row["src"], row["dst"]): row["weight"] for row in table.to_pylist()}
+    for (_, dst), weight in edges.items():
+        strength[dst] += weight
+    return {(src, dst): weight / ((strength[src] * strength[dst]) or 1) ** 0.5 for (src, dst), weight in edges.items()}

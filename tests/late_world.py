@@ -19,14 +19,15 @@ from recsys_ray.bundle.extend import extend_bundle
 from recsys_ray.config import HgnnConfig, TextConfig, load_config
 from recsys_ray.core.progress import Progress
 from recsys_ray.graph.activity import COLUMNS, NEVER, count_events, describe
-from recsys_ray.graph.pairs import ONE, PairCounter, Window, keep_best
+from recsys_ray.graph.edges import Edges
+from recsys_ray.graph.pairs import ONE, PairCounter, Window, keep_best, message_weights, strengths
 from recsys_ray.hgnn.blocks import ItemTypes
 from recsys_ray.hgnn.encoder import make_hgnn
 from recsys_ray.hgnn.inference import LocalStore, embed_items
 from recsys_ray.hgnn.signature import SignedSource, item_signatures
 from recsys_ray.scoring.choices import choices_file
 from recsys_ray.scoring.memory import RIDGES, Memory, memory_file
-from recsys_ray.scoring.ridge import Edges, solve
+from recsys_ray.scoring.ridge import solve
 from recsys_ray.scoring.scorer import TRENDS, UNSEEN, VECTOR, ScoreSpec
 from recsys_ray.serving.histories import mapped_arrays
 from recsys_ray.serving.recommender import Recommender
@@ -81,6 +82,12 @@ def true_edges(world: World, size: int) -> Edges:
     return Edges(kept.src.astype(np.int64), kept.dst.astype(np.int64), kept.support, kept.weight / ONE)
 
 
+def messages(edges: Edges, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """src, dst and weight of the messages over these edges, and the strength of all items."""
+    strength = strengths(edges.dst, edges.weight, size)
+    return edges.src, edges.dst, message_weights(edges.src, edges.dst, edges.weight, strength), strength
+
+
 def make_late(root: Path) -> Late:
     """A world that the stages knew whole, and its bundle without a linked and a lonely item."""
     whole = make_world(root / "whole", per_type=SIZES, users=30)
@@ -96,14 +103,14 @@ def make_late(root: Path) -> Late:
     activity = describe(counts, first, dates, whole.ntype, END).astype(np.float16)
 
     torch.manual_seed(1)
-    src, dst = true_edges(whole, size)[:2]
+    src, dst, weight, strength = messages(true_edges(whole, size), size)
     types = ItemTypes(torch.from_numpy(np.cumsum([0, *SIZES])))
     model = make_hgnn(384, HGNN_CONFIG, types)
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)  # away from identities: every weight counts
     store = LocalStore(size, HGNN_CONFIG.state_dim)
     packed = torch.from_numpy(item_signatures(whole.item_ids, 64).copy())
-    graph = ToyGraph(src, dst, types.starts, torch.from_numpy(text).float())
+    graph = ToyGraph(src, dst, types.starts, torch.from_numpy(text).float(), weight)
     embedding = embed_items(model, SignedSource(graph, packed, 64), 0, torch.arange(size), store)
 
     linked = int(np.bincount(dst[whole.ntype[dst] == 2], minlength=size).argmax())  # a podcast with many edges
@@ -138,14 +145,15 @@ def make_late(root: Path) -> Late:
         terms={name: term[kept] for name, term in terms.items()},
     )  # fmt: skip
     everything = replace(whole, root=root / "everything", vectors=vectors, terms=terms)
-    write_stages(everything, text, embedding.numpy(), store.table.numpy(), model, towers, spec, encoder)
+    hidden = store.table.numpy()
+    write_stages(everything, text, embedding.numpy(), hidden, strength, model, towers, spec, encoder)
     everything.bundle()
     fewer = replace(spec, num_items=len(kept))
     known_towers = TwoTower(fewer)
     state = towers.state_dict()
     known_towers.load_state_dict({**state, "ids.row": state["ids.row"][torch.from_numpy(kept)]})
-    hidden = store.table.numpy()
-    write_stages(part, text[kept], embedding.numpy()[kept], hidden[kept], model, known_towers, fewer, encoder)
+    sent = hidden[kept], strength[kept]
+    write_stages(part, text[kept], embedding.numpy()[kept], *sent, model, known_towers, fewer, encoder)
     mine = whole.events[whole.events[:, 1] == linked]
     trickle = pa.table(
         {
@@ -169,7 +177,7 @@ def users_of_items(world: World) -> np.ndarray:
     return np.where([name.endswith("-00001") for name in world.item_ids], 0, had).astype(np.int32)
 
 
-def write_stages(world, text, embedding, hidden, model, towers, spec, encoder) -> None:
+def write_stages(world, text, embedding, hidden, strength, model, towers, spec, encoder) -> None:
     """The four stages' folders of a world, from what real models made."""
     root, size = world.root, len(world.item_ids)
     root.mkdir()
@@ -177,7 +185,7 @@ def write_stages(world, text, embedding, hidden, model, towers, spec, encoder) -
     facts = {"config": bundle_world.FEATURIZE["config"], "counts": {"precision": "fp32", "encoder": encoder}}
     publish_arrays(root / "featurize", {"text.safetensors": {"vector": text}}, **facts)
     work = root / "hgnn"
-    part = {"gid": np.arange(size), "embedding": embedding, "hidden": hidden.astype(np.float16)}
+    part = {"gid": np.arange(size), "embedding": embedding, "hidden": hidden.astype(np.float16), "strength": strength}
     save_arrays(work / "embeddings" / "serve" / "part-00000.safetensors", part)
     save_file(model.state_dict(), work / "model.safetensors")
     publish(work, "hgnn", "hgnn", config={"hgnn": HGNN_CONFIG.model_dump(mode="json")})

@@ -16,10 +16,11 @@ Layout of ``bundles/<version>/``:
 - ``user_ids.arrow`` (id ascending, uid), ``users.safetensors`` (age, country, taste.<name>; row = uid)
 - ``histories.safetensors`` (see histories.py), ``popularity.safetensors`` (see popularity.py)
 - what only embedding new items reads: ``hgnn_model/`` (``model.safetensors``, ``config.json``), ``hidden.safetensors``
-  (``hidden`` float16 [items, h], what items send in the second layer), ``vocabularies.json`` (languages, categories of
-  the item tower), ``activity.safetensors`` (``counts`` int64 [5, items], ``first``, ``published`` int64 [items]; see
-  recsys_ray/graph/activity.py), ``terms.safetensors`` (the item terms, ``trends`` and ``unseen``, float32 [items]; and
-  ``had``, int32 [items]: users who ever chose each item)
+  (``hidden`` float16 [items, h], what items send in the second layer; ``strength`` float32 [items], the sums of their
+  edges' weights), ``vocabularies.json`` (languages, categories of the item tower), ``activity.safetensors`` (``counts``
+  int64 [5, items], ``first``, ``published`` int64 [items]; see recsys_ray/graph/activity.py), ``terms.safetensors``
+  (the item terms, ``trends`` and ``unseen``, float32 [items]; and ``had``, int32 [items]: users who ever chose each
+  item)
 - ``canary.json``: users that are asked before the bundle is served (release.py)
 - ``manifest.json``: checksums, counts, configuration, recall of every index against exact search
 
@@ -78,7 +79,7 @@ from recsys_ray.storage.outputs import find_finished, set_current, work_folder
 from recsys_ray.two_tower.batches import country_index
 from recsys_ray.two_tower.towers import TowerSpec, load_item_ids
 
-VERSION = 6  # of a bundle's contents: raise it when they change
+VERSION = 7  # of a bundle's contents: raise it when they change
 VARIANT = "hgnn"  # of the two-tower stage's models, the one that is served
 CANARY = "canary.json"
 TERMS_FILE = "terms.safetensors"
@@ -226,9 +227,9 @@ def _write_items(work: Path, sources: _Sources) -> None:
     made = load_arrays(vectors)
     save_arrays(work / "vectors.safetensors", {"vector": with_item_terms(made)})
     _write_terms(work, sources, made)
-    embedding, hidden = _hgnn_tables(sources.hgnn.path, size)
-    save_arrays(work / "hgnn.safetensors", {"embedding": embedding})
-    save_arrays(work / "hidden.safetensors", {"hidden": hidden})
+    told = _hgnn_tables(sources.hgnn.path, size)
+    save_arrays(work / "hgnn.safetensors", {"embedding": told.pop("embedding")})
+    save_arrays(work / "hidden.safetensors", told)
     ids = load_item_ids(sources.two_tower.path / VARIANT)
     if ids is not None:
         save_arrays(work / "ids.safetensors", {"vector": ids})
@@ -247,9 +248,9 @@ def _write_terms(work: Path, sources: _Sources, made: Mapping[str, npt.NDArray[n
     save_arrays(work / TERMS_FILE, {**terms, "had": had})
 
 
-def _hgnn_tables(folder: Path, items: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float16]]:
-    """Embeddings [items, o] and first layer's states [items, h] of the serve snapshot, put together from the
-    partitions' files."""
+def _hgnn_tables(folder: Path, items: int) -> dict[str, npt.NDArray[Any]]:
+    """``embedding`` [items, o], the first layer's states ``hidden`` [items, h] and ``strength`` [items] of the serve
+    snapshot, put together from the partitions' files."""
     serve = folder / "embeddings" / "serve"
     parts = [load_arrays(path) for path in sorted(serve.glob("part-*.safetensors"))]
     gids = np.concatenate([np.empty(0, np.int64), *(part["gid"] for part in parts)])
@@ -257,11 +258,9 @@ def _hgnn_tables(folder: Path, items: int) -> tuple[npt.NDArray[np.float32], npt
         raise ArtifactError(
             f"{serve} does not contain each of the {items} items exactly once; run the hgnn stage again"
         )
-    embedding = np.empty((items, parts[0]["embedding"].shape[1]), np.float32)
-    hidden = np.empty((items, parts[0]["hidden"].shape[1]), np.float16)
-    for part in parts:
-        embedding[part["gid"]], hidden[part["gid"]] = part["embedding"], part["hidden"]
-    return embedding, hidden
+    order = np.argsort(gids)
+    names = parts[0].keys() - {"gid"}
+    return {name: np.concatenate([part[name] for part in parts])[order] for name in names}
 
 
 def _write_seeds(work: Path, sources: _Sources) -> None:

@@ -135,6 +135,7 @@ class Embedder:
             wanted=torch.arange(len(rows)),
             src=none,
             dst=none,
+            weight=torch.zeros(0),
         )
         _, embedding = self._models.embed(len(self._types), alone)
         frame = pl.DataFrame(

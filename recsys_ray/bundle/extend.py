@@ -42,7 +42,7 @@ from recsys_ray.data.files import table_fingerprint
 from recsys_ray.data.schema import nearest
 from recsys_ray.data.validate import Catalogue, EventRules
 from recsys_ray.graph.activity import count_events, describe
-from recsys_ray.graph.pairs import ONE, Counted, Window
+from recsys_ray.graph.pairs import ONE, Counted, Window, message_weights, strengths
 from recsys_ray.hgnn.inductive import Surroundings
 from recsys_ray.scoring.choose import Moment, Users, unseen_term
 from recsys_ray.scoring.memory import MEMORY_FILE, Memory
@@ -232,6 +232,8 @@ class _Extension:
             return torch.from_numpy(place[np.searchsorted(gids, of, sorter=place)])
 
         unknown = np.zeros((len(text), stored["hidden"].shape[1]), np.float16)
+        strength = np.concatenate([stored["strength"], np.zeros(new.added, np.float32)])
+        strength[new.gid] = strengths(edges.dst, edges.weight / ONE, len(strength))[new.gid]
         surroundings = Surroundings(
             ids=[*new.table["item_id"].to_pylist(), *known.ids.take(pa.array(around)).to_pylist()],
             ntype=torch.from_numpy(np.concatenate([new.ntype, known.ntype[around]])),
@@ -240,6 +242,7 @@ class _Extension:
             wanted=torch.arange(len(text)),
             src=rows(edges.src),
             dst=rows(edges.dst),
+            weight=torch.from_numpy(message_weights(edges.src, edges.dst, edges.weight / ONE, strength)),
         )
         hidden, embedding = self.models.embed(len(new.types), surroundings)
         ids = None
@@ -250,7 +253,7 @@ class _Extension:
         items = pl.DataFrame(new.table.select(["language", "categories"])).with_columns(ntype=pl.Series(new.ntype))
         vectors = self.models.item_vectors(items, text, embedding, activity[new.gid], ids)
         self._grow("text.safetensors", new, vector=text)
-        self._grow("hidden.safetensors", new, hidden=hidden.half().numpy())
+        self._grow("hidden.safetensors", new, hidden=hidden.half().numpy(), strength=strength[new.gid])
         self._grow("hgnn.safetensors", new, embedding=embedding.numpy())
         return vectors
 

@@ -28,16 +28,17 @@ from recsys_ray.graph.activity import (
     count_events,
     describe,
 )
+from recsys_ray.graph.edges import read_edges
 from recsys_ray.graph.pairs import Counted, PairCounter, Window
 from recsys_ray.graph.snapshots import Snapshot
 from recsys_ray.hgnn.blocks import ItemTypes
 from recsys_ray.hgnn.encoder import make_hgnn
 from recsys_ray.hgnn.outputs import load_embeddings
-from recsys_ray.hgnn.sampler import build_blocks
+from recsys_ray.hgnn.sampler import WeightedEdges, build_blocks
 from recsys_ray.hgnn.signature import SignedSource, item_signatures
 from recsys_ray.scoring.choices import PERIODS, choices_file, count_choices
 from recsys_ray.scoring.memory import Memory, memory_file
-from recsys_ray.scoring.ridge import count_users, read_edges, solve
+from recsys_ray.scoring.ridge import count_users, solve
 from recsys_ray.storage.artifacts import load_arrays
 from recsys_ray.two_tower.batches import ArrayFeatures
 from recsys_ray.two_tower.stage import load_catalogue
@@ -181,8 +182,10 @@ class EdgeFile:
     """One snapshot's edge file as the HGNN's graph: all neighbours of a node, none drawn."""
 
     def __init__(self, path: Path, ntype: np.ndarray, text: np.ndarray) -> None:
-        src, dst = (column.to_numpy() for column in pq.read_table(path, columns=["src", "dst"]).columns)
+        src, dst, _, weight = read_edges(path)
         self._src = torch.from_numpy(src.astype(np.int64))  # the file is sorted by dst
+        counted = pairs.message_weights(src, dst, weight, pairs.strengths(dst, weight, len(ntype)))
+        self._weight = torch.from_numpy(counted)
         self._begin = torch.from_numpy(np.searchsorted(dst, np.arange(len(ntype) + 1)))
         self._ntype, self._text = torch.from_numpy(ntype.astype(np.int64)), text
 
@@ -191,16 +194,17 @@ class EdgeFile:
 
     def sample(
         self, gids: torch.Tensor, snapshot: int, fanout: int, generator: torch.Generator | None = None
-    ) -> Mapping[tuple[int, int], tuple[torch.Tensor, torch.Tensor]]:
+    ) -> Mapping[tuple[int, int], WeightedEdges]:
         count = self._begin[gids + 1] - self._begin[gids]
         place = torch.repeat_interleave(torch.arange(len(gids)), count)
         within = torch.arange(len(place)) - torch.repeat_interleave(torch.cumsum(count, 0) - count, count)
-        source = self._src[self._begin[gids][place] + within]
+        edge = self._begin[gids][place] + within
+        source, weight = self._src[edge], self._weight[edge]
         kinds = torch.stack([self._ntype[source], self._ntype[gids][place]], 1)
         found = {}
         for relation in torch.unique(kinds, dim=0):
             mine = (kinds == relation).all(1)
-            found[int(relation[0]), int(relation[1])] = (place[mine], source[mine])
+            found[int(relation[0]), int(relation[1])] = place[mine], source[mine], weight[mine]
         return found
 
 

@@ -11,11 +11,12 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from jaxtyping import Float, Int
 
 from recsys_ray.cluster.pool import in_parallel
 from recsys_ray.config import Config
@@ -29,6 +30,15 @@ from recsys_ray.storage.artifacts import SCRATCH, json_or_none, write_json, writ
 _COUNTED = pa.schema([(name, pa.int64() if name == "weight" else pa.int32()) for name in pairs.COLUMNS])
 _EDGES = pa.schema([*((name, pa.int32()) for name in ("src", "dst", "support")), ("weight", pa.float32())])
 _ROWS = 1_000_000  # edges that are read at a time
+
+
+class Edges(NamedTuple):
+    """Of a snapshot; sorted by dst, src."""
+
+    src: Int[np.ndarray, "n"]
+    dst: Int[np.ndarray, "n"]
+    support: Int[np.ndarray, "n"]  # users
+    weight: Float[np.ndarray, "n"]
 
 
 def build_edges(
@@ -67,6 +77,11 @@ def build_edges(
         _reduce(config, todo, ntype, len(bounds), scratch, out, progress, allowed)
         shutil.rmtree(scratch, ignore_errors=True)
     return {s.name: _relation_counts(out / f"{s.name}.parquet", ntype, num_types) for s in snapshots}
+
+
+def read_edges(path: Path) -> Edges:
+    """A file of :func:`build_edges`."""
+    return Edges(*(column.to_numpy() for column in pq.read_table(path, columns=list(Edges._fields)).columns))
 
 
 def _count(

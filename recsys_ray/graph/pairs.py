@@ -6,6 +6,7 @@ A pair counts less the further apart its items are in the user's history, and ha
                                                     half of that                                    where b came first
 
 so that items chosen soon after a rank before items that the same users chose at other times (ours, not the papers').
+:func:`message_weights` makes of these weights what the HGNN's messages count.
 
 A pair of one user is one integer with a < b, ``(a * items + b) << bits | recency | order | places``: one sort of
 integers gives the number of users that share it, its weight in both directions and the latest time at which it was
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float, Float32, Int
 
 from recsys_ray.core.errors import ConfigError
 from recsys_ray.core.offsets import begins
@@ -288,6 +290,24 @@ def _best_first(edges: Counted, group: np.ndarray, seed: int) -> np.ndarray:
         return np.lexsort((tie, recency, weight, group))
     key = (group << bits[1]) | weight  # all in one integer: one sort instead of four
     return np.argsort((((key << bits[2]) | recency) << 16) | tie, kind="stable")
+
+
+def strengths(dst: Int[np.ndarray, "n"], weight: Float[np.ndarray, "n"], items: int) -> Float32[np.ndarray, "items"]:
+    """Sum of the weights of the edges that end in each item."""
+    return np.bincount(dst, weight, minlength=items).astype(np.float32)
+
+
+def message_weights(
+    src: Int[np.ndarray, "n"],
+    dst: Int[np.ndarray, "n"],
+    weight: Float[np.ndarray, "n"],
+    strength: Float32[np.ndarray, "items"],
+) -> Float32[np.ndarray, "n"]:
+    """What a message over each edge counts: w_ij / sqrt(d_i d_j), the symmetric normalisation of Kipf and Welling
+    (ICLR 2017), with the sums of weights d_i (:func:`strengths`). Otherwise items that are neighbours of many would
+    drown the rest."""
+    both = strength[src] * strength[dst]
+    return (weight / np.sqrt(np.where(both > 0, both, 1))).astype(np.float32)
 
 
 def edge_hash(src: np.ndarray, dst: np.ndarray, seed: int) -> np.ndarray:

@@ -105,10 +105,21 @@ def _folds(config: GraphConfig, valid: int, seed: int) -> list[_Cut]:
 
 
 def training_snapshot(snapshots: Sequence[Snapshot]) -> Snapshot:
-    """Whose edges the HGNN learns to predict: the last cut's; where cuts leave users out, those of ``valid``, which has
-    all training events."""
-    last = max((s for s in snapshots if s.name.startswith("cut")), key=lambda s: s.index)
+    """The graph whose edges the HGNN learns to predict: the last cut's; where cuts leave users out, that of ``valid``,
+    which has all training events."""
+    last = _cuts(snapshots)[-1]
     return last if last.without is None else next(s for s in snapshots if s.name == "valid")
+
+
+def earlier_snapshot(snapshots: Sequence[Snapshot]) -> Snapshot:
+    """A graph that lacks some of the edges of the :func:`training_snapshot`: that of the cut before; where cuts leave
+    users out, the first one's; where there is one cut only, the same graph."""
+    cuts = _cuts(snapshots)
+    return cuts[0] if cuts[-1].without is not None else cuts[-2:][0]
+
+
+def _cuts(snapshots: Sequence[Snapshot]) -> list[Snapshot]:
+    return sorted((s for s in snapshots if s.name.startswith("cut")), key=lambda s: s.index)
 
 
 def snapshots_of(counts: Mapping[str, Any]) -> list[Snapshot]:

@@ -25,7 +25,8 @@ class Block:
     src: Int64[Tensor, "S"]
     dst: Int64[Tensor, "D"]
     dst_in_src: Int64[Tensor, "D"]  # position of each dst node in src
-    edges: dict[Relation, tuple[Int64[Tensor, "_"], Int64[Tensor, "_"]]]  # positions in src, positions in dst
+    edges: dict[Relation, tuple[Int64[Tensor, "_"], Int64[Tensor, "_"], Float[Tensor, "_"]]]
+    """Positions in src, positions in dst, and what a message counts."""
 
 
 class ItemTypes:

@@ -7,6 +7,8 @@ dimension, O output dimension.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -49,7 +51,7 @@ class SageLayer(nn.Module):
         i, j = relation
         name = ("same" if i == j else "other") if self.shared else f"{i}_{j}"
         message = F.relu(self.relation[name](h_SD[src]))
-        src_pos, dst_pos = block.edges[relation]
+        src_pos, dst_pos, _ = block.edges[relation]
         sent, receiver = message[src_pos - src.start], dst_pos - dst.start
         received = message.new_zeros(dst.stop - dst.start, message.shape[1])
         if self.aggregator == "max":  # no message is below 0
@@ -87,6 +89,10 @@ class GraphSage(nn.Module):
             ]
         )
         start_as_average(self)
+
+    def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """The optimiser's."""
+        return [{"params": list(self.parameters()), "lr": learning_rate}]
 
     def forward(self, text_ST: Float[Tensor, "S T"], blocks: list[Block]) -> Float[Tensor, "D O"]:
         """Embeddings of the last block's dst nodes; ``text_ST`` belongs to the first block's src nodes."""

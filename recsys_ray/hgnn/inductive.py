@@ -21,7 +21,7 @@ from recsys_ray.core.errors import ArtifactError
 from recsys_ray.hgnn.blocks import ItemTypes, Relation
 from recsys_ray.hgnn.encoder import Hgnn, make_hgnn
 from recsys_ray.hgnn.inference import LocalStore, embed_items
-from recsys_ray.hgnn.sampler import Edges
+from recsys_ray.hgnn.sampler import WeightedEdges
 from recsys_ray.hgnn.signature import SignedSource, item_signatures
 
 
@@ -36,30 +36,33 @@ class Surroundings:
     wanted: Int64[Tensor, "W"]  # rows, each once
     src: Int64[Tensor, "E"]  # rows; src sends to dst
     dst: Int64[Tensor, "E"]  # rows among ``wanted``
+    weight: Float[Tensor, "E"]  # what a message counts (recsys_ray.graph.pairs.message_weights)
 
 
 class EdgeList:
     """A small graph in memory, with all of a node's in-edges. Fulfils ``TextSource`` for whole neighbourhoods."""
 
-    def __init__(self, src: Tensor, dst: Tensor, types: ItemTypes, text: Float[Tensor, "N T"]) -> None:
-        self._text, self._edges = text, dict[Relation, Edges]()
+    def __init__(self, src: Tensor, dst: Tensor, weight: Tensor, types: ItemTypes, text: Float[Tensor, "N T"]) -> None:
+        self._text, self._edges = text, dict[Relation, WeightedEdges]()
         kinds = types.of(src) * types.count + types.of(dst)
         for kind in torch.unique(kinds).tolist():
             chosen = torch.nonzero(kinds == kind).squeeze(1)
             order = torch.argsort(dst[chosen], stable=True)
-            self._edges[divmod(kind, types.count)] = src[chosen][order], dst[chosen][order]
+            chosen = chosen[order]
+            self._edges[divmod(kind, types.count)] = src[chosen], dst[chosen], weight[chosen]
 
     def sample(
         self, gids: Int64[Tensor, "N"], snapshot: int, fanout: int, generator: torch.Generator | None = None
-    ) -> Mapping[Relation, Edges]:
-        """In-edges of ascending ``gids``: position of the receiver, neighbour."""
+    ) -> Mapping[Relation, WeightedEdges]:
+        """In-edges of ascending ``gids``: position of the receiver, neighbour, weight."""
         assert fanout < 0, "whole neighbourhoods only"
         found = {}
-        for relation, (src, dst) in self._edges.items():
+        for relation, (src, dst, weight) in self._edges.items():
             begin, end = torch.searchsorted(dst, gids), torch.searchsorted(dst, gids, right=True)
             position = torch.repeat_interleave(torch.arange(len(gids)), end - begin)
             first = torch.cumsum(end - begin, 0) - (end - begin)
-            found[relation] = position, src[torch.arange(len(position)) + (begin - first)[position]]
+            edge = torch.arange(len(position)) + (begin - first)[position]
+            found[relation] = position, src[edge], weight[edge]
         return found
 
     def features(self, name: str, gids: Int64[Tensor, "N"]) -> Float[Tensor, "N T"]:
@@ -80,7 +83,7 @@ def embed_inductively(
     starts = torch.searchsorted(items.ntype[order], torch.arange(num_types + 1))
     types = ItemTypes(starts)
     model = load_hgnn(weights, config, items.text.shape[1], types)
-    edges = EdgeList(place[items.src], place[items.dst], types, items.text[order])
+    edges = EdgeList(place[items.src], place[items.dst], items.weight, types, items.text[order])
     packed = torch.from_numpy(item_signatures([items.ids[i] for i in order.tolist()], config.signature_dim).copy())
     source = SignedSource(edges, packed, config.signature_dim)
     store = LocalStore(len(order), config.state_dim)

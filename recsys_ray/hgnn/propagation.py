@@ -4,26 +4,29 @@ Two look-alikes cannot be told apart by their texts, and a sum over sampled neig
 of the graph has a channel of its own, which is linear up to its norms, like SIGN (Rossi et al., Scalable Inception
 Graph Neural Networks, 2020): every item sends its signature (recsys_ray/hgnn/signature.py), and
 
-    h1_i^r = sum over neighbours j of relation r of sign_j                     h1_i = unit(h1_i^same + h1_i^other)
-    h2_i^r = sum over neighbours j of relation r of h1_j
+    h1_i^r = sum over neighbours j of relation r of w_ij sign_j                h1_i = unit(h1_i^same + h1_i^other)
+    h2_i^r = sum over neighbours j of relation r of w_ij h1_j
     s_i    = unit(mix * unit(sum over r of W1_r h1_i^r) + unit(sum over r of W2_r h2_i^r))
+    s_i    = unit(W_p text_i + b_p)                                            without edges
     z_i    = unit([unit(W_t text_i), gain * s_i])
 
+The weights w_ij (:func:`recsys_ray.graph.pairs.message_weights`) keep popular neighbours from drowning the others.
 Relations are those within an item type and those between two types, so a type that comes later has its weights already.
-h1_j has unit norm, so popular neighbours do not drown the others. An item without edges has no structure and is
-embedded from its text alone.
+For an item without edges the text predicts the structure, learned from items that are isolated in training
+(``HgnnConfig.isolated``): what its text tells about taste counts, and both channels always have the same norms.
 
 The sums do not depend on the weights. In training they are made once (:func:`write_sums`), and each pair of a batch is
 taken out of them where it counts (:class:`recsys_ray.hgnn.training.WholeNeighbourhoods`).
 
 Shape suffixes: N nodes, S source nodes of a block, D destination nodes of a block, T text dimension, G signs, O output
-dimension, H = 2 O: the state that an item keeps and sends after the first layer.
+dimension, H = 5 O / 2: the state that an item keeps and sends after the first layer.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -57,34 +60,48 @@ class PropagationEncoder(nn.Module):
         nn.init.orthogonal_(self.text.weight)
         self.one = _alike(config.signature_dim, self.structure_dim)
         self.two = _alike(config.signature_dim, self.structure_dim)
+        self.predicted = nn.Linear(text_dim, self.structure_dim)
         self.log_mix, self.log_gain = nn.Parameter(torch.tensor(math.log(0.5))), nn.Parameter(torch.tensor(0.0))
+
+    def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """The optimiser's. The projections start as a good embedding, which large steps would destroy; how much each
+        part counts, and what a text predicts, has yet to be found."""
+        counts = [self.log_mix, self.log_gain]
+        maps = [*self.text.parameters(), *self.one.parameters(), *self.two.parameters()]
+        return [
+            {"params": maps, "lr": learning_rate},
+            {"params": list(self.predicted.parameters()), "lr": 10 * learning_rate},
+            {"params": counts, "lr": 100 * learning_rate},
+        ]
 
     def forward(self, text_NT: Float[Tensor, "N T"], sums_N4G: Float[Tensor, "N 4 G"]) -> Float[Tensor, "N O"]:
         """Embeddings from texts and from what :func:`write_sums` made."""
         h1_same, h1_other, h2_same, h2_other = sums_N4G.unbind(1)
         near = self.one["same"](h1_same) + self.one["other"](h1_other)
         far = self.two["same"](h2_same) + self.two["other"](h2_other)
-        return self._join(self.text(text_NT), near, far)
+        return self._join(self.text(text_NT), self.predicted(text_NT), near, far)
 
     def first(self, source: ItemSource, block: Block) -> Float[Tensor, "D H"]:
-        """The state after the first layer: the text's channel, what the neighbours' signatures make of the structure's,
-        and what the item itself sends over both kinds of relations."""
+        """The state after the first layer: the text's channel, the structure that the text predicts, what the
+        neighbours' signatures make of it, and what the item itself sends over both kinds of relations."""
         h1_same, h1_other = sums_over(source.signs(block.src), block, self.types)
         h1 = unit(h1_same + h1_other)
         near = self.one["same"](h1_same) + self.one["other"](h1_other)
-        text = self.text(source.features("text", block.dst))
-        return torch.cat([text, near, self.two["same"](h1), self.two["other"](h1)], 1)
+        text = source.features("text", block.dst)
+        sent = self.two["same"](h1), self.two["other"](h1)
+        return torch.cat([self.text(text), self.predicted(text), near, *sent], 1)
 
     def second(self, state_SH: Float[Tensor, "S H"], block: Block) -> Float[Tensor, "D O"]:
         """Unit-norm embeddings."""
         wide, thin = self.text.out_features, self.structure_dim
-        text, near, to_same, to_other = state_SH.split([wide, thin, thin, thin], 1)
+        text, predicted, near, to_same, to_other = state_SH.split([wide, thin, thin, thin, thin], 1)
         far = sums_over(to_same, block, self.types)[0] + sums_over(to_other, block, self.types)[1]
         own = block.dst_in_src
-        return self._join(text[own], near[own], far)
+        return self._join(text[own], predicted[own], near[own], far)
 
-    def _join(self, text: Tensor, near: Tensor, far: Tensor) -> Tensor:
+    def _join(self, text: Tensor, predicted: Tensor, near: Tensor, far: Tensor) -> Tensor:
         structure = unit(self.log_mix.exp() * unit(near) + unit(far))
+        structure = torch.where(structure.any(1, keepdim=True), structure, unit(predicted))
         return F.normalize(torch.cat([unit(text), self.log_gain.exp() * structure], 1), dim=-1)
 
 
@@ -99,10 +116,10 @@ def _alike(in_dim: int, out_dim: int) -> nn.ModuleDict:
 def sums_over(
     values_Sd: Float[Tensor, "S d"], block: Block, types: ItemTypes
 ) -> tuple[Float[Tensor, "D d"], Float[Tensor, "D d"]]:
-    """Sums over the neighbours of an item's own type, and over those of other types."""
+    """Weighted sums over the neighbours of an item's own type, and over those of other types."""
     same, other = (values_Sd.new_zeros(len(block.dst), values_Sd.shape[1]) for _ in KINSHIPS)
-    for (i, j), (src, dst) in block.edges.items():
-        (same if i == j else other).index_add_(0, dst, values_Sd[src])
+    for (i, j), (src, dst, weight) in block.edges.items():
+        (same if i == j else other).index_add_(0, dst, weight[:, None] * values_Sd[src])
     return same, other
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from recsys_ray.hgnn.blocks import Block, Relation
 
 Edges = tuple[Int64[Tensor, "_"], Int64[Tensor, "_"]]  # src gids, dst gids; as many
+WeightedEdges = tuple[Int64[Tensor, "_"], Int64[Tensor, "_"], Float[Tensor, "_"]]  # and what their messages count
 _MIX = (0x9E3779B97F4A7C15 - (1 << 64), 0xBF58476D1CE4E5B9 - (1 << 64))  # odd 64-bit constants, as signed
 
 
@@ -27,9 +28,9 @@ class NeighborSource(Protocol):
 
     def sample(
         self, gids: Int64[Tensor, "N"], snapshot: int, fanout: int, generator: torch.Generator | None = None
-    ) -> Mapping[Relation, tuple[Int64[Tensor, "_"], Int64[Tensor, "_"]]]:
-        """Per relation: position in ``gids`` of the receiving node, gid of the neighbour. At most ``fanout`` a node
-        and relation; -1: all."""
+    ) -> Mapping[Relation, tuple[Int64[Tensor, "_"], Int64[Tensor, "_"], Float[Tensor, "_"]]]:
+        """Per relation: position in ``gids`` of the receiving node, gid of the neighbour, what its message counts
+        (:func:`recsys_ray.graph.pairs.message_weights`). At most ``fanout`` a node and relation; -1: all."""
         ...
 
 
@@ -129,13 +130,13 @@ def build_blocks(
     blocks: list[Block] = []
     for fanout in fanouts:
         edges = {}
-        for relation, (dst_pos, src_gid) in source.sample(seeds, snapshot, fanout, generator).items():
+        for relation, (dst_pos, src_gid, weight) in source.sample(seeds, snapshot, fanout, generator).items():
             if drop is not None and len(src_gid):
                 keep = ~drop(src_gid, seeds[dst_pos])
-                dst_pos, src_gid = dst_pos[keep], src_gid[keep]
-            edges[relation] = (dst_pos, src_gid)
-        nodes = torch.unique(torch.cat([seeds, *(src for _, src in edges.values())]))
-        placed = {r: (torch.searchsorted(nodes, src), dst_pos) for r, (dst_pos, src) in edges.items()}
+                dst_pos, src_gid, weight = dst_pos[keep], src_gid[keep], weight[keep]
+            edges[relation] = dst_pos, src_gid, weight
+        nodes = torch.unique(torch.cat([seeds, *(src for _, src, _ in edges.values())]))
+        placed = {r: (torch.searchsorted(nodes, src), dst_pos, w) for r, (dst_pos, src, w) in edges.items()}
         blocks.append(Block(nodes, seeds, torch.searchsorted(nodes, seeds), placed))
         seeds = nodes
     return blocks[::-1]

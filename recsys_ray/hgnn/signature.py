@@ -15,7 +15,7 @@ from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
 from recsys_ray.hgnn.blocks import Relation
-from recsys_ray.hgnn.sampler import Edges, TextSource
+from recsys_ray.hgnn.sampler import TextSource, WeightedEdges
 
 _WORD = 64  # signs in an int64
 
@@ -45,7 +45,7 @@ class SignedSource:
 
     def sample(
         self, gids: Int64[Tensor, "N"], snapshot: int, fanout: int, generator: torch.Generator | None = None
-    ) -> Mapping[Relation, Edges]:
+    ) -> Mapping[Relation, WeightedEdges]:
         return self._source.sample(gids, snapshot, fanout, generator)
 
     def features(self, name: str, gids: Int64[Tensor, "N"]) -> Float[Tensor, "N T"]:

@@ -22,7 +22,9 @@ from recsys_ray.core.seeds import seed_from
 from recsys_ray.data.tables import Tables
 from recsys_ray.graph.dgl.client import GraphClient, partition_client
 from recsys_ray.graph.dgl.store import PartitionStore
-from recsys_ray.graph.snapshots import Snapshot, snapshots_of, training_snapshot
+from recsys_ray.graph.edges import read_edges
+from recsys_ray.graph.pairs import strengths
+from recsys_ray.graph.snapshots import Snapshot, earlier_snapshot, snapshots_of, training_snapshot
 from recsys_ray.hgnn.blocks import ItemTypes, LayerStore
 from recsys_ray.hgnn.encoder import Hgnn, make_hgnn
 from recsys_ray.hgnn.inference import LocalStore, embed_items
@@ -32,6 +34,7 @@ from recsys_ray.hgnn.training import (
     neighbourhoods_of,
     plan_edges,
     train_epochs,
+    unknown_edges,
 )
 from recsys_ray.storage.artifacts import SCRATCH, Artifact, save_arrays, write_json
 
@@ -155,19 +158,20 @@ class _Run:
         import ray.train.torch
 
         spec, config, model, worker = self.spec, self.spec.config, self.model, self.worker
-        snapshot = training_snapshot(spec.snapshots).index
-        inside = self.client.edges(snapshot)
+        asked = training_snapshot(spec.snapshots).index
+        known = earlier_snapshot(spec.snapshots).index if config.encoder == "propagation" else asked
+        inside = self.client.edges(known)
         edges = {
             relation: (src[self.place :: self.sharing], dst[self.place :: self.sharing])
-            for relation, (src, dst) in inside.items()
+            for relation, (src, dst) in unknown_edges(inside, self.client.edges(asked), spec.starts[-1]).items()
         }
         task = plan_edges(edges, config, spec.starts[-1], model.types.count, spec.seed, worker.world)
         network: nn.Module = model
         if worker.world > 1:  # a batch need not hold every relation
             network = ray.train.torch.prepare_model(model, parallel_strategy_kwargs={"find_unused_parameters": True})
-        optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
-        around = neighbourhoods_of(model, self.source, config, snapshot, spec.seed, self._own(), inside, self._shared)
-        trainer = EdgeTrainer(model, network, self.source, around, model.types, config, snapshot, spec.seed)
+        optimizer = torch.optim.Adam(model.parameter_groups(config.rate))
+        around = neighbourhoods_of(model, self.source, config, known, spec.seed, self._own(), inside, self._shared)
+        trainer = EdgeTrainer(model, network, self.source, around, model.types, config, known, spec.seed)
         checkpoints = Checkpoints(worker, spec.out / SCRATCH / "hgnn", model, model, optimizer)
 
         def on_step(epoch: int, step: int, loss: float) -> None:
@@ -202,4 +206,6 @@ class _Run:
         arrays = {"gid": own.numpy(), "embedding": embedding.numpy()}
         if name == "serve":  # what the bundle's items send to items that are new (hgnn/inductive.py)
             arrays["hidden"] = self.store.read(own).half().numpy()
+            _, dst, _, weight = read_edges(self.spec.graph / "edges" / f"{name}.parquet")
+            arrays["strength"] = strengths(dst, weight, self.spec.starts[-1])[own.numpy()]
         save_arrays(target, arrays)

@@ -22,6 +22,7 @@ from recsys_ray.hgnn.sampler import (
     ItemSource,
     NeighborSource,
     TextSource,
+    WeightedEdges,
     among,
     build_blocks,
     by_unordered_relation,
@@ -81,6 +82,28 @@ def plan_edges(
     return EdgeTask(train, held, shares, steps, log_q, sizes)
 
 
+def unknown_edges(
+    known: Mapping[Relation, WeightedEdges], asked: Mapping[Relation, WeightedEdges], num_items: int
+) -> dict[Relation, Edges]:
+    """This rank's edges of the graph ``asked`` that an earlier one, ``known``, does not have; where all ranks together
+    find none, all of ``asked``.
+
+    To predict an edge from a graph that lacks just this edge is easier than what is asked of an embedding: what a user
+    did links all items of the user, and the other links still tell. A model that learns from such edges comes to think
+    too much of structure, and too little of text.
+    """
+    nothing = torch.empty(0, dtype=torch.int64)
+    found: dict[Relation, Edges] = {}
+    for relation, (src, dst, _) in asked.items():
+        old_src, old_dst, _ = known.get(relation, (nothing, nothing, nothing))
+        fresh = ~among(dst * num_items + src, (old_dst * num_items + old_src).sort().values)
+        found[relation] = src[fresh], dst[fresh]
+    count = torch.tensor([sum(len(src) for src, _ in found.values())], dtype=torch.float64)
+    if sum_over_ranks(count) == 0:
+        return {relation: (src, dst) for relation, (src, dst, _) in asked.items()}
+    return found
+
+
 @runtime_checkable
 class Neighbourhoods(Protocol):
     """What an encoder sees of the items of a batch: the inputs of its ``forward``, without the edges of the batch."""
@@ -122,33 +145,42 @@ class WholeNeighbourhoods:
 
     Args:
         sums: width 4 G, of the training snapshot without its validation edges.
-        edges: those of the snapshot that end in this rank's partition.
+        edges: those of the snapshot that end in this rank's partition, with their messages' weights.
     """
 
     def __init__(
         self, source: ItemSource, types: ItemTypes, config: HgnnConfig, snapshot: int, seed: int, sums: LayerStore,
-        edges: Mapping[Relation, Edges],
+        edges: Mapping[Relation, WeightedEdges],
     ) -> None:  # fmt: skip
         self.source, self.types, self.sums, self.dim = source, types, sums, config.signature_dim
         self.num_items = int(types.starts[-1])
         nothing = torch.empty(0, dtype=torch.int64)
-        src = torch.cat([nothing, *(src for src, _ in edges.values())])
-        dst = torch.cat([nothing, *(dst for _, dst in edges.values())])
+        src = torch.cat([nothing, *(src for src, _, _ in edges.values())])
+        dst = torch.cat([nothing, *(dst for _, dst, _ in edges.values())])
+        weight = torch.cat([torch.empty(0), *(weight for _, _, weight in edges.values())])
         kept = ~held_out(pair_keys(src, dst, self.num_items), config.valid_share, seed)
-        src, dst = src[kept], dst[kept]
-        here = torch.unique(dst * self.num_items + src)
-        self._sent = torch.unique(torch.cat([here, self._back(src, dst, here, snapshot)]))
+        src, dst, weight = src[kept], dst[kept], weight[kept]
+        here = dst * self.num_items + src
+        keys, weights = zip((here, weight), *self._back(src, dst, here.sort().values, snapshot), strict=True)
+        self._sent, order = torch.sort(torch.cat(keys))  # each once: an edge ends in one partition
+        self._weight = torch.cat(weights)[order]
 
-    def _back(self, src: Tensor, dst: Tensor, here: Tensor, snapshot: int) -> Tensor:
-        """Keys of edges in the other direction that end in other partitions: the cap of neighbours may keep one
-        direction alone."""
+    def _back(self, src: Tensor, dst: Tensor, here: Tensor, snapshot: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys and weights of edges in the other direction that end in other partitions: the cap of neighbours may keep
+        one direction alone."""
         elsewhere = src[~torch.isin(src, dst)].unique()
-        found = [here[:0]]
         for nodes in elsewhere.split(_NODES_AT_ONCE):
-            for position, neighbours in self.source.sample(nodes, snapshot, -1).values():
-                back = nodes[position] * self.num_items + neighbours
-                found.append(back[among(neighbours * self.num_items + nodes[position], here)])
-        return torch.cat(found)
+            for position, neighbours, weight in self.source.sample(nodes, snapshot, -1).values():
+                chosen = among(neighbours * self.num_items + nodes[position], here)
+                yield (nodes[position] * self.num_items + neighbours)[chosen], weight[chosen]
+
+    def _weight_of(self, src: Tensor, dst: Tensor) -> Float[Tensor, "N 1"]:
+        """What each ``dst`` received from ``src`` counted; 0 where there is no edge."""
+        keys = dst * self.num_items + src
+        if not len(self._sent):
+            return torch.zeros(len(keys), 1)
+        place = torch.searchsorted(self._sent, keys).clamp(max=len(self._sent) - 1)
+        return torch.where(self._sent[place] == keys, self._weight[place], 0.0)[:, None]
 
     def inputs(
         self, own: Tensor, partner: Tensor, isolated: Tensor, generator: torch.Generator
@@ -157,7 +189,7 @@ class WholeNeighbourhoods:
         table = self.sums.read(nodes).view(len(nodes), 4, self.dim)
         mine, other = place.split(len(own))
         sums, rows = table[mine], torch.arange(len(own))
-        sent = among(own * self.num_items + partner, self._sent).float()[:, None]
+        sent = self._weight_of(partner, own)
         layer = (self.types.of(own) != self.types.of(partner)).long()  # which sum of a layer has the partner in it
         sums[rows, layer] -= sent * self.source.signs(partner)
         sums[rows, 2 + layer] -= sent * unit(table[other, 0] + table[other, 1])
@@ -167,7 +199,7 @@ class WholeNeighbourhoods:
 
 def neighbourhoods_of(
     model: Hgnn, source: ItemSource, config: HgnnConfig, snapshot: int, seed: int, own: Int64[Tensor, "N"],
-    edges: Mapping[Relation, Edges], shared: Callable[[int, str], LayerStore],
+    edges: Mapping[Relation, WeightedEdges], shared: Callable[[int, str], LayerStore],
 ) -> Neighbourhoods:  # fmt: skip
     """What the model's training sees of the graph; all ranks call this at once.
 
@@ -222,7 +254,7 @@ class EdgeTrainer:
         nodes, place = torch.unique(anchors, return_inverse=True)
         order = torch.argsort(negatives)
         table = torch.zeros(len(nodes), len(negatives), dtype=torch.bool)
-        for dst_pos, src in self.source.sample(nodes, self.snapshot, -1, None).values():
+        for dst_pos, src, _ in self.source.sample(nodes, self.snapshot, -1, None).values():
             for shift in (0, 1):  # a negative can be drawn twice; a third time changes nothing worth a loop
                 at = (torch.searchsorted(negatives[order], src) + shift).clamp(max=len(order) - 1)
                 hit = negatives[order[at]] == src

@@ -18,30 +18,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 
 from recsys_ray.cluster.pool import in_parallel
 from recsys_ray.core.offsets import spread
 from recsys_ray.core.progress import Progress
 from recsys_ray.data.tables import Events
+from recsys_ray.graph.edges import Edges, read_edges
 from recsys_ray.graph.pairs import Window, latest_items
 from recsys_ray.graph.snapshots import Snapshot
 from recsys_ray.scoring.memory import RIDGES, Memory, memory_file
 
 _RANGES = 8  # of items, whose systems are solved by one task each
-
-
-class Edges(NamedTuple):
-    """Of a snapshot; sorted by dst."""
-
-    src: Int[np.ndarray, "n"]
-    dst: Int[np.ndarray, "n"]
-    support: Int[np.ndarray, "n"]  # users
-    weight: Float[np.ndarray, "n"]
 
 
 def fit_memories(
@@ -75,10 +65,6 @@ def _ranges(dst: Int[np.ndarray, "n"]) -> list[tuple[int, int]]:
     bounds = [len(dst) * k // _RANGES for k in range(_RANGES)]
     bounds = [int(np.searchsorted(dst, dst[bound])) if len(dst) else 0 for bound in bounds]
     return list(zip(bounds, [*bounds[1:], len(dst)], strict=True))
-
-
-def read_edges(path: Path) -> Edges:
-    return Edges(*(column.to_numpy() for column in pq.read_table(path, columns=list(Edges._fields)).columns))
 
 
 def count_users(

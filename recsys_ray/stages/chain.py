@@ -81,7 +81,7 @@ GRAPH = Stage(
     inputs=("ingest", "featurize"),
     settings=_graph_settings,
     run=_graph,
-    version=1,
+    version=2,  # partitions hold the messages' weights
 )
 
 # -- 4: train the HGNN, or take trained weights, and embed every item on every snapshot ------------------------------
@@ -110,7 +110,7 @@ HGNN = Stage(
     inputs=("ingest", "featurize", "graph"),
     settings=_hgnn_settings,
     run=_hgnn,
-    version=2,  # structure in a channel of its own
+    version=3,  # weighted sums; the text predicts what the structure of items without edges lacks
 )
 
 # -- 5: train the two-tower, and the one without HGNN as a baseline --------------------------------------------------

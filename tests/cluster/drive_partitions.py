@@ -32,23 +32,24 @@ def look(address: str, graph: Path, featurize: Path, snapshots: list[dict[str, A
     for s in snapshots:
         truth = true_edges(graph, s["name"])
         sampled = client.sample(gids, s["index"], -1)
-        found = sorted(
-            (src, int(gids[position]))
+        found = {
+            (src, int(gids[position])): weight
             for n in sampled.values()
-            for src, position in zip(n.src_gid.tolist(), n.dst_pos.tolist(), strict=True)
-        )
-        seen["neighbours"].append(found == sorted(truth))
+            for position, src, weight in zip(*(column.tolist() for column in n), strict=True)
+        }
+        seen["neighbours"].append(found.keys() == truth.keys())
+        seen["neighbours"].append(all(abs(found[edge] - truth[edge]) < 1e-6 for edge in truth))
         few = client.sample(gids, s["index"], 2, torch.Generator().manual_seed(1))
         again = client.sample(gids, s["index"], 2, torch.Generator().manual_seed(1))
         seen["neighbours"].append(all(torch.equal(few[r].src_gid, again[r].src_gid) for r in few))
         seen["neighbours"].append(
-            all((int(a), int(gids[b])) in truth for n in few.values() for b, a in zip(*n, strict=True))
+            all((int(a), int(gids[b])) in truth for n in few.values() for b, a, _ in zip(*n, strict=True))
         )
         seen["edges"].append(
             sorted(
                 e
-                for pair in client.edges(s["index"]).values()
-                for e in zip(*map(torch.Tensor.tolist, pair), strict=True)
+                for src, dst, _ in client.edges(s["index"]).values()
+                for e in zip(src.tolist(), dst.tolist(), strict=True)
             )
         )
     text = torch.from_numpy(load_arrays(featurize / "text.safetensors")["vector"]).float()

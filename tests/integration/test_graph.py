@@ -69,7 +69,7 @@ def with_client(graph: Path, function: Callable[[GraphClient], Any], features: d
 def test_edges_are_those_of_each_window(world: dict[str, Any]) -> None:
     for snapshot in world["counts"]["snapshots"]:
         expected = brute_force_edges(world["ingest"], snapshot["start"], snapshot["time"], world["config"])
-        assert true_edges(world["graph"], snapshot["name"]) == expected
+        assert true_edges(world["graph"], snapshot["name"]).keys() == expected
         assert sum(world["counts"]["edges"][snapshot["name"]].values()) == len(expected)
     assert count_partitions(world["graph"]) == world["counts"]["partitions"] == 1
 
@@ -143,17 +143,18 @@ def test_client_sees_exactly_the_graph(world: dict[str, Any]) -> None:
     assert torch.equal(seen["hgnn"], embedding[gids])
     for snapshot, sampled, edges in zip(snapshots, seen["all"], seen["edges"], strict=True):
         truth = true_edges(graph, snapshot["name"])
-        found = set()
-        for (i, j), (src, dst) in edges.items():
+        found: dict[tuple[int, int], float] = {}
+        for (i, j), (src, dst, weight) in edges.items():
             assert all(_type(g) == i for g in src.tolist())
             assert all(_type(g) == j for g in dst.tolist())
             pairs = list(zip(src.tolist(), dst.tolist(), strict=True))
             assert len(pairs) == len(set(pairs))
-            found |= set(pairs)
-        assert found == truth
+            found |= dict(zip(pairs, weight.tolist(), strict=True))
+        assert found == pytest.approx(truth, abs=1e-6)
         expected = sorted((s, n) for n, g in enumerate(gids.tolist()) for s, d in truth if d == g)
-        answer = [pair for n in sampled.values() for pair in zip(n.src_gid.tolist(), n.dst_pos.tolist(), strict=True)]
-        assert sorted(answer) == expected
+        answer = [e for n in sampled.values() for e in zip(*(column.tolist() for column in n), strict=True)]
+        assert sorted((src, place) for place, src, _ in answer) == expected
+        assert all(abs(weight - truth[src, int(gids[place])]) < 1e-6 for place, src, weight in answer)
     _check_draws(seen, true_edges(graph, snapshots[2]["name"]))
     assert all(len(n.src_gid) == 0 for n in seen["none"].values())
 
@@ -162,13 +163,15 @@ def _type(gid: int) -> int:
     return 0 if gid < 40 else 1 if gid < 65 else 2
 
 
-def _check_draws(seen: dict[str, Any], truth: set[tuple[int, int]]) -> None:
+def _check_draws(seen: dict[str, Any], truth: dict[tuple[int, int], float]) -> None:
     first, second = seen["drawn"]
     gids = seen["gids"].tolist()
     for relation, sampled in first.items():
         assert torch.equal(sampled.src_gid, second[relation].src_gid)
         assert torch.equal(sampled.dst_pos, sampled.dst_pos.sort().values)
         pairs = list(zip(sampled.src_gid.tolist(), sampled.dst_pos.tolist(), strict=True))
+        for src, place, weight in zip(*zip(*pairs, strict=True), sampled.weight.tolist(), strict=True):
+            assert abs(weight - truth[src, gids[place]]) < 1e-6
         assert len(pairs) == len(set(pairs))  # without replacement
         for position, gid in enumerate(gids):
             possible = [s for s, d in truth if d == gid and (_type(s), _type(d)) == relation]
@@ -192,7 +195,8 @@ def test_a_graph_with_hardly_anything_in_it(ray_local: None, tmp_path: Path, sna
 
     edges = []
     if snapshots:
-        pq.write_table(pa.table({"src": np.array([1], np.int32), "dst": np.array([2], np.int32)}), tmp_path / "e")
+        ends = {"src": np.array([1], np.int32), "dst": np.array([2], np.int32)}
+        pq.write_table(pa.table(ends | {"weight": np.array([3], np.float32)}), tmp_path / "e")
         edges = [(3, tmp_path / "e")]
     write_partitions(edges, np.zeros(4, np.int16), tmp_path / "text.safetensors", tmp_path, 1, 0)
     sampled, edge, text = with_client(
@@ -200,7 +204,8 @@ def test_a_graph_with_hardly_anything_in_it(ray_local: None, tmp_path: Path, sna
     )
     assert torch.equal(text, torch.eye(4))
     if snapshots:
-        assert {k: (v.dst_pos.tolist(), v.src_gid.tolist()) for k, v in sampled.items()} == {(0, 0): ([2], [1])}
+        (found,) = sampled.values()
+        assert [column.tolist() for column in found] == [[2], [1], [3.0]]  # nothing ends in 1: its strength is none
         assert edge[0, 0][0].tolist() == [1]
     else:
         assert sampled == edge == {}
@@ -223,18 +228,21 @@ def test_partitions_together_are_the_graph(world: dict[str, Any], tmp_path: Path
     config = tmp_path / "partitions" / "graph.json"
     table = NodeTable.load(tmp_path, json.loads(config.read_text()))
     assert sorted(torch.cat([table.gids_in(p) for p in range(parts)]).tolist()) == list(range(68))
-    found: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    found: dict[int, list[tuple[tuple[int, int], float]]] = defaultdict(list)
     for p in range(parts):
         graph, _, _, book, _, ntypes, _ = dgl.distributed.load_partition(str(config), p)
         assert ntypes == ["t0", "t1", "t2"]
         assert book.partid == p
         client = GraphClient.__new__(GraphClient)  # its edges() needs no server
-        client.table, client.part, client._local = table, p, LocalGraph(graph, table, p)
+        client.table, client.part, client._local = table, p, LocalGraph(graph, tmp_path, table, p)
         for s in snapshots:
-            for src, dst in client.edges(s["index"]).values():
-                found[s["index"]] += zip(src.tolist(), dst.tolist(), strict=True)
+            for src, dst, weight in client.edges(s["index"]).values():
+                pairs = zip(src.tolist(), dst.tolist(), strict=True)
+                found[s["index"]] += zip(pairs, weight.tolist(), strict=True)
     for s in snapshots:
-        assert sorted(found[s["index"]]) == sorted(true_edges(world["graph"], s["name"]))
+        truth = true_edges(world["graph"], s["name"])
+        assert len(found[s["index"]]) == len(truth)
+        assert dict(found[s["index"]]) == pytest.approx(truth, abs=1e-6)
 
 
 def test_a_killed_server_is_reported_and_leaves_nothing(world: dict[str, Any]) -> None:

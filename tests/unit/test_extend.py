@@ -312,10 +312,11 @@ def test_whole_neighbourhoods_are_those_of_the_toy_graph():
     src, dst = torch.randint(0, 12, (60,), generator=random), torch.randint(0, 12, (60,), generator=random)
     src, dst = torch.unique(torch.stack([src, dst]), dim=1)
     starts, text = torch.tensor([0, 5, 12]), torch.eye(12)
-    mine, theirs = EdgeList(src, dst, ItemTypes(starts), text), ToyGraph(src, dst, starts, text)
+    weight = torch.rand(len(src), generator=random)
+    mine, theirs = EdgeList(src, dst, weight, ItemTypes(starts), text), ToyGraph(src, dst, starts, text, weight)
     gids = torch.tensor([1, 4, 5, 6, 11])
     found, expected = mine.sample(gids, 0, -1), theirs.sample(gids, 0, -1)
     assert found.keys() == expected.keys()
-    for relation, (position, source) in found.items():
-        pairs = sorted(zip(position.tolist(), source.tolist(), strict=True))
-        assert pairs == sorted(zip(*(column.tolist() for column in expected[relation]), strict=True))
+    for relation, columns in found.items():
+        messages = sorted(zip(*(column.tolist() for column in columns), strict=True))
+        assert messages == sorted(zip(*(column.tolist() for column in expected[relation]), strict=True))

@@ -15,7 +15,7 @@ from recsys_ray.hgnn.loss import in_batch_softmax, max_margin
 from recsys_ray.hgnn.propagation import PropagationEncoder, write_sums
 from recsys_ray.hgnn.sampler import build_blocks
 from recsys_ray.hgnn.signature import SignedSource, item_signatures, signs
-from recsys_ray.hgnn.training import EdgeTrainer, neighbourhoods_of, plan_edges, train_epochs
+from recsys_ray.hgnn.training import EdgeTrainer, neighbourhoods_of, plan_edges, train_epochs, unknown_edges
 from recsys_ray.storage.checkpoint import load_checkpoint, save_checkpoint
 
 ITEMS, HALF = 40, 20
@@ -40,7 +40,7 @@ def signed(graph, config):
 def trainer_of(model, toy, config, seed=0):
     graph = signed(toy, config)
     around = neighbourhoods_of(
-        model, graph, config, 0, seed, torch.arange(ITEMS), toy.edges(), lambda dim, name: LocalStore(ITEMS, dim)
+        model, graph, config, 0, seed, torch.arange(ITEMS), toy.messages(), lambda dim, name: LocalStore(ITEMS, dim)
     )
     return EdgeTrainer(model, model, graph, around, model.types, config, 0, seed)
 
@@ -163,14 +163,15 @@ def test_a_pair_is_taken_out_of_both_its_sums():
     config = HgnnConfig(**PROPAGATION, valid_share=0.0)
     toy = ToyGraph(*both_ways([(0, 1), (0, 2), (1, 2), (2, 3), (3, 25)]), [0, HALF, ITEMS], planted_world().text)
     src, dst = torch.cat([toy.src, torch.tensor([30])]), torch.cat([toy.dst, torch.tensor([3])])
-    toy = ToyGraph(src, dst, [0, HALF, ITEMS], toy.text)  # 30 sends to 3, and 3 does not send to 30
+    weight = torch.tensor([0.5, 1, 2, 3, 1, 0.5, 1, 4, 3, 1, 1])
+    toy = ToyGraph(src, dst, [0, HALF, ITEMS], toy.text, weight)  # 30 sends to 3, and 3 does not send to 30
     model = make_hgnn(16, config, ItemTypes(torch.tensor([0, HALF, ITEMS])))
     around = trainer_of(model, toy, config).neighbourhoods
     own, partner = torch.tensor([2, 3, 25, 30, 3]), torch.tensor([3, 2, 3, 3, 30])
     (_, sums), _ = around.inputs(own, partner, torch.zeros(5, dtype=torch.bool), torch.Generator())
     sign = signed(toy, config).signs(torch.arange(ITEMS))
-    assert torch.allclose(sums[0, 0], sign[0] + sign[1], atol=1e-6)  # 2 without 3
-    assert torch.allclose(sums[0, 2], _h1(sign, 1) + _h1(sign, 0), atol=1e-6)
+    assert torch.allclose(sums[0, 0], sign[0] + 2 * sign[1], atol=1e-6)  # 2 without 3
+    assert torch.allclose(sums[0, 2], 2 * _h1(sign, 1) + _h1(sign, 0), atol=1e-6)
     assert torch.allclose(sums[1, 0], torch.zeros(64), atol=1e-6)  # 3 without 2: nothing of its own type
     assert torch.allclose(sums[1, 1], sign[25] + sign[30], atol=1e-6)
     assert torch.allclose(sums[2], torch.zeros(4, 64), atol=1e-6)  # 25 without 3: alone
@@ -180,8 +181,32 @@ def test_a_pair_is_taken_out_of_both_its_sums():
     assert not sums.any()
 
 
+def test_what_an_earlier_graph_has_is_not_asked():
+    one, edge = torch.ones(1), torch.tensor
+    known = {(0, 0): (edge([1, 2]), edge([2, 1]), torch.ones(2))}
+    asked = {(0, 0): (edge([3, 1, 2]), edge([1, 2, 3]), torch.ones(3)), (1, 0): (edge([8]), edge([1]), one)}
+    found = unknown_edges(known, asked, 10)
+    assert {r: [ends.tolist() for ends in edges] for r, edges in found.items()} == {
+        (0, 0): [[3, 2], [1, 3]],
+        (1, 0): [[8], [1]],
+    }
+    whole = unknown_edges(asked, asked, 10)
+    assert {r: [ends.tolist() for ends in edges] for r, edges in whole.items()} == {
+        r: [src.tolist(), dst.tolist()] for r, (src, dst, _) in asked.items()
+    }
+
+
+@pytest.mark.parametrize("encoder", [PROPAGATION, GRAPHSAGE])
+def test_every_parameter_learns(encoder):
+    model = make_hgnn(16, HgnnConfig(**encoder), ItemTypes(torch.tensor([0, HALF, ITEMS])))
+    groups = model.parameter_groups(0.1)
+    learning = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(learning) == sorted(map(id, model.parameters()))
+    assert all(group["lr"] >= 0.1 for group in groups)
+
+
 def _h1(sign, item):
-    sent = {0: sign[1] + sign[2], 1: sign[0] + sign[2]}[item]
+    sent = {0: 0.5 * sign[1] + sign[2], 1: 0.5 * sign[0] + 4 * sign[2]}[item]
     return torch.nn.functional.normalize(sent, dim=-1)
 
 
@@ -191,8 +216,9 @@ def test_an_item_without_edges_is_embedded_from_its_text_alone():
     config = HgnnConfig(**PROPAGATION)
     model = PropagationEncoder(16, config, types)
     z = embed_items(model, signed(graph, config), 0, torch.arange(3), LocalStore(3, config.state_dim))
-    assert torch.allclose(z[2, :8], torch.nn.functional.normalize(model.text(graph.text[2]), dim=-1), atol=1e-6)
-    assert not z[2, 8:].any() and z[0, 8:].any()
+    channels = [torch.nn.functional.normalize(made(graph.text[2]), dim=-1) for made in (model.text, model.predicted)]
+    assert torch.allclose(z[2], torch.cat(channels) / 2**0.5, atol=1e-6)
+    assert torch.allclose(z[0, 8:].norm(), z[2, 8:].norm())  # whether it has edges does not show in the norms
     config = HgnnConfig(**GRAPHSAGE)
     sage = GraphSage(16, config, types)
     z = embed_items(sage, signed(graph, config), 0, torch.arange(3), LocalStore(3, config.state_dim))

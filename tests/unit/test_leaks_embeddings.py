@@ -7,7 +7,6 @@ from dataclasses import asdict
 
 import numpy as np
 import polars as pl
-import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -22,8 +21,8 @@ from recsys_ray.core.progress import Progress
 from recsys_ray.data.tables import Events, Tables
 from recsys_ray.graph.activity import ACTIVITY, COLUMNS, count_shard, describe
 from recsys_ray.graph.edges import count_shard as count_pairs
-from recsys_ray.graph.edges import reduce_range
-from recsys_ray.graph.pairs import Window
+from recsys_ray.graph.edges import read_edges, reduce_range
+from recsys_ray.graph.pairs import Window, message_weights, strengths
 from recsys_ray.graph.snapshots import plan_snapshots
 from recsys_ray.hgnn.blocks import ItemTypes
 from recsys_ray.hgnn.encoder import make_hgnn
@@ -31,7 +30,7 @@ from recsys_ray.hgnn.inference import LocalStore, embed_items
 from recsys_ray.hgnn.signature import SignedSource, item_signatures
 from recsys_ray.scoring.choices import choices_file, count_choices
 from recsys_ray.scoring.memory import Memory, memory_file
-from recsys_ray.scoring.ridge import count_users, read_edges, solve
+from recsys_ray.scoring.ridge import count_users, solve
 from recsys_ray.storage.artifacts import Artifact, load_arrays, save_arrays, write_json
 from recsys_ray.two_tower.batches import ArrayFeatures
 from recsys_ray.two_tower.stage import load_catalogue
@@ -111,8 +110,9 @@ def write_embeddings(folders, snapshots, ids, text):
     save_file(model.state_dict(), folders["hgnn"] / "model.safetensors")
     packed = torch.from_numpy(item_signatures(ids, HGNN_CONFIG.signature_dim).copy())
     for s in snapshots:
-        table = pq.read_table(folders["graph"] / "edges" / f"{s.name}.parquet")
-        graph = ToyGraph(*(table[name].to_numpy().astype(np.int64) for name in ("src", "dst")), starts, text)
+        src, dst, _, weight = read_edges(folders["graph"] / "edges" / f"{s.name}.parquet")
+        counted = message_weights(src, dst, weight, strengths(dst, weight, ITEMS))
+        graph = ToyGraph(src.astype(np.int64), dst.astype(np.int64), starts, text, counted)
         source = SignedSource(graph, packed, HGNN_CONFIG.signature_dim)
         made = embed_items(model, source, s.index, torch.arange(ITEMS), LocalStore(ITEMS, HGNN_CONFIG.state_dim))
         arrays = {"gid": np.arange(ITEMS), "embedding": made.numpy()}

@@ -7,8 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from recsys_ray.graph.edges import Edges
 from recsys_ray.scoring.memory import REACH, RIDGES, SMALL, Memory, _latest
-from recsys_ray.scoring.ridge import Edges, _ranges, solve
+from recsys_ray.scoring.ridge import _ranges, solve
 
 RIDGE = RIDGES[1]
 PAIRS = {(0, 1): 0.4, (1, 0): 0.2, (2, 0): 0.1, (3, 4): -0.3, (4, 3): 0.3, (0, 5): 0.05}  # from, to: b

@@ -99,7 +99,7 @@ def test_no_message_passes_over_a_supervision_edge_in_either_direction():
     banned = {frozenset(pair) for pair in zip(anchors.tolist(), positives.tolist(), strict=True)}
     passed = 0
     for block in blocks:
-        for src_pos, dst_pos in block.edges.values():
+        for src_pos, dst_pos, _ in block.edges.values():
             src, dst = block.src[src_pos], block.dst[dst_pos]
             assert not held_out(pair_keys(src, dst, 12), 0.25, 4).any()
             for edge in zip(src.tolist(), dst.tolist(), strict=True):
@@ -113,8 +113,8 @@ def test_isolated_items_receive_no_message_and_send_theirs():
     drop = dropper(torch.empty(0, dtype=torch.int64), 12, valid_share=0.0, seed=4, isolated=alone)
     outer, inner = build_blocks(complete_graph(), torch.tensor([2, 3, 9]), 0, [-1, -1], None, drop)
     for block in (outer, inner):
-        received = torch.cat([block.dst[dst_pos] for _, dst_pos in block.edges.values()])
-        sent = torch.cat([block.src[src_pos] for src_pos, _ in block.edges.values()])
+        received = torch.cat([block.dst[dst_pos] for _, dst_pos, _ in block.edges.values()])
+        sent = torch.cat([block.src[src_pos] for src_pos, _, _ in block.edges.values()])
         assert not torch.isin(received, alone).any() and torch.isin(alone, sent).all()
         assert set(received.tolist()) == set(block.dst.tolist()) - set(alone.tolist())
 
@@ -126,5 +126,5 @@ def test_blocks_fit_together():
     assert torch.equal(blocks[0].dst, blocks[1].src)
     for block, fanout in zip(blocks, (2, 3), strict=True):
         assert torch.equal(block.src[block.dst_in_src], block.dst)
-        for _, dst_pos in block.edges.values():
+        for _, dst_pos, _ in block.edges.values():
             assert int(torch.bincount(dst_pos).max()) <= fanout

@@ -12,7 +12,7 @@ import pytest
 from recsys_ray.config import GraphConfig
 from recsys_ray.core.clock import DAY
 from recsys_ray.core.errors import DataError
-from recsys_ray.graph.snapshots import plan_snapshots, snapshots_of, training_snapshot
+from recsys_ray.graph.snapshots import earlier_snapshot, plan_snapshots, snapshots_of, training_snapshot
 
 COUNTS = {
     "valid_from": 100 * DAY,
@@ -76,8 +76,10 @@ def plan():
     return plan_snapshots(GraphConfig(window_days=30), COUNTS)
 
 
-def test_the_hgnn_trains_on_the_newest_cut():
-    assert training_snapshot(plan()).name == "cut4"
+def test_the_hgnn_learns_what_the_newest_cut_has_and_the_one_before_lacks():
+    assert (earlier_snapshot(plan()).name, training_snapshot(plan()).name) == ("cut3", "cut4")
+    one = plan_snapshots(GraphConfig(window_days=30, cuts=1), COUNTS)
+    assert (earlier_snapshot(one).name, training_snapshot(one).name) == ("cut0", "cut0")
 
 
 def test_leave_one_out_has_a_fold_of_users_for_each_cut():
@@ -95,7 +97,8 @@ def test_leave_one_out_has_a_fold_of_users_for_each_cut():
 
 
 def test_leave_one_out_trains_the_hgnn_on_all_training_events():
-    assert training_snapshot(plan_snapshots(GraphConfig(window_days=None), LEFT_OUT)).name == "valid"
+    plan = plan_snapshots(GraphConfig(window_days=None), LEFT_OUT)
+    assert (earlier_snapshot(plan).name, training_snapshot(plan).name) == ("cut0", "valid")
     papers = plan_snapshots(GraphConfig(window_days=None, features_as_of="window"), LEFT_OUT)
     assert [s.name for s in papers] == ["cut0", "valid", "test", "serve"]
-    assert training_snapshot(papers).name == "cut0" and papers[0].without is None
+    assert training_snapshot(papers).name == earlier_snapshot(papers).name == "cut0" and papers[0].without is None

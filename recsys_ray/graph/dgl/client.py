@@ -23,10 +23,12 @@ from recsys_ray.graph.dgl.sampling import GRAPH_JSON, LocalGraph, NodeTable, Rel
 
 
 class Neighbors(NamedTuple):
-    """Edges of one relation: ``dst_pos`` int64 [e], ascending positions in the query; ``src_gid`` int64 [e]."""
+    """Edges of one relation: ``dst_pos`` int64 [e], ascending positions in the query; ``src_gid`` int64 [e];
+    ``weight`` float32 [e], what a message counts (:func:`recsys_ray.graph.pairs.message_weights`)."""
 
     dst_pos: Tensor
     src_gid: Tensor
+    weight: Tensor
 
 
 SampledNeighbors = dict[Relation, Neighbors]
@@ -42,9 +44,9 @@ class GraphClient:
         name: the attempt's name, which keeps shared memory of several attempts on one host apart.
     """
 
-    def __init__(self, graph: object, name: str, table: NodeTable, part: int) -> None:
+    def __init__(self, graph: object, name: str, graph_dir: Path, table: NodeTable, part: int) -> None:
         self.distributed, self.name, self.table, self.part = graph, name, table, part
-        self._local = LocalGraph(graph.local_partition, table, part)  # type: ignore[attr-defined]
+        self._local = LocalGraph(graph.local_partition, graph_dir, table, part)  # type: ignore[attr-defined]
 
     @classmethod
     def connect(cls, address: str, graph_dir: Path) -> GraphClient:
@@ -81,7 +83,7 @@ class GraphClient:
                 graph = dgl.distributed.DistGraph(known["name"])
         finally:
             Path(ip_config).unlink(missing_ok=True)
-        return cls(graph, known["name"], table, int(graph.get_partition_book().partid))
+        return cls(graph, known["name"], Path(graph_dir), table, int(graph.get_partition_book().partid))
 
     def relations(self, snapshot: int) -> list[Relation]:
         """(source type, destination type) of the relations that have an edge anywhere in a snapshot."""
@@ -111,20 +113,20 @@ class GraphClient:
             order = torch.argsort(kinds, stable=True)
             gids = gids[order]
         begin = [0, *torch.bincount(kinds, minlength=self.table.num_types).cumsum(0).tolist()]
-        counts, source = self._in_neighbors(gids, snapshot, fanout, generator)
+        counts, source, weight = self._in_neighbors(gids, snapshot, fanout, generator)
         ends = torch.cat([counts.new_zeros(1), counts.reshape(-1).cumsum(0)])
         position = torch.arange(len(gids)) if order is None else order
         sampled: SampledNeighbors = {}
         for i, j in self.relations(snapshot):
             low, high = (int(ends[i * len(gids) + begin[k]]) for k in (j, j + 1))
             dst_pos = torch.repeat_interleave(position[begin[j] : begin[j + 1]], counts[i, begin[j] : begin[j + 1]])
-            sampled[i, j] = Neighbors(dst_pos, source[low:high].long())
+            sampled[i, j] = Neighbors(dst_pos, source[low:high].long(), weight[low:high])
         return sampled
 
     def _in_neighbors(
         self, gids: Tensor, snapshot: int, fanout: int, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor]:
-        """counts int64 [types, n] and sources int32, as :meth:`LocalGraph.sample`, over all partitions."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """counts, sources and weights, as :meth:`LocalGraph.sample`, over all partitions."""
         table = self.table
         local = table.local[gids].long()
         if table.num_parts == 1:
@@ -145,7 +147,8 @@ class GraphClient:
         if len(where[self.part]):
             answers[self.part] = self._local.sample(local[where[self.part]], snapshot, fanout, generator)
         if pending is not None:
-            answers.update((p, (r.counts, r.source)) for p, r in zip(others, rpc.recv_responses(pending), strict=True))
+            received = zip(others, rpc.recv_responses(pending), strict=True)
+            answers.update((p, (r.counts, r.source, r.weight)) for p, r in received)
         return _interleave(where, answers, table.num_types, len(gids))
 
     def features(self, name: str, gids: Tensor) -> Tensor:
@@ -195,9 +198,9 @@ class GraphClient:
             if begin < end:
                 yield kind, slice(begin, end)
 
-    def edges(self, snapshot: int) -> dict[Relation, tuple[Tensor, Tensor]]:
-        """This partition's edges of a snapshot (their destinations are owned here): relation -> (src_gid, dst_gid),
-        int64, every edge once over all partitions."""
+    def edges(self, snapshot: int) -> dict[Relation, tuple[Tensor, Tensor, Tensor]]:
+        """This partition's edges of a snapshot (their destinations are owned here): relation -> (src_gid, dst_gid,
+        weight), int64 and float32, every edge once over all partitions."""
         table = self.table
         layout = self._local.snapshot(snapshot)
         own = table.gid_of[table.part_start[self.part] : table.part_start[self.part + 1]].long()
@@ -208,7 +211,7 @@ class GraphClient:
         found = {}
         for i, j in self.relations(snapshot):
             here = (source_kind == i) & (kind == j)
-            found[i, j] = (layout.source[here].long(), dst[here])
+            found[i, j] = layout.source[here].long(), dst[here], layout.weight[here]
         return found
 
     def barrier(self) -> None:
@@ -226,19 +229,22 @@ class GraphClient:
 
 
 def _interleave(
-    where: dict[int, Tensor], answers: dict[int, tuple[Tensor, Tensor]], types: int, nodes: int
-) -> tuple[Tensor, Tensor]:
-    """Partitions' answers in the order of the query: counts [types, nodes] and sources, type by type, node by node."""
+    where: dict[int, Tensor], answers: dict[int, tuple[Tensor, Tensor, Tensor]], types: int, nodes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Partitions' answers in the order of the query: counts [types, nodes], sources and weights, type by type, node by
+    node."""
     counts = torch.zeros(types, nodes, dtype=torch.int64)
-    for p, (part_counts, _) in answers.items():
+    for p, (part_counts, *_) in answers.items():
         counts[:, where[p]] = part_counts
     first = (counts.reshape(-1).cumsum(0) - counts.reshape(-1)).view(types, nodes)
     source = torch.empty(int(counts.sum()), dtype=torch.int32)
-    for p, (part_counts, found) in answers.items():
+    weight = torch.empty(len(source))
+    for p, (part_counts, found, counted) in answers.items():
         flat = part_counts.reshape(-1)
         shift = first[:, where[p]].reshape(-1) - (flat.cumsum(0) - flat)
-        source[torch.repeat_interleave(shift, flat) + torch.arange(len(found))] = found
-    return counts, source
+        place = torch.repeat_interleave(shift, flat) + torch.arange(len(found))
+        source[place], weight[place] = found, counted
+    return counts, source, weight
 
 
 @contextmanager

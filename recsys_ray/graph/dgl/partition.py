@@ -7,10 +7,10 @@ fails if a partition has no node or no edge of some type, which happens with sma
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -19,11 +19,21 @@ from torch import Tensor
 
 from recsys_ray.cluster.pool import result_of
 from recsys_ray.core.errors import ArtifactError
-from recsys_ray.graph.dgl.sampling import GRAPH_JSON, NODES, PLACEHOLDER, edge_type_name
+from recsys_ray.graph.dgl.sampling import GRAPH_JSON, MESSAGES, NODES, PLACEHOLDER, edge_type_name
+from recsys_ray.graph.pairs import message_weights, strengths
 from recsys_ray.storage.artifacts import load_arrays, save_arrays
 
 os.environ.setdefault("DGLBACKEND", "pytorch")
 _NAME = "items"
+
+
+class _Edges(NamedTuple):
+    """Of all snapshots."""
+
+    src: np.ndarray  # int32
+    dst: np.ndarray  # int32
+    etype: np.ndarray  # int32, number of the edge type
+    weight: np.ndarray  # float32, of messages
 
 
 def partition_graph(
@@ -42,7 +52,7 @@ def write_partitions(
     """Write ``partitions/`` and ``nodes.safetensors`` below ``graph_dir``.
 
     Args:
-        edges: (index of the snapshot, Parquet file of src, dst, support).
+        edges: (index of the snapshot, Parquet file of src, dst, weight).
         ntype: int16 [items], item type of each gid; ascending.
         text: safetensors with ``vector`` float16 [items, text_dim].
         parts: number of partitions.
@@ -57,32 +67,35 @@ def write_partitions(
     if len(vectors) != len(ntype):
         raise ArtifactError(f"{text} holds {len(vectors)} vectors for {len(ntype)} items; run featurize again")
     num_types = int(ntype.max()) + 1
-    src, dst, etype, names = _read_edges(edges, ntype, num_types)
+    found, names = _read_edges(edges, ntype, num_types)
     with open(os.devnull, "w") as quiet, redirect_stdout(quiet):  # noqa: PTH123 - dgl prints its every step
-        assigned, method = _assign(src, dst, ntype, parts, seed)
+        assigned, method = _assign(found.src, found.dst, ntype, parts, seed)
         types, gids, assigned = _pad(ntype, assigned, parts)
-        src, dst, etype, names = _add_loops(src, dst, etype, names, types, assigned, parts)
-        _write(graph_dir, (src, dst, etype), names, (types, gids, assigned), parts, method, vectors)
+        found, names = _add_loops(found, names, types, assigned, parts)
+        _write(graph_dir, found, names, (types, gids, assigned), parts, method, vectors)
     return {"method": method, "nodes_per_part": np.bincount(assigned[gids >= 0], minlength=parts).tolist()}
 
 
 def _read_edges(
     edges: Sequence[tuple[int, Path]], ntype: np.ndarray, num_types: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[tuple[str, str, str]]]:
-    """src, dst (int32), number of the edge type (int32), and the canonical names of the edge types that exist."""
+) -> tuple[_Edges, list[tuple[str, str, str]]]:
+    """All edges, and the canonical names of the edge types that exist."""
     sources, destinations, keys = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)], [np.zeros(0, np.int64)]
+    weights = [np.zeros(0, np.float32)]
     for snapshot, path in edges:
-        table = pq.read_table(path, columns=["src", "dst"])
-        src, dst = (table[name].to_numpy() for name in ("src", "dst"))
+        table = pq.read_table(path, columns=["src", "dst", "weight"])
+        src, dst, weight = (column.to_numpy() for column in table.columns)
         sources.append(src)
         destinations.append(dst)
+        weights.append(message_weights(src, dst, weight, strengths(dst, weight, len(ntype))))
         keys.append((snapshot * num_types + ntype[src].astype(np.int64)) * num_types + ntype[dst])
     present, etype = np.unique(np.concatenate(keys), return_inverse=True)
     names = []
     for key in present.tolist():
         snapshot, source, destination = key // num_types**2, key // num_types % num_types, key % num_types
         names.append((f"t{source}", edge_type_name(snapshot, source, destination), f"t{destination}"))
-    return np.concatenate(sources), np.concatenate(destinations), etype.astype(np.int32), names
+    made = np.concatenate(sources), np.concatenate(destinations), etype.astype(np.int32), np.concatenate(weights)
+    return _Edges(*made), names
 
 
 def _assign(src: np.ndarray, dst: np.ndarray, ntype: np.ndarray, parts: int, seed: int) -> tuple[np.ndarray, str]:
@@ -122,26 +135,21 @@ def _pad(ntype: np.ndarray, assigned: np.ndarray, parts: int) -> tuple[np.ndarra
 
 
 def _add_loops(
-    src: np.ndarray,
-    dst: np.ndarray,
-    etype: np.ndarray,
-    names: list[tuple[str, str, str]],
-    types: np.ndarray,
-    assigned: np.ndarray,
-    parts: int,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[tuple[str, str, str]]]:
+    edges: _Edges, names: list[tuple[str, str, str]], types: np.ndarray, assigned: np.ndarray, parts: int
+) -> tuple[_Edges, list[tuple[str, str, str]]]:
     """A loop under an edge type of its own, never sampled, where a partition would have no edge at all."""
-    empty = np.nonzero(np.bincount(assigned[dst], minlength=parts) == 0)[0]
+    empty = np.nonzero(np.bincount(assigned[edges.dst], minlength=parts) == 0)[0]
     if len(empty) == 0:
-        return src, dst, etype, names
+        return edges, names
     nodes = np.array([np.nonzero((assigned == p) & (types == 0))[0][0] for p in empty], np.int32)
-    etype = np.concatenate([etype, np.full(len(nodes), len(names), np.int32)])
-    return np.concatenate([src, nodes]), np.concatenate([dst, nodes]), etype, [*names, ("t0", PLACEHOLDER, "t0")]
+    loops = _Edges(nodes, nodes, np.full(len(nodes), len(names), np.int32), np.zeros(len(nodes), np.float32))
+    joined = _Edges(*(np.concatenate(columns) for columns in zip(edges, loops, strict=True)))
+    return joined, [*names, ("t0", PLACEHOLDER, "t0")]
 
 
 def _write(
     graph_dir: Path,
-    edges: tuple[np.ndarray, np.ndarray, np.ndarray],
+    edges: _Edges,
     names: list[tuple[str, str, str]],
     nodes: tuple[np.ndarray, np.ndarray, np.ndarray],
     parts: int,
@@ -153,7 +161,8 @@ def _write(
     from dgl.distributed.partition import _dump_part_config, _save_graphs
 
     types, gids, assigned = nodes
-    pieces, kind_of = _split(edges, types, assigned, parts)
+    pieces = _split(edges, types, assigned, parts)
+    kind, weight = torch.from_numpy(edges.etype.astype(np.int64)), torch.from_numpy(edges.weight)
     num_types = int(types.max()) + 1
     type_start = np.searchsorted(types[gids >= 0], np.arange(num_types + 1))
     node_map: dict[str, list[list[int]]] = {f"t{i}": [] for i in range(num_types)}
@@ -180,8 +189,8 @@ def _write(
             rows = vectors[own_gids].astype(np.float32)
             rows[own_gids < 0] = 0
             features[f"t{i}/text"] = torch.from_numpy(rows)
-        piece.edata[dgl.ETYPE] = kind_of(piece)
-        piece.edata.pop("orig_id")
+        original_edge = piece.edata.pop("orig_id")
+        piece.edata[dgl.ETYPE] = kind[original_edge]
         per_type = torch.bincount(piece.edata[dgl.ETYPE][piece.edata["inner_edge"].bool()], minlength=len(names))
         for name, count in zip(names, per_type.tolist(), strict=True):
             edge_map[name].append([edge_cursor, edge_cursor + count])
@@ -189,6 +198,7 @@ def _write(
         (folder / f"part{p}").mkdir(parents=True, exist_ok=True)
         save_tensors(str(folder / f"part{p}" / "node_feat.dgl"), features)
         save_tensors(str(folder / f"part{p}" / "edge_feat.dgl"), {})
+        save_arrays(folder / f"part{p}" / MESSAGES, {"weight": weight[original_edge].numpy()})
         _save_graphs(str(folder / f"part{p}" / "graph.dgl"), [piece], formats=["csc"], sort_etypes=False)
         description[f"part-{p}"] = {  # relative to the JSON: the folder may be moved
             "node_feats": f"part{p}/node_feat.dgl",
@@ -199,15 +209,12 @@ def _write(
     _dump_part_config(str(graph_dir / GRAPH_JSON), description)
 
 
-def _split(
-    edges: tuple[np.ndarray, np.ndarray, np.ndarray], types: np.ndarray, assigned: np.ndarray, parts: int
-) -> tuple[dict[int, Any], Callable[[Any], Tensor]]:
-    """DGL's partitions with one hop of halo, by number, and a function from a partition to its edges' types."""
+def _split(edges: _Edges, types: np.ndarray, assigned: np.ndarray, parts: int) -> dict[int, Any]:
+    """DGL's partitions with one hop of halo, by number. ``orig_id`` of a node or edge is its number here."""
     import dgl
     from dgl.partition import partition_graph_with_halo
 
-    src, dst = (torch.from_numpy(ends.astype(np.int64)) for ends in edges[:2])
-    kind = torch.from_numpy(edges[2].astype(np.int64))
+    src, dst, kind = (torch.from_numpy(column.astype(np.int64)) for column in edges[:3])
     node_types = torch.from_numpy(types)
     if parts > 1:
         graph = dgl.graph((src, dst), num_nodes=len(types))
@@ -215,12 +222,12 @@ def _split(
         pieces, _, _ = partition_graph_with_halo(graph, torch.from_numpy(assigned), 1, reshuffle=True)
         for piece in pieces.values():
             piece.ndata[dgl.NTYPE] = node_types[piece.ndata["orig_id"]]
-        return pieces, lambda piece: kind[piece.edata["orig_id"]]
+        return pieces
     order = torch.argsort(kind, stable=True)  # edges of one type are one range, as after DGL's own renumbering
     whole = dgl.graph((src[order], dst[order]), num_nodes=len(types))
     whole.ndata[dgl.NTYPE] = node_types
     whole.ndata["orig_id"] = whole.ndata[dgl.NID] = torch.arange(len(types))
-    whole.edata["orig_id"] = whole.edata[dgl.EID] = torch.arange(len(kind))
+    whole.edata["orig_id"], whole.edata[dgl.EID] = order, torch.arange(len(kind))
     whole.ndata["inner_node"] = torch.ones(len(types), dtype=torch.uint8)
     whole.edata["inner_edge"] = torch.ones(len(kind), dtype=torch.uint8)
-    return {0: whole}, lambda piece: kind[order]
+    return {0: whole}

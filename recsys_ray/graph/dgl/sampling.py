@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 PLACEHOLDER = "placeholder"  # edge type of loops that only keep a partition from having no edge at all
 GRAPH_JSON = Path("partitions") / "graph.json"
 NODES = "nodes.safetensors"
+MESSAGES = "messages.safetensors"  # of a partition: what a message over each of its edges counts
 _ETYPE = re.compile(r"^s(\d+)_t(\d+)_t(\d+)$")
 Relation = tuple[int, int]  # (type of source, type of destination)
 
@@ -142,18 +143,23 @@ def _node_table(description: dict, original: list[np.ndarray]) -> NodeTable:
 class SnapshotEdges:
     """In-edges of a partition's own nodes in one snapshot.
 
-    Sources of segment ``node * types + source type`` are ``source[pointer[s] : pointer[s + 1]]`` (gids, int32).
+    Sources of segment ``node * types + source type`` are ``source[pointer[s] : pointer[s + 1]]`` (gids, int32), and
+    ``weight`` (float32) is what their messages count.
     """
 
     pointer: Tensor
     source: Tensor
+    weight: Tensor
 
 
 class LocalGraph:
     """One partition in this process: DGL's structure, and the layouts of the snapshots last used."""
 
-    def __init__(self, graph: dgl.DGLGraph, table: NodeTable, part: int, keep: int = 2) -> None:
+    def __init__(self, graph: dgl.DGLGraph, graph_dir: Path, table: NodeTable, part: int, keep: int = 2) -> None:
         self._graph, self.table, self.part, self._keep = graph, table, part, keep
+        self._weights = torch.from_numpy(
+            load_arrays(graph_dir / GRAPH_JSON.parent / f"part{part}" / MESSAGES)["weight"]
+        )
         self._snapshots: OrderedDict[int, SnapshotEdges] = OrderedDict()
 
     def snapshot(self, snapshot: int) -> SnapshotEdges:
@@ -173,21 +179,22 @@ class LocalGraph:
         nodes = int(table.part_start[self.part + 1] - table.part_start[self.part])
         inner = int(pointer[nodes])  # DGL numbers a partition's own nodes before its halo
         indices = indices[:inner].long()
-        number = self._graph.edata[dgl.ETYPE].long()
-        number = number[edge_ids[:inner].long()] if len(edge_ids) else number[:inner]
+        number, weight = self._graph.edata[dgl.ETYPE].long(), self._weights
+        if len(edge_ids):
+            number, weight = number[edge_ids[:inner].long()], weight[edge_ids[:inner].long()]
         kept = torch.nonzero(table.catalogue[number, 0] == snapshot).squeeze(1)
         owner = torch.bucketize(kept, pointer[1 : nodes + 1].long(), right=True)
         segment = owner * table.num_types + table.catalogue[number[kept], 1]
-        source = table.gid_of[self._graph.ndata[dgl.NID][indices[kept]]]
+        source, weight = table.gid_of[self._graph.ndata[dgl.NID][indices[kept]]], weight[kept]
         if len(segment) > 1 and bool((segment[1:] < segment[:-1]).any()):
             order = torch.argsort(segment, stable=True)
-            segment, source = segment[order], source[order]
+            segment, source, weight = segment[order], source[order], weight[order]
         counts = torch.bincount(segment, minlength=nodes * table.num_types)
-        return SnapshotEdges(torch.cat([counts.new_zeros(1), counts.cumsum(0)]), source)
+        return SnapshotEdges(torch.cat([counts.new_zeros(1), counts.cumsum(0)]), source, weight)
 
     def sample(
         self, local: Tensor, snapshot: int, fanout: int, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Draw in-neighbours of this partition's nodes.
 
         Args:
@@ -195,15 +202,15 @@ class LocalGraph:
             fanout: at most so many per node and relation, without replacement; -1: all.
 
         Returns:
-            counts int64 [types, n] and sources int32 [counts.sum()] (gids), type of source by type of source, and
-            inside it node by node.
+            counts int64 [types, n], sources int32 [counts.sum()] (gids) and their messages' weights (float32), type of
+            source by type of source, and inside it node by node.
         """
         edges = self.snapshot(snapshot)
         types = self.table.num_types
         segments = (local.unsqueeze(0) * types + torch.arange(types).unsqueeze(1)).reshape(-1)
         start = edges.pointer[segments]
         counts, picks = draw(start, edges.pointer[segments + 1] - start, fanout, generator)
-        return counts.view(types, -1), edges.source[picks]
+        return counts.view(types, -1), edges.source[picks], edges.weight[picks]
 
 
 def draw(start: Tensor, degree: Tensor, fanout: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:

@@ -225,7 +225,7 @@ class _Server:
             policy = key.rsplit("~", 1)[0]
             self._server.init_data(name=key, policy_str=policy, data_tensor=arrays.pop((kind, feature)))
             self._server.orig_data.add(key)
-        service.serve(LocalGraph(self._server.client_g, table, part))
+        service.serve(LocalGraph(self._server.client_g, Path(graph_dir), table, part))
 
     def serve(self) -> None:
         """Answer until every client has left."""

@@ -26,16 +26,17 @@ def serve(graph: LocalGraph) -> None:
 
 
 class SampleResponse(rpc.Response):
-    """counts int64 [types, n], sources int32 [counts.sum()], as :meth:`LocalGraph.sample` gives them."""
+    """counts int64 [types, n], sources int32 and weights float32 [counts.sum()], as :meth:`LocalGraph.sample` gives
+    them."""
 
-    def __init__(self, counts: Tensor, source: Tensor) -> None:
-        self.counts, self.source = counts, source
+    def __init__(self, counts: Tensor, source: Tensor, weight: Tensor) -> None:
+        self.counts, self.source, self.weight = counts, source, weight
 
     def __getstate__(self) -> tuple[Any, ...]:
-        return self.counts.to(torch.int32), self.source
+        return self.counts.to(torch.int32), self.source, self.weight
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        counts, self.source = state
+        counts, self.source, self.weight = state
         self.counts = counts.long()
 
 
