@@ -10,12 +10,12 @@ from rich.table import Table
 from rich.text import Text
 
 from recsys_ray.evaluation.results import EVERY_TYPE, MAIN
+from recsys_ray.evaluation.segments import TIERS
 from recsys_ray.report.labels import SEGMENT_NAMES, Row, main_segment, name_of, select
 
-_NOTES = (
-    "HR@10: share of lists with a hit in the top 10; NDCG@10 also rewards high ranks.",
-    "cov.: share of the catalogue in anyone's top 100. Intervals are 95 %.",
-)
+_NOTE = "HR@10: lists with a hit. cov.: items in any top 100. 95 % intervals; *: not 0."
+_WITHOUT_HGNN = "two_tower_text_only"
+_WHERE = {"warm": "all", "new_to_type": "new type", "cold_items": "unseen items", f"tier{TIERS}": "tail"}
 _PARTS = {f"{name_of(MAIN).full} without ": "  without ", "2T without ": "  without "}  # below the whole model
 
 
@@ -48,8 +48,23 @@ def print_results(metrics: Sequence[Row], differences: Sequence[Mapping[str, Any
         cells += [_ahead(ahead.get(row["model"]))] if ahead else []
         table.add_row(Text(_indented(row["model"])), *map(Text, cells), style="bold" if row["model"] == MAIN else None)
     console.print(table)
-    for note in _NOTES:
-        console.print(note, style="dim", no_wrap=True, overflow="ellipsis")
+    console.print(_NOTE, style="dim", no_wrap=True, overflow="ellipsis")
+    if added := _what_the_hgnn_adds(differences):
+        console.print(added, no_wrap=True, overflow="ellipsis")
+
+
+def _what_the_hgnn_adds(differences: Sequence[Mapping[str, Any]]) -> str:
+    """``HGNN adds: all -.001, unseen items +.007* (*: not by chance)``, against the two-tower without it; a star where
+    the interval does not contain zero."""
+    found = {
+        row["segment"]: row for row in select(differences, model=MAIN, against=_WITHOUT_HGNN, item_type=EVERY_TYPE)
+    }
+    parts = [
+        f"{name} {_signed(row['difference'])}{'*' if row['low'] > 0 or row['high'] < 0 else ''}"
+        for segment, name in _WHERE.items()
+        if (row := found.get(segment))
+    ]
+    return f"HGNN adds: {', '.join(parts)}" if parts else ""
 
 
 def in_order(rows: Sequence[Row]) -> list[Row]:

@@ -55,6 +55,14 @@ def test_every_model_fits_one_screen_of_80_columns():
         assert any(line.rstrip().endswith(f"to {row['high']:+.3f}".replace("0.", ".")) for line in lines)
 
 
+def test_one_line_says_where_the_hgnn_pays():
+    rows = [paired("two_tower_text_only", 0.004), *(paired("two_tower_text_only", x) for x in (-0.02, 0.008, 0.03))]
+    for row, segment in zip(rows, ("warm", "new_to_type", "cold_items", "tier5"), strict=True):
+        row["segment"] = segment
+    (line,) = (line for line in printed([figures("2t_hgnn", 0.3)], rows) if line.startswith("HGNN adds"))
+    assert line.strip() == "HGNN adds: all +.004, new type -.020*, unseen items +.008, tail +.030*"
+
+
 def test_order_is_ours_then_the_baselines_from_best_to_worst():
     metrics = [figures(m, hit) for m, hit in (("oracle", 0.9), ("popularity", 0.1), ("item_knn", 0.2), ("hgnn", 0.3))]
     lines = printed([*metrics, figures("2t_hgnn", 0.25), figures("2t_hgnn_without_memory", 0.24)], [])
