@@ -323,7 +323,8 @@ def serving(
 
         arguments = {"bundle": place, "examples": examples, "settings": settings.model_dump(), **vars(scaling)}
         try:
-            serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
+            http = {"host": host, "port": port}
+            serve.start(proxy_location="EveryNode", http_options=http, tracing_config=_tracing(settings))
             try:
                 serve.run(application(arguments), name=NAME, route_prefix="/")
             except RuntimeError as error:
@@ -375,6 +376,16 @@ def _absolute(bundle: str | Path) -> str:
     """The bundle, or folder of bundles, by a path or URI that means the same in every process."""
     place = Place(str(folder_of_bundles(bundle) or locate_bundle(bundle)))
     return str(place.local.resolve()) if place.is_local else str(place)
+
+
+def _tracing(settings: Settings) -> dict[str, Any] | None:
+    if not settings.traces:
+        return None
+    return {
+        "enabled": True,
+        "sampling_ratio": settings.traces,
+        "exporter_import_path": settings.trace_exporter or "",
+    }
 
 
 def _check_port(host: str, port: int) -> None:

@@ -39,6 +39,14 @@ class Settings(BaseModel):
         None, description="port for Prometheus on one machine; on a cluster use Ray's own setting"
     )
     log: bool = Field(True, description="log one JSON line per request, without user and item ids")
+    traces: float = Field(
+        0.0, ge=0, le=1, description="share of the requests that are traced by Ray Serve (OpenTelemetry)"
+    )
+    trace_exporter: str | None = Field(
+        None,
+        description="function that returns OpenTelemetry's span processors, as module:function; default: files in "
+        "Ray's log folder",
+    )
 
     _rate = field_validator("rate")(check_rate)
 

@@ -38,8 +38,9 @@ def expressions() -> dict[str, str]:
 def test_every_panel_and_alert_has_data(tmp_path):
     world = make_world(tmp_path / "world")
     world.bundle()
+    began = time.time()
     port, metrics, prometheus, log = free_port(), free_port(), free_port(), tmp_path / "serve.log"
-    settings = {"metrics_port": metrics, "store": f"sqlite:///{tmp_path}/live.db"}
+    settings = {"metrics_port": metrics, "store": f"sqlite:///{tmp_path}/live.db", "traces": 1.0}
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings))
     config = yaml.safe_load((ROOT / "configs/prometheus/prometheus.yml").read_text())
     config["global"] = {"scrape_interval": "1s"}
@@ -62,9 +63,17 @@ def test_every_panel_and_alert_has_data(tmp_path):
             missing = wait_until_all_answer(url, f"http://127.0.0.1:{prometheus}", world)
             assert not missing, f"{missing}\n{(tmp_path / 'prometheus.log').read_text()[-2000:]}"
             assert server.poll() is None
+            assert traced(began), "no span of a request was written"
         finally:
             reader.terminate()
             reader.wait(30)
+
+
+def traced(since: float) -> bool:
+    """Whether a replica that started after ``since`` has written a span of a recommendation."""
+    files = Path("/tmp/ray").glob("session_*/logs/serve/spans/replica_recsys-ray_*")
+    fresh = [file for file in files if file.stat().st_mtime >= since]
+    return any('"http.route": "/v1/recommendations"' in file.read_text() for file in fresh)
 
 
 def wait_until_all_answer(url: str, prometheus: str, world: Any) -> list[str]:
