@@ -43,10 +43,13 @@ class Batches(Generic[Question, Answer]):
         self._waiting.append((question, future))
         if not self._due:
             self._due = True
-            loop.call_soon(self._work, loop)
+            loop.call_soon(self._work, loop, 0)
         return await future
 
-    def _work(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _work(self, loop: asyncio.AbstractEventLoop, seen: int) -> None:
+        if len(self._waiting) > seen:  # others that arrived with them may still be on their way to ``ask``
+            loop.call_soon(self._work, loop, len(self._waiting))
+            return
         batch = self._next()
         answers: Sequence[Answer | Exception]
         try:
@@ -60,7 +63,7 @@ class Batches(Generic[Question, Answer]):
                 future.set_result(answer)
         self._due = bool(self._waiting)
         if self._due:  # after the loop has looked at its connections
-            loop.call_soon(self._work, loop)
+            loop.call_soon(self._work, loop, 0)
 
     def _next(self) -> list[tuple[Question, asyncio.Future[Answer]]]:
         """Those who have waited longest, without those who have gone."""

@@ -53,7 +53,7 @@ def test_the_loop_looks_around_between_two_batches():
         return numbers
 
     async def look() -> None:
-        for _ in range(4):
+        for _ in range(12):
             order.append("look")
             await asyncio.sleep(0)
 
