@@ -195,7 +195,7 @@ class HgnnConfig(Section):
     epochs: Positive = 4
     patience: Positive = Field(2, description="stop after this many epochs without a better validation loss")
     valid_share: Share = Field(0.1, description="edges held out for early stopping")
-    learning_rate: float | None = Field(None, gt=0, description="default: 1e-4; graphsage: 1e-3, as in the papers")
+    learning_rate: float = Field(1e-4, gt=0, description="for graphsage set 1e-3, as in the papers")
     weights: str | None = Field(
         None, description="model.safetensors of an earlier hgnn output: embed with these weights, do not train"
     )
@@ -205,11 +205,6 @@ class HgnnConfig(Section):
     def state_dim(self) -> int:
         """Width of the state that an item keeps and sends after the first layer."""
         return self.out_dim + 3 * (self.out_dim // 2) if self.encoder == "propagation" else self.hidden_dim
-
-    @property
-    def rate(self) -> float:
-        """The learning rate, chosen or by default."""
-        return self.learning_rate or (1e-4 if self.encoder == "propagation" else 1e-3)
 
     @property
     def knows_later_types(self) -> bool:

@@ -169,7 +169,7 @@ class _Run:
         network: nn.Module = model
         if worker.world > 1:  # a batch need not hold every relation
             network = ray.train.torch.prepare_model(model, parallel_strategy_kwargs={"find_unused_parameters": True})
-        optimizer = torch.optim.Adam(model.parameter_groups(config.rate))
+        optimizer = torch.optim.Adam(model.parameter_groups(config.learning_rate))
         around = neighbourhoods_of(model, self.source, config, known, spec.seed, self._own(), inside, self._shared)
         trainer = EdgeTrainer(model, network, self.source, around, model.types, config, known, spec.seed)
         checkpoints = Checkpoints(worker, spec.out / SCRATCH / "hgnn", model, model, optimizer)

@@ -60,7 +60,7 @@ SPACE: tuple[Dimension, ...] = (
     Choice("two_tower.id_dim", (0, 16, 32, 64)),
     Choice("two_tower.id_dropout", (None, 0.1, 0.3, 0.5, 0.8)),
     Range("hgnn.temperature", 0.03, 0.3, log=True),
-    Range("hgnn.learning_rate", 3e-4, 1e-2, log=True),
+    Range("hgnn.learning_rate", 3e-5, 3e-3, log=True),
     Choice("hgnn.max_steps", (50, 100, 200, 400)),
     Choice("hgnn.min_edges", (5_000, 20_000, 80_000)),
     Choice("hgnn.signature_dim", (64, 128, 256)),

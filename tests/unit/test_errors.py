@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from types import SimpleNamespace
 
+import httpx
 import pytest
 from app_client import Client
 from bundle_world import STRANGE_IDS, make_world
@@ -144,12 +146,20 @@ def test_failures_of_ours_say_nothing_of_the_inside(recommender, monkeypatch, ca
     assert any("in fail" in line for line in told["stack"])
 
 
-def test_what_takes_too_long_is_given_up(recommender, monkeypatch):
+def test_who_waits_too_long_is_refused(recommender, monkeypatch):
+    """Long lists are computed alone, so the second waits for the first."""
     compute = recommender.answers
-    monkeypatch.setattr(recommender, "answers", lambda *given: time.sleep(1) or compute(*given))
-    response = client(recommender, timeout=0.05).post("/v1/recommendations", json={})
-    refused(response, 503)
-    assert response.headers["retry-after"] == "1"
+    monkeypatch.setattr(recommender, "answers", lambda *given: time.sleep(0.3) or compute(*given))
+    transport = httpx.ASGITransport(client(recommender, timeout=0.1).app)
+
+    async def both() -> list[httpx.Response]:
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+            return await asyncio.gather(*(http.post("/v1/recommendations", json={"k": 500}) for _ in range(2)))
+
+    first, second = asyncio.run(both())
+    assert first.status_code == 200
+    refused(second, 503)
+    assert second.headers["retry-after"] == "1"
 
 
 def test_a_request_keeps_the_id_that_it_brings(http):
