@@ -47,7 +47,9 @@ class Batches(Generic[Question, Answer]):
         return await future
 
     def _work(self, loop: asyncio.AbstractEventLoop, seen: int) -> None:
-        if len(self._waiting) > seen:  # others that arrived with them may still be on their way to ``ask``
+        """Compute a batch, once it is full or a turn of the loop brings no new question: those that arrived together
+        reach :meth:`ask` over several turns. ``seen``: how many waited one turn ago."""
+        if len(self._waiting) > seen and sum(self._cost(question) for question, _ in self._waiting) < self._most:
             loop.call_soon(self._work, loop, len(self._waiting))
             return
         batch = self._next()

@@ -13,7 +13,7 @@ from recsys_ray.evaluation.results import EVERY_TYPE, MAIN
 from recsys_ray.evaluation.segments import TIERS
 from recsys_ray.report.labels import SEGMENT_NAMES, Row, main_segment, name_of, select
 
-_NOTE = "HR@10: lists with a hit. cov.: items in any top 100. 95 % intervals; *: not 0."
+_NOTE = "HR@10: lists with a hit. cov.: items in any top 100. 95 % ranges; *: without 0."
 _WITHOUT_HGNN = "two_tower_text_only"
 _WHERE = {"warm": "all", "new_to_type": "new type", "cold_items": "unseen items", f"tier{TIERS}": "tail"}
 _PARTS = {f"{name_of(MAIN).full} without ": "  without ", "2T without ": "  without "}  # below the whole model
@@ -54,7 +54,7 @@ def print_results(metrics: Sequence[Row], differences: Sequence[Mapping[str, Any
 
 
 def _what_the_hgnn_adds(differences: Sequence[Mapping[str, Any]]) -> str:
-    """``HGNN adds: all -.001, unseen items +.007* (*: not by chance)``, against the two-tower without it; a star where
+    """``HGNN adds: all -.001, unseen items +.007*``, against the two-tower without it; a star where
     the interval does not contain zero."""
     found = {
         row["segment"]: row for row in select(differences, model=MAIN, against=_WITHOUT_HGNN, item_type=EVERY_TYPE)

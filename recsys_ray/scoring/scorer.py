@@ -198,10 +198,14 @@ class Scorer:
             allowed: for each index positions in it, ascending; None: all.
         """
         queries = as_queries(users)
-        asked = list(zip(indexes, allowed or [None] * len(indexes), strict=True))
-        whole = [one for one in asked if one[0].exact and len(queries) >= TOGETHER]
-        found = [index.rank(queries, k, raised, forbidden, may) for index, may in whole]
-        if walked := [one for one in asked if one not in whole]:
+        found: list[Ranked] = []
+        walked = []
+        for index, may in zip(indexes, allowed or [None] * len(indexes), strict=True):
+            if index.exact and len(queries) >= TOGETHER:
+                found.append(index.rank(queries, k, raised, forbidden, may))
+            else:
+                walked.append((index, may))
+        if walked:
             found += self._walked(walked, queries, raised, k, forbidden)
         return Ranked.best(found, k)
 

@@ -110,7 +110,7 @@ HGNN = Stage(
     inputs=("ingest", "featurize", "graph"),
     settings=_hgnn_settings,
     run=_hgnn,
-    version=3,  # weighted sums; the text predicts what the structure of items without edges lacks
+    version=3,  # weighted sums, the next cut's edges, structure predicted by texts
 )
 
 # -- 5: train the two-tower, and the one without HGNN as a baseline --------------------------------------------------

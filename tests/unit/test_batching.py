@@ -65,6 +65,27 @@ def test_the_loop_looks_around_between_two_batches():
     assert "batch batch" not in " ".join(order)
 
 
+def test_a_full_batch_waits_for_nobody():
+    """With a new question in each turn of the loop, for ever, answers still come."""
+    sizes: list[int] = []
+
+    def compute(numbers: list[int]) -> list[int]:
+        sizes.append(len(numbers))
+        return numbers
+
+    async def main() -> None:
+        batches = Batches(compute, most=8)
+        asked = []
+        for number in range(100):
+            asked.append(asyncio.create_task(batches.ask(number)))
+            await asyncio.sleep(0)
+        assert sizes, "nothing was computed while questions came"
+        await asyncio.gather(*asked)
+
+    asyncio.run(main())
+    assert max(sizes) == 8
+
+
 def test_each_gets_its_own_error():
     def compute(numbers: list[int]) -> list[int | Exception]:
         if 13 in numbers:
