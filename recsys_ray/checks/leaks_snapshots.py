@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 
 from recsys_ray.checks.finished_run import FinishedRun, Words
@@ -28,7 +27,7 @@ from recsys_ray.graph.activity import (
     count_events,
     describe,
 )
-from recsys_ray.graph.edges import read_edges
+from recsys_ray.graph.edges import EDGES, PAIRS, kinds_of, most_pairs, read_edges
 from recsys_ray.graph.pairs import Counted, PairCounter, Window
 from recsys_ray.graph.snapshots import Snapshot
 from recsys_ray.hgnn.blocks import ItemTypes
@@ -38,7 +37,7 @@ from recsys_ray.hgnn.sampler import WeightedEdges, build_blocks
 from recsys_ray.hgnn.signature import SignedSource, item_signatures
 from recsys_ray.scoring.choices import PERIODS, choices_file, count_choices
 from recsys_ray.scoring.memory import Memory, memory_file
-from recsys_ray.scoring.ridge import count_users, solve
+from recsys_ray.scoring.ridge import count_users, memory_of, solve
 from recsys_ray.storage.artifacts import load_arrays
 from recsys_ray.two_tower.batches import ArrayFeatures
 from recsys_ray.two_tower.stage import load_catalogue
@@ -60,17 +59,21 @@ def check_snapshots(run: FinishedRun, sample: int, words: Words, progress: Progr
     published = run.tables.published_in_time
     activity = load_arrays(run.graph.path / ACTIVITY)
     allowed = pairs.allowed_relations(run.graph_config.relations, run.ingest.counts["item_types"])
+    most = run.graph_config.max_neighbors
+    kept = {EDGES: most, PAIRS: most_pairs(len(ntype), int(ntype.max()) + 1, most)}
     edges = 0
     with progress.task("snapshots", len(run.snapshots), "snapshots") as task:
         for snapshot in run.snapshots:
-            stored = run.graph.path / "edges" / f"{snapshot.name}.parquet"
+            stored = {
+                run.graph.path / kind / f"{snapshot.name}.parquet": kept[kind] for kind in kinds_of(snapshot.name)
+            }
             edges += check_edges(
                 run.tables.shards, snapshot, stored, some, ntype, codes, run.graph_config, allowed, seed, words
             )
             check_activity(run.tables.shards, snapshot, activity[snapshot.name], published, ntype, run.positives, words)
             task.advance(detail=snapshot.name)
     on = f"on {len(run.snapshots)} snapshots"
-    yield f"{edges:,} edges into {len(some):,} items {on}: follow from the events before each"
+    yield f"{edges:,} edges and pairs into {len(some):,} items {on}: follow from the events before each"
     yield f"the activity of {len(ntype):,} items {on}: follow from the events before each"
     if run.hgnn is not None:
         few = np.sort(random.permutation(len(ntype))[: min(sample, _EMBEDDED_AT_MOST)])
@@ -84,7 +87,7 @@ def check_snapshots(run: FinishedRun, sample: int, words: Words, progress: Progr
         for snapshot in run.snapshots:
             if snapshot.name in ("valid", "test"):
                 check_memory(run, snapshot, ntype, words)
-        yield "co-interaction memory of validation and test: follows from the edges of their snapshots"
+        yield "co-interaction memory of validation and test: follows from the pairs of their snapshots"
     if run.two_tower is not None and choices_file(run.two_tower.path).exists():
         for snapshot in run.snapshots:
             check_choices(run, snapshot, len(ntype), words)
@@ -100,7 +103,7 @@ def events_before(shard: Path, snapshot: Snapshot) -> Events:
 def check_edges(
     shards: Sequence[Path],
     snapshot: Snapshot,
-    stored: Path,
+    stored: Mapping[Path, int],
     some: np.ndarray,
     ntype: np.ndarray,
     codes: Sequence[int],
@@ -109,9 +112,10 @@ def check_edges(
     seed: int,
     words: Words,
 ) -> int:
-    """The edges of the file ``stored`` into the items ``some``; returns how many there are.
+    """The edges of the files ``stored`` into the items ``some``; returns how many there are.
 
     Args:
+        stored: file -> how many edges of an item and type of src it keeps.
         some: int64 [n], ascending gids.
         ntype: int16 [items].
         codes: events that make edges.
@@ -127,9 +131,14 @@ def check_edges(
             parts.append(counted.take(np.isin(counted.dst, some)))
     made = pairs.merge(parts, items)
     made = made.take(allowed[ntype[made.src], ntype[made.dst]])
-    made = pairs.keep_best(made, ntype, config.min_support, config.max_neighbors, seed)
-    table = pq.read_table(stored, columns=["src", "dst", "support", "weight"])
-    src, dst, support, weight = (column.to_numpy() for column in table.columns)
+    return sum(
+        _check_file(file, pairs.keep_best(made, ntype, config.min_support, most, seed), snapshot, some, words)
+        for file, most in stored.items()
+    )
+
+
+def _check_file(file: Path, made: Counted, snapshot: Snapshot, some: np.ndarray, words: Words) -> int:
+    src, dst, support, weight = read_edges(file)
     mine = np.isin(dst, some)
     there = _by_edge(src[mine], dst[mine], support[mine], weight[mine])
     wanted_edges = _by_edge(made.src, made.dst, made.support, (made.weight / pairs.ONE).astype(np.float32))
@@ -243,21 +252,21 @@ def check_item_vectors(run: FinishedRun, words: Words) -> list[str]:
 
 
 def check_memory(run: FinishedRun, snapshot: Snapshot, ntype: np.ndarray, words: Words) -> None:
-    """The memory used in validation and test follows from its snapshot's edges and events."""
+    """The memory used in validation and test follows from its snapshot's pairs and events."""
     assert run.two_tower is not None
     stored = Memory.load(memory_file(run.two_tower.path, snapshot.name))
     codes, history = run.tables.codes(run.graph.manifest["config"]["edges"]), run.graph_config.max_history
     users = np.add.reduce(
         [count_users(events, snapshot, codes, history, len(ntype)) for events in map(Events.read, run.tables.shards)]
     )
-    edges = read_edges(run.graph.path / "edges" / f"{snapshot.name}.parquet")
-    made = Memory.of_edges(*edges[:2], solve(edges, users, 0, len(edges[1])), users, ntype)
+    kept = read_edges(run.graph.path / PAIRS / f"{snapshot.name}.parquet")
+    made = memory_of([solve(kept, users, ntype, 0, len(ntype))], users, ntype)
     for gid in range(len(ntype)):
         of = [slice(memory.begin[gid], memory.begin[gid + 1]) for memory in (stored, made)]
         same = np.array_equal(stored.gid[of[0]], made.gid[of[1]]) and stored.users[gid] == made.users[gid]
         if not same or not np.allclose(stored.coefficient[of[0]], made.coefficient[of[1]], atol=_TOLERANCE):
             raise LeakError(
-                f"the memory of {words.item(gid)} in snapshot {snapshot.name} does not follow from the snapshot's edges"
+                f"the memory of {words.item(gid)} in snapshot {snapshot.name} does not follow from the snapshot's pairs"
             )
 
 

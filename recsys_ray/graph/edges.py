@@ -3,12 +3,15 @@
 One task per user shard counts the pairs of each snapshot and writes them in as many row groups as there are reducers,
 each a range of destinations. One task per range then sums them and keeps the best. Memory is bounded in both: by
 ``pairs.HOLD`` in the first, by the number of ranges (``data.shards``) in the second.
+
+Of snapshots after which somebody is answered many more pairs than the graph's edges are kept, for the co-interaction
+memory (recsys_ray/scoring/ridge.py).
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +33,10 @@ from recsys_ray.storage.artifacts import SCRATCH, json_or_none, write_json, writ
 _COUNTED = pa.schema([(name, pa.int64() if name == "weight" else pa.int32()) for name in pairs.COLUMNS])
 _EDGES = pa.schema([*((name, pa.int32()) for name in ("src", "dst", "support")), ("weight", pa.float32())])
 _ROWS = 1_000_000  # edges that are read at a time
+EDGES, PAIRS = "edges", "pairs"  # folders
+PAIRED = ("valid", "test", "serve")  # snapshots whose pairs are kept
+_PAIRS = 1 << 27  # that a snapshot keeps about at most: 16 bytes each in the tasks that read them
+_FEWEST = 200  # of an item and type of neighbour, whatever the catalogue
 
 
 class Edges(NamedTuple):
@@ -50,9 +57,10 @@ def build_edges(
     out: Path,
     progress: Progress,
 ) -> dict[str, dict[str, int]]:
-    """Write ``out/<snapshot>.parquet`` (src, dst, support, weight; sorted by dst, src) for every snapshot.
+    """Write ``out/edges/<snapshot>.parquet`` (src, dst, support, weight; sorted by dst, src) for every snapshot, and
+    ``out/pairs/<snapshot>.parquet`` (likewise, with more neighbours of an item) for those of ``PAIRED``.
 
-    An interrupted call's finished work is reused, down to single tasks (in ``_scratch`` next to ``out``).
+    An interrupted call's finished work is reused, down to single tasks (in ``out/_scratch``).
 
     Args:
         ntype: int16 [items], item type of each gid.
@@ -66,21 +74,34 @@ def build_edges(
     """
     tables = Tables(ingest_dir)
     shards, codes = tables.shards, tables.codes(config.events.edges)
-    out.mkdir(parents=True, exist_ok=True)
-    todo = [snapshot for snapshot in snapshots if not (out / f"{snapshot.name}.parquet").exists()]
+    most = {EDGES: config.graph.max_neighbors, PAIRS: most_pairs(len(ntype), num_types, config.graph.max_neighbors)}
+    for kind in most:
+        (out / kind).mkdir(parents=True, exist_ok=True)
+    todo = [s for s in snapshots if not all((out / kind / f"{s.name}.parquet").exists() for kind in kinds_of(s.name))]
     if todo:
-        scratch = out.parent / SCRATCH / "pairs"
+        scratch = out / SCRATCH / "pairs"
         ranges = min(max(1, config.data.shards), len(ntype))
         bounds = [len(ntype) * r // ranges for r in range(1, ranges + 1)]
         _count(config, shards, todo, codes, bounds, scratch, progress)
         allowed = pairs.allowed_relations(config.graph.relations, tables.counts["item_types"])
-        _reduce(config, todo, ntype, len(bounds), scratch, out, progress, allowed)
+        _reduce(config, todo, ntype, len(bounds), scratch, out, progress, allowed, most)
         shutil.rmtree(scratch, ignore_errors=True)
-    return {s.name: _relation_counts(out / f"{s.name}.parquet", ntype, num_types) for s in snapshots}
+    return {s.name: _relation_counts(out / EDGES / f"{s.name}.parquet", ntype, num_types) for s in snapshots}
+
+
+def kinds_of(snapshot: str) -> tuple[str, ...]:
+    """The folders that have a file of this snapshot."""
+    return (EDGES, PAIRS) if snapshot in PAIRED else (EDGES,)
+
+
+def most_pairs(items: int, types: int, max_neighbors: int) -> int:
+    """How many pairs of an item with items of one type are kept: all of them in a small catalogue, fewer in a large
+    one."""
+    return max(max_neighbors, _FEWEST, _PAIRS // max(items * types, 1))
 
 
 def read_edges(path: Path) -> Edges:
-    """A file of :func:`build_edges`."""
+    """A file of :func:`build_edges`, edges or pairs."""
     return Edges(*(column.to_numpy() for column in pq.read_table(path, columns=list(Edges._fields)).columns))
 
 
@@ -111,22 +132,25 @@ def _reduce(
     out: Path,
     progress: Progress,
     allowed: np.ndarray,
+    most: Mapping[str, int],
 ) -> None:
     import ray
 
-    graph = config.graph
+    def part(snapshot: Snapshot, kind: str, r: int) -> Path:
+        return scratch / snapshot.name / f"{kind}-{r:05d}.parquet"
+
     shared = ray.put(ntype)
     work = []
     for snapshot in snapshots:
         for r in range(ranges):
-            target = scratch / snapshot.name / f"range-{r:05d}.parquet"
-            if not target.exists():
-                work.append((scratch, snapshot.name, r, shared, graph.min_support, graph.max_neighbors,
-                             config.data_seed, target, allowed))  # fmt: skip
+            files = {part(snapshot, kind, r): most[kind] for kind in kinds_of(snapshot.name)}
+            if not all(file.exists() for file in files):
+                work.append((scratch, snapshot.name, r, shared, config.graph.min_support, config.data_seed, files,
+                             allowed))  # fmt: skip
     _run(reduce_range, work, progress, "merging pairs", "ranges")
     for snapshot in snapshots:
-        parts = [scratch / snapshot.name / f"range-{r:05d}.parquet" for r in range(ranges)]
-        _join(parts, out / f"{snapshot.name}.parquet")
+        for kind in kinds_of(snapshot.name):
+            _join([part(snapshot, kind, r) for r in range(ranges)], out / kind / f"{snapshot.name}.parquet")
 
 
 def _run(function: Callable[..., Any], work: list[tuple[Any, ...]], progress: Progress, title: str, unit: str) -> None:
@@ -177,11 +201,11 @@ def _write_ranges(counted: Counted, bounds: Sequence[int], path: Path) -> None:
 
 
 def reduce_range(
-    scratch: Path, snapshot: str, r: int, ntype: np.ndarray, min_support: int, max_neighbors: int, seed: int, out: Path,
+    scratch: Path, snapshot: str, r: int, ntype: np.ndarray, min_support: int, seed: int, out: Mapping[Path, int],
     allowed: np.ndarray | None = None,
 ) -> None:  # fmt: skip
-    """Merge range ``r`` of every shard's counts, keep the best edges of the allowed relations (bool [types, types];
-    default: all), write them to ``out``."""
+    """Merge range ``r`` of every shard's counts and keep the best edges of the allowed relations (bool [types, types];
+    default: all). ``out``: files to write, each with the number of edges to keep of an item and type of src."""
     parts = [Counted.none()]
     for path in sorted(scratch.glob(f"shard-*/{snapshot}-*.parquet")):
         with pq.ParquetFile(path) as file:
@@ -190,9 +214,10 @@ def reduce_range(
     edges = pairs.merge(parts, len(ntype))
     if allowed is not None:
         edges = edges.take(allowed[ntype[edges.src], ntype[edges.dst]])
-    edges = pairs.keep_best(edges, ntype, min_support, max_neighbors, seed)
-    weight = (edges.weight / pairs.ONE).astype(np.float32)
-    write_parquet(out, pa.table([edges.src, edges.dst, edges.support.astype(np.int32), weight], schema=_EDGES))
+    for file, most in out.items():
+        best = pairs.keep_best(edges, ntype, min_support, most, seed)
+        weight = (best.weight / pairs.ONE).astype(np.float32)
+        write_parquet(file, pa.table([best.src, best.dst, best.support.astype(np.int32), weight], schema=_EDGES))
 
 
 def _join(parts: Sequence[Path], out: Path) -> None:

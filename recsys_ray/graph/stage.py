@@ -41,7 +41,7 @@ def build_graph(
     if len(ntype) < parts:
         raise DataError(f"{len(ntype)} items cannot be split into {parts} partitions; lower graph.partitions")
     snapshots = plan_snapshots(config.graph, counts, config.data_seed)
-    edges = build_edges(config, ingest_dir, snapshots, ntype, len(counts["item_types"]), out / "edges", progress)
+    edges = build_edges(config, ingest_dir, snapshots, ntype, len(counts["item_types"]), out, progress)
     if not edges[training_snapshot(snapshots).name]:
         names, least = ", ".join(config.events.edges), config.graph.min_support
         raise DataError(

@@ -216,7 +216,7 @@ def item_terms(
     return found
 
 
-def recall_of(memory: Memory | None, half_life: float) -> Callable[[Users], Recalled]:
+def recall_of(memory: Memory | None, half_life: float | None) -> Callable[[Users], Recalled]:
     """What the memory raises for users' histories; nothing without a memory."""
     if memory is None:
         return lambda users: Recalled.nothing()

@@ -5,9 +5,9 @@ co-interaction graph has these pairs, so its edges are also used directly, like 
 et al., Wide & Deep Learning for Recommender Systems, DLRS 2016; ours, not the papers'):
 
     memory(u, j) = w * log(1 + max(m_uj, 0) / SMALL),    m_uj = sum over i in history of u of a_ui * b_ij
-    a_ui proportional to 2^(-places back / half-life), their sum 1; of the latest REACH items
+    a_ui proportional to 2^(-places back / half-life), their sum 1; of the latest REACH items, or all alike
 
-b_.j is the ridge regression of having item j on having its neighbours in the graph (recsys_ray/scoring/ridge.py). The
+b_.j is the ridge regression of having item j on having the items nearest to it (recsys_ray/scoring/ridge.py). The
 ridge and the weight w are chosen on the validation period (recsys_ray/scoring/choose.py), the half-life before training
 (recsys_ray/two_tower/recency.py); with weight 0 only the towers remain. The memory never lowers a score, so the top of
 the index and the raised items contain the exact list (recsys_ray/scoring/scorer.py).
@@ -30,7 +30,7 @@ from recsys_ray.storage.artifacts import load_arrays, save_arrays
 MEMORY_FILE = "memory.safetensors"  # of a bundle
 RIDGES = (10.0, 30.0, 100.0, 300.0)  # which a validation chooses from
 WEIGHTS = (0.0, 0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 12.0)  # likewise; of the temperature
-HALF_LIVES = (1.0, 4.0, 16.0)  # places; also
+HALF_LIVES = (1.0, 4.0, 16.0, None)  # places; None: all items of a history alike; also
 REACH = 50  # items, which bounds an answer's time; with 16 places a ninth of the weights would lie further back
 SMALL = 1e-2
 NEIGHBOURS = 100  # items that an item raises, per item type: those with the largest coefficients
@@ -130,12 +130,12 @@ class Memory:
     def save(self, path: Path) -> None:
         save_arrays(path, vars(self))
 
-    def recall(self, user: Int[np.ndarray, "n"], gid: Int[np.ndarray, "n"], half_life: float) -> Recalled:
+    def recall(self, user: Int[np.ndarray, "n"], gid: Int[np.ndarray, "n"], half_life: float | None) -> Recalled:
         """The items raised by histories.
 
         Args:
             user, gid: the events of all histories; of each user in one piece, oldest first.
-            half_life: how many places back an item counts half of the last one.
+            half_life: how many places back an item counts half of the last one; None: all count alike.
 
         Returns:
             Every pair with an edge.
@@ -163,14 +163,18 @@ def memory_file(two_tower: Path, snapshot: str) -> Path:
 
 
 def _latest(
-    user: np.ndarray, gid: np.ndarray, items: int, half_life: float
+    user: np.ndarray, gid: np.ndarray, items: int, half_life: float | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Each user's latest distinct items with their weights a, by the last time that they occur."""
+    """Each user's distinct items with their weights a, by the last time that they occur; of those that fade the
+    latest."""
     backwards = (user * items + gid)[::-1]
     last = np.sort(len(user) - 1 - np.unique(backwards, return_index=True)[1])
     user, gid = user[last], gid[last]
     back = np.searchsorted(user, user, side="right") - np.arange(len(user)) - 1
-    user, gid, back = (part[back < REACH] for part in (user, gid, back))
-    weight = 0.5 ** (back / half_life)
+    if half_life is None:
+        weight = np.ones(len(user))
+    else:
+        user, gid, back = (part[back < REACH] for part in (user, gid, back))
+        weight = 0.5 ** (back / half_life)
     sums = np.bincount(user, weight, minlength=1) if len(user) else np.ones(1)
     return user, gid, weight / sums[user]

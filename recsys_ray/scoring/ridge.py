@@ -1,15 +1,18 @@
-"""Fits the co-interaction memory: for each item, a ridge regression on its neighbours in the graph.
+"""Fits the co-interaction memory: for each item, a ridge regression on the items nearest to it.
 
-    b_.j = (G + ridge I)^-1 g,    G_ik = users of i and k,  g_i = weight of the edge i -> j,  i and k in N_j
+    b_.j = (G + ridge I)^-1 g,    G_ik = users of i and k,  g_i = weight of the pair i -> j,  i and k in N_j
 
-N_j are j's neighbours in a snapshot. If g_i were the users of i and j, b_.j would be the ridge regression of having j
-on having its neighbours: EASE^R (Steck, WWW 2019) restricted to the graph, with a system of a few dozen unknowns per
-item instead of one for the whole catalogue; or SLIM with the neighbours as selected features (Ning and Karypis, ICDM
-2011), without its L1 term. The edge weight counts a user less the further i lies before j, and less still if j came
-first (recsys_ray/graph/pairs.py), so this is a regression on choosing j soon.
+N_j are the items with the largest w_ij / sqrt(users of i), the cosine of the weighted co-interactions but for a factor
+of j: by the weight alone, what everybody has would be near to everything. If g_i were the users of i and j and N_j
+all other items, b_.j would be EASE^R (Steck, WWW 2019); this is SLIM with the nearest items as selected features (Ning
+and Karypis, ICDM 2011), without its L1 term: a system of at most a few hundred unknowns per item instead of one for the
+whole catalogue. The weight counts a user less the further i lies before j, and less still if j came first
+(recsys_ray/graph/pairs.py), so this is a regression on choosing j soon.
 
-A pair i, k that the graph dropped counts as 0 users. G may then have negative eigenvalues, and coefficients that would
-grow without bound under a small ridge are clipped to -1 and 1.
+G must be whole. The graph's 30 neighbours of an item are too few: where users have a hundred events, a pair of popular
+items is not among them although thousands share it, and counting it as 0 ruins every coefficient. So the graph stage
+keeps more pairs (recsys_ray/graph/edges.py). Where even these are not all, G may have negative eigenvalues;
+coefficients that would grow without bound under a small ridge are clipped to -1 and 1.
 
 One task per range of items solves the systems; users are counted per shard, with the other counts (choices.py).
 """
@@ -18,20 +21,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import scipy.linalg.lapack as lapack
 from jaxtyping import Float, Int
 
 from recsys_ray.cluster.pool import in_parallel
 from recsys_ray.core.offsets import spread
 from recsys_ray.core.progress import Progress
 from recsys_ray.data.tables import Events
-from recsys_ray.graph.edges import Edges, read_edges
+from recsys_ray.graph.edges import PAIRS, Edges, read_edges
 from recsys_ray.graph.pairs import Window, latest_items
 from recsys_ray.graph.snapshots import Snapshot
 from recsys_ray.scoring.memory import RIDGES, Memory, memory_file
 
 _RANGES = 8  # of items, whose systems are solved by one task each
+_UNKNOWNS = 200  # of a system, over all item types; of each type at least
+_OF_A_TYPE = 30
+
+
+class Solved(NamedTuple):
+    """Coefficients of src in the regressions of dst; sorted by dst, src."""
+
+    src: Int[np.ndarray, "n"]
+    dst: Int[np.ndarray, "n"]
+    b: Float[np.ndarray, "n ridges"]
 
 
 def fit_memories(
@@ -50,21 +65,26 @@ def fit_memories(
 
     with progress.task("memory", len(users_of) * _RANGES, "ranges of items") as task:
         for snapshot, users in users_of.items():
-            edges = read_edges(graph / "edges" / f"{snapshot}.parquet")
-            shared, parts = (ray.put(edges), ray.put(users)), []
-            solving = [(solve, *shared, begin, end) for begin, end in _ranges(edges.dst)]
-            for part in in_parallel(solving, ordered=True):
+            pairs = read_edges(graph / PAIRS / f"{snapshot}.parquet")
+            shared, parts = [ray.put(part) for part in (pairs, users, ntype)], []
+            for part in in_parallel(
+                [(solve, *shared, *items) for items in _ranges(pairs.dst, len(ntype))], ordered=True
+            ):
                 parts.append(part)
                 task.advance()
-            memory = Memory.of_edges(edges.src, edges.dst, np.concatenate(parts), users, ntype)
-            memory.save(memory_file(out, snapshot))
+            memory_of(parts, users, ntype).save(memory_file(out, snapshot))
 
 
-def _ranges(dst: Int[np.ndarray, "n"]) -> list[tuple[int, int]]:
-    """Ranges of edges, about as long, that part no item's; ``dst`` ascends."""
-    bounds = [len(dst) * k // _RANGES for k in range(_RANGES)]
-    bounds = [int(np.searchsorted(dst, dst[bound])) if len(dst) else 0 for bound in bounds]
-    return list(zip(bounds, [*bounds[1:], len(dst)], strict=True))
+def memory_of(parts: Sequence[Solved], users: Int[np.ndarray, "items"], ntype: Int[np.ndarray, "items"]) -> Memory:
+    """``parts``: of all items."""
+    src, dst, b = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return Memory.of_edges(src, dst, b, users, ntype)
+
+
+def _ranges(dst: Int[np.ndarray, "n"], items: int) -> list[tuple[int, int]]:
+    """Ranges of items with about as many pairs; ``dst`` ascends."""
+    bounds = [int(dst[len(dst) * k // _RANGES]) if len(dst) else 0 for k in range(1, _RANGES)]
+    return list(zip([0, *bounds], [*bounds, items], strict=True))
 
 
 def count_users(
@@ -77,38 +97,56 @@ def count_users(
     return np.bincount(latest, minlength=items)
 
 
-def solve(edges: Edges, users: Int[np.ndarray, "items"], begin: int, end: int) -> Float[np.ndarray, "edges ridges"]:
-    """b of the edges ``begin <= edge < end`` with each of ``RIDGES``; the range holds all edges of its items.
+def nearest(pairs: Edges, users: Int[np.ndarray, "items"], ntype: Int[np.ndarray, "items"]) -> Int[np.ndarray, "kept"]:
+    """Places, ascending, of the pairs whose src is in N_dst."""
+    types = int(ntype.max(initial=0)) + 1
+    group = pairs.dst.astype(np.int64) * types + ntype[pairs.src]
+    near = pairs.weight / np.sqrt(np.maximum(users[pairs.src], 1))
+    order = np.lexsort((pairs.src, -near, group))
+    group = group[order]
+    place = np.arange(len(group)) - np.searchsorted(group, group)
+    return np.sort(order[place < max(_OF_A_TYPE, _UNKNOWNS // types)])
+
+
+def solve(
+    pairs: Edges, users: Int[np.ndarray, "items"], ntype: Int[np.ndarray, "items"], first: int, last: int
+) -> Solved:
+    """b of the items ``first <= dst < last`` with each of ``RIDGES``.
 
     Args:
-        edges: all of them.
+        pairs: of all items, in both directions, sorted by dst, src.
         users: of each item.
     """
-    (src, dst, support, weight), items = edges, len(users)
-    start = np.searchsorted(dst, np.arange(items + 1))
-    solved = np.zeros((end - begin, len(RIDGES)), np.float32)
-    place = np.full(items, -1)
-    for item in np.unique(dst[begin:end]).tolist():
-        mine = slice(start[item], start[item + 1])
-        near = src[mine]
+    begin = np.searchsorted(pairs.dst, np.arange(len(users) + 1))
+    mine = slice(begin[first], begin[last])
+    kept = mine.start + nearest(Edges(*(column[mine] for column in pairs)), users, ntype)
+    src, dst = pairs.src[kept], pairs.dst[kept]
+    b, place = np.zeros((len(kept), len(RIDGES)), np.float32), np.full(len(users), -1)
+    bounds = np.searchsorted(dst, np.arange(first, last + 1))
+    for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        if start == stop:
+            continue
+        near = src[start:stop]
         place[near] = np.arange(len(near))
+        lengths = begin[near + 1] - begin[near]
+        shared = spread(begin[near], lengths)  # the pairs of what is near: which of them are with each other?
+        column, row = place[pairs.src[shared]], np.repeat(np.arange(len(near)), lengths)
+        inside = column >= 0
         gram = np.zeros((len(near), len(near)))
-        lengths = start[near + 1] - start[near]  # the neighbours' own neighbours: which of them are mine, too?
-        edge = spread(start[near], lengths)
-        row, column = place[src[edge]], np.repeat(np.arange(len(near)), lengths)
-        row, column, shared = row[row >= 0], column[row >= 0], support[edge[row >= 0]]
-        gram[row, column] = gram[column, row] = shared
-        systems = np.repeat(gram[None], len(RIDGES), axis=0)
-        np.einsum("rnn->rn", systems)[:] = users[near] + np.array(RIDGES)[:, None]
-        right = np.broadcast_to(weight[mine].astype(np.float64)[:, None], (len(RIDGES), len(near), 1))
-        solved[mine.start - begin : mine.stop - begin] = _solutions(systems, right)[:, :, 0].T
+        row, column, support = row[inside], column[inside], pairs.support[shared[inside]]
+        gram[row, column] = gram[column, row] = support  # either may be kept without the other
+        b[start:stop] = _solutions(gram, users[near], pairs.weight[kept[start:stop]].astype(np.float64))
         place[near] = -1
-    return solved
+    return Solved(src, dst, b)
 
 
-def _solutions(systems: Float[np.ndarray, "r n n"], right: Float[np.ndarray, "r n 1"]) -> Float[np.ndarray, "r n 1"]:
-    try:
-        found = np.linalg.solve(systems, right)
-    except np.linalg.LinAlgError:  # singular: see above
-        found = np.linalg.pinv(systems) @ right
+def _solutions(
+    gram: Float[np.ndarray, "n n"], users: Int[np.ndarray, "n"], right: Float[np.ndarray, "n"]
+) -> Float[np.ndarray, "n ridges"]:
+    diagonal, found = np.diag_indices(len(gram)), np.empty((len(gram), len(RIDGES)))
+    for column, ridge in enumerate(RIDGES):
+        gram[diagonal] = users + ridge
+        _, found[:, column], failed = lapack.dposv(gram, right)
+        if failed:  # not positive definite, since pairs are missing
+            found[:, column] = np.linalg.lstsq(gram, right, rcond=None)[0]
     return np.clip(found, -1, 1)

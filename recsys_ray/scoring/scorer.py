@@ -49,7 +49,7 @@ class ScoreSpec:
     """What validation chose of the terms."""
 
     temperature: float = 0.1  # of the softmax that the towers were trained in
-    half_life: float = 4.0  # of the history in the memory, places
+    half_life: float | None = 4.0  # of the history in the memory, places; None: all alike
     memory: float = 0.0  # weight of the memory; 0: none
     ridge: float = 0.0  # its ridge; 0: nothing was validated
     trends: list[float] = field(default_factory=list)  # weight of each item type; empty: none
@@ -139,7 +139,7 @@ class Scorer:
     wide: Float32[np.ndarray, "N wide"]  # [v_j, b_j] of each item, row = gid
     memory: Memory | None = None  # of one ridge
     weight: float = 0.0  # of the memory
-    half_life: float = 1.0
+    half_life: float | None = 1.0
 
     @staticmethod
     def of_items(

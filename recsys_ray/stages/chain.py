@@ -81,7 +81,7 @@ GRAPH = Stage(
     inputs=("ingest", "featurize"),
     settings=_graph_settings,
     run=_graph,
-    version=2,  # partitions hold the messages' weights
+    version=3,  # the memory has pairs of its own
 )
 
 # -- 4: train the HGNN, or take trained weights, and embed every item on every snapshot ------------------------------
@@ -137,7 +137,7 @@ TWO_TOWER = Stage(
     inputs=("ingest", "featurize", "graph", "hgnn"),
     settings=_two_tower_settings,
     run=_two_tower,
-    version=3,  # the HGNN's numbers are hidden in training
+    version=4,  # the memory's own pairs, all of a history
 )
 
 # -- 6: item vectors into FAISS, and the bundle for serving ----------------------------------------------------------

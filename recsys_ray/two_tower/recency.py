@@ -72,7 +72,7 @@ def mean_length(task: TowerTask) -> float:
     return float(total / number.clamp(min=1))
 
 
-def memory_half_life(task: TowerTask, memory: Memory, seed: int) -> float:
+def memory_half_life(task: TowerTask, memory: Memory, seed: int) -> float | None:
     """With which half-life of the history the memory alone ranks best (NDCG@100), with the ridge that suits it; the
     longest of equal ones. The same on every rank."""
     gains = torch.zeros(len(OF_THE_MEMORY), len(RIDGES), dtype=torch.float64)

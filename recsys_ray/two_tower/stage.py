@@ -26,6 +26,7 @@ from recsys_ray.core.seeds import seed_from
 from recsys_ray.data.tables import Events, Tables
 from recsys_ray.graph.activity import ACTIVITY, COLUMNS
 from recsys_ray.graph.dgl.client import GraphClient, partition_client
+from recsys_ray.graph.edges import PAIRED
 from recsys_ray.graph.snapshots import Snapshot, snapshots_of
 from recsys_ray.scoring.choices import Choices, choices_file, write_choices
 from recsys_ray.scoring.choose import Moment
@@ -76,7 +77,7 @@ def train_two_tower(
         )
     variants = [name for name, with_hgnn in VARIANTS.items() if with_hgnn or config.two_tower.ablation]
     write_specs(out, variants, spec)
-    asked = [s for s in snapshots if config.two_tower.memory and s.name in ("valid", "test", "serve")]
+    asked = [s for s in snapshots if config.two_tower.memory and s.name in PAIRED]
     asked = [s for s in asked if not memory_file(out, s.name).exists()]  # what is there is kept
     counted = snapshots if config.two_tower.trends or config.two_tower.unseen else []
     if asked or counted:

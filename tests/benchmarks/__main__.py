@@ -102,6 +102,7 @@ def index() -> None:
 
 def memory() -> None:
     """What a full history brings to mind against the exact search beside it; fitting it against EASE's one inverse."""
+    from recsys_ray.graph.edges import Edges
     from recsys_ray.scoring.memory import NEIGHBOURS, RIDGES, Memory
     from recsys_ray.scoring.ridge import solve
 
@@ -121,12 +122,12 @@ def memory() -> None:
     shared = had.T @ had
     users = np.diag(shared).astype(np.int64)
     np.fill_diagonal(shared, 0)
-    src = np.argsort(-shared, axis=0)[:30].T.ravel()  # the 30 best neighbours of each item
-    dst = np.repeat(np.arange(few), 30)
-    edges = src, dst, shared[src, dst].astype(np.int64)
+    dst, src = np.nonzero(shared)
+    pairs = Edges(src, dst, shared[src, dst].astype(np.int64), shared[src, dst])
     dense = shared + np.diag(users + RIDGES[0])
     inverse = seconds(lambda: [np.linalg.inv(dense) for _ in RIDGES])
-    line("memory, fit with all ridges", seconds(lambda: solve(edges, users, 0, len(dst))), inverse, "items", few,
+    ntype = np.zeros(few, int)
+    line("memory, fit with all ridges", seconds(lambda: solve(pairs, users, ntype, 0, few)), inverse, "items", few,
          "as fast as EASE's inverses")  # fmt: skip
 
 

@@ -81,7 +81,7 @@ def sharded(
         found[name] = {}
         for r in range(ranges):
             out = folder / "out" / f"{name}-{r}.parquet"
-            reduce_range(folder / "scratch", name, r, ntype, min_support, max_neighbors, 0, out, allowed)
+            reduce_range(folder / "scratch", name, r, ntype, min_support, 0, {out: max_neighbors}, allowed)
             src, dst, *values = (column.to_pylist() for column in pq.read_table(out).columns)
             assert list(zip(dst, src, strict=True)) == sorted(zip(dst, src, strict=True))
             found[name].update(zip(zip(src, dst, strict=True), zip(*values, strict=True), strict=True))

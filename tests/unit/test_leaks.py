@@ -202,7 +202,7 @@ def write_edges(folder: Path, shards: list[Path], snapshot: Snapshot) -> Path:
         count_pairs(shard, folder / shard.stem, windows, [0], [ITEMS], GRAPH.max_history, GRAPH.pair_half_life)
     out = folder / f"{snapshot.name}.parquet"
     ntype = np.zeros(ITEMS, np.int16)
-    reduce_range(folder, snapshot.name, 0, ntype, GRAPH.min_support, GRAPH.max_neighbors, 0, out)
+    reduce_range(folder, snapshot.name, 0, ntype, GRAPH.min_support, 0, {out: GRAPH.max_neighbors})
     return out
 
 
@@ -224,7 +224,9 @@ def test_edges_of_other_events(world, name):
     some, ntype = np.arange(0, ITEMS, 2), np.zeros(ITEMS, np.int16)
 
     def look(path: Path) -> int:
-        return check_edges(shards, snapshot, path, some, ntype, [0], GRAPH, np.ones((2, 2), bool), 0, words)
+        return check_edges(
+            shards, snapshot, {path: GRAPH.max_neighbors}, some, ntype, [0], GRAPH, np.ones((2, 2), bool), 0, words
+        )
 
     right = write_edges(folder / "right", shards, snapshot)
     assert look(right) > 50

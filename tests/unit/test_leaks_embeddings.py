@@ -21,7 +21,7 @@ from recsys_ray.core.progress import Progress
 from recsys_ray.data.tables import Events, Tables
 from recsys_ray.graph.activity import ACTIVITY, COLUMNS, count_shard, describe
 from recsys_ray.graph.edges import count_shard as count_pairs
-from recsys_ray.graph.edges import read_edges, reduce_range
+from recsys_ray.graph.edges import EDGES, PAIRS, kinds_of, most_pairs, read_edges, reduce_range
 from recsys_ray.graph.pairs import Window, message_weights, strengths
 from recsys_ray.graph.snapshots import plan_snapshots
 from recsys_ray.hgnn.blocks import ItemTypes
@@ -29,8 +29,8 @@ from recsys_ray.hgnn.encoder import make_hgnn
 from recsys_ray.hgnn.inference import LocalStore, embed_items
 from recsys_ray.hgnn.signature import SignedSource, item_signatures
 from recsys_ray.scoring.choices import choices_file, count_choices
-from recsys_ray.scoring.memory import Memory, memory_file
-from recsys_ray.scoring.ridge import count_users, solve
+from recsys_ray.scoring.memory import memory_file
+from recsys_ray.scoring.ridge import count_users, memory_of, solve
 from recsys_ray.storage.artifacts import Artifact, load_arrays, save_arrays, write_json
 from recsys_ray.two_tower.batches import ArrayFeatures
 from recsys_ray.two_tower.stage import load_catalogue
@@ -75,17 +75,18 @@ def run(tmp_path) -> FinishedRun:
     for s in snapshots:
         windows = {s.name: Window(s.start, s.time)}
         count_pairs(shard, tmp_path / "s" / shard.stem, windows, [0], [ITEMS], 100, CONFIG.graph.pair_half_life)
-        target = folders["graph"] / "edges" / f"{s.name}.parquet"
-        reduce_range(tmp_path / "s", s.name, 0, ntype, 1, CONFIG.graph.max_neighbors, 0, target)
+        most = {EDGES: CONFIG.graph.max_neighbors, PAIRS: most_pairs(ITEMS, 2, CONFIG.graph.max_neighbors)}
+        targets = {folders["graph"] / kind / f"{s.name}.parquet": most[kind] for kind in kinds_of(s.name)}
+        reduce_range(tmp_path / "s", s.name, 0, ntype, 1, 0, targets)
         (active,), (first,) = count_shard(shard, [s], [0], ITEMS)
         activity[s.name] = describe(active, first, np.full(ITEMS, NEVER), ntype, s.time).astype(np.float16)
     save_arrays(folders["graph"] / ACTIVITY, activity)
     write_embeddings(folders, snapshots, ids, torch.from_numpy(text.astype(np.float32)))
     write_towers(folders, text)
     for s in snapshots[-3:]:
-        edges = read_edges(folders["graph"] / "edges" / f"{s.name}.parquet")
+        pairs = read_edges(folders["graph"] / PAIRS / f"{s.name}.parquet")
         users = count_users(Events.read(shard), s, [0], 100, ITEMS)
-        memory = Memory.of_edges(*edges[:2], solve(edges, users, 0, len(edges[1])), users, ntype)
+        memory = memory_of([solve(pairs, users, ntype, 0, ITEMS)], users, ntype)
         memory.save(memory_file(folders["two_tower"], s.name))
     chosen = count_choices(Events.read(shard), snapshots, [0], ITEMS)
     names = [s.name for s in snapshots]
@@ -157,6 +158,7 @@ def test_a_run_as_it_is_made(run):
         ("hgnn", "embeddings/{}/part-00000.safetensors", 'the embedding on snapshot test of item "i'),
         ("two_tower", "hgnn/items/{}.safetensors", "the test's vector by the two-tower hgnn of item \"i"),
         ("two_tower", "text_only/items/{}.safetensors", "the test's vector by the two-tower text_only of item \"i"),
+        ("graph", "pairs/{}.parquet", "snapshot test, before 1970-03-22: the edge from item"),
         ("two_tower", "memory/{}.safetensors", 'the memory of item "i'),
         ("graph", "edges/{}.parquet", "snapshot test, before 1970-03-22: the edge from item"),
     ],

@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 
+from recsys_ray.baselines.ease import solve as solve_ease
 from recsys_ray.graph.edges import Edges
 from recsys_ray.scoring.memory import REACH, RIDGES, SMALL, Memory, _latest
 from recsys_ray.scoring.ridge import _ranges, solve
@@ -32,55 +34,81 @@ def pairs_of(memory: Memory) -> dict[tuple[int, int], float]:
 # -- what is remembered
 
 
-def test_coefficients_are_ridge_regressions_on_the_neighbours():
-    """Least squares over users, with a row sqrt(ridge) for each neighbour."""
-    random = np.random.default_rng(0)
-    had = (random.random((200, SIZE)) < 0.3).astype(float)
-    shared = had.T @ had
-    edges = [(src, dst) for dst in range(SIZE) for src in range(SIZE) if src != dst and (src + dst) % 3]
-    src, dst = np.array(edges).T
-    support = shared[src, dst].astype(np.int64)
-    shared[(np.add.outer(np.arange(SIZE), np.arange(SIZE)) % 3) == 0] = 0  # pairs that the graph does not have
-    solved = solve(Edges(src, dst, support, support), had.sum(0).astype(int), 0, len(src))
-    assert solved.shape == (len(src), len(RIDGES))
+def whole_pairs(had: np.ndarray, weight: np.ndarray | None = None) -> Edges:
+    """All pairs of items that users had (bool [users, items]); ``weight`` [items, items], default: the users."""
+    shared = had.T.astype(int) @ had
+    np.fill_diagonal(shared, 0)
+    dst, src = np.nonzero(shared)
+    return Edges(src, dst, shared[src, dst], (shared if weight is None else weight)[src, dst])
+
+
+def random_users(items: int = SIZE, users: int = 200) -> np.ndarray:
+    return np.random.default_rng(0).random((users, items)) < np.linspace(0.1, 0.6, items)
+
+
+def test_with_all_pairs_coefficients_are_those_of_ease():
+    had = random_users()
+    solved = solve(whole_pairs(had), had.sum(0), np.zeros(SIZE, int), 0, SIZE)
+    assert solved.b.shape == (SIZE * (SIZE - 1), len(RIDGES))
+    for column, ridge in enumerate(RIDGES):
+        ease = solve_ease(sp.csr_matrix(had.astype(np.float32)), ridge)
+        np.testing.assert_allclose(solved.b[:, column], ease[solved.src, solved.dst], atol=1e-3)
+
+
+def test_coefficients_are_ridge_regressions_on_the_nearest_items(monkeypatch):
+    """Least squares over users, with a row sqrt(ridge) for each of the three nearest items by cosine."""
+    monkeypatch.setattr("recsys_ray.scoring.ridge._UNKNOWNS", 3)
+    monkeypatch.setattr("recsys_ray.scoring.ridge._OF_A_TYPE", 3)
+    had = random_users()
+    users, shared = had.sum(0), had.T.astype(int) @ had
+    solved = solve(whole_pairs(had), users, np.zeros(SIZE, int), 0, SIZE)
     for item in range(SIZE):
-        near = src[dst == item]
-        for column, ridge in enumerate(RIDGES):
-            gram = shared[np.ix_(near, near)]
-            gram[np.diag_indices(len(near))] = had[:, near].sum(0) + ridge
-            np.testing.assert_allclose(gram @ solved[dst == item, column], had[:, near].T @ had[:, item], rtol=1e-5)
-    whole = [(s, d) for d in range(4) for s in range(4) if s != d]  # a graph with every pair of four items
-    src, dst = np.array(whole).T
-    support = (had.T @ had)[src, dst].astype(int)
-    solved = solve(Edges(src, dst, support, support), had.sum(0).astype(int), 0, len(src))
-    for item in range(4):
-        near = src[dst == item]
+        cosine = shared[item] / np.sqrt(users * users[item])
+        cosine[item] = -1
+        near = np.sort(np.argsort(-cosine)[:3])
+        assert solved.src[solved.dst == item].tolist() == near.tolist()
         tall = np.vstack([had[:, near], np.sqrt(RIDGE) * np.eye(3)])
         want = np.linalg.lstsq(tall, np.r_[had[:, item], np.zeros(3)], rcond=None)[0]
-        np.testing.assert_allclose(solved[dst == item, 1], want, rtol=1e-4)
+        np.testing.assert_allclose(solved.b[solved.dst == item, 1], want, rtol=1e-4)
 
 
-def test_pairs_that_the_graph_dropped_make_no_wild_coefficient():
-    """Items 0 and 1 share more users than the graph says that they have: singular with the first ridge."""
+def test_each_type_has_its_nearest_items(monkeypatch):
+    monkeypatch.setattr("recsys_ray.scoring.ridge._UNKNOWNS", 4)
+    monkeypatch.setattr("recsys_ray.scoring.ridge._OF_A_TYPE", 1)
+    had, ntype = random_users(), np.array([0, 0, 0, 0, 1, 1, 1])
+    solved = solve(whole_pairs(had), had.sum(0), ntype, 0, SIZE)
+    for item in range(SIZE):
+        assert np.bincount(ntype[solved.src[solved.dst == item]]).tolist() == [2, 2]
+
+
+def test_a_pair_that_is_kept_in_one_direction_counts_in_both(monkeypatch):
+    """Of the pair 0, 1 only the row of item 0 is there."""
+    had = random_users(3)
+    users, ntype, pairs = had.sum(0), np.zeros(3, int), whole_pairs(had)
+    half = Edges(*(column[(pairs.src != 0) | (pairs.dst != 1)] for column in pairs))
+    whole, less = (solve(some, users, ntype, 2, 3) for some in (pairs, half))
+    np.testing.assert_array_equal(whole.b, less.b)
+
+
+def test_missing_pairs_make_no_wild_coefficient():
+    """Items 0 and 1 share more users than they have: singular with the first ridge."""
     src, dst = np.array([1, 2, 0, 2, 0, 1]), np.array([0, 0, 1, 1, 2, 2])
     support = np.array([10, 3, 10, 4, 3, 4])
-    solved = solve(Edges(src, dst, support, support), np.array([0, 0, 5]), 0, 6)
-    assert np.isfinite(solved).all() and np.abs(solved).max() <= 1
+    solved = solve(Edges(src, dst, support, support), np.array([0, 0, 5]), np.zeros(3, int), 0, 3)
+    assert np.isfinite(solved.b).all() and np.abs(solved.b).max() <= 1
 
 
-def test_a_range_of_edges_is_solved_as_in_the_whole():
-    random = np.random.default_rng(1)
-    src, dst = np.array([(s, d) for d in range(SIZE) for s in range(SIZE) if s != d]).T
-    edges = Edges(src, dst, random.integers(1, 20, len(src)), random.random(len(src)))
-    users = np.full(SIZE, 60)
-    whole = solve(edges, users, 0, len(src))
-    ranges = _ranges(dst)
-    assert [a for a, _ in ranges[1:]] == [b for _, b in ranges[:-1]] and (ranges[0][0], ranges[-1][1]) == (0, len(src))
-    parts = [solve(edges, users, begin, end) for begin, end in ranges]
-    np.testing.assert_array_equal(np.concatenate(parts), whole)
-    assert (
-        _ranges(np.zeros(0, np.int64)) == [(0, 0)] * 8 and solve(Edges(*np.zeros((4, 0), int)), users, 0, 0).size == 0
-    )
+def test_a_range_of_items_is_solved_as_in_the_whole():
+    had, ntype = random_users(40), np.arange(40) // 20
+    pairs, users = whole_pairs(had), had.sum(0)
+    whole = solve(pairs, users, ntype, 0, 40)
+    ranges = _ranges(pairs.dst, 40)
+    assert [a for a, _ in ranges[1:]] == [b for _, b in ranges[:-1]] and (ranges[0][0], ranges[-1][1]) == (0, 40)
+    parts = [solve(pairs, users, ntype, *items) for items in ranges]
+    for column, of_parts in zip(whole, zip(*parts, strict=True), strict=True):
+        np.testing.assert_array_equal(np.concatenate(of_parts), column)
+    nothing = Edges(*np.zeros((4, 0), int))
+    assert _ranges(nothing.dst, 40)[-1] == (0, 40) and len(solve(nothing, users, ntype, 0, 40).b) == 0
 
 
 def test_a_hub_remembers_its_largest_items_of_each_type(monkeypatch):
@@ -117,9 +145,9 @@ def test_new_items_bring_their_edges_and_replaced_ones_change_theirs(memory):
 # -- what comes to mind
 
 
-def expected(history: list[int], half_life: float) -> dict[int, float]:
+def expected(history: list[int], half_life: float | None) -> dict[int, float]:
     latest = [item for place, item in enumerate(history) if item not in history[place + 1 :]]
-    weight = {item: 0.5 ** (back / half_life) for back, item in enumerate(reversed(latest))}
+    weight = {item: 0.5 ** (back / half_life) if half_life else 1 for back, item in enumerate(reversed(latest))}
     total: dict[int, float] = {}
     for (a, b), value in PAIRS.items():
         if a in weight:
@@ -127,7 +155,7 @@ def expected(history: list[int], half_life: float) -> dict[int, float]:
     return {item: np.log1p(max(value, 0) / SMALL) for item, value in total.items()}
 
 
-@pytest.mark.parametrize("half_life", [1.0, 4.0])
+@pytest.mark.parametrize("half_life", [1.0, 4.0, None])
 def test_recall_is_the_formula(memory, half_life):
     histories = {0: [3, 0, 1], 2: [6], 3: [0, 2, 0, 0], 7: [4]}  # user 2's item has no edge
     user = np.repeat(list(histories), [len(h) for h in histories.values()])
