@@ -20,8 +20,8 @@ from recsys_ray.core.errors import LeakError
 from recsys_ray.core.progress import Progress
 from recsys_ray.data.tables import Events, Tables
 from recsys_ray.graph.activity import ACTIVITY, COLUMNS, count_shard, describe
-from recsys_ray.graph.edges import count_shard as count_pairs
 from recsys_ray.graph.edges import EDGES, PAIRS, kinds_of, most_pairs, read_edges, reduce_range
+from recsys_ray.graph.edges import count_shard as count_pairs
 from recsys_ray.graph.pairs import Window, message_weights, strengths
 from recsys_ray.graph.snapshots import plan_snapshots
 from recsys_ray.hgnn.blocks import ItemTypes
