@@ -6,7 +6,7 @@ Graph Neural Networks, 2020): every item sends its signature (recsys_ray/hgnn/si
 
     h1_i^r = sum over neighbours j of relation r of w_ij sign_j                h1_i = unit(h1_i^same + h1_i^other)
     h2_i^r = sum over neighbours j of relation r of w_ij h1_j
-    s_i    = unit(mix * unit(sum over r of W1_r h1_i^r) + unit(sum over r of W2_r h2_i^r))
+    s_i    = unit(sum over r of W1_r h1_i^r + W2_r h2_i^r)
     s_i    = unit(W_p text_i + b_p)                                            without edges
     z_i    = unit([unit(W_t text_i), gain * s_i])
 
@@ -15,16 +15,18 @@ Relations are those within an item type and those between two types, so a type t
 For an item without edges the text predicts the structure, learned from items that are isolated in training
 (``HgnnConfig.isolated``): what its text tells about taste counts, and both channels always have the same norms.
 
+A sum of random signs is a random projection of an item's neighbourhood. Left as it is, half of its numbers are noise:
+W1 and W2 start at the principal directions of the graph that are in these sums (:meth:`PropagationEncoder.start`).
+
 The sums do not depend on the weights. In training they are made once (:func:`write_sums`), and each pair of a batch is
 taken out of them where it counts (:class:`recsys_ray.hgnn.training.WholeNeighbourhoods`).
 
 Shape suffixes: N nodes, S source nodes of a block, D destination nodes of a block, T text dimension, G signs, O output
-dimension, H = 5 O / 2: the state that an item keeps and sends after the first layer.
+dimension, K = 2 G, H = 5 O / 2: the state that an item keeps and sends after the first layer.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -41,6 +43,7 @@ KINSHIPS = ("same", "other")  # relations inside an item type, and those between
 _SMALLEST = 1e-3  # of a norm: what rounding leaves of a sum, whose parts have norm 1, counts as nothing
 _CHUNK = 16_384  # neighbourhoods of a chunk overlap: the larger, the less is read twice
 _ALL = -1
+_NOISE = 1e-4  # of the largest variance: directions with less are left out at the start
 
 
 def unit(x: Float[Tensor, "N d"]) -> Float[Tensor, "N d"]:
@@ -49,8 +52,7 @@ def unit(x: Float[Tensor, "N d"]) -> Float[Tensor, "N d"]:
 
 
 class PropagationEncoder(nn.Module):
-    """See the module. The weights start as random projections, which already place items near those that they share
-    users with."""
+    """See the module. Without :meth:`start` the weights are random projections."""
 
     def __init__(self, text_dim: int, config: HgnnConfig, types: ItemTypes) -> None:
         super().__init__()
@@ -61,17 +63,41 @@ class PropagationEncoder(nn.Module):
         self.one = _alike(config.signature_dim, self.structure_dim)
         self.two = _alike(config.signature_dim, self.structure_dim)
         self.predicted = nn.Linear(text_dim, self.structure_dim)
-        self.log_mix, self.log_gain = nn.Parameter(torch.tensor(math.log(0.5))), nn.Parameter(torch.tensor(0.0))
+        self.log_gain = nn.Parameter(torch.tensor(0.0))
+
+    @torch.no_grad()
+    def start(self, gram: Float[Tensor, "K K"], linked: Float[Tensor, "K K"]) -> None:
+        """Let the structure start as the largest principal directions of the graph, A = V diag(l) V^T, as far as the
+        sums k_i = [h1_i, h2_i] hold them: items i and j then have the product sum over directions of l V_i V_j, which
+        is what is left of a_ij without its noise. Block Krylov with Rayleigh and Ritz's projection (Halko, Martinsson
+        and Tropp, SIAM Review 2011); the weights carry it to every other snapshot of the graph.
+
+        Args:
+            gram: sum over items of k_i k_i^T.
+            linked: sum over edges of a_ij k_i k_j^T.
+        """
+        variance, axes = torch.linalg.eigh(gram.double())
+        kept = variance > _NOISE * variance[-1].clamp(min=1e-12)
+        whiten = axes[:, kept] / variance[kept].sqrt()
+        inside = whiten.T @ (linked + linked.T).double() / 2 @ whiten
+        size, turn = torch.linalg.eigh(inside)  # ascending
+        found = (whiten @ turn * size.clamp(min=0).sqrt()).flip(1)[:, : self.structure_dim]
+        if not found.any():
+            return  # nothing is linked
+        weight = torch.zeros(self.structure_dim, len(gram))
+        weight[: found.shape[1]] = (found * (self.structure_dim / found.square().sum()).sqrt()).T.float()
+        for kinds, part in zip((self.one, self.two), weight.chunk(2, 1), strict=True):
+            for kind in kinds.values():
+                kind.weight.copy_(part)
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        """The optimiser's. The projections start as a good embedding, which large steps would destroy; how much each
-        part counts, and what a text predicts, has yet to be found."""
-        counts = [self.log_mix, self.log_gain]
+        """The optimiser's. The projections start as a good embedding, which large steps would destroy; how much the
+        structure counts, and what a text predicts, has yet to be found."""
         maps = [*self.text.parameters(), *self.one.parameters(), *self.two.parameters()]
         return [
             {"params": maps, "lr": learning_rate},
             {"params": list(self.predicted.parameters()), "lr": 10 * learning_rate},
-            {"params": counts, "lr": 100 * learning_rate},
+            {"params": [self.log_gain], "lr": 100 * learning_rate},
         ]
 
     def forward(self, text_NT: Float[Tensor, "N T"], sums_N4G: Float[Tensor, "N 4 G"]) -> Float[Tensor, "N O"]:
@@ -100,7 +126,7 @@ class PropagationEncoder(nn.Module):
         return self._join(text[own], predicted[own], near[own], far)
 
     def _join(self, text: Tensor, predicted: Tensor, near: Tensor, far: Tensor) -> Tensor:
-        structure = unit(self.log_mix.exp() * unit(near) + unit(far))
+        structure = unit(near + far)
         structure = torch.where(structure.any(1, keepdim=True), structure, unit(predicted))
         return F.normalize(torch.cat([unit(text), self.log_gain.exp() * structure], 1), dim=-1)
 

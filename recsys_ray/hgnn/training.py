@@ -35,6 +35,7 @@ from recsys_ray.hgnn.sampler import (
 
 _VALIDATION_BATCHES = 4
 _NODES_AT_ONCE = 65_536
+_SAMPLE = 300_000  # items, and edges, of a rank that tell the graph's principal directions
 
 
 @dataclass
@@ -196,12 +197,37 @@ class WholeNeighbourhoods:
         sums[isolated] = 0
         return (self.source.features("text", nodes)[mine], sums), rows
 
+    def directions(self, own: Int64[Tensor, "N"]) -> tuple[Float[Tensor, "K K"], Float[Tensor, "K K"]]:
+        """What :meth:`PropagationEncoder.start` asks for, over all ranks; from samples of the items and of the edges.
+
+        Args:
+            own: this rank's items, ascending.
+        """
+        gram, linked = torch.zeros(2, 2 * self.dim, 2 * self.dim, dtype=torch.float64)
+        step = max(1, -(-len(own) // _SAMPLE))
+        for gids in own[::step].split(_NODES_AT_ONCE):
+            sums = self._both(gids)
+            gram += step * (sums.T @ sums)
+        ends_here = torch.nonzero(torch.isin(self._sent // self.num_items, own)).squeeze(1)
+        step = max(1, -(-len(ends_here) // _SAMPLE))
+        for edges in ends_here[::step].split(_NODES_AT_ONCE):
+            keys, weight = self._sent[edges], self._weight[edges]
+            dst, src = self._both(keys // self.num_items), self._both(keys % self.num_items)
+            linked += step * (dst.T @ (weight[:, None] * src))
+        return sum_over_ranks(gram), sum_over_ranks(linked)
+
+    def _both(self, gids: Int64[Tensor, "N"]) -> Float[Tensor, "N K"]:
+        """h1 and h2, over both kinds of relations."""
+        nodes, place = torch.unique(gids, return_inverse=True)
+        return self.sums.read(nodes).view(len(nodes), 2, 2, self.dim).sum(2).view(len(nodes), -1)[place]
+
 
 def neighbourhoods_of(
     model: Hgnn, source: ItemSource, config: HgnnConfig, snapshot: int, seed: int, own: Int64[Tensor, "N"],
     edges: Mapping[Relation, WeightedEdges], shared: Callable[[int, str], LayerStore],
 ) -> Neighbourhoods:  # fmt: skip
-    """What the model's training sees of the graph; all ranks call this at once.
+    """What the model's training sees of the graph, in which an untrained one of ``propagation`` finds its start; all
+    ranks call this at once.
 
     Args:
         own: this rank's items, ascending.
@@ -214,7 +240,9 @@ def neighbourhoods_of(
     sums, sent = shared(4 * config.signature_dim, "sums"), shared(config.signature_dim, "sent")
     validation = dropper(own[:0], num_items, config.valid_share, seed)
     write_sums(source, model.types, snapshot, own, sent, sums, validation)
-    return WholeNeighbourhoods(source, model.types, config, snapshot, seed, sums, edges)
+    around = WholeNeighbourhoods(source, model.types, config, snapshot, seed, sums, edges)
+    model.start(*around.directions(own))
+    return around
 
 
 class EdgeTrainer:

@@ -110,7 +110,7 @@ HGNN = Stage(
     inputs=("ingest", "featurize", "graph"),
     settings=_hgnn_settings,
     run=_hgnn,
-    version=3,  # weighted sums, the next cut's edges, structure predicted by texts
+    version=4,  # starts at the graph's principal directions
 )
 
 # -- 5: train the two-tower, and the one without HGNN as a baseline --------------------------------------------------

@@ -149,7 +149,7 @@ def test_a_run_as_it_is_made(run):
         "co-interaction memory of validation and test",
         "counts of choices, overall and in the last weeks on 5 snapshots",
     ]
-    assert "edges into 40 items on 5 snapshots" in said[0] and not said[0].startswith("0 ")
+    assert "edges and pairs into 40 items on 5 snapshots" in said[0] and not said[0].startswith("0 ")
 
 
 @pytest.mark.parametrize(
