@@ -85,6 +85,12 @@ def demo_data(
         int, typer.Option(min=2000, help="Number of interactions, up to hundreds of millions.")
     ] = 100_000,
     seed: Annotated[int, typer.Option(help="The same seed gives the same data, bit for bit.")] = 0,
+    taste_noise: Annotated[
+        float,
+        typer.Option(
+            min=0, help="How little the users' taste vectors tell of what they like: 0 all of it, 10 nothing."
+        ),
+    ] = 0.4,
 ) -> None:
     """Generate demo data: a year of events of users with tastes, on audiobooks, podcasts and music."""
     from recsys_ray.cluster.session import ray_session
@@ -93,7 +99,7 @@ def demo_data(
     from recsys_ray.demo.write import write_demo
 
     progress = Progress()
-    spec = spec_for(events, seed)
+    spec = spec_for(events, seed, taste_noise)
     world = out / "world.json"
     if world.exists() and json.loads(world.read_text(encoding="utf-8")).get("spec") == asdict(spec):
         progress.say(f"demo data: up to date in {out}")

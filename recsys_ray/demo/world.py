@@ -59,6 +59,7 @@ class WorldSpec:
     topics: int
     users_per_shard: int
     test_days: int = 14
+    taste_noise: float = 0.4  # beside what a taste vector knows, which is about 1 in each dimension
 
     @property
     def shards(self) -> int:
@@ -70,8 +71,11 @@ class WorldSpec:
         return END - self.test_days * DAY
 
 
-def spec_for(events: int, seed: int) -> WorldSpec:
+def spec_for(events: int, seed: int, taste_noise: float = WorldSpec.taste_noise) -> WorldSpec:
     """The world for a number of events: users grow with it, items more slowly, topics with the items.
+
+    Args:
+        taste_noise: how little the users' taste vectors tell of what they like.
 
     Raises:
         ValueError: fewer than 1,000 events, too few for every part of the world to exist, or a negative seed.
@@ -84,7 +88,7 @@ def spec_for(events: int, seed: int) -> WorldSpec:
     total = round(2.5 * events**0.6)
     items = {"audiobook": total // 5, "music": total * 2 // 5, "podcast": total * 2 // 5}
     topics = min(max(total // 90, len(THEMES)), len(THEMES) * 8 * 20, min(items.values()))
-    return WorldSpec(users, items, events, seed, topics, min(20_000, -(-users // 8)))
+    return WorldSpec(users, items, events, seed, topics, min(20_000, -(-users // 8)), taste_noise=taste_noise)
 
 
 @dataclass(frozen=True)
@@ -230,7 +234,7 @@ def users_of(spec: WorldSpec, catalogue: WorldItems, shard: int, rng: np.random.
         weights=_interest_weights(n, rng),
         themes=themes.astype(np.float32),
         style=style,
-        taste=_unit(taste + 0.4 * rng.normal(size=taste.shape)),
+        taste=_unit(taste + spec.taste_noise * rng.normal(size=taste.shape)),
     )
 
 

@@ -153,7 +153,7 @@ class WholeNeighbourhoods:
         self, source: ItemSource, types: ItemTypes, config: HgnnConfig, snapshot: int, seed: int, sums: LayerStore,
         edges: Mapping[Relation, WeightedEdges],
     ) -> None:  # fmt: skip
-        self.source, self.types, self.sums, self.dim = source, types, sums, config.signature_dim
+        self.source, self.types, self.sums, self.dim, self.seed = source, types, sums, config.signature_dim, seed
         self.num_items = int(types.starts[-1])
         nothing = torch.empty(0, dtype=torch.int64)
         src = torch.cat([nothing, *(src for src, _, _ in edges.values())])
@@ -204,17 +204,21 @@ class WholeNeighbourhoods:
             own: this rank's items, ascending.
         """
         gram, linked = torch.zeros(2, 2 * self.dim, 2 * self.dim, dtype=torch.float64)
-        step = max(1, -(-len(own) // _SAMPLE))
-        for gids in own[::step].split(_NODES_AT_ONCE):
+        for gids, share in self._sample(own):
             sums = self._both(gids)
-            gram += step * (sums.T @ sums)
+            gram += sums.T @ sums / share
         ends_here = torch.nonzero(torch.isin(self._sent // self.num_items, own)).squeeze(1)
-        step = max(1, -(-len(ends_here) // _SAMPLE))
-        for edges in ends_here[::step].split(_NODES_AT_ONCE):
+        for edges, share in self._sample(ends_here):
             keys, weight = self._sent[edges], self._weight[edges]
             dst, src = self._both(keys // self.num_items), self._both(keys % self.num_items)
-            linked += step * (dst.T @ (weight[:, None] * src))
+            linked += dst.T @ (weight[:, None] * src) / share
         return sum_over_ranks(gram), sum_over_ranks(linked)
+
+    def _sample(self, numbers: Int64[Tensor, "N"]) -> Iterator[tuple[Int64[Tensor, "n"], float]]:
+        """At most ``_SAMPLE`` of them, in pieces, and their share."""
+        chosen = torch.randperm(len(numbers), generator=generator_for(self.seed, "directions"))[:_SAMPLE]
+        for some in numbers[chosen.sort().values].split(_NODES_AT_ONCE):
+            yield some, len(chosen) / len(numbers)
 
     def _both(self, gids: Int64[Tensor, "N"]) -> Float[Tensor, "N K"]:
         """h1 and h2, over both kinds of relations."""

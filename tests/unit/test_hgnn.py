@@ -50,14 +50,14 @@ def embed(model, graph, config):
 
 
 def train(config, seed=0, scramble=False, told=0.0):
-    """``scramble``: from random weights, since the model's own start already averages over the neighbourhood."""
+    """``scramble``: from random weights, since the model's own start already knows the neighbourhoods."""
     torch.manual_seed(seed)
     graph, types = planted_world(told), ItemTypes(torch.tensor([0, HALF, ITEMS]))
     model = make_hgnn(16, config, types)
-    for weight in model.parameters() if scramble else ():
-        torch.nn.init.normal_(weight, std=0.3)
     task = plan_edges(graph.edges(), config, ITEMS, 2, seed)
     trainer = trainer_of(model, graph, config, seed)
+    for weight in model.parameters() if scramble else ():
+        torch.nn.init.normal_(weight, std=0.3)
     graph = signed(graph, config)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     untrained = trainer.validate(task)
@@ -98,6 +98,46 @@ def test_untrained_weights_already_place_items_near_those_that_they_share_users_
     assert tastes_found(embed(model, signed(graph, config), config)) > 0.9
     bare = torch.nn.functional.normalize(model.text(graph.text), dim=-1)
     assert tastes_found(bare) < 0.6
+
+
+def test_structure_starts_at_the_principal_directions_of_the_graph():
+    """Of a graph with three positive directions and one negative, the products are those of the positive ones."""
+    random = torch.Generator().manual_seed(0)
+    axes = torch.linalg.qr(torch.randn(ITEMS, 4, generator=random)).Q
+    size = torch.tensor([3.0, 2.0, 1.0, -1.0])
+    whole = axes * size @ axes.T
+    random_signs = torch.randn(ITEMS, 12, generator=random)
+    sums = torch.cat([whole @ random_signs, whole @ whole @ random_signs], 1)
+    model = PropagationEncoder(16, HgnnConfig(out_dim=16, signature_dim=12), ItemTypes(torch.tensor([0, HALF, ITEMS])))
+    model.start(sums.T @ sums, sums.T @ whole @ sums)
+    structure = sums[:, :12] @ model.one["same"].weight.T + sums[:, 12:] @ model.two["other"].weight.T
+    products, wanted = structure @ structure.T, axes[:, :3] * size[:3] @ axes[:, :3].T
+    torch.testing.assert_close(products / products.norm(), wanted / wanted.norm(), atol=1e-3, rtol=0)
+    before = model.one["same"].weight.clone()
+    model.start(torch.zeros(24, 24), torch.zeros(24, 24))  # a graph without edges tells nothing
+    assert torch.equal(model.one["same"].weight, before)
+
+
+@pytest.mark.parametrize("sample", [1_000, 30])
+def test_directions_are_counted_over_items_and_edges(sample, monkeypatch):
+    monkeypatch.setattr("recsys_ray.hgnn.training._SAMPLE", sample)
+    config = HgnnConfig(**PROPAGATION, **SMALL, valid_share=0)
+    graph, types = planted_world(), ItemTypes(torch.tensor([0, HALF, ITEMS]))
+    around = trainer_of(make_hgnn(16, config, types), graph, config).neighbourhoods
+    rows = around.sums.read(torch.arange(ITEMS))
+    parts = rows.view(ITEMS, 4, 64)
+    both = torch.cat([parts[:, 0] + parts[:, 1], parts[:, 2] + parts[:, 3]], 1).double()
+    adjacency = torch.zeros(ITEMS, ITEMS, dtype=torch.float64)
+    for src, dst, weight in graph.messages().values():
+        adjacency[dst, src] = weight.double()
+    gram, linked = around.directions(torch.arange(ITEMS))
+    far = 1e-4 if sample > ITEMS else 0.5  # of a sample: near
+    for found, wanted in ((gram, both.T @ both), (linked, both.T @ adjacency @ both)):
+        assert (found - wanted).norm() < far * wanted.norm()
+    halves = [around.directions(part) for part in torch.arange(ITEMS).split(HALF)]  # of two ranks
+    if sample > ITEMS:
+        for whole, *parts in zip((gram, linked), *halves, strict=True):
+            torch.testing.assert_close(sum(parts), whole, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("encoder", [PROPAGATION, GRAPHSAGE])
