@@ -88,7 +88,7 @@ class PropagationEncoder(nn.Module):
         weight[: found.shape[1]] = (found * (self.structure_dim / found.square().sum()).sqrt()).T.float()
         for kinds, part in zip((self.one, self.two), weight.chunk(2, 1), strict=True):
             for kind in kinds.values():
-                kind.weight.copy_(part)
+                kind.load_state_dict({"weight": part})
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
         """The optimiser's. The projections start as a good embedding, which large steps would destroy; how much the
