@@ -24,6 +24,7 @@ from recsys_ray.graph.dgl.client import GraphClient
 from recsys_ray.graph.dgl.partition import write_partitions
 from recsys_ray.graph.dgl.sampling import draw
 from recsys_ray.graph.dgl.servers import PartitionServers, count_partitions
+from recsys_ray.graph.edges import PAIRED
 from recsys_ray.graph.stage import build_graph
 from recsys_ray.storage.artifacts import load_arrays, save_arrays
 
@@ -103,11 +104,21 @@ def test_caps_hold_and_interrupted_work_is_kept(world: dict[str, Any], tmp_path:
     columns = pq.read_table(tmp_path / "g" / "edges" / "serve.parquet", columns=["src", "dst"]).columns
     src, dst = (column.to_numpy() for column in columns)
     assert np.bincount(dst.astype(int) * 3 + ntype[src]).max() == 3
-    before = {path.name: path.read_bytes() for path in (tmp_path / "g" / "edges").iterdir()}
+    pairs = pq.read_table(tmp_path / "g" / "pairs" / "serve.parquet", columns=["src", "dst"]).columns
+    keys, all_keys = dst * 68 + src, np.asarray(pairs[1]) * 68 + np.asarray(pairs[0])
+    assert len(all_keys) > 1.5 * len(keys) and np.isin(keys, all_keys).all()  # without the cap, for the memory
+    assert sorted(all_keys.tolist()) == sorted((all_keys % 68 * 68 + all_keys // 68).tolist())
+
+    def written() -> dict[str, bytes]:
+        return {f"{path.parent.name}/{path.name}": path.read_bytes() for path in (tmp_path / "g").glob("*/*.parquet")}
+
+    before = written()
+    assert {name for name in before if name.startswith("pairs")} == {f"pairs/{s}.parquet" for s in PAIRED}
     stamp = (tmp_path / "g" / "edges" / "cut0.parquet").stat().st_mtime_ns
     (tmp_path / "g" / "edges" / "serve.parquet").unlink()
+    (tmp_path / "g" / "pairs" / "test.parquet").unlink()
     build_graph(config, world["ingest"], featurize, tmp_path / "g", QUIET, num_hosts=1)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "g" / "edges").iterdir()} == before
+    assert written() == before
     assert (tmp_path / "g" / "edges" / "cut0.parquet").stat().st_mtime_ns == stamp
 
 
