@@ -155,7 +155,7 @@ class Metrics:
     def state(self, live: LiveItems, refused: bool, store: bool | None, damaged: int) -> None:
         """``store``: whether it answers; None: there is none. ``damaged``: rows of it."""
         self._record(REFUSED, float(refused), {})
-        self._record(LIVE_ITEMS, len(live.items), {})
+        self._record(LIVE_ITEMS, len(live.items) + len(live.changed), {})
         self._record(REMOVED_ITEMS, len(live.removed), {})
         if store is not None:
             self._record(STORE_UP, float(store), {})

@@ -1,7 +1,11 @@
 """Items that were added, changed or removed since the bundle was built.
 
-The bundle's index is never modified. Beside it are the removed gids and a small table of new items, which are scored by
-one product with the user's vector. A change creates a new :class:`LiveItems`; requests that hold the old one keep it.
+The bundle's index is never modified. Beside it are the removed gids, new states of items that stay where they are, and
+a small table of new items, which are scored by one product with the user's vector. A change creates a new
+:class:`LiveItems`; requests that hold the old one keep it.
+
+An item of the bundle whose title, facts or availability change keeps its vectors, its popularity and its place in the
+memory, for they come from its users. What a new text says counts in the next run.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import pyarrow as pa
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from recsys_ray.serving.filters import Filters
+from recsys_ray.serving.filters import Filters, Mask
 from recsys_ray.serving.search import ItemSearch
 
 
@@ -85,12 +89,13 @@ class LiveItem:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LiveItems:
     """All of them, after some change. Item ``place`` of the table has gid ``base + place``."""
 
     base: int  # items of the bundle
     removed: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))  # gids, ascending
+    changed: Mapping[int, LiveItem] = field(default_factory=dict)  # gid in the bundle -> its new state
     items: tuple[LiveItem, ...] = ()
     wide: npt.NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 1), np.float32))
     hgnn: npt.NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 1), np.float32))
@@ -101,20 +106,47 @@ class LiveItems:
         place = self._places.get(item_id)
         return None if place is None else self.base + place
 
-    def get(self, gid: int) -> LiveItem:
-        return self.items[gid - self.base]
+    def get(self, gid: int) -> LiveItem | None:
+        """The state of a new or a changed item; None: the bundle's still holds."""
+        return self.items[gid - self.base] if gid >= self.base else self.changed.get(gid)
 
     @cached_property
-    def search(self) -> ItemSearch:
-        """The newest first; numbers are places in the table."""
-        ids = pa.array([item.item_id for item in self.items], pa.string())
-        titles = pa.array([item.title for item in self.items], pa.string())
-        return ItemSearch(ids, titles, np.arange(len(self.items))[::-1])
+    def barred(self) -> npt.NDArray[np.int64]:
+        """Gids of the bundle that must not come, ascending."""
+        hidden = [gid for gid, item in self.changed.items() if not item.available]
+        return np.union1d(self.removed, np.array(hidden, np.int64))
+
+    @cached_property
+    def stale(self) -> npt.NDArray[np.int64]:
+        """Gids of the bundle whose words are no longer the bundle's, ascending."""
+        return np.union1d(self.removed, np.fromiter(self.changed, np.int64, len(self.changed)))
+
+    def search(self, text: str, limit: int) -> list[LiveItem]:
+        """New and changed items that have the words of ``text``; see :class:`ItemSearch`."""
+        items, search = self._search
+        return [items[place] for place in search.find(text, limit, np.empty(0, np.int64))]
+
+    @cached_property
+    def _search(self) -> tuple[list[LiveItem], ItemSearch]:
+        """The newest first."""
+        items = [*self.changed.values(), *self.items]
+        ids, titles = (pa.array([getattr(item, of) for item in items], pa.string()) for of in ("item_id", "title"))
+        return items, ItemSearch(ids, titles, np.arange(len(items))[::-1])
+
+    def allowed(self, mask: Mask, filters: Filters) -> Mask:
+        """Which of the bundle's items ``filters`` allow, given those that they allow by the bundle's facts."""
+        if not self.changed:
+            return mask
+        mask = mask.copy()
+        for gid, item in self.changed.items():
+            mask[gid] = item.fits(filters)
+        return mask
 
     def after(
         self,
         change: int,
         gone: Sequence[tuple[str, int | None]],
+        changed: Sequence[tuple[LiveItem, int]],
         new: Sequence[tuple[LiveItem, LiveVectors, int | None]],
     ) -> LiveItems:
         """With further changes.
@@ -122,21 +154,28 @@ class LiveItems:
         Args:
             change: number of the last one.
             gone: removed ids, with their gids in the bundle if they have one.
+            changed: new states of the bundle's items that stay where they are, with their gids.
             new: new items with their vectors, likewise; they replace the bundle's.
         """
         kept = {item.item_id: (item, self.wide[place], self.hgnn[place]) for place, item in enumerate(self.items)}
-        removed = {int(gid) for gid in self.removed}
-        for item_id, gid in gone:
+        removed, states = set(self.removed.tolist()), dict(self.changed)
+        for item_id, gid in [*gone, *((item.item_id, gid) for item, _, gid in new)]:
             kept.pop(item_id, None)
-            removed |= {gid} if gid is not None else set()
-        for item, vectors, gid in new:
+            if gid is not None:
+                removed.add(gid)
+                states.pop(gid, None)
+        for item, gid in changed:
+            kept.pop(item.item_id, None)
+            removed.discard(gid)
+            states[gid] = item
+        for item, vectors, _ in new:
             kept[item.item_id] = (item, vectors.wide, vectors.hgnn)
-            removed |= {gid} if gid is not None else set()
         items, wide, hgnn = zip(*kept.values(), strict=True) if kept else ((), (), ())
         none = np.empty((0, 1), np.float32)
         return LiveItems(
             self.base,
             np.array(sorted(removed), np.int64),
+            states,
             tuple(items),
             np.stack(wide) if wide else none,
             np.stack(hgnn) if hgnn else none,

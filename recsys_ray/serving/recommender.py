@@ -53,7 +53,8 @@ from recsys_ray.storage.artifacts import MANIFEST, Artifact, open_artifact, unde
 from recsys_ray.storage.outputs import find_bundle
 
 _POOL, _SMALLEST_POOL = 5, 100  # candidates to re-rank: a multiple of the list's length, at least this many
-_FILTERED = 256  # filters and types whose positions are remembered
+_FILTERED = 256  # filters and types whose positions are remembered; they go when items change
+_MASKS = 16  # filters of which a byte for each item is remembered beside them
 _NO_FILTERS = Filters()
 _NOTHING = np.empty(0, np.float32)
 
@@ -163,8 +164,9 @@ class Recommender:
     def __post_init__(self) -> None:
         assert self.tower.tables.hgnn is not None
         self._hgnn = self.tower.tables.hgnn.numpy()
+        self._mask = lru_cache(maxsize=_MASKS)(lambda filters, live: live.allowed(self.facts.allowed(filters), filters))
         self._filtered = lru_cache(maxsize=_FILTERED)(
-            lambda filters, kind: np.flatnonzero(self.facts.allowed(filters)[self.indexes[kind].gids])
+            lambda filters, kind, live: np.flatnonzero(self._mask(filters, live)[self.indexes[kind].gids])
         )
 
     @classmethod
@@ -239,15 +241,22 @@ class Recommender:
     def apply(
         self, change: int, gone: Sequence[str], new: Sequence[tuple[str, Mapping[str, Any], LiveVectors]]
     ) -> None:
-        """Take changes of items into the answers that begin after this: ids that must not come any more, and new items
-        (id, columns of the items table, vectors). What another bundle's models made, and types that this one does not
-        know, are passed over. ``change``: number of the last change."""
-        fitting = [
-            (LiveItem.of(name, self.items.types.index(record["item_type"]), record), vectors, self.items.find(name))
-            for name, record, vectors in new
-            if self.made(vectors) and record["item_type"] in self.items.types
-        ]
-        self.live = self.live.after(change, [(name, self.items.find(name)) for name in gone], fitting)
+        """Take changes of items into the answers that begin after this: ids that must not come any more, and new or
+        changed items (id, columns of the items table, vectors). New items with vectors that another bundle's models
+        made, and types that this one does not know, are passed over. ``change``: number of the last change."""
+        changed, fresh = list[tuple[LiveItem, int]](), list[tuple[LiveItem, LiveVectors, int | None]]()
+        for name, record, vectors in new:
+            if record["item_type"] not in self.items.types:
+                continue
+            item, gid = LiveItem.of(name, self.items.types.index(record["item_type"]), record), self.items.find(name)
+            if gid is None or self.items.ntype[gid] != item.ntype:
+                fresh += [(item, vectors, gid)] if self.made(vectors) else []
+            elif self.items.available[gid]:
+                changed.append((item, gid))
+            else:  # no index has it, but its vectors are there
+                own = LiveVectors(vectors.version, np.array(self.score.wide[gid]), np.array(self._hgnn[gid]))
+                fresh.append((item, own, gid))
+        self.live = self.live.after(change, [(name, self.items.find(name)) for name in gone], changed, fresh)
 
     def recommend(self, user_id: str | None = None, **fields: Any) -> list[Recommendation]:
         """The best items for a user; ``fields`` are those of :class:`Question`, as are the errors of :meth:`answer`."""
@@ -324,7 +333,7 @@ class Recommender:
             raise UnknownItem("item_id", f"there is no item {item_id!r}")
         query = self._rows(live, np.array([gid]), "wide")[0]
         query[-1] = 0  # likeness has nothing to do with what every user is given
-        barred = np.unique(np.append(live.removed, gid))
+        barred = np.unique(np.append(live.barred, gid))
         asked = replace(self._ask(Question(item_types=item_types, k=k)), barred=barred, live=live)
         found = [search_types([self.indexes[t] for t in types], query, k, barred)]
         new = [self._live_candidates([asked], kind, query[None]) for kind in types]
@@ -336,9 +345,10 @@ class Recommender:
     def search(self, text: str, limit: int = 10) -> list[FoundItem]:
         """Items that have the words of ``text`` in title or id: new ones, then the bundle's, the most popular first."""
         live, types = self.live, self.item_types
-        new = [live.items[place] for place in live.search.find(text, limit, np.empty(0, np.int64))]
-        found = [FoundItem(one.item_id, types[one.ntype], one.title, one.available) for one in new]
-        for gid in self._search.find(text, limit - len(found), live.removed):
+        found = [
+            FoundItem(one.item_id, types[one.ntype], one.title, one.available) for one in live.search(text, limit)
+        ]
+        for gid in self._search.find(text, limit - len(found), live.stale):
             available = bool(self.items.available[gid])
             found.append(FoundItem(self.items.id(gid), self.items.type(gid), self.items.title(gid), available))
         return found
@@ -357,9 +367,12 @@ class Recommender:
 
     def name(self, gid: int) -> str:
         """In sentences: the title, or the id of an item without one."""
-        if gid >= self.live.base:
-            return self.live.get(gid).title or self.live.get(gid).item_id
-        return self.items.name(gid)
+        state = self.live.get(gid)
+        return self.items.name(gid) if state is None else state.title or state.item_id
+
+    def _title(self, gid: int) -> str:
+        state = self.live.get(gid)
+        return self.items.title(gid) if state is None else state.title
 
     def history(self, user_id: str, limit: int = 10) -> list[PastEvent]:
         """The user's latest events inside the window, newest first; empty for an unknown user."""
@@ -369,7 +382,7 @@ class Recommender:
         recent, names = self.histories.recent(uid), self.artifact.counts["events"]
         rows = list(zip(recent.gids, recent.events, recent.timestamps, strict=True))[::-1][:limit]
         return [
-            PastEvent(self.items.id(gid), self.items.type(gid), self.items.title(gid), names[event], int(moment))
+            PastEvent(self.items.id(gid), self.items.type(gid), self._title(gid), names[event], int(moment))
             for gid, event, moment in ((int(g), int(e), t) for g, e, t in rows)
         ]
 
@@ -413,7 +426,7 @@ class Recommender:
         )
         live = self.live
         ignored = [item_id for item_id in ignored if live.find(item_id) is None]
-        barred = [check_items("exclude", self.items, question.exclude, live), live.removed]
+        barred = [check_items("exclude", self.items, question.exclude, live), live.barred]
         if not question.include_seen:
             barred.append(none if uid is None else self.histories.seen(uid))
             named = [entry["item_id"] for entry in question.history or ()]
@@ -527,7 +540,8 @@ class Recommender:
 
     def _allowed_in(self, asked: _Asked, kind: int) -> npt.NDArray[np.int64] | None:
         """Positions in a type's index that filters and allow-list leave; None: all."""
-        filtered = self._filtered(asked.question.filters, kind) if asked.question.filters else None
+        filters = asked.question.filters
+        filtered = self._filtered(filters, kind, asked.live) if filters else None
         if asked.allow is None:
             return filtered
         listed = self.indexes[kind].positions(asked.allow)
@@ -564,7 +578,7 @@ class Recommender:
     def _by_popularity(self, asked: _Asked) -> Listed:
         mask = None
         if asked.question.filters:
-            mask = self.facts.allowed(asked.question.filters)
+            mask = self._mask(asked.question.filters, asked.live)
         if asked.allow is not None:
             listed = np.zeros(len(self.items), bool)
             listed[asked.allow[asked.allow < len(listed)]] = True  # not of items added since, which are unseen
@@ -611,7 +625,7 @@ class Recommender:
         # of equally near ones the latest: stable over the reversed history
         nearest = (len(profile.gids) - 1 - (near @ past[::-1].T).argmax(1)).tolist()
         told = {
-            place: (because(names[profile.events[place]], self.items.name(gid)), self.items.id(gid))
+            place: (because(names[profile.events[place]], self.name(gid)), self.items.id(gid))
             for place, gid in ((place, int(profile.gids[place])) for place in set(nearest))
         }
         return [told[place] for place in nearest]
@@ -622,9 +636,9 @@ class Recommender:
         return [self._item(found.asked.live, gid, score, *why) for gid, score, why in parts]
 
     def _item(self, live: LiveItems, gid: int, score: float, reason: str, because: str | None = None) -> Recommendation:
-        if gid >= live.base:
-            new = live.get(gid)
-            return Recommendation(new.item_id, self.items.types[new.ntype], new.title, score, reason, because)
+        state = live.get(gid)
+        if state is not None:
+            return Recommendation(state.item_id, self.items.types[state.ntype], state.title, score, reason, because)
         return Recommendation(self.items.id(gid), self.items.type(gid), self.items.title(gid), score, reason, because)
 
     def _warm_up(self) -> None:

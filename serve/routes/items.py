@@ -63,9 +63,8 @@ def facts_of(recommender: Recommender, item_id: str) -> dict[str, Any]:
     gid = recommender.find(item_id)
     if gid is None:
         raise UnknownItem("item_id", f"there is no item {item_id!r}")
-    if gid >= recommender.live.base:
-        new = recommender.live.get(gid)
-        return {**vars(new), "item_type": recommender.item_types[new.ntype], "categories": list(new.categories)}
+    if (state := recommender.live.get(gid)) is not None:
+        return {**vars(state), "item_type": recommender.item_types[state.ntype], "categories": list(state.categories)}
     language, categories, published = recommender.facts.of(gid)
     return {
         "item_id": item_id,

@@ -501,16 +501,59 @@ def test_new_items_come_on_every_path_and_deleted_ones_on_none(world, alive):
         alive.similar(before[0].item_id)
 
 
-def test_a_new_state_of_an_item_takes_its_place(world, alive):
-    like = next(i for g, i in enumerate(world.item_ids) if world.available[g])
+def test_a_changed_item_keeps_what_its_users_tell_of_it(world, alive):
+    """Its vector, its popularity and what the memory knows are the bundle's; words, facts and availability are new."""
+    user = world.user_ids[9]
+    before, popular = alive.recommend(user, k=500), alive.popular(k=500)
+    like = before[2].item_id
+    near = alive.similar(like, k=20)
+    _, record, vectors = fresh(alive, world, like, language="xx", categories=["rare"])
+    alive.apply(1, [], [(like, record, replace(vectors, version="of any bundle"))])
+
+    def untitled(items) -> list:
+        return [(item.item_id, item.score) for item in items]
+
+    assert untitled(alive.recommend(user, k=500)) == untitled(before) and like in ids(before)
+    assert untitled(alive.popular(k=500)) == untitled(popular) and untitled(alive.similar(like, k=20)) == untitled(near)
+    assert [i.title for i in alive.recommend(user, k=500) if i.item_id == like] == [f"Fresh {like}"]
+    rare, old = Filters(languages=("xx",), categories_all=("rare",)), Filters(languages=(language_of(like),))
+    assert ids(alive.recommend(user, filters=rare)) == ids(alive.popular(filters=rare)) == [like]
+    assert like not in ids(alive.recommend(user, k=500, filters=old)) + ids(alive.popular(k=500, filters=old))
+    assert [one.title for one in alive.search(f"Fresh {like}")] == [f"Fresh {like}"]
+    assert alive.name(alive.find(like)) == f"Fresh {like}" and like not in [one.item_id for one in alive.search(like)][1:]
+
+
+def test_a_changed_item_can_go_and_come_back(world, alive):
+    user = world.user_ids[9]
+    before = alive.recommend(user, k=500)
+    like = before[2].item_id
     _, record, vectors = fresh(alive, world, like)
-    alive.apply(1, [], [(like, record, vectors)])
-    found = alive.recommend(world.user_ids[9], k=500)
-    assert [i.title for i in found if i.item_id == like] == [f"Fresh {like}"]
-    alive.apply(2, [], [(like, {**record, "hidden": True}, vectors)])
-    assert like not in ids(alive.recommend(world.user_ids[9], k=500))
-    alive.apply(3, [like], [])
-    assert like not in ids(alive.recommend(world.user_ids[9], k=500)) and not alive.live.items
+    alive.apply(1, [], [(like, {**record, "hidden": True}, vectors)])
+    for found in (alive.recommend(user, k=500), alive.popular(k=500), alive.similar(ids(before)[1], k=500)):
+        assert like not in ids(found)
+    assert alive.find(like) is not None
+    alive.apply(2, [like], [])
+    assert like not in ids(alive.recommend(user, k=500)) and alive.find(like) is None and not alive.live.changed
+    alive.apply(3, [], [(like, record, vectors)])
+    assert ids(alive.recommend(user, k=500)) == ids(before)
+
+
+def test_an_item_that_was_not_available_comes_with_its_own_vector(world, alive):
+    gid, user = next(g for g in range(len(world.item_ids)) if not world.available[g]), world.user_ids[9]
+    name, (_, record, vectors) = world.item_ids[gid], fresh(alive, world, world.item_ids[gid])
+    alive.apply(1, [], [(name, record, vectors)])
+    (place,) = alive.live.items
+    assert place.item_id == name and np.array_equal(alive.live.wide[0], alive.score.wide[gid])
+    assert name in ids(alive.recommend(user, k=500))
+
+
+def test_an_item_that_changes_its_type_is_a_new_one(world, alive):
+    gid, user = next(g for g in range(len(world.item_ids)) if world.available[g]), world.user_ids[9]
+    name, (_, record, vectors) = world.item_ids[gid], fresh(alive, world, world.item_ids[gid])
+    other = next(kind for kind in TYPES if kind != record["item_type"])
+    alive.apply(1, [], [(name, {**record, "item_type": other}, vectors)])
+    assert [item.item_type for item in alive.recommend(user, k=500) if item.item_id == name] == [other]
+    assert not alive.live.changed and len(alive.live.items) == 1
 
 
 def test_what_another_bundle_made_of_an_item_is_passed_over(world, alive):
