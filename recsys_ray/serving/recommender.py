@@ -345,9 +345,7 @@ class Recommender:
     def search(self, text: str, limit: int = 10) -> list[FoundItem]:
         """Items that have the words of ``text`` in title or id: new ones, then the bundle's, the most popular first."""
         live, types = self.live, self.item_types
-        found = [
-            FoundItem(one.item_id, types[one.ntype], one.title, one.available) for one in live.search(text, limit)
-        ]
+        found = [FoundItem(one.item_id, types[one.ntype], one.title, one.available) for one in live.search(text, limit)]
         for gid in self._search.find(text, limit - len(found), live.stale):
             available = bool(self.items.available[gid])
             found.append(FoundItem(self.items.id(gid), self.items.type(gid), self.items.title(gid), available))
