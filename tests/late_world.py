@@ -26,8 +26,8 @@ from recsys_ray.hgnn.encoder import make_hgnn
 from recsys_ray.hgnn.inference import LocalStore, embed_items
 from recsys_ray.hgnn.signature import SignedSource, item_signatures
 from recsys_ray.scoring.choices import choices_file
-from recsys_ray.scoring.memory import RIDGES, Memory, memory_file
-from recsys_ray.scoring.ridge import solve
+from recsys_ray.scoring.memory import RIDGES, memory_file
+from recsys_ray.scoring.ridge import memory_of, solve
 from recsys_ray.scoring.scorer import TRENDS, UNSEEN, VECTOR, ScoreSpec
 from recsys_ray.serving.histories import mapped_arrays
 from recsys_ray.serving.recommender import Recommender
@@ -198,7 +198,7 @@ def write_stages(world, text, embedding, hidden, strength, model, towers, spec, 
     spec.save(work / "hgnn" / "spec.json")
     (work / "hgnn" / "metrics.json").write_text("[]")
     edges, users = true_edges(world, size), np.bincount(world.events[:, 1], minlength=size)
-    memory = Memory.of_edges(*edges[:2], solve(edges, users, 0, len(edges[1])), users, world.ntype)
+    memory = memory_of([solve(edges, users, world.ntype, 0, len(world.ntype))], users, world.ntype)
     memory.save(memory_file(work, "serve"))
     publish(work, "two_tower", "two_tower")
 
