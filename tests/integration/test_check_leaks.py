@@ -18,6 +18,7 @@ from recsys_ray.core.errors import LeakError
 from recsys_ray.core.progress import Progress
 from recsys_ray.data.tables import Events, Tables
 from recsys_ray.graph.activity import ACTIVITY
+from recsys_ray.graph.edges import kinds_of
 from recsys_ray.graph.snapshots import Snapshot, snapshots_of
 from recsys_ray.stages.chain import STAGES
 from recsys_ray.stages.runner import Runner
@@ -76,12 +77,13 @@ def run(root: Path, events: pl.DataFrame, protocol: str, **graph: Any) -> Config
 
 
 def features(config: Config) -> tuple[list[Snapshot], dict[str, bytes], dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Snapshots; edge file and activity of each; training examples; validation queries."""
+    """Snapshots; edges, pairs and activity of each; training examples; validation queries."""
     ingest, graph = (current_output(config.run_dir, stage) for stage in ("ingest", "graph"))
     counts, snapshots = ingest.counts, snapshots_of(graph.counts)
     activity = load_arrays(graph.path / ACTIVITY)
     seen = {
-        s.name: (graph.path / "edges" / f"{s.name}.parquet").read_bytes() + activity[s.name].tobytes()
+        s.name: b"".join((graph.path / kind / f"{s.name}.parquet").read_bytes() for kind in kinds_of(s.name))
+        + activity[s.name].tobytes()
         for s in snapshots
     }
     shards = [Events.read(p) for p in Tables(ingest.path).shards]
@@ -192,7 +194,7 @@ def test_the_check_of_a_run_says_what_it_looked_at(whole, capsys):
     said = capsys.readouterr().out
     assert f"{len(examples['uid']):,} of {len(examples['uid']):,} training examples" in said
     assert f"{len(queries['uid']):,} of {len(queries['uid']):,} validation queries" in said
-    assert f"edges into {2 * PER_TYPE} items on {len(snapshots)} snapshots" in said
+    assert f"edges and pairs into {2 * PER_TYPE} items on {len(snapshots)} snapshots" in said
     assert "not checked: hgnn has not run" in said
     assert said.rstrip().endswith("no feature looks past its time")
 
