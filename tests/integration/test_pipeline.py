@@ -360,7 +360,7 @@ def test_no_feature_of_a_run_looks_past_its_time_and_one_that_does_is_found(smal
     run, config = small_run.folder, small_run.config
     done = call("check-leaks", "--config", config, "--sample", 300)
     assert done.returncode == 0, done.stderr[-6000:]
-    for what in ("training examples", "validation queries", "users of the test", "edges and pairs into", "the activity of",
+    for what in ("training examples", "validation queries", "users of the test", "edges and pairs", "the activity of",
                  "the embeddings of", "(hgnn, text_only)", "co-interaction memory",
                  "no feature looks past its time"):  # fmt: skip
         assert what in done.stdout
