@@ -34,12 +34,12 @@ def pairs_of(memory: Memory) -> dict[tuple[int, int], float]:
 # -- what is remembered
 
 
-def whole_pairs(had: np.ndarray, weight: np.ndarray | None = None) -> Edges:
-    """All pairs of items that users had (bool [users, items]); ``weight`` [items, items], default: the users."""
+def whole_pairs(had: np.ndarray) -> Edges:
+    """All pairs of items that users had (bool [users, items]); a pair's weight is its number of users."""
     shared = had.T.astype(int) @ had
     np.fill_diagonal(shared, 0)
     dst, src = np.nonzero(shared)
-    return Edges(src, dst, shared[src, dst], (shared if weight is None else weight)[src, dst])
+    return Edges(src, dst, shared[src, dst], shared[src, dst])
 
 
 def random_users(items: int = SIZE, users: int = 200) -> np.ndarray:
@@ -81,11 +81,11 @@ def test_each_type_has_its_nearest_items(monkeypatch):
         assert np.bincount(ntype[solved.src[solved.dst == item]]).tolist() == [2, 2]
 
 
-def test_a_pair_that_is_kept_in_one_direction_counts_in_both(monkeypatch):
-    """Of the pair 0, 1 only the row of item 0 is there."""
+@pytest.mark.parametrize(("src", "dst"), [(0, 1), (1, 0)])
+def test_a_pair_that_is_kept_in_one_direction_counts_in_both(src, dst):
     had = random_users(3)
     users, ntype, pairs = had.sum(0), np.zeros(3, int), whole_pairs(had)
-    half = Edges(*(column[(pairs.src != 0) | (pairs.dst != 1)] for column in pairs))
+    half = Edges(*(column[(pairs.src != src) | (pairs.dst != dst)] for column in pairs))
     whole, less = (solve(some, users, ntype, 2, 3) for some in (pairs, half))
     np.testing.assert_array_equal(whole.b, less.b)
 
