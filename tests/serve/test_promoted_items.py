@@ -96,14 +96,14 @@ def test_new_items_are_embedded_again_when_the_store_is_back(tmp_path, monkeypat
     assert f"version {second.name} is served, but new items are missing for now" in waits
     assert "Redis does not answer" in waits
     assert "new" not in names(client)
+    server_log.clear()
     with redis_server(tmp_path, port):
-        time.sleep(1)  # Redis is not asked again before
-        server_log.clear()
+        time.sleep(1)  # Redis is not asked again before; who asks first, an answer's thread or the look, is all the same
         service.look()
         assert service.refused is None and "new" in names(client)
         assert not {"damaged", "deleted"} & set(names(client))
-        (damaged,) = server_log.messages
-        assert "damaged row" in damaged and "change 2" in damaged
+        (damaged,) = (message for message in server_log.messages if "damaged row" in message)
+        assert "change 2" in damaged
         change = service.answers.store.last_change()
         service.look()
         assert service.answers.store.last_change() == change, "once"
