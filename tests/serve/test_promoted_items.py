@@ -98,7 +98,7 @@ def test_new_items_are_embedded_again_when_the_store_is_back(tmp_path, monkeypat
     assert "new" not in names(client)
     server_log.clear()
     with redis_server(tmp_path, port):
-        time.sleep(1)  # Redis is not asked again before; who asks first, an answer's thread or the look, is all the same
+        time.sleep(1)  # Redis is not asked again before. An answer may ask first, as the look does
         service.look()
         assert service.refused is None and "new" in names(client)
         assert not {"damaged", "deleted"} & set(names(client))
