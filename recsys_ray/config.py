@@ -204,7 +204,7 @@ class HgnnConfig(Section):
     @property
     def state_dim(self) -> int:
         """Width of the state that an item keeps and sends after the first layer."""
-        return self.out_dim + 3 * (self.out_dim // 2) if self.encoder == "propagation" else self.hidden_dim
+        return self.out_dim + 2 * (self.out_dim // 2) if self.encoder == "propagation" else self.hidden_dim
 
     @property
     def knows_later_types(self) -> bool:

@@ -160,17 +160,19 @@ class _Run:
         spec, config, model, worker = self.spec, self.spec.config, self.model, self.worker
         asked = training_snapshot(spec.snapshots).index
         known = earlier_snapshot(spec.snapshots).index if config.encoder == "propagation" else asked
-        inside = self.client.edges(known)
+        inside, outside = self.client.edges(known), self.client.edges(asked)
         edges = {
             relation: (src[self.place :: self.sharing], dst[self.place :: self.sharing])
-            for relation, (src, dst) in unknown_edges(inside, self.client.edges(asked), spec.starts[-1]).items()
+            for relation, (src, dst) in unknown_edges(inside, outside, spec.starts[-1]).items()
         }
         task = plan_edges(edges, config, spec.starts[-1], model.types.count, spec.seed, worker.world)
         network: nn.Module = model
         if worker.world > 1:  # a batch need not hold every relation
             network = ray.train.torch.prepare_model(model, parallel_strategy_kwargs={"find_unused_parameters": True})
         optimizer = torch.optim.Adam(model.parameter_groups(config.learning_rate))
-        around = neighbourhoods_of(model, self.source, config, known, spec.seed, self._own(), inside, self._shared)
+        around = neighbourhoods_of(
+            model, self.source, config, known, spec.seed, self._own(), inside, self._shared, (asked, outside)
+        )
         trainer = EdgeTrainer(model, network, self.source, around, model.types, config, known, spec.seed)
         checkpoints = Checkpoints(worker, spec.out / SCRATCH / "hgnn", model, model, optimizer)
 

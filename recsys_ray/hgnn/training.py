@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from recsys_ray.cluster.train import generator_for, mean_over_ranks, run_epochs, sum_over_ranks
 from recsys_ray.config import HgnnConfig
 from recsys_ray.hgnn.blocks import ItemTypes, LayerStore, Relation
+from recsys_ray.hgnn.directions import graph_directions, text_directions
 from recsys_ray.hgnn.encoder import Hgnn
 from recsys_ray.hgnn.loss import in_batch_softmax, max_margin
 from recsys_ray.hgnn.propagation import PropagationEncoder, unit, write_sums
@@ -35,7 +36,7 @@ from recsys_ray.hgnn.sampler import (
 
 _VALIDATION_BATCHES = 4
 _NODES_AT_ONCE = 65_536
-_SAMPLE = 300_000  # items, and edges, of a rank that tell the graph's principal directions
+Graph = tuple[int, Mapping[Relation, WeightedEdges]]  # number of a snapshot, and edges of it
 
 
 @dataclass
@@ -145,16 +146,15 @@ class WholeNeighbourhoods:
     edge that is to be predicted is taken out, in both layers.
 
     Args:
-        sums: width 4 G, of the training snapshot without its validation edges.
+        sums: width 2 G, of the training snapshot without its validation edges.
         edges: those of the snapshot that end in this rank's partition, with their messages' weights.
     """
 
     def __init__(
-        self, source: ItemSource, types: ItemTypes, config: HgnnConfig, snapshot: int, seed: int, sums: LayerStore,
+        self, source: ItemSource, config: HgnnConfig, snapshot: int, num_items: int, seed: int, sums: LayerStore,
         edges: Mapping[Relation, WeightedEdges],
     ) -> None:  # fmt: skip
-        self.source, self.types, self.sums, self.dim, self.seed = source, types, sums, config.signature_dim, seed
-        self.num_items = int(types.starts[-1])
+        self.source, self.sums, self.dim, self.num_items = source, sums, config.signature_dim, num_items
         nothing = torch.empty(0, dtype=torch.int64)
         src = torch.cat([nothing, *(src for src, _, _ in edges.values())])
         dst = torch.cat([nothing, *(dst for _, dst, _ in edges.values())])
@@ -187,66 +187,41 @@ class WholeNeighbourhoods:
         self, own: Tensor, partner: Tensor, isolated: Tensor, generator: torch.Generator
     ) -> tuple[tuple[Any, ...], Tensor]:
         nodes, place = torch.unique(torch.cat([own, partner]), return_inverse=True)
-        table = self.sums.read(nodes).view(len(nodes), 4, self.dim)
+        table = self.sums.read(nodes).view(len(nodes), 2, self.dim)
         mine, other = place.split(len(own))
-        sums, rows = table[mine], torch.arange(len(own))
-        sent = self._weight_of(partner, own)
-        layer = (self.types.of(own) != self.types.of(partner)).long()  # which sum of a layer has the partner in it
-        sums[rows, layer] -= sent * self.source.signs(partner)
-        sums[rows, 2 + layer] -= sent * unit(table[other, 0] + table[other, 1])
+        sums, sent = table[mine], self._weight_of(partner, own)
+        sums[:, 0] -= sent * self.source.signs(partner)
+        sums[:, 1] -= sent * unit(table[other, 0])
         sums[isolated] = 0
-        return (self.source.features("text", nodes)[mine], sums), rows
-
-    def directions(self, own: Int64[Tensor, "N"]) -> tuple[Float[Tensor, "K K"], Float[Tensor, "K K"]]:
-        """What :meth:`PropagationEncoder.start` asks for, over all ranks; from samples of the items and of the edges.
-
-        Args:
-            own: this rank's items, ascending.
-        """
-        gram, linked = torch.zeros(2, 2 * self.dim, 2 * self.dim, dtype=torch.float64)
-        for gids, share in self._sample(own):
-            sums = self._both(gids)
-            gram += sums.T @ sums / share
-        ends_here = torch.nonzero(torch.isin(self._sent // self.num_items, own)).squeeze(1)
-        for edges, share in self._sample(ends_here):
-            keys, weight = self._sent[edges], self._weight[edges]
-            dst, src = self._both(keys // self.num_items), self._both(keys % self.num_items)
-            linked += dst.T @ (weight[:, None] * src) / share
-        return sum_over_ranks(gram), sum_over_ranks(linked)
-
-    def _sample(self, numbers: Int64[Tensor, "N"]) -> Iterator[tuple[Int64[Tensor, "n"], float]]:
-        """At most ``_SAMPLE`` of them, in pieces, and their share."""
-        chosen = torch.randperm(len(numbers), generator=generator_for(self.seed, "directions"))[:_SAMPLE]
-        for some in numbers[chosen.sort().values].split(_NODES_AT_ONCE):
-            yield some, len(chosen) / len(numbers)
-
-    def _both(self, gids: Int64[Tensor, "N"]) -> Float[Tensor, "N K"]:
-        """h1 and h2, over both kinds of relations."""
-        nodes, place = torch.unique(gids, return_inverse=True)
-        return self.sums.read(nodes).view(len(nodes), 2, 2, self.dim).sum(2).view(len(nodes), -1)[place]
+        return (self.source.features("text", nodes)[mine], sums), torch.arange(len(own))
 
 
 def neighbourhoods_of(
     model: Hgnn, source: ItemSource, config: HgnnConfig, snapshot: int, seed: int, own: Int64[Tensor, "N"],
-    edges: Mapping[Relation, WeightedEdges], shared: Callable[[int, str], LayerStore],
+    edges: Mapping[Relation, WeightedEdges], shared: Callable[[int, str], LayerStore], latest: Graph | None = None,
 ) -> Neighbourhoods:  # fmt: skip
-    """What the model's training sees of the graph, in which an untrained one of ``propagation`` finds its start; all
-    ranks call this at once.
+    """What the model's training sees of a snapshot of the graph. A model of ``propagation`` first takes its start from
+    the ``latest`` one. All ranks call this at once.
 
     Args:
         own: this rank's items, ascending.
         edges: those of the snapshot that end in this rank's partition.
         shared: makes a table of all items, of a width and under a name.
+        latest: the snapshot whose edges are to be predicted, and its edges likewise; default: the same.
     """
     num_items = int(model.types.starts[-1])
     if not isinstance(model, PropagationEncoder):
         return SampledNeighbourhoods(source, config, snapshot, num_items, seed)
-    sums, sent = shared(4 * config.signature_dim, "sums"), shared(config.signature_dim, "sent")
+    width = 2 * config.signature_dim
+    sums, sent = shared(width, "sums"), shared(config.signature_dim, "sent")
     validation = dropper(own[:0], num_items, config.valid_share, seed)
-    write_sums(source, model.types, snapshot, own, sent, sums, validation)
-    around = WholeNeighbourhoods(source, model.types, config, snapshot, seed, sums, edges)
-    model.start(*around.directions(own))
-    return around
+    last, links = latest or (snapshot, edges)
+    write_sums(source, last, own, sent, sums, validation)
+    structure = graph_directions(sums, width, own, links, model.structure_dim, seed, validation)
+    model.start(structure, text_directions(source, own, model.text.out_features))
+    if last != snapshot:
+        write_sums(source, snapshot, own, sent, sums, validation)
+    return WholeNeighbourhoods(source, config, snapshot, num_items, seed, sums, edges)
 
 
 class EdgeTrainer:

@@ -110,7 +110,7 @@ HGNN = Stage(
     inputs=("ingest", "featurize", "graph"),
     settings=_hgnn_settings,
     run=_hgnn,
-    version=4,  # starts at the graph's principal directions
+    version=5,  # the structure is the graph's principal directions, untrained
 )
 
 # -- 5: train the two-tower, and the one without HGNN as a baseline --------------------------------------------------

@@ -8,6 +8,7 @@ from toy_graph import ToyGraph, both_ways
 
 from recsys_ray.config import HgnnConfig
 from recsys_ray.hgnn.blocks import ItemTypes
+from recsys_ray.hgnn.directions import graph_directions, ritz, text_directions
 from recsys_ray.hgnn.encoder import make_hgnn
 from recsys_ray.hgnn.graphsage import GraphSage
 from recsys_ray.hgnn.inference import LocalStore, embed_items
@@ -59,7 +60,7 @@ def train(config, seed=0, scramble=False, told=0.0):
     for weight in model.parameters() if scramble else ():
         torch.nn.init.normal_(weight, std=0.3)
     graph = signed(graph, config)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    optimizer = torch.optim.Adam(model.parameter_groups(1e-3 if config.encoder == "propagation" else 1e-2))
     untrained = trainer.validate(task)
     state = train_epochs(trainer, task, optimizer, {}, 0)
     return model, graph, untrained, state, embed(model, graph, config)
@@ -100,7 +101,7 @@ def test_untrained_weights_already_place_items_near_those_that_they_share_users_
     assert tastes_found(bare) < 0.6
 
 
-def test_structure_starts_at_the_principal_directions_of_the_graph():
+def test_structure_is_the_principal_directions_of_the_graph():
     """Of a graph with three positive directions and one negative, the products are those of the positive ones."""
     random = torch.Generator().manual_seed(0)
     axes = torch.linalg.qr(torch.randn(ITEMS, 4, generator=random)).Q
@@ -109,35 +110,52 @@ def test_structure_starts_at_the_principal_directions_of_the_graph():
     random_signs = torch.randn(ITEMS, 12, generator=random)
     sums = torch.cat([whole @ random_signs, whole @ whole @ random_signs], 1)
     model = PropagationEncoder(16, HgnnConfig(out_dim=16, signature_dim=12), ItemTypes(torch.tensor([0, HALF, ITEMS])))
-    model.start(sums.T @ sums, sums.T @ whole @ sums)
-    structure = sums[:, :12] @ model.one["same"].weight.T + sums[:, 12:] @ model.two["other"].weight.T
+    model.start(ritz(sums.T @ sums, sums.T @ whole @ sums, 8), torch.eye(16)[:8])
+    assert torch.equal(model.text.weight, torch.eye(16)[:8])
+    structure = sums[:, :12] @ model.near.T + sums[:, 12:] @ model.far.T
     products, wanted = structure @ structure.T, axes[:, :3] * size[:3] @ axes[:, :3].T
     torch.testing.assert_close(products / products.norm(), wanted / wanted.norm(), atol=1e-3, rtol=0)
-    before = model.one["same"].weight.clone()
-    model.start(torch.zeros(24, 24), torch.zeros(24, 24))  # a graph without edges tells nothing
-    assert torch.equal(model.one["same"].weight, before)
+    before = model.near.clone()
+    nothing = ritz(torch.zeros(24, 24), torch.zeros(24, 24), 8)  # a graph without edges tells nothing
+    model.start(nothing, torch.eye(16)[:8])
+    assert not nothing.any() and torch.equal(model.near, before)
 
 
 @pytest.mark.parametrize("sample", [1_000, 30])
 def test_directions_are_counted_over_items_and_edges(sample, monkeypatch):
-    monkeypatch.setattr("recsys_ray.hgnn.training._SAMPLE", sample)
-    config = HgnnConfig(**PROPAGATION, **SMALL, valid_share=0)
-    graph, types = planted_world(), ItemTypes(torch.tensor([0, HALF, ITEMS]))
-    around = trainer_of(make_hgnn(16, config, types), graph, config).neighbourhoods
-    rows = around.sums.read(torch.arange(ITEMS))
-    parts = rows.view(ITEMS, 4, 64)
-    both = torch.cat([parts[:, 0] + parts[:, 1], parts[:, 2] + parts[:, 3]], 1).double()
+    """On one rank and on two, and from samples nearly the same; edges that must not count do not."""
+    monkeypatch.setattr("recsys_ray.hgnn.directions._SAMPLE", sample)
+    asked = []
+    monkeypatch.setattr("recsys_ray.hgnn.directions.ritz", lambda *sums: asked.append(sums[:2]) or sums[0])
+    config = HgnnConfig(**PROPAGATION)
+    graph, store = planted_world(), LocalStore(ITEMS, 128)
+    write_sums(signed(graph, config), 0, torch.arange(ITEMS), LocalStore(ITEMS, 64), store)
     adjacency = torch.zeros(ITEMS, ITEMS, dtype=torch.float64)
-    for src, dst, weight in graph.messages().values():
-        adjacency[dst, src] = weight.double()
-    gram, linked = around.directions(torch.arange(ITEMS))
+    adjacency[graph.dst, graph.src] = graph.weight.double()
+
+    def odd(src, dst):
+        return dst % 2 == 1
+
+    adjacency[1::2] = 0
+    for own in (torch.arange(ITEMS), *torch.arange(ITEMS).split(HALF)):
+        graph_directions(store, 128, own, graph.messages(), 8, 0, odd)
+    (gram, linked), *halves = asked
+    both = store.table.double()
     far = 1e-4 if sample > ITEMS else 0.5  # of a sample: near
     for found, wanted in ((gram, both.T @ both), (linked, both.T @ adjacency @ both)):
         assert (found - wanted).norm() < far * wanted.norm()
-    halves = [around.directions(part) for part in torch.arange(ITEMS).split(HALF)]  # of two ranks
     if sample > ITEMS:
         for whole, *parts in zip((gram, linked), *halves, strict=True):
             torch.testing.assert_close(sum(parts), whole, rtol=1e-4, atol=1e-3)
+
+
+def test_directions_of_texts_keep_their_products():
+    """Texts of rank four."""
+    random = torch.Generator().manual_seed(0)
+    text = torch.randn(ITEMS, 4, generator=random) @ torch.randn(4, 16, generator=random)
+    graph = ToyGraph(*[torch.empty(0, dtype=torch.int64)] * 2, [0, HALF, ITEMS], text)
+    short = text @ text_directions(graph, torch.arange(ITEMS), 4).T
+    torch.testing.assert_close(short @ short.T, text @ text.T, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("encoder", [PROPAGATION, GRAPHSAGE])
@@ -152,7 +170,7 @@ def test_the_same_seed_gives_the_same_embeddings_and_a_resumed_run_too(encoder, 
         torch.manual_seed(0 if epochs == 2 else 99)
         short = config.model_copy(update={"epochs": epochs})
         model = make_hgnn(16, short, types)
-        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        optimizer = torch.optim.Adam(model.parameter_groups(1e-3 if encoder is PROPAGATION else 1e-2))
         trainer = trainer_of(model, toy, short)
         task = plan_edges(toy.edges(), short, ITEMS, 2, 0)
         path = tmp_path / "checkpoint.safetensors"
@@ -173,7 +191,8 @@ def test_isolation_in_training_teaches_to_embed_items_without_edges(encoder):
         assert tastes_found(z) > 0.95
         text = planted_world(told=1.5).text
         empty = ToyGraph(*[torch.empty(0, dtype=torch.int64)] * 2, [0, HALF, ITEMS], text)
-        found[share] = tastes_found(embed(model, signed(empty, config), config))
+        z = embed(model, signed(empty, config), config)
+        found[share] = tastes_found(z[:, 8:] if encoder is PROPAGATION else z)  # the structure that the texts predict
     assert found[0.5] > 0.9 and 1 - found[0.5] < 0.5 * (1 - found[0.0]), found
 
 
@@ -191,9 +210,9 @@ def test_sums_made_once_give_the_embedding_of_the_layers():
     torch.manual_seed(0)
     model = PropagationEncoder(16, config, ItemTypes(torch.tensor([0, HALF, ITEMS])))
     graph = signed(planted_world(), config)
-    sent, sums = LocalStore(ITEMS, 64), LocalStore(ITEMS, 4 * 64)
-    write_sums(graph, model.types, 0, torch.arange(ITEMS), sent, sums)
-    made = model(graph.features("text", torch.arange(ITEMS)), sums.table.view(ITEMS, 4, 64))
+    sent, sums = LocalStore(ITEMS, 64), LocalStore(ITEMS, 2 * 64)
+    write_sums(graph, 0, torch.arange(ITEMS), sent, sums)
+    made = model(graph.features("text", torch.arange(ITEMS)), sums.table.view(ITEMS, 2, 64))
     assert torch.allclose(made, embed(model, graph, config), atol=1e-5)
 
 
@@ -211,12 +230,11 @@ def test_a_pair_is_taken_out_of_both_its_sums():
     (_, sums), _ = around.inputs(own, partner, torch.zeros(5, dtype=torch.bool), torch.Generator())
     sign = signed(toy, config).signs(torch.arange(ITEMS))
     assert torch.allclose(sums[0, 0], sign[0] + 2 * sign[1], atol=1e-6)  # 2 without 3
-    assert torch.allclose(sums[0, 2], 2 * _h1(sign, 1) + _h1(sign, 0), atol=1e-6)
-    assert torch.allclose(sums[1, 0], torch.zeros(64), atol=1e-6)  # 3 without 2: nothing of its own type
-    assert torch.allclose(sums[1, 1], sign[25] + sign[30], atol=1e-6)
-    assert torch.allclose(sums[2], torch.zeros(4, 64), atol=1e-6)  # 25 without 3: alone
-    assert torch.equal(sums[3], torch.zeros(4, 64))  # 30 receives nothing, and nothing is taken from it
-    assert torch.allclose(sums[4, 1], sign[25], atol=1e-6)
+    assert torch.allclose(sums[0, 1], 2 * _h1(sign, 1) + _h1(sign, 0), atol=1e-6)
+    assert torch.allclose(sums[1, 0], sign[25] + sign[30], atol=1e-6)  # 3 without 2
+    assert torch.allclose(sums[2], torch.zeros(2, 64), atol=1e-6)  # 25 without 3: alone
+    assert torch.equal(sums[3], torch.zeros(2, 64))  # 30 receives nothing, and nothing is taken from it
+    assert torch.allclose(sums[4, 0], sign[25] + 3 * sign[2], atol=1e-6)
     (_, sums), _ = around.inputs(own, partner, torch.ones(5, dtype=torch.bool), torch.Generator())
     assert not sums.any()
 
