@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
@@ -633,10 +636,35 @@ def probe(config: ConfigPath = None, overrides: Overrides = None, force: Force =
         run_probe(chosen, Progress(), force)
 
 
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does: Ray's processes end, and what is finished stays."""
+
+    status = 0
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        nonlocal status
+        status = 128 + number  # what a shell says of a process that a signal has ended
+        print("terminated", file=sys.stderr)
+        raise SystemExit(status)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except SystemExit as end:  # Ray passes it on with a status of its own
+        raise SystemExit(status or end.code) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. A user error is one sentence and exit code 2; anything else is a bug and keeps its traceback."""
     try:
-        app(args=list(arguments) if arguments is not None else None)
+        with _terminable():
+            app(args=list(arguments) if arguments is not None else None)
     except UserError as error:
         Console(stderr=True, highlight=False).print(f"error: {error}", markup=False, soft_wrap=True)
         sys.exit(2)

@@ -312,15 +312,10 @@ def serving(
         _prefer_haproxy()
     ray_config = RayConfig(address=address, num_cpus=max(granted_cpus(), most), object_store_mb=256)
     ray_config = ray_config.model_copy(update={"metrics_port": settings.metrics_port})
-    handlers = {number: signal.getsignal(number) for number in _STOPS}
     with ray_session(ray_config):
         from ray import serve
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)  # of this process: what it does is told below
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in handlers.items():  # Ray has put its own in their place, which aborts at SIGTERM
-                signal.signal(number, handler)
-
         arguments = {"bundle": place, "examples": examples, "settings": settings.model_dump(), **vars(scaling)}
         try:
             http = {"host": host, "port": port}

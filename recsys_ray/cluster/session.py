@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -126,6 +128,7 @@ def ray_session(config: RayConfig) -> Iterator[int]:
     if ray.is_initialized():
         yield cpus
         return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     if config.address == "local":
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a throw-away Ray that listens on this machine alone
         # Ray's C++ parts warn on the terminal of what is no mistake; what fails is raised all the same. But of this
@@ -139,6 +142,9 @@ def ray_session(config: RayConfig) -> Iterator[int]:
         except ConnectionError as error:
             raise UserError(f"no Ray cluster found at {config.address!r} (ray.address): {error}") from error
         cpus = int(ray.cluster_resources().get("CPU", cpus))
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():  # Ray has put its own in their place, which aborts at SIGTERM
+            signal.signal(number, handler)
     from ray.data import DataContext
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)

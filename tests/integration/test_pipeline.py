@@ -129,6 +129,27 @@ def seen_by_the_busiest(run):
 
 
 @pytest.mark.slow
+def test_sigterm_ends_a_run_without_a_stack(small_run, root, small_data):
+    """What a cluster sends to a job that it ends."""
+    config, ended = configure(root, small_data, "ended"), root / "ended"
+    for stage in ("ingest", "featurize"):
+        shutil.copytree(small_run.folder / stage, ended / stage)
+    log = root / "ended.log"
+    with log.open("wb") as out, subprocess.Popen(command("run", "--config", config), stdout=out, stderr=out) as process:
+        deadline = time.monotonic() + 100
+        while not list(ended.glob("graph/*/_scratch")):  # Ray is at work
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM
+    said = log.read_text()
+    assert said.endswith("terminated\n") and "Traceback" not in said and "SIGTERM received" not in said, said
+    _, alive = psutil.wait_procs(children, timeout=15)
+    assert not alive
+
+
+@pytest.mark.slow
 def test_a_killed_run_ends_as_an_undisturbed_one(small_run, root, small_data):
     run = small_run.folder
     config, killed = configure(root, small_data, "killed"), root / "killed"
