@@ -14,8 +14,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Header, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 
+from recsys_ray.serving.answers import Recommendation
 from recsys_ray.serving.filters import Filters
-from recsys_ray.serving.recommender import Recommendation
 from recsys_ray.serving.requests import MAX_K, Question, RequestError
 from serve import schemas
 from serve.context import Context, json

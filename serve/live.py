@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from recsys_ray.core.errors import UserError
+from recsys_ray.serving.answers import Answer
 from recsys_ray.serving.laps import Laps
 from recsys_ray.serving.live import LiveVectors
-from recsys_ray.serving.recommender import Answer, Recommender
+from recsys_ray.serving.recommender import Recommender
 from recsys_ray.serving.requests import Question, RequestError
 from serve.store import GivenAnswer, LiveItem, Store, StoreError
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from recsys_ray.bundle.build import CANARY
+from recsys_ray.serving.answers import Answer
 from recsys_ray.serving.live import LiveItems
-from recsys_ray.serving.recommender import Answer, Recommender
+from recsys_ray.serving.recommender import Recommender
 from recsys_ray.serving.requests import Question
 from recsys_ray.storage.artifacts import read_json
 from serve.live import Told

@@ -30,7 +30,8 @@ from recsys_ray.core.progress import Progress
 from recsys_ray.data.files import table_fingerprint
 from recsys_ray.data.reading import find_source, read_batches
 from recsys_ray.data.validate import QUARANTINE, as_records, last_of_each, quarantine_table
-from recsys_ray.serving.recommender import Listed, Recommender
+from recsys_ray.serving.answers import Listed
+from recsys_ray.serving.recommender import Recommender
 from recsys_ray.serving.requests import Question, RequestError
 from recsys_ray.storage.artifacts import FORMAT, MANIFEST, changes, made_by, software
 from recsys_ray.storage.outputs import locate_bundle

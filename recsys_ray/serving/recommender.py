@@ -23,6 +23,7 @@ from recsys_ray.core.clock import DAY
 from recsys_ray.core.offsets import spread
 from recsys_ray.scoring.memory import MEMORY_FILE, Memory, Recalled
 from recsys_ray.scoring.scorer import Pairs, Ranked, Scorer, ScoreSpec, among, as_queries
+from recsys_ray.serving.answers import Answer, Asked, FoundItem, Listed, PastEvent, Recommendation
 from recsys_ray.serving.catalogue import Items, Users
 from recsys_ray.serving.filters import FACTS, Facts, Filters
 from recsys_ray.serving.histories import Histories, Profile, mapped_arrays, user_inputs
@@ -47,102 +48,16 @@ from recsys_ray.serving.requests import (
     check_tastes,
     check_types,
 )
+from recsys_ray.serving.rerank import by_popularity, diverse, pool_size
 from recsys_ray.serving.search import ItemSearch
 from recsys_ray.serving.tower import TowerRunner
 from recsys_ray.storage.artifacts import MANIFEST, Artifact, open_artifact, understood
 from recsys_ray.storage.outputs import find_bundle
 
-_POOL, _SMALLEST_POOL = 5, 100  # candidates to re-rank: a multiple of the list's length, at least this many
 _FILTERED = 256  # filters and types whose positions are remembered; they go when items change
 _MASKS = 16  # filters of which a byte for each item is remembered beside them
 _NO_FILTERS = Filters()
 _NOTHING = np.empty(0, np.float32)
-
-
-@dataclass(frozen=True)
-class Recommendation:
-    """``score`` as in recsys_ray/scoring/scorer.py; for an answer by popularity the share of users."""
-
-    item_id: str
-    item_type: str
-    title: str
-    score: float
-    reason: str
-    because: str | None = None  # item of the user's history that speaks most for it
-
-
-@dataclass(frozen=True)
-class Answer:
-    version: str
-    known: bool  # the user is in the bundle
-    items: list[Recommendation]
-    ignored: list[str]  # ids of the question's history that the bundle does not know
-    cold: bool  # nothing is known about the user, so the answer is what is popular
-
-
-@dataclass(frozen=True)
-class PastEvent:
-    item_id: str
-    item_type: str
-    title: str
-    event: str
-    timestamp: int
-
-
-@dataclass(frozen=True)
-class FoundItem:
-    item_id: str
-    item_type: str
-    title: str
-    available: bool
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """A question in numbers."""
-
-    question: Question
-    profile: Profile  # what makes the user's features
-    known: bool
-    types: list[int]
-    quotas: dict[int, int] | None
-    barred: npt.NDArray[np.int64]  # gids that must not come, ascending
-    allow: npt.NDArray[np.int64] | None  # gids, ascending; None: all
-    ignored: list[str]
-    live: LiveItems
-
-    def wanted(self, kind: int) -> int:
-        """How many items of a type the answer may need."""
-        return self.quotas.get(kind, 0) if self.quotas else self.question.k
-
-    @property
-    def reranked(self) -> bool:
-        return bool(self.question.diversity or self.question.popularity)
-
-    @property
-    def likeness(self) -> Hashable:
-        """Questions that have this in common are ranked together."""
-        listed = None if self.allow is None else self.allow.tobytes()
-        quotas = tuple((self.quotas or {}).items())
-        return tuple(self.types), self.question.k, quotas, self.reranked, self.question.filters, listed, id(self.live)
-
-
-@dataclass(frozen=True)
-class Listed:
-    """An answer in numbers; :meth:`Recommender.reasons` and :meth:`Recommender.answers` put it into words."""
-
-    asked: _Asked
-    gids: npt.NDArray[np.int64]
-    scores: npt.NDArray[np.floating]
-    by_country: npt.NDArray[np.bool_] | None = None  # of an answer by popularity: whether the country made it
-
-    @property
-    def known(self) -> bool:
-        return self.asked.known
-
-    @property
-    def cold(self) -> bool:
-        return self.by_country is not None
 
 
 @dataclass
@@ -290,18 +205,18 @@ class Recommender:
     def lists(self, questions: Sequence[Question], laps: Laps | None = None) -> list[Listed | RequestError]:
         """As :meth:`answers`, without the words."""
         laps = laps or Laps()
-        asked: list[_Asked | RequestError] = []
+        asked: list[Asked | RequestError] = []
         for question in questions:
             try:
                 asked.append(self._ask(question))
             except RequestError as error:
                 asked.append(error)
-        known = [one for one in asked if isinstance(one, _Asked) and self._has_features(one.profile)]
+        known = [one for one in asked if isinstance(one, Asked) and self._has_features(one.profile)]
         laps.lap("features")
         by_taste = dict(zip(map(id, known), self._by_taste(known, laps), strict=True)) if known else {}
         lists: list[Listed | RequestError] = []
         for one in asked:
-            if isinstance(one, _Asked):
+            if isinstance(one, Asked):
                 lists.append(by_taste[id(one)] if id(one) in by_taste else self._by_popularity(one))
             else:
                 lists.append(one)
@@ -392,7 +307,7 @@ class Recommender:
             return [user_id for user_id, _ in self.users.spread(count)]
         return [busy[place] for place in np.unique(np.linspace(0, len(busy) - 1, min(count, len(busy))).astype(int))]
 
-    def _ask(self, question: Question) -> _Asked:
+    def _ask(self, question: Question) -> Asked:
         """Check a question. Raises RequestError."""
         counts, none = self.artifact.counts, np.empty(0, np.int64)
         quotas = check_quotas(question.quotas, self.items.types)
@@ -430,7 +345,7 @@ class Recommender:
             named = [entry["item_id"] for entry in question.history or ()]
             barred.append(check_items("history", self.items, named, live))
         allow = None if question.allow is None else check_items("allow", self.items, question.allow, live)
-        return _Asked(question, profile, uid is not None, types, quotas, _union(barred), allow, ignored, live)
+        return Asked(question, profile, uid is not None, types, quotas, _union(barred), allow, ignored, live)
 
     def _with_events(self, stored: Profile, new: list[tuple[int, int, int]]) -> Profile:
         """The latest events inside the window, as in training. Events in a request are used even if all of them are
@@ -453,7 +368,7 @@ class Recommender:
         """The tower answers for a user with events, and for one with traits only if it was trained on such users."""
         return bool(len(profile.gids)) or (self.artifact.counts["cold_start"] and bool(profile.known_traits))
 
-    def _by_taste(self, asked: Sequence[_Asked], laps: Laps) -> list[Listed]:
+    def _by_taste(self, asked: Sequence[Asked], laps: Laps) -> list[Listed]:
         """Answers by tower and index, for users about whom something is known."""
         profiles = [one.profile for one in asked]
         users = self.tower(user_inputs(profiles, self.tower.tastes))
@@ -473,7 +388,7 @@ class Recommender:
         return [found[number] for number in range(len(asked))]
 
     def _rank(
-        self, group: Sequence[_Asked], users: npt.NDArray[np.float32], raised: Recalled, laps: Laps
+        self, group: Sequence[Asked], users: npt.NDArray[np.float32], raised: Recalled, laps: Laps
     ) -> list[Listed]:
         """The answers to questions that are alike. ``raised``: what the users' histories raise."""
         one, found = group[0], []
@@ -501,14 +416,14 @@ class Recommender:
             Listed(each, best.gid[a:b], best.score[a:b]) for each, a, b in zip(group, begin, begin[1:], strict=False)
         ]
 
-    def _reranked(self, group: Sequence[_Asked], pool: Ranked, k: int) -> Ranked:
+    def _reranked(self, group: Sequence[Asked], pool: Ranked, k: int) -> Ranked:
         begin, parts = np.searchsorted(pool.row, np.arange(len(group) + 1)), []
         for number, (a, b) in enumerate(itertools.pairwise(begin)):
             scores, gids = self._rerank(group[number], pool.score[a:b], pool.gid[a:b], k)
             parts.append(Ranked(np.full(len(gids), number), gids, scores))
         return Ranked(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
-    def _live_candidates(self, group: Sequence[_Asked], kind: int, queries: npt.NDArray[np.float32]) -> Ranked:
+    def _live_candidates(self, group: Sequence[Asked], kind: int, queries: npt.NDArray[np.float32]) -> Ranked:
         """New items of a type that may come; ``queries``: [u, 1] of each user."""
         live, filters, parts = group[0].live, group[0].question.filters, []
         places = [
@@ -536,7 +451,7 @@ class Recommender:
             rows[new] = getattr(live, of)[gids[new] - live.base]
         return rows
 
-    def _allowed_in(self, asked: _Asked, kind: int) -> npt.NDArray[np.int64] | None:
+    def _allowed_in(self, asked: Asked, kind: int) -> npt.NDArray[np.int64] | None:
         """Positions in a type's index that filters and allow-list leave; None: all."""
         filters = asked.question.filters
         filtered = self._filtered(filters, kind, asked.live) if filters else None
@@ -546,34 +461,23 @@ class Recommender:
         return listed if filtered is None else listed[among(listed, filtered)]
 
     def _rerank(
-        self, asked: _Asked, scores: npt.NDArray[np.float32], gids: npt.NDArray[np.int64], k: int
+        self, asked: Asked, scores: npt.NDArray[np.float32], gids: npt.NDArray[np.int64], k: int
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-        """The best ``k`` of a pool by popularity's dial and maximal marginal relevance (Carbonell and Goldstein 1998).
-        The scores stay what they are."""
+        """The best ``k`` of a pool by the question's two dials. The scores stay what they are."""
         if len(gids) <= 1:
             return scores, gids
-        values = scores.astype(np.float64)
-        if dial := asked.question.popularity:
+        values, question = scores.astype(np.float64), asked.question
+        if question.popularity:
             world = self.popularity.counted.world
-            users = np.log1p(np.where(gids < len(world), world[np.minimum(gids, len(world) - 1)], 0))
-            values = values + dial * values.std() * (users - users.mean()) / max(float(users.std()), 1e-9)
-        if not asked.question.diversity:
-            best = np.lexsort((gids, -values))[:k]
-            return scores[best], gids[best]
-        span = float(values.max() - values.min())
-        values = (values - values.min()) / (span or 1.0)
-        vectors, share = self._rows(asked.live, gids, "wide")[:, :-1], asked.question.diversity
-        likeness = np.zeros(len(gids))
-        order: list[int] = []
-        open_ = np.ones(len(gids), bool)
-        while len(order) < min(k, len(gids)):
-            gain = np.where(open_, (1 - share) * values - share * likeness, -np.inf)
-            order.append(int(gain.argmax()))
-            open_[order[-1]] = False
-            likeness = np.maximum(likeness, vectors @ vectors[order[-1]])
+            users = np.where(gids < len(world), world[np.minimum(gids, len(world) - 1)], 0)
+            values = by_popularity(values, users, question.popularity)
+        if question.diversity:
+            order = diverse(values, self._rows(asked.live, gids, "wide")[:, :-1], question.diversity, k)
+        else:
+            order = np.lexsort((gids, -values))[:k]
         return scores[order], gids[order]
 
-    def _by_popularity(self, asked: _Asked) -> Listed:
+    def _by_popularity(self, asked: Asked) -> Listed:
         mask = None
         if asked.question.filters:
             mask = self._mask(asked.question.filters, asked.live)
@@ -592,7 +496,7 @@ class Recommender:
         return Listed(asked, gids[order], scores[order], local[order])
 
     def _popular_group(
-        self, asked: _Asked, types: list[int], count: int, country: int, mask: npt.NDArray[np.bool_] | None
+        self, asked: Asked, types: list[int], count: int, country: int, mask: npt.NDArray[np.bool_] | None
     ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
         """Scores, gids, and whether the country decided, of the most popular items of these types."""
         found = self.popularity.top(self._pool(asked, count), types, asked.barred, country, mask)
@@ -603,9 +507,9 @@ class Recommender:
         return scores, gids, np.array([of_country[gid] for gid in gids.tolist()], bool)
 
     @staticmethod
-    def _pool(asked: _Asked, wanted: int) -> int:
+    def _pool(asked: Asked, wanted: int) -> int:
         """How many candidates are needed for so many places."""
-        return min(max(_POOL * wanted, _SMALLEST_POOL), MAX_K) if asked.reranked else wanted
+        return pool_size(wanted) if asked.reranked else wanted
 
     def reasons(self, found: Listed) -> list[tuple[str, str | None]]:
         """Why each item of an answer comes, and the id of the item of the history that speaks most for it: the one

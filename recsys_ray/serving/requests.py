@@ -1,4 +1,4 @@
-"""What a request may ask for, and what an answer contains.
+"""What a request may ask for.
 
 Every value is checked here, so that the command line and HTTP give the same errors in the same words.
 """
