@@ -121,7 +121,13 @@ def whole(ray_local, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("change", "moment"), [(shuffle_items, "cut2"), (shuffle_items, "valid"), (drop_most, "valid"), (drop_most, "test")]
+    ("change", "moment"),
+    [
+        (shuffle_items, "valid"),
+        (drop_most, "test"),
+        pytest.param(shuffle_items, "cut2", marks=pytest.mark.slow),
+        pytest.param(drop_most, "valid", marks=pytest.mark.slow),
+    ],
 )
 def test_the_future_changes_no_feature(whole, tmp_path, change, moment):
     _, (snapshots, seen, examples, queries) = whole

@@ -55,6 +55,21 @@ def test_size_follows_the_spec(events):
     assert sum(large.items.values()) / sum(small.items.values()) < 100_000**0.7, "items grow more slowly than events"
 
 
+def test_taste_noise_changes_the_taste_vectors_and_nothing_else(shards):
+    """Catalogue, events and all else about the users stay; what a vector tells of its user's style falls."""
+    catalogue, users, events = shards[0]
+    other_catalogue, others, other_events = shard_of(spec_for(20_000, seed=3, taste_noise=4.0), 0)
+    for mine, theirs in ((catalogue, other_catalogue), (events, other_events), (users, others)):
+        same = {name: np.array_equal(value, vars(theirs)[name]) for name, value in vars(mine).items()}
+        assert {name for name, equal in same.items() if not equal} == ({"taste"} if mine is users else set())
+    told = []
+    for taste in (users.taste, others.taste):
+        known = np.c_[taste, np.ones(len(taste))]
+        left = users.style - known @ np.linalg.lstsq(known, users.style, rcond=None)[0]
+        told.append(1 - left.var() / users.style.var())
+    assert told[1] < 0.6 < 0.7 < told[0]
+
+
 @pytest.mark.parametrize("events", [1_000, 2_000])
 def test_small_worlds_are_whole(events):
     spec = spec_for(events, 1)
