@@ -181,6 +181,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one(small_run, root, small_data):
         assert len(list((killed / stage.folder).glob("*/"))) == 1
 
 
+@pytest.mark.slow
 def test_given_weights_embed_without_training(small_run, root, small_data, capsys):
     run = small_run.folder
     given = output(run, "hgnn") / "model.safetensors"
