@@ -3,8 +3,8 @@
 The other items do not change. What users did with the new items (the *trickle*) creates edges by the rules of the graph
 stage; users in the bundle bring their histories. The old bundle stays as it is.
 
-Items may have types that are new to the bundle: an HGNN with weights by kinship has weights for them, and in the towers
-they have no type embedding (recsys_ray/two_tower/towers.py). New types are numbered after the existing ones.
+Items may have types that are new to the bundle, if the HGNN knows later types (``HgnnConfig``); in the towers they have
+no type embedding (recsys_ray/two_tower/towers.py). New types are numbered after the existing ones.
 """
 
 from __future__ import annotations
