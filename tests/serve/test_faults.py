@@ -46,9 +46,10 @@ class Server:
         return found
 
     def kill(self, name: str) -> float:
-        """kill -9 of one such process; returns the moment."""
-        os.kill(self.processes(name)[0].pid, signal.SIGKILL)
-        return time.monotonic()
+        """kill -9 of one such process; returns the moment before: a client may see the death before this returns."""
+        pid, moment = self.processes(name)[0].pid, time.monotonic()
+        os.kill(pid, signal.SIGKILL)
+        return moment
 
     def kept(self) -> set[str]:
         """All events in the store, each of them once."""
