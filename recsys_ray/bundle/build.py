@@ -79,7 +79,7 @@ from recsys_ray.storage.outputs import find_finished, set_current, work_folder
 from recsys_ray.two_tower.batches import country_index
 from recsys_ray.two_tower.towers import TowerSpec, load_item_ids
 
-VERSION = 7  # of a bundle's contents: raise it when they change
+VERSION = 8  # of a bundle's contents: raise it when they change
 VARIANT = "hgnn"  # of the two-tower stage's models, the one that is served
 CANARY = "canary.json"
 TERMS_FILE = "terms.safetensors"

@@ -67,11 +67,8 @@ def ritz(gram: Float[Tensor, "K K"], linked: Float[Tensor, "K K"], most: int) ->
 
 def text_directions(source: TextSource, own: Int64[Tensor, "N"], most: int) -> Float[Tensor, "n T"]:
     """The ``most`` largest principal directions of the texts of all ranks' items, which keep their products best."""
-    gram: Tensor | float = 0.0
-    for gids in own.split(_AT_ONCE):
-        text = source.features("text", gids).double()
-        gram = gram + text.T @ text
-    assert isinstance(gram, Tensor)
+    texts = (source.features("text", gids).double() for gids in own.split(_AT_ONCE))
+    gram = torch.stack([text.T @ text for text in texts]).sum(0)
     _, axes = torch.linalg.eigh(sum_over_ranks(gram))
     return axes.flip(1)[:, :most].T.float()
 

@@ -31,6 +31,7 @@ from recsys_ray.hgnn.inference import LocalStore, embed_items
 from recsys_ray.hgnn.signature import SignedSource, item_signatures
 from recsys_ray.hgnn.training import (
     EdgeTrainer,
+    Graph,
     neighbourhoods_of,
     plan_edges,
     train_epochs,
@@ -153,27 +154,27 @@ class _Run:
         """The items of this rank, ascending."""
         return torch.tensor_split(torch.sort(self.client.local_gids()).values, self.sharing)[self.place]
 
+    def _graph(self, snapshot: Snapshot) -> Graph:
+        return Graph(snapshot.index, self.client.edges(snapshot.index))
+
     def train(self) -> None:
         """Train from the last checkpoint, or from the start; leaves the best weights in the model."""
         import ray.train.torch
 
         spec, config, model, worker = self.spec, self.spec.config, self.model, self.worker
-        asked = training_snapshot(spec.snapshots).index
-        known = earlier_snapshot(spec.snapshots).index if config.encoder == "propagation" else asked
-        inside, outside = self.client.edges(known), self.client.edges(asked)
+        asked = self._graph(training_snapshot(spec.snapshots))
+        known = self._graph(earlier_snapshot(spec.snapshots)) if config.encoder == "propagation" else asked
         edges = {
             relation: (src[self.place :: self.sharing], dst[self.place :: self.sharing])
-            for relation, (src, dst) in unknown_edges(inside, outside, spec.starts[-1]).items()
+            for relation, (src, dst) in unknown_edges(known.edges, asked.edges, spec.starts[-1]).items()
         }
         task = plan_edges(edges, config, spec.starts[-1], model.types.count, spec.seed, worker.world)
+        around = neighbourhoods_of(model, self.source, config, known, asked, spec.seed, self._own(), self._shared)
         network: nn.Module = model
-        if worker.world > 1:  # a batch need not hold every relation
+        if worker.world > 1:  # now that all start alike: it takes rank 0's start. A batch need not hold every relation
             network = ray.train.torch.prepare_model(model, parallel_strategy_kwargs={"find_unused_parameters": True})
         optimizer = torch.optim.Adam(model.parameter_groups(config.learning_rate))
-        around = neighbourhoods_of(
-            model, self.source, config, known, spec.seed, self._own(), inside, self._shared, (asked, outside)
-        )
-        trainer = EdgeTrainer(model, network, self.source, around, model.types, config, known, spec.seed)
+        trainer = EdgeTrainer(model, network, self.source, around, model.types, config, known.snapshot, spec.seed)
         checkpoints = Checkpoints(worker, spec.out / SCRATCH / "hgnn", model, model, optimizer)
 
         def on_step(epoch: int, step: int, loss: float) -> None:

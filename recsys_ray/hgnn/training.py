@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -36,7 +36,13 @@ from recsys_ray.hgnn.sampler import (
 
 _VALIDATION_BATCHES = 4
 _NODES_AT_ONCE = 65_536
-Graph = tuple[int, Mapping[Relation, WeightedEdges]]  # number of a snapshot, and edges of it
+
+
+class Graph(NamedTuple):
+    """A snapshot of the graph, as one rank has it."""
+
+    snapshot: int
+    edges: Mapping[Relation, WeightedEdges]  # those that end in this rank's partition, and what their messages count
 
 
 @dataclass
@@ -197,31 +203,28 @@ class WholeNeighbourhoods:
 
 
 def neighbourhoods_of(
-    model: Hgnn, source: ItemSource, config: HgnnConfig, snapshot: int, seed: int, own: Int64[Tensor, "N"],
-    edges: Mapping[Relation, WeightedEdges], shared: Callable[[int, str], LayerStore], latest: Graph | None = None,
+    model: Hgnn, source: ItemSource, config: HgnnConfig, known: Graph, asked: Graph, seed: int,
+    own: Int64[Tensor, "N"], shared: Callable[[int, str], LayerStore],
 ) -> Neighbourhoods:  # fmt: skip
-    """What the model's training sees of a snapshot of the graph. A model of ``propagation`` first takes its start from
-    the ``latest`` one. All ranks call this at once.
+    """What the model's training sees of the graph ``known``. A model of ``propagation`` first takes its start from the
+    graph ``asked``, whose edges it is to predict. All ranks call this at once.
 
     Args:
         own: this rank's items, ascending.
-        edges: those of the snapshot that end in this rank's partition.
         shared: makes a table of all items, of a width and under a name.
-        latest: the snapshot whose edges are to be predicted, and its edges likewise; default: the same.
     """
     num_items = int(model.types.starts[-1])
     if not isinstance(model, PropagationEncoder):
-        return SampledNeighbourhoods(source, config, snapshot, num_items, seed)
+        return SampledNeighbourhoods(source, config, known.snapshot, num_items, seed)
     width = 2 * config.signature_dim
     sums, sent = shared(width, "sums"), shared(config.signature_dim, "sent")
     validation = dropper(own[:0], num_items, config.valid_share, seed)
-    last, links = latest or (snapshot, edges)
-    write_sums(source, last, own, sent, sums, validation)
-    structure = graph_directions(sums, width, own, links, model.structure_dim, seed, validation)
+    write_sums(source, asked.snapshot, own, sent, sums, validation)
+    structure = graph_directions(sums, width, own, asked.edges, model.structure_dim, seed, validation)
     model.start(structure, text_directions(source, own, model.text.out_features))
-    if last != snapshot:
-        write_sums(source, snapshot, own, sent, sums, validation)
-    return WholeNeighbourhoods(source, config, snapshot, num_items, seed, sums, edges)
+    if known.snapshot != asked.snapshot:
+        write_sums(source, known.snapshot, own, sent, sums, validation)
+    return WholeNeighbourhoods(source, config, known.snapshot, num_items, seed, sums, known.edges)
 
 
 class EdgeTrainer:

@@ -48,7 +48,7 @@ from recsys_ray.serving.requests import (
     check_tastes,
     check_types,
 )
-from recsys_ray.serving.rerank import by_popularity, diverse, pool_size
+from recsys_ray.serving.rerank import diverse, pool_size, with_popularity
 from recsys_ray.serving.search import ItemSearch
 from recsys_ray.serving.tower import TowerRunner
 from recsys_ray.storage.artifacts import MANIFEST, Artifact, open_artifact, understood
@@ -470,7 +470,7 @@ class Recommender:
         if question.popularity:
             world = self.popularity.counted.world
             users = np.where(gids < len(world), world[np.minimum(gids, len(world) - 1)], 0)
-            values = by_popularity(values, users, question.popularity)
+            values = with_popularity(values, users, question.popularity)
         if question.diversity:
             order = diverse(values, self._rows(asked.live, gids, "wide")[:, :-1], question.diversity, k)
         else:

@@ -15,7 +15,7 @@ def pool_size(wanted: int) -> int:
     return min(max(_POOL * wanted, _SMALLEST_POOL), MAX_K)
 
 
-def by_popularity(values: Float[np.ndarray, "n"], users: Int[np.ndarray, "n"], dial: float) -> Float[np.ndarray, "n"]:
+def with_popularity(values: Float[np.ndarray, "n"], users: Int[np.ndarray, "n"], dial: float) -> Float[np.ndarray, "n"]:
     """Values that ``dial``, -1 to 1, moves by the popularity among the candidates: at 1, one standard deviation of the
     logarithm of the users counts as one of the values."""
     known = np.log1p(users)

@@ -14,9 +14,9 @@ from recsys_ray.hgnn.graphsage import GraphSage
 from recsys_ray.hgnn.inference import LocalStore, embed_items
 from recsys_ray.hgnn.loss import in_batch_softmax, max_margin
 from recsys_ray.hgnn.propagation import PropagationEncoder, write_sums
-from recsys_ray.hgnn.sampler import build_blocks
+from recsys_ray.hgnn.sampler import build_blocks, held_out, pair_keys
 from recsys_ray.hgnn.signature import SignedSource, item_signatures, signs
-from recsys_ray.hgnn.training import EdgeTrainer, neighbourhoods_of, plan_edges, train_epochs, unknown_edges
+from recsys_ray.hgnn.training import EdgeTrainer, Graph, neighbourhoods_of, plan_edges, train_epochs, unknown_edges
 from recsys_ray.storage.checkpoint import load_checkpoint, save_checkpoint
 
 ITEMS, HALF = 40, 20
@@ -41,9 +41,19 @@ def signed(graph, config):
 def trainer_of(model, toy, config, seed=0):
     graph = signed(toy, config)
     around = neighbourhoods_of(
-        model, graph, config, 0, seed, torch.arange(ITEMS), toy.messages(), lambda dim, name: LocalStore(ITEMS, dim)
+        model,
+        graph,
+        config,
+        *[Graph(0, toy.messages())] * 2,
+        seed,
+        torch.arange(ITEMS),
+        lambda dim, name: LocalStore(ITEMS, dim),
     )
     return EdgeTrainer(model, model, graph, around, model.types, config, 0, seed)
+
+
+def optimizer_of(model):
+    return torch.optim.Adam(model.parameter_groups(1e-3 if isinstance(model, PropagationEncoder) else 1e-2))
 
 
 def embed(model, graph, config):
@@ -60,7 +70,7 @@ def train(config, seed=0, scramble=False, told=0.0):
     for weight in model.parameters() if scramble else ():
         torch.nn.init.normal_(weight, std=0.3)
     graph = signed(graph, config)
-    optimizer = torch.optim.Adam(model.parameter_groups(1e-3 if config.encoder == "propagation" else 1e-2))
+    optimizer = optimizer_of(model)
     untrained = trainer.validate(task)
     state = train_epochs(trainer, task, optimizer, {}, 0)
     return model, graph, untrained, state, embed(model, graph, config)
@@ -149,6 +159,48 @@ def test_directions_are_counted_over_items_and_edges(sample, monkeypatch):
             torch.testing.assert_close(sum(parts), whole, rtol=1e-4, atol=1e-3)
 
 
+class Snapshots:
+    """Toy graphs of the same items, by number."""
+
+    def __init__(self, *graphs):
+        self.graphs, self.features = graphs, graphs[0].features
+
+    def sample(self, gids, snapshot, fanout, generator=None):
+        return self.graphs[snapshot].sample(gids, 0, fanout, generator)
+
+
+def test_structure_comes_from_the_graph_to_predict_and_sums_from_the_known_one():
+    """Validation edges count in neither."""
+    config, text, starts = HgnnConfig(**PROPAGATION, valid_share=0.3), planted_world().text, [0, HALF, ITEMS]
+    packed = torch.from_numpy(item_signatures([f"item {gid}" for gid in range(ITEMS)], 64).copy())
+    kept, cut = [], []
+    for step in (3, 7):
+        src, dst = both_ways([(i, (i + k * step) % ITEMS) for i in range(ITEMS) for k in (1, 2)])
+        out = held_out(pair_keys(src, dst, ITEMS), 0.3, 0)
+        kept.append(ToyGraph(src, dst, starts, text))
+        cut.append(ToyGraph(src[~out], dst[~out], starts, text))
+    found = []
+    for graphs, share in ((kept, 0.3), (cut, 0.0)):
+        torch.manual_seed(0)
+        model = make_hgnn(16, config, ItemTypes(torch.tensor(starts)))
+        known, asked = (Graph(number, graph.messages()) for number, graph in enumerate(graphs))
+        around = neighbourhoods_of(
+            model, SignedSource(Snapshots(*graphs), packed, 64), config.model_copy(update={"valid_share": share}),
+            known, asked, 0, torch.arange(ITEMS), lambda dim, name: LocalStore(ITEMS, dim),
+        )  # fmt: skip
+        found.append((around.sums.table, model.near, model.far))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    sums = [LocalStore(ITEMS, 128) for _ in cut]
+    for graph, store in zip(cut, sums, strict=True):
+        write_sums(SignedSource(graph, packed, 64), 0, torch.arange(ITEMS), LocalStore(ITEMS, 64), store)
+    torch.testing.assert_close(found[0][0], sums[0].table)
+    wanted = graph_directions(
+        sums[1], 128, torch.arange(ITEMS), cut[1].messages(), 8, 0, lambda src, dst: torch.zeros_like(src, dtype=bool)
+    )
+    torch.testing.assert_close(torch.cat(found[0][1:], 1), wanted)
+
+
 def test_directions_of_texts_keep_their_products():
     """Texts of rank four."""
     random = torch.Generator().manual_seed(0)
@@ -170,7 +222,7 @@ def test_the_same_seed_gives_the_same_embeddings_and_a_resumed_run_too(encoder, 
         torch.manual_seed(0 if epochs == 2 else 99)
         short = config.model_copy(update={"epochs": epochs})
         model = make_hgnn(16, short, types)
-        optimizer = torch.optim.Adam(model.parameter_groups(1e-3 if encoder is PROPAGATION else 1e-2))
+        optimizer = optimizer_of(model)
         trainer = trainer_of(model, toy, short)
         task = plan_edges(toy.edges(), short, ITEMS, 2, 0)
         path = tmp_path / "checkpoint.safetensors"
