@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import io
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -211,9 +212,9 @@ class RecommendationService:
 
 
 def _loaded(place: Place) -> Recommender:
-    """A bundle that is ready to answer. The index of words takes seconds for a million items: nobody should wait."""
+    """A bundle that is ready to answer."""
     made = load_verified(place)
-    made.search("a", 1)
+    made.warm_up()
     return made
 
 
@@ -355,13 +356,14 @@ def serve_forever(
     stop = threading.Event()
     before = {number: signal.signal(number, lambda *_: stop.set()) for number in _STOPS}
     try:
-        with serving(bundle, host, port, scaling, address, examples, settings) as url:
+        with ExitStack() as ending, serving(bundle, host, port, scaling, address, examples, settings) as url:
             body = json.dumps({"user_id": user, "k": 10}, ensure_ascii=False).replace("'", "'\\''")
             progress.say(f"Serving at {url} (web page) and {url}/docs (API). Try:\n")
             progress.say(f"  curl -s {url}/v1/recommendations -H 'content-type: application/json' -d '{body}'\n")
             progress.say("Press Ctrl-C to stop.")
             stop.wait()
             progress.say("Stopping ...")
+            ending.enter_context(redirect_stdout(io.StringIO()))  # Ray calls the end of Serve's controller a failure
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -60,6 +60,7 @@ REMOVED_ITEMS = Metric("gauge", "recsys_removed_items", "items of the bundle tha
 EVENTS = Metric("counter", "recsys_events_total", "user events received")
 STORE_UP = Metric("gauge", "recsys_store_up", "1: the event store answers")
 STORE_DAMAGED = Metric("gauge", "recsys_store_damaged_rows", "damaged rows of the event store that were left out")
+METRICS = [one for one in list(globals().values()) if isinstance(one, Metric)]
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 
 
@@ -75,15 +76,13 @@ class Nowhere:
 
 
 class RayMeter:
-    """Only inside a replica."""
+    """Only inside a replica. Making a metric takes milliseconds, which the first requests should not wait for."""
 
     def __init__(self) -> None:
-        self._made: dict[str, Any] = {}
+        self._made = {metric.name: _ray_metric(metric) for metric in METRICS}
 
     def record(self, metric: Metric, value: float, tags: Mapping[str, str]) -> None:
-        made = self._made.get(metric.name)
-        if made is None:
-            made = self._made[metric.name] = _ray_metric(metric)
+        made = self._made[metric.name]
         if metric.kind == "counter":
             made.inc(value, tags=dict(tags))
         elif metric.kind == "gauge":

@@ -56,6 +56,7 @@ from recsys_ray.storage.outputs import find_bundle
 
 _FILTERED = 256  # filters and types whose positions are remembered; they go when items change
 _MASKS = 16  # filters of which a byte for each item is remembered beside them
+_WARM = 64  # users asked before the first; in an index of a million items they touch most pages
 _NO_FILTERS = Filters()
 _NOTHING = np.empty(0, np.float32)
 
@@ -85,12 +86,11 @@ class Recommender:
         )
 
     @classmethod
-    def load(cls, path: str | Path, verify: bool = True, warm: bool = True) -> Recommender:
+    def load(cls, path: str | Path, verify: bool = True) -> Recommender:
         """Open the bundle that ``path`` means (see :func:`find_bundle`).
 
         Args:
             verify: compare every file with its checksum, not only its size.
-            warm: answer once before the first user asks.
 
         Raises:
             ArtifactError: there is no bundle, a file is damaged, or tower and index rank by different metrics.
@@ -135,10 +135,23 @@ class Recommender:
         numbers = {name: number for number, name in enumerate(countries)}
         live = LiveItems(len(items))
         with understood(folder):
-            made = cls(artifact, items, users, histories, popular, indexes, tower, score, facts, live, numbers)
-            if warm:
-                made._warm_up()
-        return made
+            return cls(artifact, items, users, histories, popular, indexes, tower, score, facts, live, numbers)
+
+    def warm_up(self) -> None:
+        """Answer some users before the first one asks: the first queries read the maps from disk and let torch set
+        itself up. What searching for words needs is made before, for it takes seconds and all of the caches.
+
+        Raises:
+            ArtifactError: a file is damaged.
+        """
+        with understood(self.artifact.path):
+            self.search("a", 1)
+            users = self.example_users(_WARM)
+            self.answers([Question(user_id) for user_id in users])
+            for user_id in users[:3]:
+                self.recommend(user_id, k=10)
+            self.recommend(k=10)
+            self.similar(self.items.id(0), k=10)
 
     @property
     def version(self) -> str:
@@ -542,13 +555,6 @@ class Recommender:
         if state is not None:
             return Recommendation(state.item_id, self.items.types[state.ntype], state.title, score, reason, because)
         return Recommendation(self.items.id(gid), self.items.type(gid), self.items.title(gid), score, reason, because)
-
-    def _warm_up(self) -> None:
-        """The first query reads the maps from disk and lets torch set itself up; no user should wait for that."""
-        for user_id in self.example_users(3):
-            self.recommend(user_id, k=10)
-        self.recommend(k=10)
-        self.similar(self.items.id(0), k=10)
 
 
 def _union(parts: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:

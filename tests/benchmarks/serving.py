@@ -2,7 +2,8 @@
 
 make bench-serving          (or: python -m tests.benchmarks.serving --items 100000)
 
-All three are asked in the same run, with the same settings, on the same cores as the generator of the load.
+All are asked in the same run, with the same settings, on the same cores as the generator of the load. The endpoint is
+asked a second time with filters, while events arrive. "First answers" are the three after the server says it is ready.
 
 make bench-serving SOAK=600 (or: python -m tests.benchmarks.serving --soak 600)
 
@@ -22,6 +23,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +39,7 @@ from bundle_world import make_world
 
 from recsys_ray.bundle.bundle import Bundle
 from recsys_ray.serving.recommender import Recommender
-from tests.benchmarks.load import Load, closed, open_loop, questions
+from tests.benchmarks.load import PATH, Load, closed, open_loop, questions
 
 _EVENTS = 20  # a second
 _EMPTY = """
@@ -97,18 +99,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         run = given.folder or Path(scratch)
         bundle = _bundle(run, given.items, given.users)
-        recommender = Recommender.load(bundle, warm=False)
+        recommender = Recommender.load(bundle)
         bodies = questions([user_id for user_id, _ in recommender.users.spread(20_000)])
+        items = [item.item_id for item in recommender.recommend(k=500)]
         del recommender
         print(f"{given.items:,} items, {given.users:,} users, {os.cpu_count()} cores with the generator beside")
         if given.soak:
-            _soak(bundle, bodies, given.soak, given.seconds, Path(scratch) / "live.db")
+            _soak(bundle, bodies, items, given.soak, given.seconds, Path(scratch) / "live.db")
             return
         peaks: dict[str, float] = {}
-        servers = {"empty deployment": _EMPTY + _SERVE, "recsys-ray": _SERVE, "the app on uvicorn": _UVICORN}
-        half = 0.0
+        live, filtered = "recsys-ray, filters and events", _with_filters(bodies)
+        servers = {"empty deployment": _EMPTY + _SERVE, "recsys-ray": _SERVE, live: _SERVE, "app on uvicorn": _UVICORN}
+        half, plain = 0.0, bodies
         for name, script in servers.items():
-            with _running(script, bundle) as url:
+            store = f"sqlite://{scratch}/live.db" if name == live else ""
+            bodies = filtered if name == live else plain
+            with _running(script, bundle, store) as url, _events(url if store else "", plain, items):
+                print(f"{name}, first answers: {_first(url, bodies)}")
                 closed(url, bodies, 16, 3)  # to warm up
                 one, many = closed(url, bodies, 1, given.seconds), closed(url, bodies, 16, given.seconds)
                 peaks[name] = many.rate
@@ -119,24 +126,60 @@ def main() -> None:
                     _show(f"{name}, {rate:,.0f} a second come", open_loop(url, bodies, rate, given.seconds))
 
 
-def _soak(bundle: Path, bodies: list[str], seconds: float, trial: float, store: Path) -> None:
+def _with_filters(bodies: list[str]) -> list[str]:
+    """The same questions under four filters, which allow a third, a half, a fifth and a tenth of the items."""
+    filters = itertools.cycle(
+        [{"languages": ["en"]}, {"categories_any": ["b"]}, {"categories_all": ["c"]}, {"categories_all": ["b", "c"]}]
+    )
+    return [
+        json.dumps(json.loads(body) | {"filter": one}, ensure_ascii=False)
+        for body, one in zip(bodies, filters, strict=False)
+    ]
+
+
+def _first(url: str, bodies: list[str]) -> str:
+    times = []
+    with httpx.Client(base_url=url, headers={"content-type": "application/json"}) as client:
+        client.get("/healthz")  # opens the connection
+        for body in bodies[:3]:
+            began = time.perf_counter()
+            client.post(PATH, content=body).raise_for_status()
+            times.append(time.perf_counter() - began)
+    return ", ".join(f"{taken * 1e3:.1f} ms" for taken in times)
+
+
+@contextmanager
+def _events(url: str, bodies: list[str], items: list[str]) -> Iterator[None]:
+    """Send events of the users of ``bodies`` while the block runs, ``_EVENTS`` a second; none without a URL."""
+    over = threading.Event()
+
+    def send() -> None:
+        with httpx.Client(base_url=url) as client:
+            for body, item_id in zip(itertools.cycle(bodies), itertools.cycle(items)):
+                if over.wait(1 / _EVENTS):
+                    return
+                event = {"user_id": json.loads(body)["user_id"], "item_id": item_id}
+                client.post("/v1/events", json={"events": [event]}).raise_for_status()
+
+    with ThreadPoolExecutor(1) as beside:
+        sent = beside.submit(send) if url else None
+        try:
+            yield
+        finally:
+            over.set()
+    if sent is not None:
+        sent.result()
+
+
+def _soak(bundle: Path, bodies: list[str], items: list[str], seconds: float, trial: float, store: Path) -> None:
     """Answers and events for ``seconds``; memory grows with caches at first, and should stay where it is afterwards."""
-    named = itertools.cycle(json.loads(body)["user_id"] for body in bodies)
-    items = [item.item_id for item in Recommender.load(bundle, warm=False).recommend(k=500)]
-    with _running(_SERVE, bundle, f"sqlite://{store}") as url, ThreadPoolExecutor(1) as beside:
+    with _running(_SERVE, bundle, f"sqlite://{store}") as url, _events(url, bodies, items):
         closed(url, bodies, 16, 3)  # to warm up
         rate = 0.8 * closed(url, bodies, 16, trial).rate
         print(f"{rate:,.0f} questions and {_EVENTS} events a second; {_memory()}", flush=True)
         for minute in range(1, math.ceil(seconds / 60) + 1):
-            lasts = min(60.0, seconds - 60 * (minute - 1))
-            told = [
-                {"user_id": next(named), "item_id": item_id}
-                for item_id in itertools.islice(itertools.cycle(items), 2000)
-            ]
-            events = [json.dumps({"events": [event]}, ensure_ascii=False) for event in told]
-            kept = beside.submit(open_loop, url, events, _EVENTS, lasts, 4, "/v1/events")
-            load = open_loop(url, bodies, rate, lasts)
-            _show(f"minute {minute}, {kept.result().failed} events failed", load, _memory())
+            load = open_loop(url, bodies, rate, min(60.0, seconds - 60 * (minute - 1)))
+            _show(f"minute {minute}", load, _memory())
 
 
 def _memory() -> str:
