@@ -9,7 +9,7 @@ The memory is chosen first, with the unseen items at their share; then the trend
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -216,11 +216,11 @@ def item_terms(
     return found
 
 
-def recall_of(memory: Memory | None, half_life: float | None) -> Callable[[Users], Recalled]:
-    """What the memory raises for users' histories; nothing without a memory."""
+def recalled_by(asked: Queries, memory: Memory | None, half_life: float | None) -> Recalled:
+    """The items of the queried type that the memory raises for these histories; nothing without a memory."""
     if memory is None:
-        return lambda users: Recalled.nothing()
-    return lambda users: memory.recall(users.row, users.history, half_life)
+        return Recalled.nothing()
+    return memory.recall(asked.row, asked.history, half_life, slice(asked.first, asked.first + asked.count))
 
 
 @torch.no_grad()
@@ -248,8 +248,8 @@ def choose(
     given = torch.from_numpy(unseen_term(users, vectors, moment, spec.temperature))
     weights, ridges = (WEIGHTS, RIDGES) if moment.memory is not None else ((0.0,), (0.0,))
     scaled = [spec.temperature * weight for weight in weights]
-    recalled = recall_of(moment.memory, spec.half_life)
-    at = torch.cat(_places_of(queries, vectors, given, recalled, scaled) or [torch.zeros(0, len(scaled), len(ridges))])
+    found = [_places_of(asked, vectors, [given], moment.memory, spec.half_life, scaled)[0] for asked in queries]
+    at = torch.cat(found or [torch.zeros(0, len(scaled), len(ridges))])
     hits, gains = sum_over_ranks((at < _TOP).sum(0).double()), sum_over_ranks(gain_of(at).sum(0))
     weight, ridge = (gains == gains.max()).nonzero()[0].tolist()  # of equal ones the smallest
     spec = replace(spec, memory=scaled[weight], ridge=ridges[ridge])
@@ -257,13 +257,12 @@ def choose(
     if moment.with_trends:
         ratios = torch.from_numpy(trend_ratios(some, vectors, moment, spec.temperature, all_ranks=True))
         memory = moment.memory.at(spec.ridge) if moment.memory is not None and spec.memory else None
-        recalled = recall_of(memory, spec.half_life)
         ways = [given + weight * spec.temperature * ratios for weight in trends.WEIGHTS]
-        each = [_places_of(queries, vectors, way, recalled, [spec.memory]) for way in ways]
         hits, gains = torch.zeros(2, moment.types, len(ways), dtype=torch.float64)
         together = torch.zeros(moment.types, len(ways), len(ways), dtype=torch.float64)
-        for asked, *found in zip(queries, *each, strict=True):
-            kind, at = int(moment.ntype[asked.first]), torch.stack([way[:, 0, 0] for way in found], 1)
+        for asked in queries:
+            kind = int(moment.ntype[asked.first])
+            at = _places_of(asked, vectors, ways, memory, spec.half_life, [spec.memory])[:, :, 0, 0].T
             gained = gain_of(at)
             hits[kind] += (at < _TOP).sum(0)
             gains[kind] += gained.sum(0)
@@ -277,19 +276,22 @@ def choose(
 
 
 def _places_of(
-    queries: Sequence[Queries],
+    asked: Queries,
     vectors: Float[Tensor, "N d"],
-    given: Float[Tensor, "N"],
-    recalled: Callable[[Users], Recalled],
+    ways: Sequence[Float[Tensor, "N"]],
+    memory: Memory | None,
+    half_life: float | None,
     weights: Sequence[float],
-) -> list[Float[Tensor, "B weights ridges"]]:
-    """The places of each query's target; ``given``: the item terms."""
+) -> Float[Tensor, "ways B weights ridges"]:
+    """The places of the queries' targets with each of several sums of item terms. What the memory raises takes most of
+    the time and is the same for all of them."""
+    gids = slice(asked.first, asked.first + asked.count)
+    scores, recalled = asked.vectors @ vectors[gids].T, recalled_by(asked, memory, half_life)
     found = []
-    for asked in queries:
-        gids = slice(asked.first, asked.first + asked.count)
-        scores = asked.without_history(asked.vectors @ vectors[gids].T + given[gids], asked.first)
-        found.append(places(scores, asked.target, recalled(asked), asked.first, weights))
-    return found
+    for way in ways:
+        with_it = asked.without_history(scores + way[gids], asked.first)
+        found.append(places(with_it, asked.target, recalled, asked.first, weights))
+    return torch.stack(found)
 
 
 def first_as_good(gains: Float[Tensor, "choices"], together: Float[Tensor, "choices choices"]) -> int:

@@ -130,12 +130,19 @@ class Memory:
     def save(self, path: Path) -> None:
         save_arrays(path, vars(self))
 
-    def recall(self, user: Int[np.ndarray, "n"], gid: Int[np.ndarray, "n"], half_life: float | None) -> Recalled:
+    def recall(
+        self,
+        user: Int[np.ndarray, "n"],
+        gid: Int[np.ndarray, "n"],
+        half_life: float | None,
+        within: slice | None = None,
+    ) -> Recalled:
         """The items raised by histories.
 
         Args:
             user, gid: the events of all histories; of each user in one piece, oldest first.
             half_life: how many places back an item counts half of the last one; None: all count alike.
+            within: gids of which to tell; None: all.
 
         Returns:
             Every pair with an edge.
@@ -144,13 +151,16 @@ class Memory:
         user, gid, weight = _latest(user.astype(np.int64), gid.astype(np.int64), items, half_life)
         start, count = self.begin[gid], self.begin[gid + 1] - self.begin[gid]
         place = spread(start, count)
-        owner, near = np.repeat(user, count), self.gid[place]
+        owner, near, share = np.repeat(user, count), self.gid[place], np.repeat(weight, count)
+        if within is not None:
+            inside = (near >= within.start) & (near < within.stop)
+            place, owner, near, share = place[inside], owner[inside], near[inside], share[inside]
         key = owner * items + near
         if not len(key):
             return Recalled(key, key, np.zeros((0, self.coefficient.shape[1]), np.float32))
         order = np.argsort(key)  # not stable, which is five times as fast
         first = np.flatnonzero(begins(key[order]))
-        parts = self.coefficient[place[order]] * np.repeat(weight, count)[order, None]
+        parts = self.coefficient[place[order]] * share[order, None]
         total = np.add.reduceat(parts, first, axis=0)
         value = np.log1p(np.maximum(total, 0) / SMALL).astype(np.float32)
         one = order[first]

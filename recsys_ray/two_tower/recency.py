@@ -21,7 +21,7 @@ from torch import Tensor
 
 from recsys_ray.cluster.train import sum_over_ranks
 from recsys_ray.core.seeds import seed_from
-from recsys_ray.scoring.choose import first_as_good, gain_of, places
+from recsys_ray.scoring.choose import first_as_good, gain_of, places, recalled_by
 from recsys_ray.scoring.memory import HALF_LIVES as OF_THE_MEMORY
 from recsys_ray.scoring.memory import RIDGES, Memory
 from recsys_ray.two_tower.batches import tables_for
@@ -79,7 +79,7 @@ def memory_half_life(task: TowerTask, memory: Memory, seed: int) -> float | None
     for asked in queries_by_type(None, task, "valid", _sample(task, seed)):
         for place, half_life in enumerate(OF_THE_MEMORY):
             scores = asked.without_history(torch.zeros(len(asked), asked.count), asked.first)
-            recalled = memory.recall(asked.row, asked.history, half_life)
+            recalled = recalled_by(asked, memory, half_life)
             gains[place] += gain_of(places(scores, asked.target, recalled, asked.first, (1.0,)))[:, 0].sum(0)
     best = sum_over_ranks(gains).amax(1)
     return OF_THE_MEMORY[int((best == best.max()).nonzero()[-1])]

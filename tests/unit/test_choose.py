@@ -18,7 +18,6 @@ from recsys_ray.scoring.choose import (
     gain_of,
     item_terms,
     places,
-    recall_of,
     unseen_term,
 )
 from recsys_ray.scoring.memory import RIDGES, WEIGHTS, Memory, Recalled
@@ -180,14 +179,14 @@ def test_what_is_measured_is_the_score_that_is_written():
     week = even * (HAD > 0) * 20
     moment = Moment(task.moment.ntype, _board_memory(True), np.stack([HAD, week, week]), True, [0.3, None])
     found = choose(queries, some, users, vectors, moment, ScoreSpec(half_life=2.0))
-    recalled = recall_of(moment.memory.at(found.spec.ridge), 2.0)
+    memory = moment.memory.at(found.spec.ridge)
     terms = item_terms(some, users, vectors, moment, found.spec)
     assert {TRENDS, UNSEEN} >= set(terms) and terms[UNSEEN].any()
     bias, gain = torch.from_numpy(sum(terms.values())), 0.0
     for asked in queries:
         mine = slice(asked.first, asked.first + asked.count)
         scores = asked.without_history(asked.vectors @ vectors[mine].T + bias[mine], asked.first)
-        of_mind = recalled(asked)
+        of_mind = memory.recall(asked.row, asked.history, 2.0)
         gain += float(gain_of(places(scores, asked.target, of_mind, asked.first, [found.spec.memory])).sum())
     assert gain / len(task.queries["target"]) == pytest.approx(found.gain, rel=1e-6)
 

@@ -164,6 +164,11 @@ def test_recall_is_the_formula(memory, half_life):
     assert list(zip(*(column.tolist() for column in found[:2]), strict=True)) == [w[:2] for w in want]
     np.testing.assert_allclose(found[2][:, 0], [w[2] for w in want], rtol=1e-5)
     assert 0.0 in found[2]  # a negative sum is nothing
+    part = memory.recall(user, np.concatenate(list(histories.values())), half_life, slice(1, 5))
+    inside = (found.gid >= 1) & (found.gid < 5)
+    assert inside.any() and not inside.all()
+    for column, whole in zip(part, found, strict=True):
+        np.testing.assert_array_equal(column, whole[inside])
     nothing = memory.recall(np.zeros(0, np.int64), np.zeros(0, np.int64), half_life)
     assert [len(column) for column in nothing[:3]] == [0, 0, 0]
 
