@@ -54,6 +54,7 @@ def check(out: Path, recommender: Recommender, questions: list[Question]) -> Non
     assert not by_user
 
 
+@pytest.mark.slow
 def test_a_killed_call_goes_on_and_all_users_have_their_answers(world, recommender, tmp_path):
     out, bundle = tmp_path / "out", world.root / "bundles" / "current"
     words = ["batch-recommend", "--bundle", bundle, "--out", out, "-k", "7"]

@@ -288,6 +288,7 @@ def test_a_sample_of_users(ray_local, run):
     assert table(run, "one") != table(run, "three")
 
 
+@pytest.mark.slow
 def test_every_baseline_gets_the_same_number_of_trials(ray_local, run, monkeypatch):
     """Killed in the middle of tuning, the evaluation goes on there, and comes to the same table."""
     pytest.importorskip("implicit")
