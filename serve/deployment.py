@@ -61,6 +61,7 @@ _WATCH_S = 1.0
 # replica had finished some of them: only an event without an event_id counts twice.
 _RETRY_ON = "conn-failure empty-response"
 _STOPS = (signal.SIGINT, signal.SIGTERM)
+_WARM = 64  # users answered before a bundle is served; in an index of a million items they touch most pages
 
 
 class RecommendationService:
@@ -212,9 +213,11 @@ class RecommendationService:
 
 
 def _loaded(place: Place) -> Recommender:
-    """A bundle that is ready to answer."""
+    """A bundle that is ready to answer. The index of words takes seconds for a million items: nobody should wait. It
+    also empties the processor's caches, so users are answered after it."""
     made = load_verified(place)
-    made.warm_up()
+    made.search("a", 1)
+    made.warm_up(_WARM)
     return made
 
 

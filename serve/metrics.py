@@ -60,7 +60,7 @@ REMOVED_ITEMS = Metric("gauge", "recsys_removed_items", "items of the bundle tha
 EVENTS = Metric("counter", "recsys_events_total", "user events received")
 STORE_UP = Metric("gauge", "recsys_store_up", "1: the event store answers")
 STORE_DAMAGED = Metric("gauge", "recsys_store_damaged_rows", "damaged rows of the event store that were left out")
-METRICS = [one for one in list(globals().values()) if isinstance(one, Metric)]
+METRICS = [one for one in list(globals().values()) if isinstance(one, Metric)]  # all of the above
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 
 

@@ -67,7 +67,7 @@ def batch_recommend(
             table cannot be used.
     """
     place, source = Place(out), locate_bundle(bundle)
-    recommender = Recommender.load(source.uri)
+    recommender = Recommender.load(source.uri, warm=False)
     (checked,) = recommender.lists([template])
     if isinstance(checked, RequestError):
         raise checked
@@ -287,7 +287,7 @@ class Answerer:
         pa.set_cpu_count(1)
         self._job, self._error = job, ""
         try:
-            self.recommender = Recommender.load(job.bundle, verify=False)
+            self.recommender = Recommender.load(job.bundle, verify=False, warm=False)
         except UserError as error:  # as a value: Ray would start the actor again and again
             self._error = str(error)
 

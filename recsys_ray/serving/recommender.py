@@ -56,7 +56,6 @@ from recsys_ray.storage.outputs import find_bundle
 
 _FILTERED = 256  # filters and types whose positions are remembered; they go when items change
 _MASKS = 16  # filters of which a byte for each item is remembered beside them
-_WARM = 64  # users asked before the first; in an index of a million items they touch most pages
 _NO_FILTERS = Filters()
 _NOTHING = np.empty(0, np.float32)
 
@@ -86,11 +85,12 @@ class Recommender:
         )
 
     @classmethod
-    def load(cls, path: str | Path, verify: bool = True) -> Recommender:
+    def load(cls, path: str | Path, verify: bool = True, warm: bool = True) -> Recommender:
         """Open the bundle that ``path`` means (see :func:`find_bundle`).
 
         Args:
             verify: compare every file with its checksum, not only its size.
+            warm: answer a few users before the first one asks, so that a damaged file is found here.
 
         Raises:
             ArtifactError: there is no bundle, a file is damaged, or tower and index rank by different metrics.
@@ -135,18 +135,20 @@ class Recommender:
         numbers = {name: number for number, name in enumerate(countries)}
         live = LiveItems(len(items))
         with understood(folder):
-            return cls(artifact, items, users, histories, popular, indexes, tower, score, facts, live, numbers)
+            made = cls(artifact, items, users, histories, popular, indexes, tower, score, facts, live, numbers)
+        if warm:
+            made.warm_up(3)
+        return made
 
-    def warm_up(self) -> None:
-        """Answer some users before the first one asks: the first queries read the maps from disk and let torch set
-        itself up. What searching for words needs is made before, for it takes seconds and all of the caches.
+    def warm_up(self, count: int) -> None:
+        """Answer ``count`` users before the first one asks: the first queries read the maps from disk and let torch set
+        itself up.
 
         Raises:
             ArtifactError: a file is damaged.
         """
         with understood(self.artifact.path):
-            self.search("a", 1)
-            users = self.example_users(_WARM)
+            users = self.example_users(count)
             self.answers([Question(user_id) for user_id in users])
             for user_id in users[:3]:
                 self.recommend(user_id, k=10)

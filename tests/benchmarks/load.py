@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 PATH = "/v1/recommendations"
+_CONNECTIONS = 32  # of the open loop
 _SCRIPT = """
 local bodies = {}
 for line in io.lines("%s") do bodies[#bodies + 1] = line end
@@ -58,17 +59,15 @@ def _seconds(text: str) -> float:
     return float(number) * {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0}[unit]
 
 
-def open_loop(
-    url: str, bodies: Sequence[str], rate: float, seconds: float, connections: int = 32, path: str = PATH
-) -> Load:
+def open_loop(url: str, bodies: Sequence[str], rate: float, seconds: float) -> Load:
     """``rate`` requests a second at the times of a Poisson process. An answer's time counts from the moment that its
     request was due, also where it waited for a connection: no answer is forgiven because the one before was late."""
-    return asyncio.run(_open_loop(url, bodies, rate, seconds, connections, path))
+    return asyncio.run(_open_loop(url, bodies, rate, seconds))
 
 
-async def _open_loop(url: str, bodies: Sequence[str], rate: float, seconds: float, connections: int, path: str) -> Load:
+async def _open_loop(url: str, bodies: Sequence[str], rate: float, seconds: float) -> Load:
     host, port = re.fullmatch(r"http://([^:/]+):(\d+)", url).groups()  # type: ignore[union-attr]
-    head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: "
+    head = f"POST {PATH} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: "
     requests = [f"{head}{len(body.encode())}\r\n\r\n{body}".encode() for body in bodies]
     due = np.cumsum(np.random.default_rng(0).exponential(1 / rate, round(rate * seconds)))
     waiting: asyncio.Queue[tuple[float, bytes] | None] = asyncio.Queue()
@@ -89,7 +88,7 @@ async def _open_loop(url: str, bodies: Sequence[str], rate: float, seconds: floa
             failed += not told.startswith(b"http/1.1 200")
         writer.close()
 
-    tasks = [asyncio.create_task(connection()) for _ in range(connections)]
+    tasks = [asyncio.create_task(connection()) for _ in range(_CONNECTIONS)]
     await asyncio.sleep(0.2)
     began = time.perf_counter()
     for number, moment in enumerate(due):

@@ -99,7 +99,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         run = given.folder or Path(scratch)
         bundle = _bundle(run, given.items, given.users)
-        recommender = Recommender.load(bundle)
+        recommender = Recommender.load(bundle, warm=False)
         bodies = questions([user_id for user_id, _ in recommender.users.spread(20_000)])
         items = [item.item_id for item in recommender.recommend(k=500)]
         del recommender

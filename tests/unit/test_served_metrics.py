@@ -116,6 +116,7 @@ def test_answers_without_the_store_are_degraded(world, tmp_path):
 @pytest.mark.parametrize("path", ["configs/grafana/recsys-ray.json", "configs/prometheus/alerts.yml"])
 def test_dashboard_and_alerts_ask_for_what_is_counted(path):
     declared = [one for one in vars(metrics).values() if isinstance(one, Metric)]
+    assert declared == metrics.METRICS
     known = {f"ray_{one.name}" for one in declared if one.kind != "histogram"}
     known |= {
         f"ray_{one.name}_{part}" for one in declared if one.kind == "histogram" for part in ("sum", "count", "bucket")

@@ -213,7 +213,7 @@ def test_a_bundle_answers_from_where_it_lies(place, tmp_path):
     (place / "bundles").upload(made.path.parent)
     for given in (place, place / "bundles", place / "bundles" / "current", place / "bundles" / made.path.name):
         assert locate_bundle(str(given)).name == made.path.name
-        assert Recommender.load(str(given)).version == made.counts["version"]
+        assert Recommender.load(str(given), warm=False).version == made.counts["version"]
     user = world.user_ids[5]
     here, there = (Recommender.load(path).recommend(user_id=user, k=20) for path in (made.path, str(place)))
     assert here == there
