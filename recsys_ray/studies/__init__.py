@@ -3,5 +3,5 @@
 EMBEDDING = "embedding"  # examines a finished run; the other studies run variants of a configuration
 NAMES = (  # here, so that the command line can name them without importing torch
     "paper", "parts", "sampler-cost", "cold-users", "long-tail", "incumbent-type", "cadence", "window",
-    "foundation-type", "permutation", EMBEDDING,
+    "foundation-type", "amount", "permutation", EMBEDDING,
 )  # fmt: skip

@@ -34,7 +34,10 @@ def write_page(
     """Write ``<name>.md``, ``<name>.png`` and ``<name>.json`` into ``out``; returns the verdict's lines."""
     out.mkdir(parents=True, exist_ok=True)
     verdict = conclusions(study, outcomes, results)
-    draw(out / f"{study.name}.png", study, variants, results, outcomes)
+    if study.draw is None:
+        draw(out / f"{study.name}.png", study, variants, results, outcomes)
+    else:
+        study.draw(out / f"{study.name}.png", outcomes, results)
     write_json(out / f"{study.name}.json", _figures(study, facts, variants, results, outcomes, seeds, verdict))
     minutes = sum(sum(each) for result in results.values() for each in result.seconds.values()) / 60
     parts = [

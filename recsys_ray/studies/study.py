@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import polars as pl
@@ -97,6 +98,7 @@ class Study:
     variants: Callable[[Facts], list[Variant]]
     comparisons: Callable[[Facts, Sequence[str]], list[Comparison]]  # facts, the models that were evaluated
     judge: Callable[[Sequence[Outcome], Mapping[str, Result]], list[str]] | None = None  # lines; default: by outcome
+    draw: Callable[[Path, Sequence[Outcome], Mapping[str, Result]], None] | None = None  # default: every difference
     needs_dates: bool = False  # not possible with leave-one-out, whose times are positions in a user's order
     every_model: bool = False  # rank with all configured baselines, not with those alone that need no tuning
     how: str = ""  # what a reader must know to read the figures

@@ -18,11 +18,11 @@ from recsys_ray.evaluation.results import Hits
 from recsys_ray.evaluation.segments import SEGMENTS, Queries
 from recsys_ray.storage.artifacts import Artifact
 from recsys_ray.studies import EMBEDDING, NAMES
-from recsys_ray.studies.changed_tables import WEEK, Log, NewType, OnlyType, ShuffledLabels, write_changed
+from recsys_ray.studies.changed_tables import WEEK, Log, NewType, OnlyType, ShuffledLabels, Thinned, write_changed
 from recsys_ray.studies.compare import compare, conclusions, judge, sign
 from recsys_ray.studies.page import write_page
 from recsys_ray.studies.registry import STUDIES
-from recsys_ray.studies.study import Comparison, Facts, Result, Side, Study, Variant
+from recsys_ray.studies.study import Comparison, Facts, Outcome, Result, Side, Study, Variant
 
 DAY = 86_400
 TEST = 10 * WEEK
@@ -117,7 +117,8 @@ def test_labels_stay_in_their_week_their_type_and_their_side_of_the_test():
     time = np.concatenate([w * WEEK + rng.integers(0, WEEK, n) for (_, w), n in sizes.items()])
     ntype = np.concatenate([np.full(n, t, np.int16) for (t, _), n in sizes.items()])
     order = rng.permutation(len(time))
-    log = Log(np.arange(len(time), dtype=np.int32), time[order], ntype[order], TYPES, TEST)
+    rows = np.arange(len(time))
+    log = Log(rows, rows.astype(np.int32), time[order], ntype[order], TYPES, TEST)
     kept, gid = ShuffledLabels().apply(log, 0)
     assert kept.all() and np.array_equal(np.sort(gid), log.gid) and (gid != log.gid).mean() > 0.9
     week, came_from = log.timestamp // WEEK, log.timestamp[gid] // WEEK
@@ -141,6 +142,27 @@ def test_one_type_alone_and_a_new_type(ingest, tmp_path):
     assert kept.to_list() == old.tail(25).to_list()
     with pytest.raises(Exception, match="no item type 'film'"):
         write_changed(OnlyType("film"), ingest, tmp_path / "none", 0)
+
+
+def test_thinned_samples_are_nested_and_leave_the_truths(ingest, tmp_path):
+    row = ["user_id", "item_id", "event", "timestamp"]
+    before = same(ingest, tmp_path / "same").with_row_index()
+    past, test = before.filter(~pl.col("test")), before.filter(pl.col("test"))
+    new = test.join(past, on=["user_id", "item_id"], how="anti")
+    larger = past
+    for one_in in (2, 4, 8):
+        thin = events_of(write_changed(Thinned(one_in), ingest, tmp_path / f"one-in-{one_in}", 0))
+        kept = thin.filter(~pl.col("test"))
+        assert len(kept) == pytest.approx(len(past) / one_in, rel=0.2)
+        assert kept.join(larger, on=row, how="anti").is_empty()
+        # what a user had before and has again is no truth with all events, and must not become one with fewer
+        after = thin.filter(pl.col("test"))
+        assert 0 < len(after) == len(new) < len(test)
+        assert after.select(row).sort(row).equals(new.select(row).sort(row))
+        larger = kept
+    assert set(larger["type"]) == set(TYPES) and len(larger["week"].unique()) == 10  # of everything, not of a part
+    other = events_of(write_changed(Thinned(8), ingest, tmp_path / "other", 1)).filter(~pl.col("test"))
+    assert not other.select(row).equals(larger.select(row))
 
 
 def result_of(
@@ -286,6 +308,70 @@ def test_the_papers_experiment_has_both_types_of_paper_a_and_says_which_signs_ar
     lines = [line for line in conclusions(study, outcomes, {"full": full}) if line.startswith("Table 2, all types")]
     (line,) = lines
     assert "3 of 5 signs" in line and "2T-HGNN against 2T without HGNN (no, n.s.)" in line
+
+
+def amounts(gains: dict[str, float], users: int = 200) -> tuple[Study, list[Outcome], dict[str, Result]]:
+    """Results of the study amount on all variants, where the two-tower hits half of the lists of warm users and 2T-HGNN
+    as many more as ``gains`` say; all other variants gain nothing."""
+    study, facts = STUDIES["amount"], Facts(load_config(), COUNTS)
+    names, truths = [f"u{k}" for k in range(users)], list(range(users))
+    results = {}
+    for variant in study.variants(facts):
+        hit = {
+            "2t_hgnn": [k < (0.5 + gains.get(variant.name, 0.0)) * users for k in range(users)],
+            "two_tower_text_only": [k < 0.5 * users for k in range(users)],
+        }
+        results[variant.name] = result_of(names, truths, **hit)
+    ingest = {"rows": {"interactions": {"kept": 100}}, "items_per_type": [30, 10]}
+    results["all"].counts["ingest"] = [ingest]
+    return study, judge(study.comparisons(facts, list(hit)), results, 200, 0), results
+
+
+@pytest.mark.parametrize(
+    ("gains", "events", "epochs"),
+    [
+        (
+            {"one-in-4": 0.1, "one-in-8": 0.3},
+            ["rises for warm users (+0.3000, ", "It is above zero for warm users with 1/4 of the events and 1/8 of"],
+            ["does not change significantly for warm users (+0.0000, +0.0000 to +0.0000)", "zero everywhere"],
+        ),
+        (
+            {"one-in-8": 0.005, "until-best": 0.1, "epochs-1": -0.1},
+            ["does not change significantly for warm users (+0.0050, ", "Its interval includes zero everywhere."],
+            ["falls for warm users (-0.2000, ", "above zero for warm users with all epochs; it is below zero for warm",
+             "users with 1 epoch."],
+        ),
+    ],
+)  # fmt: skip
+def test_the_study_of_amounts_says_only_what_intervals_show(gains, events, epochs, tmp_path):
+    study, outcomes, results = amounts(gains)
+    of_events, of_epochs = conclusions(study, outcomes, results)
+    assert of_events.startswith("From all events to 1/8 of the events the gain ")
+    assert of_epochs.startswith("From all epochs to 1 epoch the gain ")
+    assert all(said in of_events for said in events) and all(said in of_epochs for said in epochs)
+    assert study.draw is not None
+    study.draw(tmp_path / "amount.png", outcomes, results)
+    assert (tmp_path / "amount.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_each_amount_is_what_it_says_and_nothing_else_differs():
+    config = load_config(None, ["split.test_days=14"])
+    variants = {v.name: v for v in STUDIES["amount"].variants(Facts(config, COUNTS))}
+    made = {name: changed(config, variant.overrides) for name, variant in variants.items()}
+    assert all(variant.ablation for variant in variants.values())
+    for one_in in (2, 4, 8):
+        name = f"one-in-{one_in}"
+        assert variants[name].table == Thinned(one_in) and made[name].two_tower == config.two_tower
+        # as many rows in the periods, however few before them
+        assert made[name].split.valid_from and made[name].split.valid_from.timestamp() == COUNTS["valid_from"]
+        assert made[name].split.test_from and made[name].split.test_from.timestamp() == COUNTS["test_from"]
+    for epochs in (1, 2, 4):
+        towers = made[f"epochs-{epochs}"].two_tower
+        assert towers.epochs == towers.patience == epochs  # none is left out
+        whole = made["until-best"].model_dump()
+        limits = {"epochs": epochs, "patience": epochs}
+        assert made[f"epochs-{epochs}"].model_dump() == whole | {"two_tower": whole["two_tower"] | limits}
+    assert not made["until-best"].two_tower.refit
 
 
 def test_the_command_line_knows_every_study():
