@@ -261,12 +261,10 @@ class TwoTowerConfig(Section):
 class IndexConfig(Section):
     """ANN index per item type (inner product), and popularity."""
 
-    exact_up_to: Positive = Field(10_000, description="exact search up to this many items of a type; HNSW above")
-    hnsw_links: Positive = 16
-    ef_construction: Positive = 200
-    recall: Share = Field(
-        0.99, description="HNSW follows as many candidates as this recall@10 and @100 against exact search needs"
+    exact_up_to: Positive = Field(
+        10_000, description="exact search up to this many items of a type; above, 4-bit codes select candidates"
     )
+    recall: Share = Field(0.99, description="as many candidates as this recall@10 and @100 against exact search needs")
     min_recall: Share = Field(0.9, description="do not publish if the recall stays below this one")
     popular_days: Positive | None = Field(
         90, description="days over which popularity is counted, for users about whom nothing is known; null: all"

@@ -11,7 +11,7 @@ Layout of ``bundles/<version>/``:
 - ``text.safetensors``, ``hgnn.safetensors``, ``ids.safetensors`` (the items' own learned vectors; not where the towers
   have none): the user tower's item tables
 - ``memory.safetensors``: the co-interaction memory (recsys_ray/scoring/memory.py); not where it has no weight
-- ``index/t{i}.faiss``: the available items of type number i, in order of gid
+- ``index/t{i}.safetensors``: codes of the available items of type number i, in order of gid, where there are many
 - ``user_tower/``: ``model.safetensors``, ``spec.json``, ``score.json`` (what validation chose of the terms)
 - ``user_ids.arrow`` (id ascending, uid), ``users.safetensors`` (age, country, taste.<name>; row = uid)
 - ``histories.safetensors`` (see histories.py), ``popularity.safetensors`` (see popularity.py)
@@ -61,7 +61,7 @@ from recsys_ray.serving.histories import (
     mapped_arrays,
     user_inputs,
 )
-from recsys_ray.serving.index import METRIC, TypeIndex, check_metric, check_unit_norm
+from recsys_ray.serving.index import METRIC, TypeIndex, check_metric, check_unit_norm, index_file
 from recsys_ray.serving.popularity import PopularityCounter, popularity_arrays
 from recsys_ray.serving.tower import TowerRunner
 from recsys_ray.storage.artifacts import (
@@ -79,7 +79,7 @@ from recsys_ray.storage.outputs import find_finished, set_current, work_folder
 from recsys_ray.two_tower.batches import country_index
 from recsys_ray.two_tower.towers import TowerSpec, load_item_ids
 
-VERSION = 8  # of a bundle's contents: raise it when they change
+VERSION = 9  # of a bundle's contents: raise it when they change
 VARIANT = "hgnn"  # of the two-tower stage's models, the one that is served
 CANARY = "canary.json"
 TERMS_FILE = "terms.safetensors"
@@ -338,7 +338,7 @@ def _write_indexes(work: Path, config: Config, sources: _Sources, progress: Prog
             index = TypeIndex.build(name, vectors, items.offered(number), config.index, queries)
             check_recall(index, config.index.min_recall)
             settings[name] = index.settings
-            index.save(work / "index" / f"t{number}.faiss")
+            index.save(work / index_file(number))
             task.advance(detail=f"{name}: recall {index.recall:.3f}")
     return settings
 
@@ -348,8 +348,8 @@ def check_recall(index: TypeIndex, least: float) -> None:
     if index.recall < least:
         raise ArtifactError(
             f"the index of {index.name!r} has a recall of {index.recall:.3f} against exact search, below "
-            f"index.min_recall={least}, although a search follows {max(index.ef_search):,} candidates; raise "
-            "index.hnsw_links or index.ef_construction, or lower index.min_recall"
+            f"index.min_recall={least}, although a search compares {max(index.candidates):,} candidates; raise "
+            "index.exact_up_to to its number of items to compare them all, or lower index.min_recall"
         )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ from recsys_ray.scoring.scorer import UNSEEN, VECTOR, ScoreSpec, with_item_terms
 from recsys_ray.serving.catalogue import Items, read_table, sorted_ids, write_table
 from recsys_ray.serving.filters import Facts, write_facts
 from recsys_ray.serving.histories import Histories, HistoryWriter, mapped_arrays, user_inputs
-from recsys_ray.serving.index import TypeIndex
+from recsys_ray.serving.index import TypeIndex, index_file
 from recsys_ray.serving.popularity import Popularity, PopularityCounter
 from recsys_ray.serving.tower import TowerRunner
 from recsys_ray.storage.artifacts import (
@@ -69,7 +69,7 @@ from recsys_ray.storage.working_copy import copy_of
 from recsys_ray.text.featurize import encode_alike, text_of
 
 Array = npt.NDArray[Any]
-_VERSION = 1  # raise it when what an extension makes changes
+_VERSION = 2  # raise it when what an extension makes changes
 _COPIED = (CANARY, "user_tower", "hgnn_model", "vocabularies.json", "user_ids.arrow", "users.safetensors")
 
 
@@ -401,10 +401,11 @@ class _Extension:
         queries = sample_queries(self.work, config.seed, items, vectors)
         settings = dict(counts["indexes"])
         for number, name in enumerate(new.types):
-            file = f"index/t{number}.faiss"
+            file = index_file(number)
             if not (new.ntype == number).any():
-                (self.work / "index").mkdir(exist_ok=True)
-                shutil.copyfile(self.source.path / file, self.work / file)
+                if (self.source.path / file).exists():
+                    (self.work / file).parent.mkdir(exist_ok=True)
+                    shutil.copyfile(self.source.path / file, self.work / file)
                 continue
             gids = items.offered(number)
             index = None
@@ -423,8 +424,7 @@ class _Extension:
         old = Items(self.source.path, list(self.source.counts["item_types"]))
         have, name = len(old.offered(number)), old.types[number]
         settings = self.source.counts["indexes"][name]
-        stored = TypeIndex.load(self.source.path / file, name, gids[:have], vectors, settings, mapped=False)
+        stored = TypeIndex.load(self.source.path / file, name, gids[:have], vectors, settings)
         if stored.exact and len(gids) > self.config.index.exact_up_to:
             return None
-        stored.add(gids[have:])
-        return replace(stored, gids=gids).tuned(queries, self.config.index.recall)
+        return stored.grown(gids).tuned(queries, self.config.index.recall)

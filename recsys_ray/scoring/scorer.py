@@ -25,7 +25,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int, Int64
+from jaxtyping import Bool, Float, Float32, Int, Int64
 from torch import Tensor
 
 from recsys_ray.core.errors import ArtifactError
@@ -69,7 +69,6 @@ class ScoreSpec:
 
 _BEYOND = 32  # items that an index is asked for in addition to the list, so that few raised ones can get a place
 _ROUNDING = 1e-5  # of a score
-TOGETHER = 16  # queries from which on a product of matrices is faster than as many exact searches
 
 
 class Pairs(NamedTuple):
@@ -78,6 +77,10 @@ class Pairs(NamedTuple):
     row: Int64[np.ndarray, "n"]
     gid: Int64[np.ndarray, "n"]
 
+    @staticmethod
+    def nothing() -> Pairs:
+        return Pairs(np.empty(0, np.int64), np.empty(0, np.int64))
+
 
 class Ranked(NamedTuple):
     """Items of several users: ascending by row, then best first, of equal scores the smaller gid."""
@@ -85,6 +88,10 @@ class Ranked(NamedTuple):
     row: Int64[np.ndarray, "n"]
     gid: Int64[np.ndarray, "n"]
     score: Float32[np.ndarray, "n"]
+
+    @staticmethod
+    def nothing() -> Ranked:
+        return Ranked(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
 
     @staticmethod
     def best(parts: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]], k: int) -> Ranked:
@@ -113,11 +120,11 @@ class Index(Protocol):
         queries: Float32[np.ndarray, "q wide"],
         k: int,
         forbidden: Pairs,
-        allowed: Int64[np.ndarray, "a"] | None,
+        allowed: Bool[np.ndarray, "items"] | None,
         beyond: int,
     ) -> Ranked:
-        """The best ``k`` items of each query that are not ``forbidden``, and ``beyond`` more. ``allowed``: ascending
-        positions in the index; None: all."""
+        """The best ``k`` items of each query that are not ``forbidden``, and ``beyond`` more. ``allowed``: by position
+        in the index; None: all."""
         ...
 
     def rank(
@@ -126,9 +133,9 @@ class Index(Protocol):
         k: int,
         raised: Recalled,
         forbidden: Pairs,
-        allowed: Int64[np.ndarray, "a"] | None,
+        allowed: Bool[np.ndarray, "items"] | None,
     ) -> Ranked:
-        """As :meth:`search_each` of an exact index, where ``raised`` adds to scores before they are ranked."""
+        """As :meth:`search_each`, exact, and ``raised`` adds to scores before they are ranked."""
         ...
 
 
@@ -187,7 +194,7 @@ class Scorer:
         raised: Recalled,
         k: int,
         forbidden: Pairs,
-        allowed: Sequence[Int64[np.ndarray, "_"] | None] | None = None,
+        allowed: Sequence[Bool[np.ndarray, "_"] | None] | None = None,
     ) -> Ranked:
         """The best ``k`` items of the indexes' types together, for each of some users.
 
@@ -195,23 +202,23 @@ class Scorer:
             users: vectors of the user tower.
             raised: of these users' histories, see :meth:`raised`; of any type, allowed or not.
             forbidden: what must not come.
-            allowed: for each index positions in it, ascending; None: all.
+            allowed: for each index, by position in it; None: all.
         """
         queries = as_queries(users)
         found: list[Ranked] = []
-        walked = []
+        searched = []
         for index, may in zip(indexes, allowed or [None] * len(indexes), strict=True):
-            if index.exact and len(queries) >= TOGETHER:
+            if index.exact:
                 found.append(index.rank(queries, k, raised, forbidden, may))
             else:
-                walked.append((index, may))
-        if walked:
-            found += self._walked(walked, queries, raised, k, forbidden)
+                searched.append((index, may))
+        if searched:
+            found += self._searched(searched, queries, raised, k, forbidden)
         return Ranked.best(found, k)
 
-    def _walked(
+    def _searched(
         self,
-        asked: Sequence[tuple[Index, Int64[np.ndarray, "_"] | None]],
+        asked: Sequence[tuple[Index, Bool[np.ndarray, "_"] | None]],
         queries: Float32[np.ndarray, "q wide"],
         raised: Recalled,
         k: int,
@@ -238,7 +245,7 @@ class Scorer:
         kept = np.zeros(len(more), bool)
         for (index, may), need in zip(asked, needed, strict=True):
             at = index.place(raised.gid[more])
-            here = at >= 0 if may is None else among(at, may)
+            here = at >= 0 if may is None else (at >= 0) & may[at]
             kept |= here & (raised.value[more, 0] >= need[raised.user[more]] - _ROUNDING)
         more = more[kept]
         inside = forbidden.gid < size

@@ -1,8 +1,9 @@
-"""ANN search by inner product, one FAISS index per item type.
+"""Search by inner product among the items of one type.
 
-Up to ``index.exact_up_to`` items of a type are searched exactly, more with HNSW. Vectors have unit norm and the towers
-are trained on the inner product. An index with another metric would silently rank wrongly, so the metric is compared
-when an index is built and when it is loaded.
+Up to ``index.exact_up_to`` items every vector is compared with a query. Above, 4-bit codes of all vectors select
+candidates (codes.py), and the candidates' vectors decide. Vectors have unit norm and the towers are trained on the
+inner product. An index with another metric would silently rank wrongly, so the metric is compared when an index is
+built and when it is loaded.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 import numpy.typing as npt
 
@@ -21,24 +21,27 @@ from recsys_ray.config import IndexConfig
 from recsys_ray.core.errors import ArtifactError
 from recsys_ray.scoring.memory import Recalled
 from recsys_ray.scoring.scorer import Pairs, Ranked, among
-from recsys_ray.serving.index_file import check_index_file
+from recsys_ray.serving.codes import Codes
 
 METRIC = "inner_product"
 UNIT_NORM_WITHIN = 1e-3
-_OVERFETCH = 256  # forbidden items up to which an exact search asks for more and drops them, instead of testing each
-_GATHER = 20_000  # allowed items up to which their vectors are multiplied, whatever the index
-_MOST_EF = 2_048  # efSearch under a filter
-_EF_SEARCH = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1_024)  # which are tried for an index
+_CANDIDATES = (50, 100, 200, 400, 800, 1_600, 3_200, 6_400)  # numbers of them that are tried for an index
 _RECALLS = (10, 100)  # list lengths whose recall decides
-_MOST_STRETCH = 4.0
+_COMPARED, _SORTED = 150, 65  # what a vector that is compared costs, and a candidate, in codes that are scanned
+_MARGIN = 1.5  # more candidates than a filter's share asks for: what it allows is not spread evenly
 _SAMPLE = 1_000
 _CHUNK = 65_536  # rows an exact search holds at once
 _SCORES = 1 << 23  # that a ranking holds at once: they should stay in the processor's cache
 _STRIDE = 64  # scores of which the best one is looked at first
-_NOTHING = np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
 
 Vectors = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
+
+def index_file(number: int) -> str:
+    """Where a bundle has the codes of the items of type number ``number``."""
+    return f"index/t{number}.safetensors"
 
 
 def check_metric(spec_metric: object, where: object) -> None:
@@ -81,20 +84,13 @@ def exact_top_k(vectors: Vectors, queries: Vectors, k: int) -> tuple[Vectors, Id
 
 @dataclass(frozen=True)
 class TypeIndex:
-    """The available items of one type.
-
-    HNSW links an item to those that it would find if it were a query, but queries are [u, 1] and items [v, b] with a
-    small b: a walk along such links passes by the items with a large b, which are most of what is to be found. So the
-    graph is made of [v, c b] and asked with [u, 1 / c], which changes no product. With c^2 b = 1 a typical item of an
-    answer stands for the query [v, 1]. On trained vectors this finds .99 of the best ten where c = 1 finds .91.
-    """
+    """The available items of one type."""
 
     name: str
-    index: faiss.Index
     gids: npt.NDArray[np.int32]  # ascending; position in the index -> gid
-    vectors: Vectors  # [all items, d], row = gid: for the exact search where HNSW finds too few
-    stretch: float = 1.0  # c
-    ef_search: tuple[int, int] = (0, 0)  # candidates that HNSW follows beyond a list: of up to 10 items, of more
+    vectors: Vectors  # [all items, d], row = gid
+    codes: Codes | None = None  # of the items, by position; None: every vector is compared
+    candidates: tuple[int, int] = (0, 0)  # whose vectors are compared: for lists of up to 10 items, of up to 100
     recall: float = 1.0  # against exact search, the lower of recall@10 and recall@100
 
     @classmethod
@@ -110,74 +106,46 @@ class TypeIndex:
 
         Args:
             vectors: [all items, d], row = gid.
-            queries: [q, d], typical ones, which HNSW is tuned with; None: some of the items.
+            queries: [q, d], typical ones, which the number of candidates is chosen with; None: some of the items.
         """
-        dimension = vectors.shape[1]
         if len(gids) <= config.exact_up_to:
-            index: faiss.Index = faiss.IndexFlatIP(dimension)
-            made = cls(name, index, gids, vectors)
-            made.add(gids)
-            return made
+            return cls(name, gids, vectors)
         if queries is None:
             queries = vectors[gids[np.linspace(0, len(gids) - 1, min(_SAMPLE, len(gids))).astype(int)]]
-        index = faiss.IndexHNSWFlat(dimension, config.hnsw_links, faiss.METRIC_INNER_PRODUCT)
-        index.hnsw.efConstruction = config.ef_construction
-        best, rows = exact_top_k(vectors[gids], queries, max(_RECALLS))
-        typical = float(np.median(vectors[gids[rows[:, : min(_RECALLS)]], -1]))
-        made = cls(name, index, gids, vectors, min(max(typical**-0.5, 1.0), _MOST_STRETCH) if typical > 0 else 1.0)
-        made.add(gids)
-        return made._tuned(queries, best, config.recall)
+        codes = Codes.learn(vectors, gids).extended(vectors, gids)
+        return cls(name, gids, vectors, codes).tuned(queries, config.recall)
 
-    def add(self, gids: npt.NDArray[np.int32]) -> None:
-        """Put these items behind those that are there."""
-        for start in range(0, len(gids), _CHUNK):
-            part = np.array(self.vectors[gids[start : start + _CHUNK]])
-            part[:, -1] *= self.stretch
-            self.index.add(part)
+    def grown(self, gids: npt.NDArray[np.int32]) -> TypeIndex:
+        """The index of ``gids``: those that are there, and behind them others."""
+        codes = None if self.codes is None else self.codes.extended(self.vectors, gids[len(self.gids) :])
+        return replace(self, gids=gids, codes=codes)
 
     def tuned(self, queries: Vectors, least: float) -> TypeIndex:
-        """This index with the smallest ``ef_search`` that reaches a recall of ``least`` for ``queries`` [q, d], or else
-        with the largest."""
+        """This index with the fewest candidates that reach a recall of ``least`` for ``queries`` [q, d], or else with
+        the most."""
         if self.exact:
             return self
-        return self._tuned(queries, exact_top_k(self.vectors[self.gids], queries, max(_RECALLS))[0], least)
-
-    def _tuned(self, queries: Vectors, best: Vectors, least: float) -> TypeIndex:
-        """``best``: scores of exact search [q, k], best first."""
+        best = exact_top_k(self.vectors[self.gids], queries, max(_RECALLS))[0]
         chosen, recalls = [], []
         for k in _RECALLS:
-            for ef_search in _EF_SEARCH:
-                recall = self._recall(queries, best[:, :k], ef_search)
+            for count in _CANDIDATES:
+                recall = replace(self, candidates=(count, count))._recall(queries, best[:, :k])
                 if recall >= least:
                     break
-            chosen.append(ef_search)
+            chosen.append(count)
             recalls.append(recall)
-        return replace(self, ef_search=(chosen[0], chosen[1]), recall=min(recalls))
+        return replace(self, candidates=(chosen[0], chosen[1]), recall=min(recalls))
 
-    def _recall(self, queries: Vectors, best: Vectors, ef_search: int) -> float:
+    def _recall(self, queries: Vectors, best: Vectors) -> float:
         """Share of places that hold an item as good as the last one of exact search.
 
         Scores are compared, not ids: items with equal vectors (same text, no edges) may stand for each other.
+
+        Args:
+            best: scores of exact search [q, k], best first.
         """
-        k = best.shape[1]
-        scores, found = self._walk(queries, k + ef_search, k)
-        return float(((found >= 0) & (scores >= best[:, -1:] - 1e-5)).mean())
-
-    def _walk(
-        self, queries: Vectors, ef: int, ask: int, selector: faiss.IDSelector | None = None
-    ) -> tuple[Vectors, Ids]:
-        """Scores and positions [q, ask]; -1 where nothing is found. ``ef``: HNSW's efSearch."""
-        if self.exact:
-            parameters = faiss.SearchParameters(sel=selector)  # type: ignore[call-arg]
-        else:
-            queries = queries.copy()
-            queries[:, -1] /= self.stretch
-            parameters = faiss.SearchParametersHNSW(sel=selector, efSearch=ef)  # type: ignore[attr-defined]
-        scores, found = self.index.search(queries, ask, params=parameters)
-        return scores, found
-
-    def _ef(self, k: int, beyond: int) -> int:
-        return k + max(self.ef_search[k > min(_RECALLS)], beyond)
+        found = self.search_each(queries, best.shape[1], Pairs.nothing())
+        return float((found.score >= best[found.row, -1] - 1e-5).sum() / best.size)
 
     @classmethod
     def load(
@@ -187,155 +155,125 @@ class TypeIndex:
         gids: npt.NDArray[np.int32],
         vectors: Vectors,
         settings: Mapping[str, Any],
-        mapped: bool = True,
     ) -> TypeIndex:
-        """Read what :meth:`save` wrote; replicas on one host share a ``mapped`` index's memory.
+        """Read what :meth:`save` wrote; replicas on one host share its memory.
 
         Args:
             settings: as :attr:`settings` of the index that was saved.
 
         Raises:
-            ArtifactError: the file is damaged, ranks by another metric, or does not fit the items.
+            ArtifactError: the file is damaged or does not fit the items.
         """
-        check_index_file(path)
-        try:
-            index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
-        except RuntimeError as error:
-            raise ArtifactError(f"{path} cannot be read as an index; build the bundle again") from error
-        if index.ntotal != len(gids) or index.d != vectors.shape[1]:
-            raise ArtifactError(
-                f"{path} contains {index.ntotal} vectors of {index.d} numbers, but the bundle has {len(gids)} items of "
-                f"type {name!r} and vectors of {vectors.shape[1]}; build the bundle again"
-            )
-        short, long = settings["ef_search"]
-        return cls(name, index, gids, vectors, settings["stretch"], (short, long), settings["recall"])
+        if settings["candidates"] is None:
+            return cls(name, gids, vectors)
+        short, long = map(int, settings["candidates"])
+        codes = Codes.load(path, len(gids), vectors.shape[1])
+        return cls(name, gids, vectors, codes, (short, long), float(settings["recall"]))
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the file does not hold."""
-        return {"stretch": self.stretch, "ef_search": self.ef_search, "recall": self.recall}
+        """What the file does not hold. Where every vector is compared there are no candidates, and no file."""
+        return {"candidates": None if self.exact else self.candidates, "recall": self.recall}
 
     def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        faiss.write_index(self.index, str(path))
+        if self.codes is not None:
+            self.codes.save(path)
+
+    @property
+    def exact(self) -> bool:
+        return self.codes is None
 
     @cached_property
-    def exact(self) -> bool:
-        return isinstance(faiss.downcast_index(self.index), faiss.IndexFlat)
+    def _table(self) -> Vectors:
+        """The vectors by position, of an index without codes; aligned in memory, which mapped ones may not be."""
+        return self.vectors[self.gids]
 
-    def search(
-        self, query: Vectors, k: int, forbidden: Ids | None = None, allowed: Ids | None = None, beyond: int = 0
-    ) -> tuple[Vectors, Ids]:
-        """The best ``k`` items for ``query`` [d].
+    def search(self, query: Vectors, k: int, forbidden: Ids) -> tuple[Vectors, Ids]:
+        """Scores [m] and gids [m] of the best ``k`` items for one query [d], best first. ``forbidden``: ascending."""
+        barred = Pairs(np.zeros(len(forbidden), np.int64), forbidden)
+        found = self.search_each(query[None], k, barred)
+        return found.score, found.gid
 
-        How it is searched is decided by how many items are allowed, before the search: under a narrow filter HNSW
-        returns a full list that is far from the best one.
+    def search_each(
+        self, queries: Vectors, k: int, forbidden: Pairs, allowed: Mask | None = None, beyond: int = 0
+    ) -> Ranked:
+        """The best ``k`` items of each of the ``queries`` [q, d]. What a query finds does not depend on the others.
 
         Args:
-            forbidden: gids that must not come, ascending.
-            allowed: positions in the index, ascending; None: all.
+            forbidden: what must not come.
+            allowed: by position; None: all.
             beyond: so many more items come, for which the recall need not be as high.
 
         Returns:
-            scores [m] and gids [m], best first; m < k + beyond only where the type has fewer items that are allowed.
+            ``k + beyond`` items of each query, fewer only where fewer may come.
         """
-        local = self.positions(forbidden)
+        items = len(self.gids)
+        count = items if allowed is None else int(np.count_nonzero(allowed))
+        needed = max(self.candidates[k > min(_RECALLS)], self.candidates[1] * k // max(_RECALLS), k + beyond)
+        spread = (
+            1.0 if allowed is None else _MARGIN * items / max(count, 1)
+        )  # of the candidates, one in so many may come
+        narrow = allowed is not None and _COMPARED * count <= items + _SORTED * spread * needed
+        if self.codes is None or narrow:
+            return self.rank(queries, k + beyond, Recalled.nothing(), forbidden, allowed)
+        at = self.place(forbidden.gid)
+        barred = Pairs(forbidden.row[at >= 0], at[at >= 0].astype(np.int64))
+        ask = np.minimum(_power_of_two(spread * needed + np.bincount(barred.row, minlength=len(queries))), items)
+        parts, left = [Ranked.nothing()], np.ones(len(queries), bool)
+        while left.any():
+            asked = int(ask[left].min())
+            rows = np.flatnonzero(left & (ask == asked))
+            if asked == items:
+                found, enough = self._compared(queries, rows, k + beyond, forbidden, allowed), np.ones(len(rows), bool)
+            else:
+                found, enough = self._by_codes(queries, rows, needed, asked, barred, allowed)
+            parts.append(found)
+            ask[rows] = min(4 * asked, items)
+            left[rows[enough]] = False
+        return Ranked.best(parts, k + beyond)
+
+    def _by_codes(
+        self, queries: Vectors, rows: Ids, needed: int, ask: int, barred: Pairs, allowed: Mask | None
+    ) -> tuple[Ranked, Mask]:
+        """Of each of these rows of ``queries`` the ``needed`` candidates that may come among the best ``ask`` by their
+        codes, with exact scores, in no order; and which rows have as many. ``barred``: positions."""
+        assert self.codes is not None
+        place, items = self.codes.nearest(queries[rows], ask), len(self.gids)
+        may = place >= 0
         if allowed is not None:
-            return self._search_allowed(query, k, local, allowed, beyond)
-        wanted = min(k + beyond, len(self.gids) - len(local))
-        if wanted <= 0:
-            return np.empty(0, np.float32), np.empty(0, np.int64)
-        ef = self._ef(k, beyond)
-        # Where it is cheaper to ask for more and to drop what is forbidden: up to efSearch it costs HNSW nothing.
-        selective = len(local) > _OVERFETCH if self.exact else wanted + len(local) > ef
-        ask = wanted if selective else wanted + len(local)
-        selector = None
-        if selective:  # FAISS's type stubs lack what its Python layer adds
-            selector = faiss.IDSelectorNot(faiss.IDSelectorBatch(local))  # type: ignore[call-arg,arg-type]
-        scores, found = self._walk(query[None], ef, ask, selector)
-        keep = found[0] >= 0
-        if not selective and len(local):
-            keep &= ~among(found[0], local)
-        scores, found = scores[0][keep][:wanted], found[0][keep][:wanted]
-        if len(found) < wanted:  # HNSW lost its way among forbidden items
-            rest = np.setdiff1d(np.arange(len(self.gids)), local, assume_unique=True)
-            scores, found = self._among(query, wanted, rest)
-        return scores, self.gids[found].astype(np.int64)
+            may &= allowed[place]
+        if len(barred.row):
+            taken = among((rows[:, None] * items + place).ravel(), barred.row * items + barred.gid)
+            may &= ~taken.reshape(may.shape)
+        counted = may.cumsum(1)
+        enough = counted[:, -1] >= needed
+        may &= (counted <= needed) & enough[:, None]
+        row, gid = np.repeat(rows, may.sum(1)), self.gids[place[may]].astype(np.int64)
+        return Ranked(row, gid, np.einsum("nd,nd->n", self.vectors[gid], queries[row])), enough
 
-    def _search_allowed(self, query: Vectors, k: int, local: Ids, allowed: Ids, beyond: int) -> tuple[Vectors, Ids]:
-        barred = local[among(local, allowed)]
-        wanted = min(k + beyond, len(allowed) - len(barred))
-        if wanted <= 0:
-            return np.empty(0, np.float32), np.empty(0, np.int64)
-        if len(allowed) <= _GATHER:
-            rest = allowed[~among(allowed, barred)] if len(barred) else allowed
-            scores, found = self._among(query, wanted, rest)
-            return scores, self.gids[found].astype(np.int64)
-        bits = np.zeros(len(self.gids), bool)
-        bits[allowed] = True
-        bits[barred] = False
-        packed = np.packbits(bits, bitorder="little")
-        selector = faiss.IDSelectorBitmap(packed)  # type: ignore[call-arg,arg-type]
-        ef = min(int(self._ef(k, beyond) * len(self.gids) / len(allowed)), _MOST_EF)
-        scores, found = self._walk(query[None], max(ef, wanted), wanted, selector)
-        keep = found[0] >= 0
-        if int(keep.sum()) < wanted:
-            scores, found = self._among(query, wanted, np.flatnonzero(bits))
-            return scores, self.gids[found].astype(np.int64)
-        return scores[0], self.gids[found[0]].astype(np.int64)
+    def _compared(self, queries: Vectors, rows: Ids, k: int, forbidden: Pairs, allowed: Mask | None) -> Ranked:
+        """As :meth:`rank`, for some rows of ``queries``."""
+        mine = among(forbidden.row, rows)
+        barred = Pairs(np.searchsorted(rows, forbidden.row[mine]), forbidden.gid[mine])
+        found = self.rank(queries[rows], k, Recalled.nothing(), barred, allowed)
+        return found._replace(row=rows[found.row])
 
-    def search_each(
-        self, queries: Vectors, k: int, forbidden: Pairs, allowed: Ids | None = None, beyond: int = 0
-    ) -> Ranked:
-        """As :meth:`search` for each of the ``queries`` [q, d]. Those are searched together that need not step around
-        forbidden items; the walk of each, and so what it finds, is that of :meth:`search`."""
-        place = self.place(forbidden.gid)
-        row, barred = forbidden.row[place >= 0], place[place >= 0]
-        count = np.bincount(row, minlength=len(queries))
-        wanted, ef = np.minimum(k + beyond, len(self.gids) - count), self._ef(k, beyond)
-        together = (wanted > 0) & (count <= _OVERFETCH if self.exact else wanted + count <= ef)
-        if allowed is not None:
-            together[:] = False
-        parts = [Ranked(*_NOTHING)]
-        if together.any():
-            rows = np.flatnonzero(together)
-            scores, found = self._walk(queries[rows], ef, int((wanted + count)[rows].max()))
-            keep = found >= 0
-            if len(row):
-                keep &= ~among((rows[:, None] * len(self.gids) + found).ravel(), row * len(self.gids) + barred).reshape(
-                    keep.shape
-                )
-            keep &= keep.cumsum(1) <= wanted[rows, None]
-            whole = keep.sum(1) == wanted[rows]
-            keep &= whole[:, None]
-            together[rows[~whole]] = False
-            parts.append(Ranked(np.repeat(rows, keep.sum(1)), self.gids[found[keep]].astype(np.int64), scores[keep]))
-        alone = np.flatnonzero(~together & (wanted > 0))
-        begin = np.searchsorted(forbidden.row, np.arange(len(queries) + 1)) if len(alone) else ()
-        for number in alone:
-            mine = forbidden.gid[begin[number] : begin[number + 1]]
-            score, gid = self.search(queries[number], k, mine, allowed, beyond)
-            parts.append(Ranked(np.full(len(gid), number), gid, score))
-        return parts[-1] if len(parts) <= 2 else Ranked.best(parts, k + beyond)
-
-    def rank(self, queries: Vectors, k: int, raised: Recalled, forbidden: Pairs, allowed: Ids | None = None) -> Ranked:
-        """The best ``k`` items of each of the ``queries`` [q, d] by all scores of an exact index.
-
-        A product of matrices takes a tenth of the time that FAISS takes for as many searches.
+    def rank(self, queries: Vectors, k: int, raised: Recalled, forbidden: Pairs, allowed: Mask | None = None) -> Ranked:
+        """The best ``k`` items of each of the ``queries`` [q, d], by comparing every vector.
 
         Args:
             raised: what is added to scores; items that are not in the index are passed over.
             forbidden: what must not come.
-            allowed: positions in the index, ascending; None: all.
+            allowed: by position; None: all.
         """
-        gids = self.gids if allowed is None else self.gids[allowed]
-        table = self.vectors[gids]  # a copy: what FAISS maps is not aligned, which would cost one copy a product
-        added, barred = self.place(raised.gid), self.place(forbidden.gid)
-        if allowed is not None:
-            column = np.full(len(self.gids) + 1, -1)  # the last one is what -1 means
-            column[allowed] = np.arange(len(allowed))
-            added, barred = column[added], column[barred]
-        parts = [Ranked(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))]
+        gids, added, barred = self.gids, self.place(raised.gid), self.place(forbidden.gid)
+        if allowed is None:
+            table = self._table if self.exact else self.vectors[gids]
+        else:
+            kept = np.flatnonzero(allowed)
+            added, barred = (np.where(among(at, kept), np.searchsorted(kept, at), -1) for at in (added, barred))
+            gids, table = gids[kept], self._table[kept] if self.exact else self.vectors[gids[kept]]
+        parts = [Ranked.nothing()]
         rows = max(1, _SCORES // max(len(gids), 1))
         for start in range(0, len(queries) if len(gids) else 0, rows):
             scores = queries[start : start + rows] @ table.T
@@ -364,20 +302,16 @@ class TypeIndex:
         inside = (at >= 0) & (at < len(self._places))
         return np.where(inside, self._places[np.where(inside, at, 0)], np.int32(-1))
 
-    def positions(self, gids: Ids | None) -> Ids:
-        """Positions in the index of those of the ascending ``gids`` that are in it."""
-        places = self.place(np.empty(0, np.int64) if gids is None else gids)
-        return places[places >= 0].astype(np.int64)
+    def mask(self, gids: Ids) -> Mask:
+        """By position: is an item among ``gids``?"""
+        listed, places = np.zeros(len(self.gids), bool), self.place(gids)
+        listed[places[places >= 0]] = True
+        return listed
 
-    def _among(self, query: Vectors, k: int, positions: Ids) -> tuple[Vectors, Ids]:
-        """Scores and positions of the best ``k`` of these positions, by multiplying their vectors."""
-        scores = np.empty(len(positions), np.float32)
-        for start in range(0, len(positions), _CHUNK):
-            part = positions[start : start + _CHUNK]
-            scores[start : start + _CHUNK] = self.vectors[self.gids[part]] @ query
-        best = np.argpartition(-scores, min(k, len(scores)) - 1)[:k]
-        best = best[np.lexsort((positions[best], -scores[best]))]
-        return scores[best], positions[best]
+
+def _power_of_two(counts: npt.NDArray[Any]) -> Ids:
+    """The smallest powers of two that are not below these."""
+    return np.int64(2) ** np.ceil(np.log2(counts)).astype(np.int64)
 
 
 def _places_of_best(scores: Vectors, k: int) -> Ids:
@@ -397,9 +331,7 @@ def _places_of_best(scores: Vectors, k: int) -> Ids:
     return np.flatnonzero((scores >= lowest[:, None]).ravel())
 
 
-def search_types(
-    indexes: Sequence[TypeIndex], query: Vectors, k: int, forbidden: Ids | None = None
-) -> tuple[Vectors, Ids]:
+def search_types(indexes: Sequence[TypeIndex], query: Vectors, k: int, forbidden: Ids) -> tuple[Vectors, Ids]:
     """The best ``k`` items of several types: one vector space, so their scores compare."""
     return merge_best([index.search(query, k, forbidden) for index in indexes], k)
 

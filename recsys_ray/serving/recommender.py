@@ -1,7 +1,7 @@
 """Answers "what next?" from a bundle: the user tower, then the index, without items that are not allowed.
 
 Runs without Ray; ``serve`` puts it behind HTTP and ``recsys-ray recommend`` calls it directly. Single-threaded: with
-few granted CPUs, the thread pools of torch and FAISS only compete.
+few granted CPUs, thread pools only compete.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -27,7 +26,7 @@ from recsys_ray.serving.answers import Answer, Asked, FoundItem, Listed, PastEve
 from recsys_ray.serving.catalogue import Items, Users
 from recsys_ray.serving.filters import FACTS, Facts, Filters
 from recsys_ray.serving.histories import Histories, Profile, mapped_arrays, user_inputs
-from recsys_ray.serving.index import TypeIndex, check_metric, merge_best, search_types
+from recsys_ray.serving.index import TypeIndex, check_metric, index_file, merge_best, search_types
 from recsys_ray.serving.laps import Laps
 from recsys_ray.serving.live import LiveItem, LiveItems, LiveVectors
 from recsys_ray.serving.popularity import Popularity, PopularLists
@@ -54,7 +53,7 @@ from recsys_ray.serving.tower import TowerRunner
 from recsys_ray.storage.artifacts import MANIFEST, Artifact, open_artifact, understood
 from recsys_ray.storage.outputs import find_bundle
 
-_FILTERED = 256  # filters and types whose positions are remembered; they go when items change
+_FILTERED = 64  # filters and types of which a byte for each item is remembered; they go when items change
 _MASKS = 16  # filters of which a byte for each item is remembered beside them
 _NO_FILTERS = Filters()
 _NOTHING = np.empty(0, np.float32)
@@ -81,7 +80,7 @@ class Recommender:
         self._hgnn = self.tower.tables.hgnn.numpy()
         self._mask = lru_cache(maxsize=_MASKS)(lambda filters, live: live.allowed(self.facts.allowed(filters), filters))
         self._filtered = lru_cache(maxsize=_FILTERED)(
-            lambda filters, kind, live: np.flatnonzero(self._mask(filters, live)[self.indexes[kind].gids])
+            lambda filters, kind, live: self._mask(filters, live)[self.indexes[kind].gids]
         )
 
     @classmethod
@@ -99,7 +98,6 @@ class Recommender:
         artifact = open_artifact(folder, verify)
         counts = artifact.counts
         torch.set_num_threads(1)
-        faiss.omp_set_num_threads(1)
         with understood(folder / MANIFEST):
             types, metric, countries = list(counts["item_types"]), counts["metric"], list(counts["countries"])
             settings = [counts["indexes"][name] for name in types]
@@ -116,7 +114,7 @@ class Recommender:
             spec = ScoreSpec.load(folder / "user_tower")
         indexes = []
         for number, name in enumerate(types):
-            file = folder / "index" / f"t{number}.faiss"
+            file = folder / index_file(number)
             with understood(file):
                 indexes.append(TypeIndex.load(file, name, items.offered(number), vectors, settings[number]))
         with understood(folder / "popularity.safetensors"):
@@ -466,14 +464,14 @@ class Recommender:
             rows[new] = getattr(live, of)[gids[new] - live.base]
         return rows
 
-    def _allowed_in(self, asked: Asked, kind: int) -> npt.NDArray[np.int64] | None:
-        """Positions in a type's index that filters and allow-list leave; None: all."""
+    def _allowed_in(self, asked: Asked, kind: int) -> npt.NDArray[np.bool_] | None:
+        """By position in a type's index: what filters and allow-list leave; None: all."""
         filters = asked.question.filters
         filtered = self._filtered(filters, kind, asked.live) if filters else None
         if asked.allow is None:
             return filtered
-        listed = self.indexes[kind].positions(asked.allow)
-        return listed if filtered is None else listed[among(listed, filtered)]
+        listed = self.indexes[kind].mask(asked.allow)
+        return listed if filtered is None else listed & filtered
 
     def _rerank(
         self, asked: Asked, scores: npt.NDArray[np.float32], gids: npt.NDArray[np.int64], k: int

@@ -79,25 +79,67 @@ def sampler() -> None:
 
 
 def index() -> None:
-    """Top-10 with the items of the user left out: FAISS with a selector against a plain product and sort."""
-    import faiss
+    """The search among the items of one type, by the number of items: through codes, against comparing every vector;
+    lists of ten and of a hundred, one query and sixteen at once; under filters that allow some of the items, against
+    the same search without one. One thread. Vectors as in ``answers``."""
+    for size in (30_000, 300_000, 1_000_000):
+        _index_of(size)
 
-    faiss.omp_set_num_threads(1)
-    draw = np.random.default_rng(0)
-    vectors = draw.standard_normal((50_000, 128)).astype(np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    flat = faiss.IndexFlatIP(128)
-    flat.add(vectors)
-    seen = draw.choice(50_000, 100, replace=False).astype(np.int64)
-    without = faiss.SearchParameters(sel=faiss.IDSelectorNot(faiss.IDSelectorBatch(seen)))
 
-    def plain() -> np.ndarray:
-        scores = vectors @ vectors[0]
-        scores[seen] = -np.inf
-        return np.argsort(-scores)[:10]
+def large_index() -> None:
+    """As ``index``, with ten million items. Needs 12 GB."""
+    _index_of(10_000_000)
 
-    search = seconds(lambda: flat.search(vectors[:1], 10, params=without))
-    line("exact search, seen items left out", search, seconds(plain), "queries", 1, "as fast as product and sort")
+
+def _index_of(size: int) -> None:
+    import tempfile
+
+    from recsys_ray.config import IndexConfig
+    from recsys_ray.scoring.scorer import Pairs
+    from recsys_ray.serving.index import TypeIndex, exact_top_k
+
+    draw, latent, none = np.random.default_rng(0), 32, Pairs.nothing()
+    directions = draw.standard_normal((latent, 128), dtype=np.float32)
+    centres = draw.standard_normal((size // 50, latent), dtype=np.float32)
+
+    def points(of: np.ndarray) -> np.ndarray:
+        near = centres[of] + 0.5 * draw.standard_normal((len(of), latent), np.float32)
+        values = near @ directions + 0.1 * draw.standard_normal((len(of), 128), np.float32)
+        return values / np.linalg.norm(values, axis=1, keepdims=True)
+
+    vectors = np.zeros((size, 129), np.float32)
+    for start in range(0, size, 100_000):
+        part = vectors[start : start + 100_000]
+        part[:, :-1] = points(draw.integers(0, len(centres), len(part)))
+    queries = np.concatenate([points(draw.integers(0, len(centres), 256)), np.ones((256, 1), np.float32)], axis=1)
+    gids = np.arange(size, dtype=np.int32)
+    began = time.perf_counter()
+    made = TypeIndex.build("", vectors, gids, IndexConfig(), queries)
+    built = time.perf_counter() - began
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "codes.safetensors"
+        made.save(file)
+        began = time.perf_counter()
+        made = TypeIndex.load(file, "", gids, vectors, made.settings)
+        made.search_each(queries[:1], 10, none)
+        loaded = time.perf_counter() - began
+        print(f"index, {size:>10,} items: built in {built:.0f} s, {file.stat().st_size / 2**20:,.0f} MB, "
+              f"loaded in {loaded:.2f} s, recall {made.recall:.3f} of {made.candidates} candidates")  # fmt: skip
+    few = queries[:32]
+    exact = seconds(lambda: [exact_top_k(vectors, query[None], 10) for query in few[:4]]) / 4
+
+    def each(k: int, together: int, allowed: np.ndarray | None = None) -> float:
+        starts = range(0, len(few) - together + 1, together)
+        return seconds(lambda: [made.search_each(few[at : at + together], k, none, allowed) for at in starts]) / (
+            len(starts) * together
+        )
+
+    alone = each(10, 1)
+    for name, taken in (("k=10", alone), ("k=100", each(100, 1)), ("k=10, 16 at once", each(10, 16))):
+        line(f"  {name}", taken, exact, "queries", 1, "as fast as comparing all")
+    for share in (0.5, 0.1, 0.01, 0.001):
+        taken = each(10, 1, draw.random(size) < share)
+        line(f"  k=10, {share:.1%} allowed", taken, alone, "queries", 1, "as fast as without a filter")
 
 
 def memory() -> None:
@@ -134,12 +176,11 @@ def memory() -> None:
 def answers() -> None:
     """An answer for three item types out of bundles of 10^4, 10^5 and 10^6 items, in process, one thread: as the
     catalogue grows, an answer may take longer by what the index takes, and by nothing else. Builds the bundles, which
-    takes minutes; each type has a third of the items, and is searched through HNSW from 10,000 items on. The
+    takes minutes; each type has a third of the items, and is searched through codes from 10,000 items on. The
     vectors have the spread of trained ones (32 directions of 128)."""
     import tempfile
     from dataclasses import replace
 
-    import faiss
     from bundle_world import make_world
 
     from recsys_ray.serving.recommender import Recommender
@@ -147,7 +188,6 @@ def answers() -> None:
     taken: dict[int, tuple[float, float]] = {}
     for size in (10_000, 100_000, 1_000_000):
         with tempfile.TemporaryDirectory() as folder:
-            faiss.omp_set_num_threads(os.cpu_count() or 1)
             third = size // 3
             shape = (third, third, size - 2 * third)
             world = make_world(Path(folder), shape, 300, 128, 384, memory=0.1, history=50, latent=32)
@@ -173,11 +213,10 @@ def answers() -> None:
 
 def batch() -> None:
     """A block of batch-recommend, written to Parquet, against one answer after the other, in one process and thread:
-    100,000 items in three types, users with histories of 50. Exact and through HNSW, which takes minutes to build."""
+    100,000 items in three types, users with histories of 50. Exact and through codes."""
     import tempfile
     from dataclasses import replace
 
-    import faiss
     from bundle_world import make_world
 
     from recsys_ray.serving.batch import Answerer, Job
@@ -187,8 +226,7 @@ def batch() -> None:
     users, few = 2_048, 200
     with tempfile.TemporaryDirectory() as folder:
         world = make_world(Path(folder), (33_333, 33_333, 33_334), users, 128, 384, memory=0.1, history=50, latent=32)
-        for name, exact_up_to in (("exact", 100_000), ("HNSW", 10_000)):
-            faiss.omp_set_num_threads(os.cpu_count() or 1)
+        for name, exact_up_to in (("exact", 100_000), ("codes", 10_000)):
             settings = {**world.config.model_dump(), "index": {"min_recall": 0.0, "exact_up_to": exact_up_to}}
             bundle = replace(world, config=world.config.model_validate(settings)).bundle(name).path
             for what, reasons in (("reasons", True), ("no reasons", False)):
@@ -258,4 +296,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     benchmarks = {work.__name__: work for work in (encoder, sampler, index, memory, answers, batch, store)}
     for name in sys.argv[1:] or benchmarks:
-        benchmarks[name]()
+        (benchmarks | {"large_index": large_index})[name]()

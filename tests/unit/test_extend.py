@@ -237,11 +237,11 @@ def test_an_unavailable_item_is_never_recommended(late, tmp_path):
     assert made.items.find(late.lonely) is not None
 
 
-def test_hnsw_indexes_grow(late, tmp_path):
+def test_indexes_of_codes_grow(late, tmp_path):
     world = replace(late.world, config=late.world.config.model_validate({"index": {"exact_up_to": 5}}))
     stages = [world.root / name for name in ("ingest", "featurize", "hgnn", "two_tower")]
     base = build_bundle(world.config, *stages, tmp_path / "bundles", QUIET)
-    assert all(index["ef_search"][0] for index in base.counts["indexes"].values())
+    assert all(index["candidates"] for index in base.counts["indexes"].values())
     pq.write_table(late.items(late.lonely, late.linked), tmp_path / "new.parquet")
     made = extend_bundle(base.path, tmp_path / "new.parquet", None, QUIET)
     assert {name: index["recall"] for name, index in made.counts["indexes"].items()} == dict.fromkeys(TYPES, 1.0)

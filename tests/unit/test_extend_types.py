@@ -152,7 +152,7 @@ def test_the_new_bundle_says_which_types_it_has(late, books, tmp_path):
     old, new = open_artifact(late.bundle), open_artifact(books, verify=True)
     assert new.counts["item_types"] == [*TYPES, "book"]
     assert new.counts["items_per_type"] == {**old.counts["items_per_type"], "book": 3}
-    assert new.counts["indexes"]["book"]["ef_search"] == [0, 0]
+    assert new.counts["indexes"]["book"]["candidates"] is None
     assert export_bundle(books, tmp_path / "all.parquet", ["hgnn"], QUIET) == new.counts["items"]
     table = pq.read_table(tmp_path / "all.parquet").slice(old.counts["items"])
     assert table["item_type"].to_pylist() == ["book"] * 3

@@ -1,10 +1,10 @@
-"""FAISS against brute force."""
+"""The index against brute force."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
-import faiss
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -23,7 +23,10 @@ from recsys_ray.serving.index import (
 )
 
 DIM = 16
-HNSW = IndexConfig(exact_up_to=10, recall=1.0)
+CODES = IndexConfig(exact_up_to=10, recall=1.0)
+
+
+NONE = np.empty(0, np.int64)
 
 
 def unit(rows: int, seed: int = 0) -> np.ndarray:
@@ -36,7 +39,7 @@ def brute_force(vectors: np.ndarray, query: np.ndarray, k: int, allowed: np.ndar
     return allowed[np.lexsort((allowed, -scores))[:k]].tolist()
 
 
-@pytest.fixture(scope="module", params=[IndexConfig(), HNSW], ids=["exact", "hnsw"])
+@pytest.fixture(scope="module", params=[IndexConfig(), CODES], ids=["exact", "codes"])
 def built(request) -> TypeIndex:
     """600 items, of which every third is of this type."""
     vectors = unit(600)
@@ -45,8 +48,8 @@ def built(request) -> TypeIndex:
 
 def test_kind_follows_size():
     vectors, gids = unit(11), np.arange(11, dtype=np.int32)
-    assert TypeIndex.build("a", vectors, gids[:10], HNSW).exact
-    assert not TypeIndex.build("a", vectors, gids, HNSW).exact
+    assert TypeIndex.build("a", vectors, gids[:10], CODES).exact
+    assert not TypeIndex.build("a", vectors, gids, CODES).exact
 
 
 def test_exact_top_k_is_brute_force_across_chunks(monkeypatch):
@@ -59,7 +62,7 @@ def test_exact_top_k_is_brute_force_across_chunks(monkeypatch):
 
 def test_search_is_brute_force(built):
     for query in unit(20, seed=2):
-        scores, gids = built.search(query, 10)
+        scores, gids = built.search(query, 10, NONE)
         assert gids.tolist() == brute_force(built.vectors, query, 10, built.gids)
         np.testing.assert_allclose(scores, built.vectors[gids] @ query, atol=1e-5)
 
@@ -71,17 +74,16 @@ def test_many_queries_find_what_each_finds_alone(built, k, most, narrow, seed):
     queries = random.standard_normal((20, DIM), dtype=np.float32)
     barred = [np.sort(random.choice(600, random.integers(0, most + 1), replace=False)) for _ in queries]
     pairs = Pairs(np.repeat(np.arange(20), [len(gids) for gids in barred]), np.concatenate(barred))
-    allowed = np.flatnonzero(random.random(200) < 0.3) if narrow else None
-    alone = [built.search(query, k, gids, allowed) for query, gids in zip(queries, barred, strict=True)]
-    together = [built.search_each(queries, k, pairs, allowed)]
-    together += [built.rank(queries, k, Recalled.nothing(), pairs, allowed)] if built.exact else []
-    for found in together:
-        assert found.row.tolist() == [row for row, (_, gids) in enumerate(alone) for _ in gids]
-        scores, gids = (np.concatenate(column) for column in zip(*alone, strict=True))
-        np.testing.assert_allclose(found.score, scores, atol=1e-5)
-        other = found.gid != gids  # of scores that are equal but for rounding either may come first
-        rounded = np.einsum("nd,nd->n", queries[found.row[other]], built.vectors[found.gid[other]])
-        np.testing.assert_allclose(rounded, scores[other], atol=2e-6)
+    allowed = random.random(200) < 0.3 if narrow else None
+    singly = [Pairs(np.zeros(len(gids), np.int64), gids) for gids in barred]
+    alone = [built.search_each(query[None], k, one, allowed) for query, one in zip(queries, singly, strict=True)]
+    found = built.search_each(queries, k, pairs, allowed)
+    assert found.row.tolist() == [row for row, one in enumerate(alone) for _ in one.gid]
+    scores, gids = (np.concatenate([one[place] for one in alone]) for place in (2, 1))
+    np.testing.assert_allclose(found.score, scores, atol=1e-5)
+    other = found.gid != gids  # of scores that are equal but for rounding either may come first
+    rounded = np.einsum("nd,nd->n", queries[found.row[other]], built.vectors[found.gid[other]])
+    np.testing.assert_allclose(rounded, scores[other], atol=2e-6)
 
 
 def test_the_best_of_many_scores_are_among_the_places(monkeypatch):
@@ -96,12 +98,11 @@ def test_the_best_of_many_scores_are_among_the_places(monkeypatch):
 
 
 @settings(max_examples=60, deadline=None)
-@given(k=st.integers(1, 250), count=st.integers(0, 200), seed=st.integers(0, 5), small=st.booleans())
-def test_search_never_returns_forbidden_and_always_enough(k, count, seed, small, monkeypatch_module):
-    monkeypatch_module.setattr("recsys_ray.serving.index._OVERFETCH", 20 if small else 256)
+@given(k=st.integers(1, 250), count=st.integers(0, 200), seed=st.integers(0, 5))
+def test_search_never_returns_forbidden_and_always_enough(k, count, seed):
     vectors = unit(300)
     index = TypeIndex.build(
-        "a", vectors, np.arange(0, 300, dtype=np.int32)[50:250], HNSW if seed % 2 else IndexConfig()
+        "a", vectors, np.arange(0, 300, dtype=np.int32)[50:250], CODES if seed % 2 else IndexConfig()
     )
     barred = np.sort(np.random.default_rng(seed).choice(300, count, replace=False))
     allowed = np.setdiff1d(index.gids, barred)
@@ -113,18 +114,12 @@ def test_search_never_returns_forbidden_and_always_enough(k, count, seed, small,
         assert gids.tolist() == brute_force(vectors, unit(1, seed + 10)[0], k, allowed)
 
 
-@pytest.fixture(scope="module")
-def monkeypatch_module():
-    with pytest.MonkeyPatch.context() as patch:
-        yield patch
-
-
 def test_nothing_left_and_empty_type():
     vectors = unit(5)
     index = TypeIndex.build("a", vectors, np.arange(5, dtype=np.int32), IndexConfig())
     assert len(index.search(vectors[0], 3, np.arange(5))[1]) == 0
     empty = TypeIndex.build("b", vectors, np.empty(0, np.int32), IndexConfig())
-    assert len(empty.search(vectors[0], 3)[1]) == 0
+    assert len(empty.search(vectors[0], 3, NONE)[1]) == 0
     assert empty.tuned(vectors, 1.0) is empty
 
 
@@ -132,82 +127,100 @@ def test_types_are_merged_by_score():
     vectors = unit(90)
     kinds = [TypeIndex.build(str(t), vectors, np.arange(t, 90, 3, dtype=np.int32), IndexConfig()) for t in range(3)]
     for query in unit(5, seed=3):
-        _, gids = search_types(kinds, query, 12)
+        _, gids = search_types(kinds, query, 12, NONE)
         assert gids.tolist() == brute_force(vectors, query, 12, np.arange(90))
-        _, gids = search_types(kinds[:2], query, 12)
+        _, gids = search_types(kinds[:2], query, 12, NONE)
         assert gids.tolist() == brute_force(vectors, query, 12, np.flatnonzero(np.arange(90) % 3 < 2))
 
 
 def share_found(index: TypeIndex, queries: np.ndarray, k: int) -> float:
     """By ids."""
-    found = [set(index.search(query, k)[1].tolist()) for query in queries]
+    found = [set(index.search(query, k, NONE)[1].tolist()) for query in queries]
     wanted = [brute_force(index.vectors, query, k, index.gids) for query in queries]
     return float(np.mean([len(a & set(b)) / k for a, b in zip(found, wanted, strict=True)]))
 
 
-def test_as_many_candidates_are_followed_as_the_recall_needs():
+def test_as_many_candidates_are_compared_as_the_recall_needs():
     vectors, queries = unit(3_000), unit(100, seed=4)
     gids = np.arange(3_000, dtype=np.int32)
     exact = TypeIndex.build("a", vectors, gids, IndexConfig())
     assert exact.tuned(queries, 1.0) is exact and exact.recall == 1
-    index = TypeIndex.build("a", vectors, gids, HNSW, queries)
+    index = TypeIndex.build("a", vectors, gids, CODES, queries)
     low, high = index.tuned(queries, 0.8), index.tuned(queries, 0.999)
-    assert 0.8 <= low.recall < high.recall and low.ef_search < high.ef_search
+    assert 0.8 <= low.recall < high.recall and low.candidates < high.candidates
     for tuned in (low, high):
         assert min(share_found(tuned, queries, k) for k in (10, 100)) == pytest.approx(tuned.recall, abs=0.005)
-    poor = TypeIndex.build("a", vectors, gids, IndexConfig(exact_up_to=10, hnsw_links=2, ef_construction=2), queries)
-    assert max(poor.ef_search) == 1_024 and poor.recall < 0.99
+    unmet = index.tuned(queries, 1.1)
+    assert unmet.candidates == (6_400, 6_400) and unmet.recall == 1.0, "of so many candidates none is missed"
 
 
-def test_a_graph_that_is_stretched_finds_items_by_their_bias():
+@pytest.mark.parametrize("share", [0.5, 0.1, 0.01, 0.001])
+@pytest.mark.parametrize("k", [10, 100])
+def test_under_a_filter_the_recall_is_as_high(share, k):
+    """Filters that go with taste and against it, and any others."""
+    vectors, queries = unit(20_000), unit(50, seed=4)
+    index = TypeIndex.build("a", vectors, np.arange(20_000, dtype=np.int32), IndexConfig(exact_up_to=10), queries)
+    liking = vectors @ queries[0]
+    for number in (liking, -liking, np.random.default_rng(0).random(20_000)):
+        allowed = number >= np.sort(number)[-int(20_000 * share)]
+        found = index.search_each(queries, k, Pairs.nothing(), allowed)
+        exact = index.rank(queries, k, Recalled.nothing(), Pairs.nothing(), allowed)
+        assert found.row.tolist() == exact.row.tolist() and allowed[found.gid].all()
+        assert np.isin(found.row * 20_000 + found.gid, exact.row * 20_000 + exact.gid).mean() >= 0.99
+
+
+def test_items_that_come_by_their_terms_are_found():
     """Vectors as trained ones: near some directions, and a number b that makes up most of the places of a list."""
     random = np.random.default_rng(0)
     vectors = np.concatenate([unit(4_000), np.where(random.random(4_000) < 0.03, 0.4, -0.02)[:, None]], axis=1)
     vectors = vectors.astype(np.float32)
     queries = np.concatenate([unit(200, seed=1), np.ones((200, 1), np.float32)], axis=1)
-    gids = np.arange(4_000, dtype=np.int32)
-    made = TypeIndex.build("a", vectors, gids, HNSW, queries)
-    assert made.stretch == pytest.approx(0.4**-0.5)
-    plain = replace(made, index=faiss.IndexHNSWFlat(DIM + 1, 16, faiss.METRIC_INNER_PRODUCT), stretch=1.0)
-    plain.add(gids)
-    plain, narrow = plain.tuned(queries, 0.0), made.tuned(queries, 0.0)  # both with the fewest candidates
-    assert plain.recall + 0.05 < narrow.recall < made.recall
+    made = TypeIndex.build("a", vectors, np.arange(4_000, dtype=np.int32), IndexConfig(exact_up_to=10), queries)
+    assert made.recall >= 0.99 and made.candidates[1] <= 800
     for query in queries[:20]:
-        scores, found = made.search(query, 10)
+        scores, found = made.search(query, 10, NONE)
         np.testing.assert_allclose(scores, vectors[found] @ query, atol=1e-5)
 
 
 def test_equal_vectors_stand_for_each_other():
     vectors = np.repeat(unit(2), 200, axis=0)  # a hundred of two hundred equals: ids say nothing
-    index = TypeIndex.build("a", vectors, np.arange(400, dtype=np.int32), HNSW, vectors[:1])
+    index = TypeIndex.build("a", vectors, np.arange(400, dtype=np.int32), CODES, vectors[:1])
     assert index.recall == 1.0
 
 
 def test_saved_and_loaded(built, tmp_path):
-    built.save(tmp_path / "t0.faiss")
-    loaded = TypeIndex.load(tmp_path / "t0.faiss", "book", built.gids, built.vectors, built.settings)
-    assert loaded.exact == built.exact
-    for query in unit(5, seed=5):
-        assert loaded.search(query, 10, built.gids[:3].astype(np.int64))[1].tolist() == (
-            built.search(query, 10, built.gids[:3].astype(np.int64))[1].tolist()
-        )
-
-
-def test_what_does_not_fit_is_refused(built, tmp_path):
-    import faiss
-
-    path = tmp_path / "t0.faiss"
-    path.write_bytes(b"no index")
-    with pytest.raises(ArtifactError, match="cannot be read as an index"):
-        TypeIndex.load(path, "book", built.gids, built.vectors, built.settings)
-    other = faiss.IndexFlatL2(DIM)
-    other.add(built.vectors[built.gids])
-    faiss.write_index(other, str(path))
-    with pytest.raises(ArtifactError, match="does not rank by 'inner_product'"):
-        TypeIndex.load(path, "book", built.gids, built.vectors, built.settings)
+    path = tmp_path / "index" / "t0.safetensors"
     built.save(path)
-    with pytest.raises(ArtifactError, match="contains 200 vectors"):
-        TypeIndex.load(path, "book", built.gids[:-1], built.vectors, built.settings)
+    assert path.exists() != built.exact
+    loaded = TypeIndex.load(path, "book", built.gids, built.vectors, json.loads(json.dumps(built.settings)))
+    assert (loaded.exact, loaded.recall, loaded.candidates) == (built.exact, built.recall, built.candidates)
+    for query in unit(5, seed=5):
+        barred = built.gids[:3].astype(np.int64)
+        assert loaded.search(query, 10, barred)[1].tolist() == built.search(query, 10, barred)[1].tolist()
+
+
+def test_an_index_grows():
+    vectors, gids = unit(3_000), np.arange(3_000, dtype=np.int32)
+    grown = TypeIndex.build("a", vectors, gids[:2_000], CODES, vectors[:50]).grown(gids)
+    for query in unit(5, seed=5):
+        assert grown.search(query, 10, NONE)[1].tolist() == brute_force(vectors, query, 10, gids)
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    vectors, path = unit(200), tmp_path / "t0.safetensors"
+    built = TypeIndex.build("book", vectors, np.arange(200, dtype=np.int32), CODES)
+    path.write_bytes(b"no index")
+    with pytest.raises(ArtifactError, match=f"{path} is damaged"):
+        TypeIndex.load(path, "book", built.gids, vectors, built.settings)
+    built.save(path)
+    with pytest.raises(ArtifactError, match="is not an index of 199 vectors of 16"):
+        TypeIndex.load(path, "book", built.gids[:-1], vectors, built.settings)
+    with pytest.raises(ArtifactError, match="is not an index of 200 vectors of 18"):
+        TypeIndex.load(path, "book", built.gids, np.zeros((200, 18), np.float32), built.settings)
+    assert built.codes is not None
+    replace(built.codes, centroids=np.full_like(built.codes.centroids, np.nan)).save(path)
+    with pytest.raises(ArtifactError, match="centroids that are not finite"):
+        TypeIndex.load(path, "book", built.gids, vectors, built.settings)
     with pytest.raises(ArtifactError, match="metric 'cosine'"):
         check_metric("cosine", "the tower")
 

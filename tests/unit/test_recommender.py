@@ -119,13 +119,13 @@ def test_nothing_forbidden_ever_comes(world, recommender, data):
 
 
 @pytest.fixture(scope="module")
-def through_hnsw(world, tmp_path_factory) -> Recommender:
+def through_codes(world, tmp_path_factory) -> Recommender:
     settings = {
         **world.config.model_dump(),
         "index": {"exact_up_to": 10, "popular_days": POPULAR_DAYS, "recall": 0.5},
     }
-    replace(world, config=world.config.model_validate(settings)).bundle("hnsw")
-    return Recommender.load(world.root / "hnsw")
+    replace(world, config=world.config.model_validate(settings)).bundle("codes")
+    return Recommender.load(world.root / "codes")
 
 
 def questions_of(world: World) -> st.SearchStrategy[Question]:
@@ -149,12 +149,12 @@ def questions_of(world: World) -> st.SearchStrategy[Question]:
 
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
-def test_many_answers_are_what_each_is_alone(world, recommender, through_hnsw, data):
+def test_many_answers_are_what_each_is_alone(world, recommender, through_codes, data):
     """Alike questions are ranked together; a question that is like no other stays alone."""
     one = data.draw(questions_of(world))
     few = [replace(one, user_id=user) for user in world.user_ids[: data.draw(st.sampled_from([3, 40]))]]
     few += [*data.draw(st.lists(questions_of(world), max_size=5)), Question(k=0)]
-    for some in (recommender, through_hnsw):
+    for some in (recommender, through_codes):
         for question, together in zip(few, some.answers(few), strict=True):
             if question.k == 0:
                 assert isinstance(together, RequestError)
