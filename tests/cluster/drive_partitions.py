@@ -77,9 +77,11 @@ def main(root: Path) -> None:
                     servers.address, graph, featurize, counts["snapshots"])
                 for node in nodes
             ], timeout=200)  # fmt: skip
-    truth = [sorted(true_edges(graph, s["name"])) for s in counts["snapshots"]]
-    together = [sorted([*map(tuple, a), *map(tuple, b)]) for a, b in zip(*(s.pop("edges") for s in seen), strict=True)]
-    print(json.dumps({"method": counts["partition_method"], "edges": together == truth, "seen": seen}))
+        truth = [sorted(true_edges(graph, s["name"])) for s in counts["snapshots"]]
+        edges = zip(*(s.pop("edges") for s in seen), strict=True)
+        together = [sorted([*map(tuple, a), *map(tuple, b)]) for a, b in edges]
+        report = {"method": counts["partition_method"], "edges": together == truth, "seen": seen}
+        print(json.dumps(report), flush=True)
 
 
 if __name__ == "__main__":

