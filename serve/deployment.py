@@ -21,7 +21,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -242,12 +242,13 @@ class Scaling:
     """The number of replicas, and when to add some.
 
     ``ongoing`` is autoscaling's target for requests running or waiting in one replica; when ``queued`` more are
-    waiting, the answer is 429."""
+    waiting, the answer is 429. A replica that is too many for ``idle_s`` seconds ends."""
 
     replicas: int = 1
     max_replicas: int | None = None
     ongoing: int = 8
     queued: int = 200
+    idle_s: float = 300.0
 
     def options(self) -> dict[str, Any]:
         from ray.serve.config import BackpressureConfig
@@ -260,8 +261,9 @@ class Scaling:
         }
         if self.max_replicas is None or self.max_replicas <= self.replicas:
             return fixed | {"num_replicas": self.replicas}
-        scaling = {"min_replicas": self.replicas, "max_replicas": self.max_replicas}
-        return fixed | {"autoscaling_config": scaling | {"target_ongoing_requests": self.ongoing}}
+        delays = {"upscale_delay_s": 10, "downscale_delay_s": self.idle_s}
+        limits = {"min_replicas": self.replicas, "max_replicas": self.max_replicas}
+        return fixed | {"autoscaling_config": limits | delays | {"target_ongoing_requests": self.ongoing}}
 
 
 def application(args: Mapping[str, Any]) -> Application:
@@ -269,13 +271,12 @@ def application(args: Mapping[str, Any]) -> Application:
 
     Args:
         args: ``bundle`` (path or URI that every node can read; may be overridden by ``user_config`` of the deployment),
-            ``examples`` (bool), ``settings`` (see serve/settings.py),
-            ``replicas``, ``max_replicas``, ``ongoing``, ``queued`` (see :class:`Scaling`).
+            ``examples`` (bool), ``settings`` (see serve/settings.py), and the fields of :class:`Scaling`.
     """
     from ray import serve
     from ray.serve.schema import LoggingConfig
 
-    names = {"replicas", "max_replicas", "ongoing", "queued"}
+    names = {field.name for field in fields(Scaling)}
     unknown = set(args) - names - {"bundle", "examples", "settings"}
     if unknown:
         raise UserError(f"{sorted(unknown)[0]!r} is not an argument of the application; see configs/serve/cluster.yaml")
