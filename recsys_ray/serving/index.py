@@ -162,8 +162,10 @@ class TypeIndex:
             settings: as :attr:`settings` of the index that was saved.
 
         Raises:
-            ArtifactError: the file is damaged or does not fit the items.
+            ArtifactError: the file is damaged, of another version, or does not fit the items.
         """
+        if "candidates" not in settings:
+            raise ArtifactError(f"the index of {name!r} is of another version of recsys-ray; build the bundle again")
         if settings["candidates"] is None:
             return cls(name, gids, vectors)
         short, long = map(int, settings["candidates"])

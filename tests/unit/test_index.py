@@ -221,6 +221,8 @@ def test_what_does_not_fit_is_refused(tmp_path):
     replace(built.codes, centroids=np.full_like(built.codes.centroids, np.nan)).save(path)
     with pytest.raises(ArtifactError, match="centroids that are not finite"):
         TypeIndex.load(path, "book", built.gids, vectors, built.settings)
+    with pytest.raises(ArtifactError, match="index of 'book' is of another version"):
+        TypeIndex.load(path, "book", built.gids, vectors, {"ef_search": [8, 8], "stretch": 1.0, "recall": 1.0})
     with pytest.raises(ArtifactError, match="metric 'cosine'"):
         check_metric("cosine", "the tower")
 
