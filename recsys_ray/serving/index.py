@@ -66,12 +66,12 @@ def check_unit_norm(vectors: Vectors, where: object) -> None:
             raise ArtifactError(f"row {start + row} of {where} has length {norms[row]:.4g}, not 1; train again")
 
 
-def exact_top_k(vectors: Vectors, queries: Vectors, k: int) -> tuple[Vectors, Ids]:
-    """Scores and row numbers [q, min(k, n)] of the best rows, best first, without FAISS: what recall is measured by."""
+def exact_top_k(vectors: Vectors, gids: npt.NDArray[np.integer], queries: Vectors, k: int) -> tuple[Vectors, Ids]:
+    """Scores and positions [q, min(k, n)] of the best of ``vectors[gids]``, best first: what recall is measured by."""
     scores = np.empty((len(queries), 0), np.float32)
     rows = np.empty((len(queries), 0), np.int64)
-    for start in range(0, len(vectors), _CHUNK):
-        chunk = queries @ np.asarray(vectors[start : start + _CHUNK]).T
+    for start in range(0, len(gids), _CHUNK):
+        chunk = queries @ vectors[gids[start : start + _CHUNK]].T
         row, found = np.divmod(_places_of_best(chunk, k), chunk.shape[1])
         best = Ranked.best([(row, found, chunk[row, found])], k)
         shape = len(queries), -1
@@ -125,7 +125,7 @@ class TypeIndex:
         the most."""
         if self.exact:
             return self
-        best = exact_top_k(self.vectors[self.gids], queries, max(_RECALLS))[0]
+        best = exact_top_k(self.vectors, self.gids, queries, max(_RECALLS))[0]
         chosen, recalls = [], []
         for k in _RECALLS:
             for count in _CANDIDATES:
@@ -212,9 +212,8 @@ class TypeIndex:
         items = len(self.gids)
         count = items if allowed is None else int(np.count_nonzero(allowed))
         needed = max(self.candidates[k > min(_RECALLS)], self.candidates[1] * k // max(_RECALLS), k + beyond)
-        spread = (
-            1.0 if allowed is None else _MARGIN * items / max(count, 1)
-        )  # of the candidates, one in so many may come
+        # Of so many candidates one may come.
+        spread = 1.0 if allowed is None else _MARGIN * items / max(count, 1)
         narrow = allowed is not None and _COMPARED * count <= items + _SORTED * spread * needed
         if self.codes is None or narrow:
             return self.rank(queries, k + beyond, Recalled.nothing(), forbidden, allowed)

@@ -55,7 +55,7 @@ def test_kind_follows_size():
 def test_exact_top_k_is_brute_force_across_chunks(monkeypatch):
     monkeypatch.setattr("recsys_ray.serving.index._CHUNK", 7)
     vectors, queries = unit(50), unit(4, seed=1)
-    scores, rows = exact_top_k(vectors, queries, 5)
+    scores, rows = exact_top_k(vectors, np.arange(50), queries, 5)
     assert rows.tolist() == [brute_force(vectors, q, 5, np.arange(50)) for q in queries]
     np.testing.assert_allclose(scores, np.sort(queries @ vectors.T)[:, :-6:-1], atol=1e-6)
 
