@@ -32,7 +32,7 @@ _TRAINING: Points = {
 _CURVES = (_DATA, _TRAINING)
 _SEGMENTS = {
     "warm users": "warm", "users new to a type": "new_to_type", "items unseen in training": "cold_items",
-    "least popular tier": "tier5",
+    "the least popular tier": "tier5",
 }  # fmt: skip
 
 
