@@ -146,15 +146,13 @@ AMOUNT = Study(
     title="Amount of data and of training",
     question="Does the HGNN add more to the two-tower where items have fewer interactions, or where training is short?",
     reported="Nothing: the papers vary neither.",
-    how="The gain is HR@10 of 2T-HGNN minus HR@10 of the same two-tower without HGNN, trained on the same data for as "
-    "long.\n\n"
+    how="The gain is HR@10 of 2T-HGNN minus HR@10 of the same two-tower without HGNN, trained on the same data.\n\n"
     "Fewer events: a random part of the rows before the test period; each smaller part lies inside the larger ones. "
-    "The truths are the same everywhere, but not the segments: with fewer events more users are new to a type, fewer "
-    "are warm, and more items are unseen.\n\n"
-    "Fewer epochs: both two-towers train this long and keep the best epoch; all epochs: until validation stops them. "
-    "None of these has the final epoch with the validation period's examples, which all events have. The HGNN is the "
-    "same.\n\n"
-    "The change from one end of a curve to the other takes the two gains as independent. Of so many intervals a few "
+    "The truths are the same everywhere, but not the segments: with fewer events fewer users are warm, and more users "
+    "are new to a type and more items unseen. Validation decides how long each two-tower is trained.\n\n"
+    "Fewer epochs: both two-towers are trained this long and keep their best epoch; with all epochs, until validation "
+    "stops each of them. The final epoch with the validation period's examples is left out. The HGNN is the same.\n\n"
+    "Changes from one end of a curve to the other: the two gains count as independent. Of so many intervals a few "
     "exclude zero by chance: one in twenty where nothing differs.",
     variants=_variants,
     comparisons=_comparisons,
