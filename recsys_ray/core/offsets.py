@@ -18,6 +18,13 @@ def offsets_of(lengths: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n_plus_1"]:
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
+def check_offsets(offsets: Int[np.ndarray, "n_plus_1"], entries: int) -> None:
+    """Raises ValueError where offsets read from a file do not divide ``entries`` into lists. Forged ones would make
+    lists so long that they fill the memory."""
+    if not len(offsets) or offsets[0] != 0 or offsets[-1] != entries or (offsets[1:] < offsets[:-1]).any():
+        raise ValueError(f"its offsets do not divide {entries:,} entries into lists")
+
+
 def spread(begin: Int[np.ndarray, "n"], lengths: Int[np.ndarray, "n"]) -> Int[np.ndarray, "total"]:
     """``begin[k] .. begin[k] + lengths[k] - 1`` of each k, one after the other."""
     offsets = offsets_of(lengths)

@@ -20,8 +20,9 @@ import torch
 from safetensors.torch import load_file
 
 from recsys_ray.core.errors import ArtifactError
-from recsys_ray.core.offsets import spread
+from recsys_ray.core.offsets import check_offsets, spread
 from recsys_ray.data.tables import Events
+from recsys_ray.storage.artifacts import understood
 from recsys_ray.two_tower.features import UserInputs
 
 Array = npt.NDArray[Any]
@@ -169,6 +170,9 @@ class Histories:
             self._recent = (arrays["recent_gids"], arrays["recent_events"], arrays["recent_timestamps"])
         except KeyError as error:
             raise ArtifactError(f"{path} lacks the array {error}; build the bundle again") from None
+        with understood(path):
+            check_offsets(self._seen[0], len(self._seen[1]))
+            check_offsets(self._recent_offsets, len(self._recent[0]))
 
     def seen(self, uid: int) -> npt.NDArray[np.int64]:
         """Every item that the user ever had an event with, sorted."""

@@ -11,10 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from recsys_ray.core.clock import NEVER
-from recsys_ray.core.offsets import offsets_of
+from recsys_ray.core.offsets import check_offsets, offsets_of
 from recsys_ray.data.tables import Events
 from recsys_ray.scoring.scorer import among
 from recsys_ray.serving.histories import mapped_arrays
+from recsys_ray.storage.artifacts import understood
 
 _PRIOR = 100.0  # how many events the world's ranking counts as beside a country's own
 _OLDEST = np.iinfo(np.int64).min + 1
@@ -32,8 +33,10 @@ class Popularity:
 
     @classmethod
     def load(cls, path: Path) -> Popularity:
-        arrays = {name: tensor.numpy() for name, tensor in mapped_arrays(path).items()}
-        return cls(**arrays)
+        made = cls(**{name: tensor.numpy() for name, tensor in mapped_arrays(path).items()})
+        with understood(path):
+            check_offsets(made.offsets, len(made.gids))
+        return made
 
     def by_country(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """country (-1: unknown), gid and users, as :meth:`PopularityCounter.counts` gave them."""

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from recsys_ray.core.clock import DAY
-from recsys_ray.core.offsets import spread
+from recsys_ray.core.offsets import check_offsets, spread
 from recsys_ray.scoring.memory import MEMORY_FILE, Memory, Recalled
 from recsys_ray.scoring.scorer import Pairs, Ranked, Scorer, ScoreSpec, among, as_queries
 from recsys_ray.serving.answers import Answer, Asked, FoundItem, Listed, PastEvent, Recommendation
@@ -125,6 +125,7 @@ class Recommender:
         with understood(folder / MEMORY_FILE):
             if (folder / MEMORY_FILE).exists():
                 memory = Memory(**{name: table.numpy() for name, table in mapped_arrays(folder / MEMORY_FILE).items()})
+                check_offsets(memory.begin, len(memory.gid))
             score = Scorer(vectors, memory, spec.memory, spec.half_life)
         with understood(folder / FACTS):
             facts = Facts(folder)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import shutil
 import sys
 import tempfile
@@ -18,15 +19,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bundle_world import make_world
+from safetensors.numpy import load_file, save_file
 
 from recsys_ray.bundle.release import check_release
 from recsys_ray.core.errors import ArtifactError
+from recsys_ray.core.offsets import check_offsets
 from recsys_ray.scoring.scorer import TRENDS, Pairs
 from recsys_ray.serving.index import TypeIndex
 from recsys_ray.serving.recommender import Recommender
 from recsys_ray.storage.artifacts import sha256
 
 EDGES = [b"\x00" * 4, b"\xff" * 4, b"\xff\xff\xff\x7f", b"\x00\x00\x00\x80", b"\x01\x00\x00\x00"]
+_MEMORY = 12 << 30  # bytes of addresses: libraries take half of it
 Case = tuple[str, int]  # a file of the bundle, and a seed
 
 
@@ -91,6 +95,8 @@ def outcome(bundle: Path, case: Case, trusted: bool) -> str:
         check_release(Recommender.load(bundle), None, None)
         return "served"
     except ArtifactError as error:
+        if "MemoryError" in str(error):
+            return "it fills the memory"
         return "refused" if str(bundle) in str(error) or names_version(error) else f"no file is named: {error}"
     except BaseException as error:
         return f"{type(error).__name__}: {error}"
@@ -111,6 +117,7 @@ def apart(judge: Callable[[Case], str], cases: list[Case]) -> Iterator[tuple[Cas
         read, write = os.pipe()
         if not (child := os.fork()):
             os.close(read)
+            resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
             with os.fdopen(write, "w", buffering=1) as out:
                 for case in rest:
                     print(json.dumps(judge(case)), file=out)
@@ -130,8 +137,12 @@ def fuzz(bundle: Path, count: int, seed: int, trusted: bool) -> dict[str, list[C
     names = sorted(str(path.relative_to(bundle)) for path in bundle.rglob("*") if path.is_file())
     cases = [(names[number % len(names)], seed + number) for number in range(count)]
     found: dict[str, list[Case]] = {}
-    for case, what in apart(partial(outcome, bundle, trusted=trusted), cases):
-        found.setdefault(what, []).append(case)
+    with tempfile.TemporaryDirectory() as folder:
+        whole = copied(bundle, Path(folder))
+        for case, what in apart(partial(outcome, bundle, trusted=trusted), cases):
+            found.setdefault(what, []).append(case)
+            if what.startswith("the process died"):  # and left the changed file where it was
+                shutil.copytree(whole, bundle, dirs_exist_ok=True)
     return found
 
 
@@ -149,6 +160,29 @@ def test_forged_files_are_refused_in_words_or_do_no_harm(bundle, tmp_path):
     found = fuzz(copied(bundle, tmp_path), 40, 1_000, trusted=True)
     assert set(found) == {"refused", "served"}, found
     assert len(found["refused"]) > 10
+
+
+@pytest.mark.parametrize("offsets", [[0, 2**31, 5], [0, 5], [0, 3, 2, 5], [1, 2, 5], []])
+def test_forged_offsets_are_found_before_they_fill_the_memory(offsets):
+    check_offsets(np.array([0, 0, 2, 5]), 5)
+    with pytest.raises(ValueError, match="do not divide 4 entries" if len(offsets) == 2 else "do not divide 5 entries"):
+        check_offsets(np.array(offsets), 4 if len(offsets) == 2 else 5)
+
+
+@pytest.mark.parametrize(
+    "file, name",
+    [("memory", "begin"), ("popularity", "offsets"), ("histories", "seen_offsets"), ("histories", "recent_offsets")],
+)
+def test_a_file_with_forged_offsets_is_refused(bundle, tmp_path, file, name):
+    forged = copied(bundle, tmp_path)
+    path = forged / f"{file}.safetensors"
+    arrays = dict(load_file(path))
+    arrays[name] = arrays[name].copy()
+    arrays[name][len(arrays[name]) // 2] = 2**40
+    save_file(arrays, path)
+    trust(forged, path)
+    with pytest.raises(ArtifactError, match=f"{path} is damaged .*offsets do not divide"):
+        Recommender.load(forged)
 
 
 def searched(index: TypeIndex, path: Path, data: bytes) -> str:
