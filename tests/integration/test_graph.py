@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import ray
@@ -267,6 +269,21 @@ def test_a_killed_server_is_reported_and_leaves_nothing(world: dict[str, Any]) -
     assert isinstance(errors[0], ray.exceptions.RayActorError)
     assert not list(Path("/dev/shm").glob(f"*{servers._name}*"))
     assert len(with_client(world["graph"], lambda client: client.local_gids())) == 68  # and the next attempt works
+
+
+def test_only_this_host_reaches_the_server_of_a_whole_graph(world: dict[str, Any]) -> None:
+    with PartitionServers(world["graph"], clients=1) as servers:
+        ((_, port),) = json.loads(servers.address)["servers"]
+
+        def listening() -> list[str]:
+            sockets = psutil.net_connections("tcp")
+            return [one.laddr.ip for one in sockets if one.status == psutil.CONN_LISTEN and one.laddr.port == port]
+
+        deadline = time.monotonic() + 30
+        while not listening():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert listening() == ["127.0.0.1"]
 
 
 def test_draws_are_uniform_subsets() -> None:

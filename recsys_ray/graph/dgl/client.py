@@ -69,7 +69,7 @@ class GraphClient:
 
         known = json.loads(address)
         mine = rpc_client.local_ip4_addr_list()
-        if not any(ip in mine for ip, _ in known["servers"]):
+        if not any(ip in mine for ip in known["hosts"]):
             raise UserError(
                 "this worker runs on a host without a graph partition; set as many partitions as hosts "
                 "(graph.partitions) and as many workers (hgnn.workers, two_tower.workers)"
