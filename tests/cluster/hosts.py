@@ -5,11 +5,12 @@ A cable (a veth pair, called eth0 at both ends) joins them. Nothing has a name o
 ends, the kernel removes the host with all that ran there, whatever happened to the test.
 
     with two_hosts(cpus=1) as hosts:
-        printed = hosts.run(Path("script.py"), "argument", timeout=120)
+        report = hosts.run(Path("script.py"), "argument", timeout=120)
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -20,6 +21,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,16 +68,17 @@ class Hosts:
         """The command line that runs ``words`` on a host (0 or 1)."""
         return ["nsenter", "--target", str(self._inits[host]), "--net", "--mount", "--pid", "--ipc", "--", *words]
 
-    def run(self, script: Path, *arguments: object, timeout: float = 300.0, host: int = 0) -> str:
-        """Run a Python script on a host and give back what it printed.
+    def run(self, script: Path, *arguments: object, timeout: float = 300.0, host: int = 0) -> dict[str, Any]:
+        """Run a Python script on a host and give back its report: a line of JSON, printed when its work is done.
 
-        The environment has ``RAY_ADDRESS``, and this repository and its tests on ``PYTHONPATH``. The last thing that
-        the script prints should be a line of JSON.
+        The environment has ``RAY_ADDRESS``, and this repository and its tests on ``PYTHONPATH``.
 
         Raises:
             AssertionError: it failed, or was not done in time (all its processes are then gone); with its output.
         """
-        return self._python(host, [str(script), *map(str, arguments)], timeout)
+        printed = self._python(host, [str(script), *map(str, arguments)], timeout)
+        assert _report(printed), f"no report in {printed[-4000:]}"
+        return json.loads(_report(printed))
 
     def _python(self, host: int, words: list[str], timeout: float) -> str:
         process = subprocess.Popen(
@@ -89,8 +92,8 @@ class Hosts:
             printed, errors = process.communicate()
             raise AssertionError(f"not done in {timeout:.0f} s\n{printed[-4000:]}\n{errors[-8000:]}") from None
         # Once in many runs Ray 2.60 dies in its own ray.shutdown: a gRPC thread asks an event loop that is gone whether
-        # it has stopped. The script's work is done by then, its last line is printed, and that line is what counts.
-        allowed = (0, -signal.SIGSEGV) if printed.endswith("}\n") else (0,)
+        # it has stopped. The script's work is done by then, and its report is what counts.
+        allowed = (0, -signal.SIGSEGV) if _report(printed) else (0,)
         assert process.returncode in allowed, f"exit code {process.returncode}\n{printed[-4000:]}\n{errors[-8000:]}"
         return printed
 
@@ -113,6 +116,11 @@ class Hosts:
     def pull_plug(self, host: int) -> None:
         """End a host at once, with everything on it."""
         os.kill(self._inits[host], signal.SIGKILL)
+
+
+def _report(printed: str) -> str:
+    """The last line of JSON; Ray may print what its workers say after it."""
+    return next((line for line in reversed(printed.splitlines()) if line.startswith("{")), "")
 
 
 def environment() -> dict[str, str]:
