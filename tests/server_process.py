@@ -7,7 +7,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,13 @@ def wait_for(url: str, log: Path, process: subprocess.Popen, seconds: float = 18
             pass
         time.sleep(0.1)
     raise AssertionError(f"nothing answers at {url}:\n{log.read_text()[-4000:]}")
+
+
+def until(holds: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def own_folders() -> set[Path]:

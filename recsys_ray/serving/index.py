@@ -8,7 +8,7 @@ built and when it is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -190,12 +190,6 @@ class TypeIndex:
         """The vectors by position, of an index without codes; aligned in memory, which mapped ones may not be."""
         return self.vectors[self.gids]
 
-    def search(self, query: Vectors, k: int, forbidden: Ids) -> tuple[Vectors, Ids]:
-        """Scores [m] and gids [m] of the best ``k`` items for one query [d], best first. ``forbidden``: ascending."""
-        barred = Pairs(np.zeros(len(forbidden), np.int64), forbidden)
-        found = self.search_each(query[None], k, barred)
-        return found.score, found.gid
-
     def search_each(
         self, queries: Vectors, k: int, forbidden: Pairs, allowed: Mask | None = None, beyond: int = 0
     ) -> Ranked:
@@ -330,15 +324,3 @@ def _places_of_best(scores: Vectors, k: int) -> Ids:
     if k < width:
         lowest = np.maximum(lowest, np.partition(best, width - k, axis=1)[:, width - k])
     return np.flatnonzero((scores >= lowest[:, None]).ravel())
-
-
-def search_types(indexes: Sequence[TypeIndex], query: Vectors, k: int, forbidden: Ids) -> tuple[Vectors, Ids]:
-    """The best ``k`` items of several types: one vector space, so their scores compare."""
-    return merge_best([index.search(query, k, forbidden) for index in indexes], k)
-
-
-def merge_best(found: Sequence[tuple[Vectors, Ids]], k: int) -> tuple[Vectors, Ids]:
-    """The best ``k`` of several (scores, gids); of equal scores the smaller gid."""
-    scores, gids = np.concatenate([s for s, _ in found]), np.concatenate([g for _, g in found])
-    best = np.lexsort((gids, -scores))[:k]
-    return scores[best], gids[best]

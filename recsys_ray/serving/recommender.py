@@ -26,7 +26,7 @@ from recsys_ray.serving.answers import Answer, Asked, FoundItem, Listed, PastEve
 from recsys_ray.serving.catalogue import Items, Users
 from recsys_ray.serving.filters import FACTS, Facts, Filters
 from recsys_ray.serving.histories import Histories, Profile, mapped_arrays, user_inputs
-from recsys_ray.serving.index import TypeIndex, check_metric, index_file, merge_best, search_types
+from recsys_ray.serving.index import TypeIndex, check_metric, index_file
 from recsys_ray.serving.laps import Laps
 from recsys_ray.serving.live import LiveItem, LiveItems, LiveVectors
 from recsys_ray.serving.popularity import Popularity, PopularLists
@@ -264,12 +264,11 @@ class Recommender:
         query[-1] = 0  # likeness has nothing to do with what every user is given
         barred = np.unique(np.append(live.barred, gid))
         asked = replace(self._ask(Question(item_types=item_types, k=k)), barred=barred, live=live)
-        found = [search_types([self.indexes[t] for t in types], query, k, barred)]
-        new = [self._live_candidates([asked], kind, query[None]) for kind in types]
-        found += [(ranked.score, ranked.gid) for ranked in new]
+        forbidden = Pairs(np.zeros(len(barred), np.int64), barred)
+        found = [self.indexes[kind].search_each(query[None], k, forbidden) for kind in types]
+        best = Ranked.best([*found, *(self._live_candidates([asked], kind, query[None]) for kind in types)], k)
         reason = f'similar to "{self.name(gid)}"'
-        scores, gids = merge_best(found, k)
-        return [self._item(live, g, s, reason) for s, g in zip(scores.tolist(), gids.tolist(), strict=True)]
+        return [self._item(live, g, s, reason) for g, s in zip(best.gid.tolist(), best.score.tolist(), strict=True)]
 
     def search(self, text: str, limit: int = 10) -> list[FoundItem]:
         """Items that have the words of ``text`` in title or id: new ones, then the bundle's, the most popular first."""

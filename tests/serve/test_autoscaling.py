@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -14,7 +14,7 @@ import httpx
 import psutil
 import pytest
 from bundle_world import make_world
-from server_process import free_port, running, wait_for
+from server_process import free_port, running, until, wait_for
 
 pytestmark = pytest.mark.slow
 _SERVE = """
@@ -22,13 +22,6 @@ import sys
 from serve.deployment import Scaling, serve_forever
 serve_forever(sys.argv[1], port=int(sys.argv[2]), scaling=Scaling(1, 2, ongoing=2, idle_s=5))
 """
-
-
-def until(holds: Callable[[], bool], seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
 
 
 @contextmanager
@@ -69,12 +62,12 @@ def test_replicas_follow_the_load(tmp_path):
         assert replicas() == 1
         began = time.monotonic()
         with clients(url, world.user_ids, 12) as many:
-            until(lambda: replicas() == 2)
+            until(lambda: replicas() == 2, 90)
             up = time.monotonic() - began
             time.sleep(3)
         began = time.monotonic()
         with clients(url, world.user_ids, 1) as few:
-            until(lambda: replicas() == 1)
+            until(lambda: replicas() == 1, 90)
             down = time.monotonic() - began
             time.sleep(1)
     print(f"\ntwo replicas after {up:.0f} s, one again after {down:.0f} s; answers {many} and {few}")

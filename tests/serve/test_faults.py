@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import psutil
 import pytest
 from bundle_world import World, make_world
 from redis_world import redis_server
-from server_process import free_port, running, wait_for
+from server_process import free_port, running, until, wait_for
 from steady_load import Load, SteadyLoad
 
 from serve.store import open_store
@@ -68,13 +68,6 @@ def serving(world: World, folder: Path, store: str, replicas: int) -> Iterator[S
         url = f"http://127.0.0.1:{port}"
         wait_for(url, log, process)
         yield Server(url, process.pid, world, store)
-
-
-def until(holds: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def answered_after(load: SteadyLoad, moment: float) -> bool:

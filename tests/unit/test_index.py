@@ -13,13 +13,12 @@ from hypothesis import strategies as st
 from recsys_ray.config import IndexConfig
 from recsys_ray.core.errors import ArtifactError
 from recsys_ray.scoring.memory import Recalled
-from recsys_ray.scoring.scorer import Pairs
+from recsys_ray.scoring.scorer import Pairs, Ranked
 from recsys_ray.serving.index import (
     TypeIndex,
     check_metric,
     check_unit_norm,
     exact_top_k,
-    search_types,
 )
 
 DIM = 16
@@ -32,6 +31,12 @@ NONE = np.empty(0, np.int64)
 def unit(rows: int, seed: int = 0) -> np.ndarray:
     values = np.random.default_rng(seed).standard_normal((rows, DIM), dtype=np.float32)
     return values / np.linalg.norm(values, axis=1, keepdims=True)
+
+
+def search(index: TypeIndex, query: np.ndarray, k: int, barred: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and gids of one query."""
+    found = index.search_each(query[None], k, Pairs(np.zeros(len(barred), np.int64), barred))
+    return found.score, found.gid
 
 
 def brute_force(vectors: np.ndarray, query: np.ndarray, k: int, allowed: np.ndarray) -> list[int]:
@@ -62,7 +67,7 @@ def test_exact_top_k_is_brute_force_across_chunks(monkeypatch):
 
 def test_search_is_brute_force(built):
     for query in unit(20, seed=2):
-        scores, gids = built.search(query, 10, NONE)
+        scores, gids = search(built, query, 10, NONE)
         assert gids.tolist() == brute_force(built.vectors, query, 10, built.gids)
         np.testing.assert_allclose(scores, built.vectors[gids] @ query, atol=1e-5)
 
@@ -106,7 +111,7 @@ def test_search_never_returns_forbidden_and_always_enough(k, count, seed):
     )
     barred = np.sort(np.random.default_rng(seed).choice(300, count, replace=False))
     allowed = np.setdiff1d(index.gids, barred)
-    scores, gids = index.search(unit(1, seed + 10)[0], k, barred)
+    scores, gids = search(index, unit(1, seed + 10)[0], k, barred)
     assert len(set(gids.tolist())) == len(gids) == min(k, len(allowed))
     assert set(gids.tolist()) <= set(allowed.tolist())
     assert (np.diff(scores) <= 1e-6).all()
@@ -117,9 +122,9 @@ def test_search_never_returns_forbidden_and_always_enough(k, count, seed):
 def test_nothing_left_and_empty_type():
     vectors = unit(5)
     index = TypeIndex.build("a", vectors, np.arange(5, dtype=np.int32), IndexConfig())
-    assert len(index.search(vectors[0], 3, np.arange(5))[1]) == 0
+    assert len(search(index, vectors[0], 3, np.arange(5))[1]) == 0
     empty = TypeIndex.build("b", vectors, np.empty(0, np.int32), IndexConfig())
-    assert len(empty.search(vectors[0], 3, NONE)[1]) == 0
+    assert len(search(empty, vectors[0], 3, NONE)[1]) == 0
     assert empty.tuned(vectors, 1.0) is empty
 
 
@@ -127,15 +132,15 @@ def test_types_are_merged_by_score():
     vectors = unit(90)
     kinds = [TypeIndex.build(str(t), vectors, np.arange(t, 90, 3, dtype=np.int32), IndexConfig()) for t in range(3)]
     for query in unit(5, seed=3):
-        _, gids = search_types(kinds, query, 12, NONE)
-        assert gids.tolist() == brute_force(vectors, query, 12, np.arange(90))
-        _, gids = search_types(kinds[:2], query, 12, NONE)
-        assert gids.tolist() == brute_force(vectors, query, 12, np.flatnonzero(np.arange(90) % 3 < 2))
+        found = [index.search_each(query[None], 12, Pairs.nothing()) for index in kinds]
+        assert Ranked.best(found, 12).gid.tolist() == brute_force(vectors, query, 12, np.arange(90))
+        few = np.flatnonzero(np.arange(90) % 3 < 2)
+        assert Ranked.best(found[:2], 12).gid.tolist() == brute_force(vectors, query, 12, few)
 
 
 def share_found(index: TypeIndex, queries: np.ndarray, k: int) -> float:
     """By ids."""
-    found = [set(index.search(query, k, NONE)[1].tolist()) for query in queries]
+    found = [set(search(index, query, k, NONE)[1].tolist()) for query in queries]
     wanted = [brute_force(index.vectors, query, k, index.gids) for query in queries]
     return float(np.mean([len(a & set(b)) / k for a, b in zip(found, wanted, strict=True)]))
 
@@ -178,7 +183,7 @@ def test_items_that_come_by_their_terms_are_found():
     made = TypeIndex.build("a", vectors, np.arange(4_000, dtype=np.int32), IndexConfig(exact_up_to=10), queries)
     assert made.recall >= 0.99 and made.candidates[1] <= 800
     for query in queries[:20]:
-        scores, found = made.search(query, 10, NONE)
+        scores, found = search(made, query, 10, NONE)
         np.testing.assert_allclose(scores, vectors[found] @ query, atol=1e-5)
 
 
@@ -196,14 +201,14 @@ def test_saved_and_loaded(built, tmp_path):
     assert (loaded.exact, loaded.recall, loaded.candidates) == (built.exact, built.recall, built.candidates)
     for query in unit(5, seed=5):
         barred = built.gids[:3].astype(np.int64)
-        assert loaded.search(query, 10, barred)[1].tolist() == built.search(query, 10, barred)[1].tolist()
+        assert search(loaded, query, 10, barred)[1].tolist() == search(built, query, 10, barred)[1].tolist()
 
 
 def test_an_index_grows():
     vectors, gids = unit(3_000), np.arange(3_000, dtype=np.int32)
     grown = TypeIndex.build("a", vectors, gids[:2_000], CODES, vectors[:50]).grown(gids)
     for query in unit(5, seed=5):
-        assert grown.search(query, 10, NONE)[1].tolist() == brute_force(vectors, query, 10, gids)
+        assert search(grown, query, 10, NONE)[1].tolist() == brute_force(vectors, query, 10, gids)
 
 
 def test_what_does_not_fit_is_refused(tmp_path):

@@ -77,7 +77,7 @@ class PartitionServers:
         self._on_failure = on_failure or _end_process
         try:
             places = _get([actor.reserve.remote() for actor in self._actors])
-            own = [ip for ip, _ in places]
+            addresses = [ip for ip, _ in places]
             if parts == 1:  # its clients are on this host. DGL unpickles what it is sent: nobody else may reach it
                 places = [("127.0.0.1", port) for _, port in places]
             wanted = {key: str(folder) for key, folder in (features or {}).items()}
@@ -87,7 +87,7 @@ class PartitionServers:
             self.stop()
             raise
         self.address: str = json.dumps(
-            {"name": name, "servers": places, "hosts": own, "features": ["text", "gid", *wanted]}
+            {"name": name, "servers": places, "hosts": addresses, "features": ["text", "gid", *wanted]}
         )
         self._serving = [actor.serve.remote() for actor in self._actors]
         threading.Thread(target=self._watch, daemon=True, name="partition-servers").start()
