@@ -235,7 +235,8 @@ def _write_items(work: Path, sources: _Sources) -> None:
         save_arrays(work / "ids.safetensors", {"vector": ids})
     score = ScoreSpec.load(sources.two_tower.path / VARIANT)
     if score.memory:
-        Memory.load(memory_file(sources.two_tower.path, "serve")).at(score.ridge).save(work / MEMORY_FILE)
+        memory = Memory.load(memory_file(sources.two_tower.path, "serve")).at(score.ridge, score.text_users)
+        memory.save(work / MEMORY_FILE)
     (work / "user_tower").mkdir(exist_ok=True)
     for name in ("model.safetensors", "spec.json", SCORE):
         shutil.copyfile(sources.two_tower.path / VARIANT / name, work / "user_tower" / name)

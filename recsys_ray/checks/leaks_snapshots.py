@@ -37,7 +37,7 @@ from recsys_ray.hgnn.sampler import WeightedEdges, build_blocks
 from recsys_ray.hgnn.signature import SignedSource, item_signatures
 from recsys_ray.scoring.choices import PERIODS, choices_file, count_choices
 from recsys_ray.scoring.memory import Memory, memory_file
-from recsys_ray.scoring.ridge import count_users, memory_of, solve
+from recsys_ray.scoring.ridge import count_users, load_nearest_texts, memory_of, solve
 from recsys_ray.storage.artifacts import load_arrays
 from recsys_ray.two_tower.batches import ArrayFeatures
 from recsys_ray.two_tower.stage import load_catalogue
@@ -260,11 +260,14 @@ def check_memory(run: FinishedRun, snapshot: Snapshot, ntype: np.ndarray, words:
         [count_users(events, snapshot, codes, history, len(ntype)) for events in map(Events.read, run.tables.shards)]
     )
     kept = read_edges(run.graph.path / PAIRS / f"{snapshot.name}.parquet")
-    made = memory_of([solve(kept, users, ntype, 0, len(ntype))], users, ntype)
+    near = load_nearest_texts(run.two_tower.path)
+    made = memory_of([solve(kept, users, ntype, 0, len(ntype))], near, users, ntype)
     for gid in range(len(ntype)):
         of = [slice(memory.begin[gid], memory.begin[gid + 1]) for memory in (stored, made)]
         same = np.array_equal(stored.gid[of[0]], made.gid[of[1]]) and stored.users[gid] == made.users[gid]
-        if not same or not np.allclose(stored.coefficient[of[0]], made.coefficient[of[1]], atol=_TOLERANCE):
+        assert stored.text is not None and made.text is not None
+        of_texts = np.allclose(stored.text[of[0]], made.text[of[1]], atol=_TOLERANCE) if same else False
+        if not of_texts or not np.allclose(stored.coefficient[of[0]], made.coefficient[of[1]], atol=_TOLERANCE):
             raise LeakError(
                 f"the memory of {words.item(gid)} in snapshot {snapshot.name} does not follow from the snapshot's pairs"
             )

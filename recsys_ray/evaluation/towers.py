@@ -49,7 +49,9 @@ class TrainedTowers:
             ArtifactError: the folder is not whole.
         """
         items, spec = load_arrays(folder / "items" / "test.safetensors"), ScoreSpec.load(folder)
-        memory = Memory.load(memory_file(folder.parent, "test")).at(spec.ridge) if spec.memory else None
+        memory = None
+        if spec.memory:
+            memory = Memory.load(memory_file(folder.parent, "test")).at(spec.ridge, spec.text_users)
         tower = load_user_tower(folder)
         score = Scorer.of_items(items, spec, memory, left_out)
         hgnn = hgnn if tower.spec.hgnn_dim else None

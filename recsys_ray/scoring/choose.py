@@ -1,10 +1,12 @@
-"""What validation chooses for the score: the memory's weight and ridge, and the weights of the trends.
+"""What validation chooses for the score: the memory's weight, ridge and users that texts stand for, and the weights of
+the trends.
 
 Every choice maximises the same measure of the same score: NDCG@100 of the validation queries, each a new item of a
 user, ranked within its item type without the items of the user's history. HR@10 is only reported. Early stopping and
 ``recsys-ray tune`` use the same measure.
 
-The memory is chosen first, with the unseen items at their share; then the trend of each type, with this memory.
+The memory's weight and ridge are chosen first, without texts and with the unseen items at their share; then what texts
+add to it; then the trend of each type, with this memory.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from torch import Tensor
 from recsys_ray.cluster.train import sum_over_ranks
 from recsys_ray.scoring import trends, unseen
 from recsys_ray.scoring.choices import Choices, nobody_had
-from recsys_ray.scoring.memory import RIDGES, WEIGHTS, Memory, Recalled
+from recsys_ray.scoring.memory import RIDGES, TEXT_USERS, WEIGHTS, Memory, Recalled
 from recsys_ray.scoring.scorer import TRENDS, UNSEEN, ScoreSpec
 
 DEPTH = 100  # places that gain something
@@ -254,23 +256,31 @@ def choose(
     weight, ridge = (gains == gains.max()).nonzero()[0].tolist()  # of equal ones the smallest
     spec = replace(spec, memory=scaled[weight], ridge=ridges[ridge])
     hit, gain = hits[weight, ridge], gains[weight, ridge]
-    if moment.with_trends:
-        ratios = torch.from_numpy(trend_ratios(some, vectors, moment, spec.temperature, all_ranks=True))
-        memory = moment.memory.at(spec.ridge) if moment.memory is not None and spec.memory else None
-        ways = [given + weight * spec.temperature * ratios for weight in trends.WEIGHTS]
-        hits, gains = torch.zeros(2, moment.types, len(ways), dtype=torch.float64)
-        together = torch.zeros(moment.types, len(ways), len(ways), dtype=torch.float64)
+    memory = moment.memory if spec.memory else None
+    text_users = (0.0,) if memory is None or memory.text is None else TEXT_USERS
+    if len(text_users) > 1 or moment.with_trends:
+        trend_weights = trends.WEIGHTS if moment.with_trends else (0.0,)
+        ratios = torch.zeros(len(vectors))
+        if moment.with_trends:
+            ratios = torch.from_numpy(trend_ratios(some, vectors, moment, spec.temperature, all_ranks=True))
+        memory = memory and memory.at(spec.ridge, *text_users)
+        ways = [given + weight * spec.temperature * ratios for weight in trend_weights]
+        hits, gains = torch.zeros(2, moment.types, len(text_users), len(ways), dtype=torch.float64)
+        together = torch.zeros(moment.types, len(text_users), len(ways), len(ways), dtype=torch.float64)
         for asked in queries:
             kind = int(moment.ntype[asked.first])
-            at = _places_of(asked, vectors, ways, memory, spec.half_life, [spec.memory])[:, :, 0, 0].T
+            at = _places_of(asked, vectors, ways, memory, spec.half_life, [spec.memory])[:, :, 0].permute(2, 1, 0)
             gained = gain_of(at)
-            hits[kind] += (at < _TOP).sum(0)
-            gains[kind] += gained.sum(0)
-            together[kind] += gained.T @ gained
+            hits[kind] += (at < _TOP).sum(1)
+            gains[kind] += gained.sum(1)
+            together[kind] += gained.mT @ gained
         hits, gains, together = (sum_over_ranks(part) for part in (hits, gains, together))
+        texts = int(gains[:, :, 0].sum(0).argmax())  # of equal ones the fewest; trends.WEIGHTS begins with 0
+        hits, gains, together = hits[:, texts], gains[:, texts], together[:, texts]
         told = [first_as_good(*of_type) > 0 for of_type in zip(gains, together, strict=True)]
         best = [int(own.argmax()) if tells else 0 for own, tells in zip(gains, told, strict=True)]
-        spec = replace(spec, trends=[trends.WEIGHTS[way] for way in best] if any(best) else [])
+        spec = replace(spec, text_users=text_users[texts])
+        spec = replace(spec, trends=[trend_weights[way] for way in best] if any(best) else [])
         hit, gain = (part[torch.arange(moment.types), torch.tensor(best)].sum() for part in (hits, gains))
     return Chosen(spec, float(hit / number), float(gain / number))
 

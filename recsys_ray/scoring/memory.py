@@ -4,12 +4,15 @@ Two vectors of 128 numbers generalise, but they cannot store every pair of items
 co-interaction graph has these pairs, so its edges are also used directly, like the wide part beside a deep one (Cheng
 et al., Wide & Deep Learning for Recommender Systems, DLRS 2016; ours, not the papers'):
 
-    memory(u, j) = w * log(1 + max(m_uj, 0) / SMALL),    m_uj = sum over i in history of u of a_ui * b_ij
+    memory(u, j) = w * log(1 + max(m_uj, 0) / SMALL),    m_uj = sum over i in history of u of a_ui * b'_ij
     a_ui proportional to 2^(-places back / half-life), their sum 1; of the latest REACH items, or all alike
+    b'_ij = b_ij + c q_ij / (users of i + ridge)
 
-b_.j is the ridge regression of having item j on having the items nearest to it (recsys_ray/scoring/ridge.py). The
-ridge and the weight w are chosen on the validation period (recsys_ray/scoring/choose.py), the half-life before training
-(recsys_ray/two_tower/recency.py); with weight 0 only the towers remain. The memory never lowers a score, so the top of
+b_.j is the ridge regression of having item j on having the items nearest to it (recsys_ray/scoring/ridge.py). Where few
+users had j, b_.j knows little, so j is given c users more, who had the items with the nearest texts with the shares
+q_.j (recsys_ray/scoring/texts.py). The ridge, the weight w and c are chosen on the validation period
+(recsys_ray/scoring/choose.py), the half-life before training (recsys_ray/two_tower/recency.py); with weight 0 only the
+towers remain. The memory never lowers a score, so the top of
 the index and the raised items contain the exact list (recsys_ray/scoring/scorer.py).
 
 Imports neither dgl nor transformers, because serving replicas use it.
@@ -17,7 +20,7 @@ Imports neither dgl nor transformers, because serving replicas use it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +28,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from recsys_ray.core.offsets import begins, spread
+from recsys_ray.scoring.texts import TextPairs
 from recsys_ray.storage.artifacts import load_arrays, save_arrays
 
 MEMORY_FILE = "memory.safetensors"  # of a bundle
@@ -32,6 +36,7 @@ RIDGES = (10.0, 30.0, 100.0, 300.0)  # which a validation chooses from
 WEIGHTS = (0.0, 0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 12.0)  # likewise; of the temperature
 HALF_LIVES = (1.0, 4.0, 16.0, None)  # places; None: all items of a history alike; also
 REACH = 50  # items, which bounds an answer's time; with 16 places a ninth of the weights would lie further back
+TEXT_USERS = (0.0, 3.0, 10.0, 30.0)  # likewise: c
 SMALL = 1e-2
 NEIGHBOURS = 100  # items that an item raises, per item type: those with the largest coefficients
 
@@ -56,8 +61,9 @@ class Memory:
 
     begin: Int[np.ndarray, "items_plus_1"]
     gid: Int[np.ndarray, "edges"]  # int32, ascending in each row
-    coefficient: Float[np.ndarray, "edges ridges"]  # float32: b
+    coefficient: Float[np.ndarray, "edges ridges"]  # float32: b, or b' once validation has chosen
     users: Int[np.ndarray, "items"]  # int32: how many had each item
+    text: Float[np.ndarray, "edges"] | None = None  # float32: q; None: texts tell nothing, or are part of b'
 
     @staticmethod
     def of_edges(
@@ -82,10 +88,32 @@ class Memory:
             users.astype(np.int32),
         )
 
-    def at(self, ridge: float) -> Memory:
-        """Of one ridge of ``RIDGES`` alone."""
-        place = RIDGES.index(ridge)
-        return replace(self, coefficient=np.ascontiguousarray(self.coefficient[:, place : place + 1]))
+    def with_texts(self, texts: TextPairs, ntype: Int[np.ndarray, "items"]) -> Memory:
+        """The same with q. Of the items that a text resembles, as of the others, only the nearest are kept."""
+        group = texts.src * (int(ntype.max(initial=0)) + 1) + ntype[texts.dst]
+        order = np.lexsort((texts.dst, -texts.share, group))
+        group = group[order]
+        kept = order[np.arange(len(group)) - np.searchsorted(group, group) < NEIGHBOURS]
+        size, ridges = len(self.users), self.coefficient.shape[1]
+        own = np.repeat(np.arange(size), np.diff(self.begin)) * size + self.gid
+        told = texts.src[kept] * size + texts.dst[kept]
+        both = np.union1d(own, told)
+        coefficient, text = np.zeros((len(both), ridges), np.float32), np.zeros(len(both), np.float32)
+        coefficient[np.searchsorted(both, own)] = self.coefficient
+        text[np.searchsorted(both, told)] = texts.share[kept]
+        begin = np.searchsorted(both, np.arange(size + 1) * size)
+        return Memory(begin.astype(np.int64), (both % size).astype(np.int32), coefficient, self.users, text)
+
+    def at(self, ridge: float, *text_users: float) -> Memory:
+        """b' of one ridge of ``RIDGES``, with each number of users that texts stand for; pairs without it are left
+        out."""
+        b = self.coefficient[:, RIDGES.index(ridge), None]
+        if self.text is not None:
+            users = np.repeat(self.users, np.diff(self.begin))
+            b = b + self.text[:, None] * np.array(text_users, np.float32) / (users[:, None] + np.float32(ridge))
+        kept = b.any(1)
+        begin = np.concatenate([[0], np.cumsum(kept)])[self.begin]
+        return Memory(begin, self.gid[kept], np.ascontiguousarray(b[kept], np.float32), self.users)
 
     def extended(
         self,
@@ -96,6 +124,8 @@ class Memory:
         anew: Int[np.ndarray, "m"],
         ntype: Int[np.ndarray, "items"],
         ridge: float,
+        texts: TextPairs,
+        text_users: float,
     ) -> Memory:
         """A copy in which the edges of the items ``anew`` are replaced.
 
@@ -103,6 +133,7 @@ class Memory:
 
         Args:
             src, dst, weight: edges into ``anew`` and out of it, each once.
+            texts: of the items ``anew``.
             users: of the items, whole for ``anew``; of others at least those who made the edges.
             ntype: of all items.
         """
@@ -112,13 +143,17 @@ class Memory:
         known[: len(self.users)] = self.users
         known[fresh] = 0
         known = np.maximum(known, users)
-        made = weight / (known[src] + ridge)
+        src, dst = np.concatenate([src, texts.src]), np.concatenate([dst, texts.dst])
+        made = np.concatenate([weight, text_users * texts.share]) / (known[src] + ridge)
+        pairs, place = np.unique(
+            src * len(ntype) + dst, return_inverse=True
+        )  # interactions and texts may name the same
         old_src = np.repeat(np.arange(len(self.users)), np.diff(self.begin))
         kept = ~fresh[old_src] & ~fresh[self.gid]
         return Memory.of_edges(
-            np.concatenate([old_src[kept], src]),
-            np.concatenate([self.gid[kept], dst]),
-            np.concatenate([self.coefficient[kept], made[:, None]]),
+            np.concatenate([old_src[kept], pairs // len(ntype)]),
+            np.concatenate([self.gid[kept], pairs % len(ntype)]),
+            np.concatenate([self.coefficient[kept], np.bincount(place, made, len(pairs))[:, None]]),
             known,
             ntype,
         )
@@ -128,7 +163,7 @@ class Memory:
         return Memory(**load_arrays(path))
 
     def save(self, path: Path) -> None:
-        save_arrays(path, vars(self))
+        save_arrays(path, {name: array for name, array in vars(self).items() if array is not None})
 
     def recall(
         self,
@@ -170,6 +205,11 @@ class Memory:
 def memory_file(two_tower: Path, snapshot: str) -> Path:
     """Where the two-tower stage keeps the memory of a snapshot, for both of its variants and with all ridges."""
     return two_tower / "memory" / f"{snapshot}.safetensors"
+
+
+def texts_file(two_tower: Path) -> Path:
+    """Where the two-tower stage keeps the nearest texts."""
+    return two_tower / "memory" / "texts.safetensors"
 
 
 def _latest(

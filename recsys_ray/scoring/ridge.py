@@ -27,14 +27,16 @@ import numpy as np
 import scipy.linalg.lapack as lapack
 from jaxtyping import Float, Int
 
-from recsys_ray.cluster.pool import in_parallel
+from recsys_ray.cluster.pool import alone, cpus_of_one_host, in_parallel
 from recsys_ray.core.offsets import spread
 from recsys_ray.core.progress import Progress
 from recsys_ray.data.tables import Events
 from recsys_ray.graph.edges import PAIRS, Edges, read_edges
 from recsys_ray.graph.pairs import Window, latest_items
 from recsys_ray.graph.snapshots import Snapshot
-from recsys_ray.scoring.memory import RIDGES, Memory, memory_file
+from recsys_ray.scoring.memory import RIDGES, Memory, memory_file, texts_file
+from recsys_ray.scoring.texts import NearestTexts, nearest_texts_of_all, text_pairs
+from recsys_ray.storage.artifacts import load_arrays, save_arrays
 
 _RANGES = 8  # of items, whose systems are solved by one task each
 _UNKNOWNS = 200  # of a system, over all item types; of each type at least
@@ -52,17 +54,21 @@ class Solved(NamedTuple):
 def fit_memories(
     ntype: Int[np.ndarray, "items"],
     graph: Path,
+    text: Path,
     users_of: Mapping[str, Int[np.ndarray, "items"]],
     out: Path,
     progress: Progress,
+    cpus: int,
 ) -> None:
-    """Write the memory of each snapshot of ``users_of`` (:func:`memory_file`).
+    """Write the memory of each snapshot of ``users_of`` (:func:`memory_file`), and the nearest texts.
 
     Args:
+        text: file of the featurize stage.
         users_of: snapshot -> users of each item (:func:`count_users`).
     """
     import ray
 
+    near = _nearest_texts(text, users_of, out, progress, cpus)
     with progress.task("memory", len(users_of) * _RANGES, "ranges of items") as task:
         for snapshot, users in users_of.items():
             pairs = read_edges(graph / PAIRS / f"{snapshot}.parquet")
@@ -72,13 +78,35 @@ def fit_memories(
             ):
                 parts.append(part)
                 task.advance()
-            memory_of(parts, users, ntype).save(memory_file(out, snapshot))
+            memory_of(parts, near, users, ntype).save(memory_file(out, snapshot))
 
 
-def memory_of(parts: Sequence[Solved], users: Int[np.ndarray, "items"], ntype: Int[np.ndarray, "items"]) -> Memory:
-    """``parts``: of all items."""
+def _nearest_texts(
+    text: Path, users_of: Mapping[str, Int[np.ndarray, "items"]], out: Path, progress: Progress, cpus: int
+) -> NearestTexts:
+    """The nearest texts of all items; an interrupted stage finds them in ``out`` again."""
+    if not users_of or texts_file(out).exists():
+        return load_nearest_texts(out) if users_of else NearestTexts(np.zeros((0, 0)), np.zeros((0, 0)))
+    threads = cpus_of_one_host(cpus)
+    with progress.task("nearest texts", 1) as task:
+        ever = np.max(list(users_of.values()), axis=0) > 0
+        near = alone(nearest_texts_of_all, text, ever, threads, cpus=threads)
+        save_arrays(texts_file(out), near._asdict())
+        task.advance()
+    return near  # type: ignore[no-any-return]
+
+
+def load_nearest_texts(out: Path) -> NearestTexts:
+    return NearestTexts(**load_arrays(texts_file(out)))
+
+
+def memory_of(
+    parts: Sequence[Solved], near: NearestTexts, users: Int[np.ndarray, "items"], ntype: Int[np.ndarray, "items"]
+) -> Memory:
+    """``parts``: of all items, as is ``near``."""
     src, dst, b = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return Memory.of_edges(src, dst, b, users, ntype)
+    texts = text_pairs(near, users, np.arange(len(users)))
+    return Memory.of_edges(src, dst, b, users, ntype).with_texts(texts, ntype)
 
 
 def _ranges(dst: Int[np.ndarray, "n"], items: int) -> list[tuple[int, int]]:

@@ -52,6 +52,7 @@ class ScoreSpec:
     half_life: float | None = 4.0  # of the history in the memory, places; None: all alike
     memory: float = 0.0  # weight of the memory; 0: none
     ridge: float = 0.0  # its ridge; 0: nothing was validated
+    text_users: float = 0.0  # its users that an item's text stands for
     trends: list[float] = field(default_factory=list)  # weight of each item type; empty: none
     unseen_share: list[float | None] = field(default_factory=list)  # of each type, as of the test; None: no examples
 

@@ -83,7 +83,8 @@ def train_two_tower(
     if asked or counted:
         tables = Tables(ingest.path)
         users = write_choices(config, tables, counted, asked, out, cpus)
-        fit_memories(tables.ntype, graph.path, users, out, progress)
+        text = (featurize.path / "text.safetensors").resolve()
+        fit_memories(tables.ntype, graph.path, text, users, out, progress, cpus)
     told = _Spec(
         config=config.two_tower,
         seed=seed_from(config.seed, "two_tower"),
