@@ -26,9 +26,10 @@ from recsys_ray.hgnn.encoder import make_hgnn
 from recsys_ray.hgnn.inference import LocalStore, embed_items
 from recsys_ray.hgnn.signature import SignedSource, item_signatures
 from recsys_ray.scoring.choices import choices_file
-from recsys_ray.scoring.memory import RIDGES, memory_file
+from recsys_ray.scoring.memory import RIDGES, TEXT_USERS, memory_file
 from recsys_ray.scoring.ridge import memory_of, solve
 from recsys_ray.scoring.scorer import TRENDS, UNSEEN, VECTOR, ScoreSpec
+from recsys_ray.scoring.texts import nearest_texts
 from recsys_ray.serving.histories import mapped_arrays
 from recsys_ray.serving.recommender import Recommender
 from recsys_ray.storage.artifacts import publish, save_arrays
@@ -193,12 +194,15 @@ def write_stages(world, text, embedding, hidden, strength, model, towers, spec, 
     save_arrays(work / "hgnn" / "items" / "serve.safetensors", {VECTOR: world.vectors, **world.terms})
     had = users_of_items(world)
     save_arrays(choices_file(work), {"serve": np.stack([had, np.zeros_like(had), np.zeros_like(had)])})
-    ScoreSpec(memory=0.1, ridge=RIDGES[0], trends=[0.5, 0.0, 0.5], unseen_share=[0.1, 0.1, 0.1]).save(work / "hgnn")
+    ScoreSpec(
+        memory=0.1, ridge=RIDGES[0], text_users=TEXT_USERS[1], trends=[0.5, 0.0, 0.5], unseen_share=[0.1, 0.1, 0.1]
+    ).save(work / "hgnn")
     save_file(towers.state_dict(), work / "hgnn" / "model.safetensors")
     spec.save(work / "hgnn" / "spec.json")
     (work / "hgnn" / "metrics.json").write_text("[]")
     edges, users = true_edges(world, size), np.bincount(world.events[:, 1], minlength=size)
-    memory = memory_of([solve(edges, users, world.ntype, 0, len(world.ntype))], users, world.ntype)
+    near = nearest_texts(text, users > 0, np.arange(size), threads=1)
+    memory = memory_of([solve(edges, users, world.ntype, 0, len(world.ntype))], near, users, world.ntype)
     memory.save(memory_file(work, "serve"))
     publish(work, "two_tower", "two_tower")
 

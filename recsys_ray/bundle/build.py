@@ -235,7 +235,7 @@ def _write_items(work: Path, sources: _Sources) -> None:
         save_arrays(work / "ids.safetensors", {"vector": ids})
     score = ScoreSpec.load(sources.two_tower.path / VARIANT)
     if score.memory:
-        memory = Memory.load(memory_file(sources.two_tower.path, "serve")).at(score.ridge, score.text_users)
+        memory = Memory.load(memory_file(sources.two_tower.path, "serve")).at(score.ridge, [score.text_users])
         memory.save(work / MEMORY_FILE)
     (work / "user_tower").mkdir(exist_ok=True)
     for name in ("model.safetensors", "spec.json", SCORE):

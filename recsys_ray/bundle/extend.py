@@ -47,7 +47,7 @@ from recsys_ray.hgnn.inductive import Surroundings
 from recsys_ray.scoring.choose import Moment, Users, unseen_term
 from recsys_ray.scoring.memory import MEMORY_FILE, Memory
 from recsys_ray.scoring.scorer import UNSEEN, VECTOR, ScoreSpec, with_item_terms
-from recsys_ray.scoring.texts import nearest_texts, text_pairs
+from recsys_ray.scoring.texts import TextPairs, nearest_texts, text_pairs
 from recsys_ray.serving.catalogue import Items, read_table, sorted_ids, write_table
 from recsys_ray.serving.filters import Facts, write_facts
 from recsys_ray.serving.histories import Histories, HistoryWriter, mapped_arrays, user_inputs
@@ -300,11 +300,12 @@ class _Extension:
     def _write_memory(self, known: Known, new: Arrivals, directions: Counted, users: Array) -> None:
         if (self.source.path / MEMORY_FILE).exists():
             memory, ntype = Memory.load(self.source.path / MEMORY_FILE), with_arrivals(known, new)
-            had = users.copy()
-            had[: len(memory.users)] = np.maximum(had[: len(memory.users)], memory.users)
-            text = mapped_arrays(self.work / "text.safetensors")["vector"].numpy()
-            near = nearest_texts(text, had > 0, new.gid, self.cpus)
-            texts = text_pairs(near, had, new.gid)
+            texts = TextPairs.nothing()
+            if self.score.text_users:
+                had = users.copy()
+                had[: len(memory.users)] = np.maximum(had[: len(memory.users)], memory.users)
+                text = mapped_arrays(self.work / "text.safetensors")["vector"].numpy()
+                texts = text_pairs(nearest_texts(text, had > 0, new.gid, self.cpus), had, new.gid)
             columns = directions.src, directions.dst, directions.weight / ONE
             grown = memory.extended(*columns, users, new.gid, ntype, self.score.ridge, texts, self.score.text_users)
             grown.save(self.work / MEMORY_FILE)

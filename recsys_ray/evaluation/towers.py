@@ -51,7 +51,7 @@ class TrainedTowers:
         items, spec = load_arrays(folder / "items" / "test.safetensors"), ScoreSpec.load(folder)
         memory = None
         if spec.memory:
-            memory = Memory.load(memory_file(folder.parent, "test")).at(spec.ridge, spec.text_users)
+            memory = Memory.load(memory_file(folder.parent, "test")).at(spec.ridge, [spec.text_users])
         tower = load_user_tower(folder)
         score = Scorer.of_items(items, spec, memory, left_out)
         hgnn = hgnn if tower.spec.hgnn_dim else None

@@ -250,39 +250,66 @@ def choose(
     given = torch.from_numpy(unseen_term(users, vectors, moment, spec.temperature))
     weights, ridges = (WEIGHTS, RIDGES) if moment.memory is not None else ((0.0,), (0.0,))
     scaled = [spec.temperature * weight for weight in weights]
-    found = [_places_of(asked, vectors, [given], moment.memory, spec.half_life, scaled)[0] for asked in queries]
-    at = torch.cat(found or [torch.zeros(0, len(scaled), len(ridges))])
-    hits, gains = sum_over_ranks((at < _TOP).sum(0).double()), sum_over_ranks(gain_of(at).sum(0))
+    hits, gains = _sums(queries, vectors, given, moment.memory, spec.half_life, scaled)
     weight, ridge = (gains == gains.max()).nonzero()[0].tolist()  # of equal ones the smallest
     spec = replace(spec, memory=scaled[weight], ridge=ridges[ridge])
     hit, gain = hits[weight, ridge], gains[weight, ridge]
     memory = moment.memory if spec.memory else None
-    text_users = (0.0,) if memory is None or memory.text is None else TEXT_USERS
-    if len(text_users) > 1 or moment.with_trends:
-        trend_weights = trends.WEIGHTS if moment.with_trends else (0.0,)
-        ratios = torch.zeros(len(vectors))
-        if moment.with_trends:
-            ratios = torch.from_numpy(trend_ratios(some, vectors, moment, spec.temperature, all_ranks=True))
-        memory = memory and memory.at(spec.ridge, *text_users)
-        ways = [given + weight * spec.temperature * ratios for weight in trend_weights]
-        hits, gains = torch.zeros(2, moment.types, len(text_users), len(ways), dtype=torch.float64)
-        together = torch.zeros(moment.types, len(text_users), len(ways), len(ways), dtype=torch.float64)
-        for asked in queries:
-            kind = int(moment.ntype[asked.first])
-            at = _places_of(asked, vectors, ways, memory, spec.half_life, [spec.memory])[:, :, 0].permute(2, 1, 0)
-            gained = gain_of(at)
-            hits[kind] += (at < _TOP).sum(1)
-            gains[kind] += gained.sum(1)
-            together[kind] += gained.mT @ gained
-        hits, gains, together = (sum_over_ranks(part) for part in (hits, gains, together))
-        texts = int(gains[:, :, 0].sum(0).argmax())  # of equal ones the fewest; trends.WEIGHTS begins with 0
-        hits, gains, together = hits[:, texts], gains[:, texts], together[:, texts]
-        told = [first_as_good(*of_type) > 0 for of_type in zip(gains, together, strict=True)]
-        best = [int(own.argmax()) if tells else 0 for own, tells in zip(gains, told, strict=True)]
-        spec = replace(spec, text_users=text_users[texts])
-        spec = replace(spec, trends=[trend_weights[way] for way in best] if any(best) else [])
-        hit, gain = (part[torch.arange(moment.types), torch.tensor(best)].sum() for part in (hits, gains))
+    if memory is not None and memory.text is not None:
+        memory = memory.at(spec.ridge, TEXT_USERS)
+        hits, gains = (part[0] for part in _sums(queries, vectors, given, memory, spec.half_life, [spec.memory]))
+        best = int(gains.argmax())  # of equal ones the fewest
+        memory, spec = memory.column(best), replace(spec, text_users=TEXT_USERS[best])
+        hit, gain = hits[best], gains[best]
+    elif memory is not None:
+        memory = memory.at(spec.ridge)
+    if moment.with_trends:
+        ratios = torch.from_numpy(trend_ratios(some, vectors, moment, spec.temperature, all_ranks=True))
+        spec, hit, gain = _with_trends(queries, vectors, given, ratios, memory, moment, spec)
     return Chosen(spec, float(hit / number), float(gain / number))
+
+
+def _sums(
+    queries: Sequence[Queries],
+    vectors: Float[Tensor, "N d"],
+    given: Float[Tensor, "N"],
+    memory: Memory | None,
+    half_life: float | None,
+    weights: Sequence[float],
+) -> tuple[Float[Tensor, "weights columns"], Float[Tensor, "weights columns"]]:
+    """Hits and gains with each weight and column of the memory, over all queries of all ranks."""
+    columns = 1 if memory is None else memory.coefficient.shape[1]
+    found = [_places_of(asked, vectors, [given], memory, half_life, weights)[0] for asked in queries]
+    at = torch.cat(found or [torch.zeros(0, len(weights), columns)])
+    return sum_over_ranks((at < _TOP).sum(0).double()), sum_over_ranks(gain_of(at).sum(0))
+
+
+def _with_trends(
+    queries: Sequence[Queries],
+    vectors: Float[Tensor, "N d"],
+    given: Float[Tensor, "N"],
+    ratios: Float[Tensor, "N"],
+    memory: Memory | None,
+    moment: Moment,
+    spec: ScoreSpec,
+) -> tuple[ScoreSpec, Float[Tensor, ""], Float[Tensor, ""]]:
+    """The spec with the weight of each type's trend, and the hits and gains with it. ``memory``: what was chosen."""
+    ways = [given + weight * spec.temperature * ratios for weight in trends.WEIGHTS]
+    hits, gains = torch.zeros(2, moment.types, len(ways), dtype=torch.float64)
+    together = torch.zeros(moment.types, len(ways), len(ways), dtype=torch.float64)
+    for asked in queries:
+        kind = int(moment.ntype[asked.first])
+        at = _places_of(asked, vectors, ways, memory, spec.half_life, [spec.memory])[:, :, 0, 0].T
+        gained = gain_of(at)
+        hits[kind] += (at < _TOP).sum(0)
+        gains[kind] += gained.sum(0)
+        together[kind] += gained.T @ gained
+    hits, gains, together = (sum_over_ranks(part) for part in (hits, gains, together))
+    told = [first_as_good(*of_type) > 0 for of_type in zip(gains, together, strict=True)]
+    best = [int(own.argmax()) if tells else 0 for own, tells in zip(gains, told, strict=True)]
+    spec = replace(spec, trends=[trends.WEIGHTS[way] for way in best] if any(best) else [])
+    hit, gain = (part[torch.arange(moment.types), torch.tensor(best)].sum() for part in (hits, gains))
+    return spec, hit, gain
 
 
 def _places_of(

@@ -20,7 +20,8 @@ Imports neither dgl nor transformers, because serving replicas use it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,7 +105,7 @@ class Memory:
         begin = np.searchsorted(both, np.arange(size + 1) * size)
         return Memory(begin.astype(np.int64), (both % size).astype(np.int32), coefficient, self.users, text)
 
-    def at(self, ridge: float, *text_users: float) -> Memory:
+    def at(self, ridge: float, text_users: Sequence[float] = (0.0,)) -> Memory:
         """b' of one ridge of ``RIDGES``, with each number of users that texts stand for; pairs without it are left
         out."""
         b = self.coefficient[:, RIDGES.index(ridge), None]
@@ -113,7 +114,11 @@ class Memory:
             b = b + self.text[:, None] * np.array(text_users, np.float32) / (users[:, None] + np.float32(ridge))
         kept = b.any(1)
         begin = np.concatenate([[0], np.cumsum(kept)])[self.begin]
-        return Memory(begin, self.gid[kept], np.ascontiguousarray(b[kept], np.float32), self.users)
+        return Memory(begin, self.gid[kept], b[kept].astype(self.coefficient.dtype), self.users)
+
+    def column(self, place: int) -> Memory:
+        """Of one column of coefficients alone."""
+        return replace(self, coefficient=np.ascontiguousarray(self.coefficient[:, place : place + 1]))
 
     def extended(
         self,
@@ -145,9 +150,8 @@ class Memory:
         known = np.maximum(known, users)
         src, dst = np.concatenate([src, texts.src]), np.concatenate([dst, texts.dst])
         made = np.concatenate([weight, text_users * texts.share]) / (known[src] + ridge)
-        pairs, place = np.unique(
-            src * len(ntype) + dst, return_inverse=True
-        )  # interactions and texts may name the same
+        # interactions and texts may tell of the same pair
+        pairs, place = np.unique(src * len(ntype) + dst, return_inverse=True)
         old_src = np.repeat(np.arange(len(self.users)), np.diff(self.begin))
         kept = ~fresh[old_src] & ~fresh[self.gid]
         return Memory.of_edges(

@@ -47,6 +47,11 @@ class TextPairs(NamedTuple):
     dst: Int[np.ndarray, "n"]
     share: Float[np.ndarray, "n"]  # float32: q
 
+    @staticmethod
+    def nothing() -> TextPairs:
+        none = np.zeros(0, np.int64)
+        return TextPairs(none, none, np.zeros(0, np.float32))
+
 
 def nearest_texts(
     text: Float[np.ndarray, "items dim"],

@@ -20,8 +20,9 @@ from recsys_ray.scoring.choose import (
     places,
     unseen_term,
 )
-from recsys_ray.scoring.memory import RIDGES, WEIGHTS, Memory, Recalled
+from recsys_ray.scoring.memory import RIDGES, TEXT_USERS, WEIGHTS, Memory, Recalled
 from recsys_ray.scoring.scorer import TRENDS, UNSEEN, ScoreSpec
+from recsys_ray.scoring.texts import TextPairs
 from recsys_ray.scoring.trends import WEIGHTS as TREND_WEIGHTS
 from recsys_ray.two_tower.rows import take
 from recsys_ray.two_tower.stage import VARIANTS, write_specs
@@ -108,6 +109,36 @@ def test_validation_weighs_the_memory_by_what_it_is_worth(true):
     alone, _ = board_trainer(replace(task, moment=Moment(task.moment.ntype, None)))
     alone.averaged = trainer.averaged
     assert alone.validate().hit_rate < 0.1 * CHANCE and alone.validate().spec.memory == 0
+
+
+@pytest.mark.parametrize("true", [True, False])
+def test_validation_counts_the_users_that_texts_stand_for_by_what_they_are_worth(true):
+    """A weak memory knows a third of the items; the texts of the others resemble items of their colour, or any."""
+    task = board_task("nowhere")
+    whole = _board_memory(True)
+    src = np.repeat(np.arange(ITEMS), np.diff(whole.begin))
+    known = whole.gid % 3 == 0
+    kept = Memory.of_edges(
+        src[known], whole.gid[known], whole.coefficient[known] / 10, whole.users, np.zeros(ITEMS, int)
+    )
+    random = np.random.default_rng(0)
+    alike = random.integers(0, ITEMS // 2, (ITEMS, 10)) * 2
+    alike += np.arange(ITEMS)[:, None] % 2 if true else random.integers(0, 2, alike.shape)
+    dst = np.repeat(np.arange(ITEMS), 10)
+    pairs, place = np.unique(alike.ravel() * ITEMS + dst, return_index=True)
+    texts = TextPairs(pairs // ITEMS, pairs % ITEMS, np.full(len(place), 0.1, np.float32))
+    task.moment = replace(task.moment, memory=kept.with_texts(texts, np.zeros(ITEMS, int)))
+    trainer, optimizer = board_trainer(task)
+    train_epochs(trainer, optimizer, {})
+    found = trainer.validate()
+    trainer.task.moment = replace(task.moment, memory=kept)
+    without = trainer.validate()
+    assert without.spec.text_users == 0 and found.spec.text_users in TEXT_USERS
+    assert (found.spec.memory, found.spec.ridge) == (without.spec.memory, without.spec.ridge)
+    if true:
+        assert found.spec.text_users > 0 and found.gain > 1.1 * without.gain
+    else:
+        assert found.gain >= without.gain
 
 
 @pytest.mark.parametrize("share", [1e-6, 0.9])

@@ -27,9 +27,10 @@ from recsys_ray.hgnn.blocks import ItemTypes
 from recsys_ray.hgnn.inductive import EdgeList
 from recsys_ray.scoring.memory import MEMORY_FILE, Memory
 from recsys_ray.scoring.scorer import ScoreSpec
+from recsys_ray.scoring.texts import nearest_texts, text_pairs
 from recsys_ray.serving.histories import mapped_arrays
 from recsys_ray.serving.recommender import Recommender
-from recsys_ray.storage.artifacts import open_artifact
+from recsys_ray.storage.artifacts import load_arrays, open_artifact
 from recsys_ray.storage.outputs import find_bundle
 from serve.app import create_app
 from serve.live import LiveAnswers
@@ -188,11 +189,16 @@ def test_the_memory_holds_the_edges_of_new_items_in_both_directions(late, extend
     ids, edges = late.whole.item_ids, true_edges(late.whole, len(late.whole.item_ids))
     into = edges.dst == ids.index(late.linked)
     weight = {ids[src]: w for src, w in zip(edges.src[into].tolist(), edges.weight[into].tolist(), strict=True)}
-    ridge = ScoreSpec.load(extended / "user_tower").ridge
+    spec, text = ScoreSpec.load(extended / "user_tower"), load_arrays(extended / "text.safetensors")["vector"]
+    mine = np.array([gid])
+    texts = text_pairs(nearest_texts(text, new.users > 0, mine, threads=1), new.users, mine)
+    told = dict(zip(texts.src.tolist(), (spec.text_users * texts.share).tolist(), strict=True))
+    assert set(near.tolist()) & set(told)
     for item in near.tolist():
         row = new.gid[new.begin[item] : new.begin[item + 1]].tolist()
         sent = new.coefficient[new.begin[item] + row.index(gid), 0]  # from the other item to the new one
-        assert sent == pytest.approx(weight[late.world.item_ids[item]] / (new.users[item] + ridge))
+        expected = weight[late.world.item_ids[item]] + told.get(item, 0)
+        assert sent == pytest.approx(expected / (new.users[item] + spec.ridge), rel=1e-5)
         before = old.gid[old.begin[item] : old.begin[item + 1]].tolist() if item < len(old.users) else []
         assert gid in row and set(before) <= set(row)
     untouched = next(u for u in late.world.user_ids if u not in late.trickle["user_id"].to_pylist())

@@ -29,8 +29,9 @@ from recsys_ray.hgnn.encoder import make_hgnn
 from recsys_ray.hgnn.inference import LocalStore, embed_items
 from recsys_ray.hgnn.signature import SignedSource, item_signatures
 from recsys_ray.scoring.choices import choices_file, count_choices
-from recsys_ray.scoring.memory import memory_file
+from recsys_ray.scoring.memory import memory_file, texts_file
 from recsys_ray.scoring.ridge import count_users, memory_of, solve
+from recsys_ray.scoring.texts import nearest_texts
 from recsys_ray.storage.artifacts import Artifact, load_arrays, save_arrays, write_json
 from recsys_ray.two_tower.batches import ArrayFeatures
 from recsys_ray.two_tower.stage import load_catalogue
@@ -83,10 +84,12 @@ def run(tmp_path) -> FinishedRun:
     save_arrays(folders["graph"] / ACTIVITY, activity)
     write_embeddings(folders, snapshots, ids, torch.from_numpy(text.astype(np.float32)))
     write_towers(folders, text)
+    near = nearest_texts(text, np.ones(ITEMS, bool), np.arange(ITEMS), threads=1)
+    save_arrays(texts_file(folders["two_tower"]), near._asdict())
     for s in snapshots[-3:]:
         pairs = read_edges(folders["graph"] / PAIRS / f"{s.name}.parquet")
         users = count_users(Events.read(shard), s, [0], 100, ITEMS)
-        memory = memory_of([solve(pairs, users, ntype, 0, ITEMS)], users, ntype)
+        memory = memory_of([solve(pairs, users, ntype, 0, ITEMS)], near, users, ntype)
         memory.save(memory_file(folders["two_tower"], s.name))
     chosen = count_choices(Events.read(shard), snapshots, [0], ITEMS)
     names = [s.name for s in snapshots]

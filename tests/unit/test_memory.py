@@ -12,6 +12,7 @@ from recsys_ray.baselines.ease import solve as solve_ease
 from recsys_ray.graph.edges import Edges
 from recsys_ray.scoring.memory import REACH, RIDGES, SMALL, Memory, _latest
 from recsys_ray.scoring.ridge import _ranges, solve
+from recsys_ray.scoring.texts import TextPairs
 
 RIDGE = RIDGES[1]
 PAIRS = {(0, 1): 0.4, (1, 0): 0.2, (2, 0): 0.1, (3, 4): -0.3, (4, 3): 0.3, (0, 5): 0.05}  # from, to: b
@@ -129,15 +130,44 @@ def test_a_saved_memory_is_the_same_and_one_ridge_can_be_taken_of_it(memory, tmp
     assert np.array_equal(several.at(RIDGES[2]).coefficient, columns[:, 2:3])
 
 
+def test_texts_stand_for_users_beside_those_who_had_an_item(memory, tmp_path):
+    """Items 5 and 6 are like item 0, and 6 like item 3; a pair that the edges have, too, gets both."""
+    several = replace(memory, coefficient=np.repeat(memory.coefficient, len(RIDGES), 1))
+    texts = TextPairs(np.array([0, 0, 3]), np.array([5, 6, 6]), np.array([1, 0.25, 0.75], np.float32))
+    whole = several.with_texts(texts, np.zeros(SIZE, int))
+    whole.save(tmp_path / "m.safetensors")
+    whole = Memory.load(tmp_path / "m.safetensors")
+    found = pairs_of(whole.at(RIDGE, [10.0]))
+    assert set(found) == {*PAIRS, (0, 6), (3, 6)}
+    assert found[0, 5] == pytest.approx(PAIRS[0, 5] + 10 / (3 + RIDGE))
+    assert found[0, 6] == pytest.approx(2.5 / (3 + RIDGE)) and found[3, 6] == pytest.approx(7.5 / (6 + RIDGE))
+    assert found[3, 4] == pytest.approx(PAIRS[3, 4])
+    assert pairs_of(whole.at(RIDGE)) == pairs_of(memory)
+    both = whole.at(RIDGE, [0.0, 10.0]).coefficient
+    assert both.shape == (len(PAIRS) + 2, 2)
+    np.testing.assert_array_equal(both[:, 1:], whole.at(RIDGE, [10.0]).coefficient)
+
+
+def test_of_the_items_that_a_text_resembles_the_nearest_are_kept(memory, monkeypatch):
+    monkeypatch.setattr("recsys_ray.scoring.memory.NEIGHBOURS", 2)
+    texts = TextPairs(np.zeros(4, int), np.array([3, 4, 5, 6]), np.array([0.1, 0.4, 0.2, 0.3], np.float32))
+    found = memory.with_texts(texts, np.zeros(SIZE, int))
+    row = slice(found.begin[0], found.begin[1])
+    told = found.text[row] > 0
+    assert found.gid[row][told].tolist() == [4, 6] and set(found.gid[row][~told]) == {1, 5}
+
+
 def test_new_items_bring_their_edges_and_replaced_ones_change_theirs(memory):
     """Item 7 is new and item 2 is replaced; pairs of the others stay as they are."""
     users = np.zeros(SIZE + 1, int)
     users[[2, 7]] = 9, 4
     edges = np.array([0, 7, 4, 2]), np.array([7, 0, 2, 4]), np.array([3, 1.5, 5, 2.5])
-    grown = memory.extended(*edges, users, np.array([2, 7]), np.arange(SIZE + 1), RIDGE)
+    texts = TextPairs(np.array([0, 3]), np.array([7, 7]), np.array([0.4, 0.6], np.float32))
+    grown = memory.extended(*edges, users, np.array([2, 7]), np.arange(SIZE + 1), RIDGE, texts, 10.0)
     found = pairs_of(grown)
-    assert set(found) == {pair for pair in PAIRS if 2 not in pair} | {(0, 7), (7, 0), (4, 2), (2, 4)}
-    assert found[0, 7] == pytest.approx(3 / (3 + RIDGE)) and found[7, 0] == pytest.approx(1.5 / (4 + RIDGE))
+    assert set(found) == {pair for pair in PAIRS if 2 not in pair} | {(0, 7), (7, 0), (4, 2), (2, 4), (3, 7)}
+    assert found[0, 7] == pytest.approx((3 + 4) / (3 + RIDGE)) and found[3, 7] == pytest.approx(6 / (6 + RIDGE))
+    assert found[7, 0] == pytest.approx(1.5 / (4 + RIDGE))
     assert found[2, 4] == pytest.approx(2.5 / (9 + RIDGE)) and found[0, 1] == pytest.approx(0.4)
     assert grown.users.tolist() == [3, 4, 9, 6, 7, 8, 9, 4]
 
