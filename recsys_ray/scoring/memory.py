@@ -6,11 +6,11 @@ et al., Wide & Deep Learning for Recommender Systems, DLRS 2016; ours, not the p
 
     memory(u, j) = w * log(1 + max(m_uj, 0) / SMALL),    m_uj = sum over i in history of u of a_ui * b'_ij
     a_ui proportional to 2^(-places back / half-life), their sum 1; of the latest REACH items, or all alike
-    b'_ij = b_ij + c q_ij / (users of i + ridge)
+    b'_ij = b_ij + c t_ij / (users of i + ridge)
 
 b_.j is the ridge regression of having item j on having the items nearest to it (recsys_ray/scoring/ridge.py). Where few
-users had j, b_.j knows little, so j is given c users more, who had the items with the nearest texts with the shares
-q_.j (recsys_ray/scoring/texts.py). The ridge, the weight w and c are chosen on the validation period
+users had j, b_.j knows little, so j is given some users more, c t_ij of each item i with one of the nearest texts
+(recsys_ray/scoring/texts.py). The ridge, the weight w and c are chosen on the validation period
 (recsys_ray/scoring/choose.py), the half-life before training (recsys_ray/two_tower/recency.py); with weight 0 only the
 towers remain. The memory never lowers a score, so the top of
 the index and the raised items contain the exact list (recsys_ray/scoring/scorer.py).
@@ -64,7 +64,7 @@ class Memory:
     gid: Int[np.ndarray, "edges"]  # int32, ascending in each row
     coefficient: Float[np.ndarray, "edges ridges"]  # float32: b, or b' once validation has chosen
     users: Int[np.ndarray, "items"]  # int32: how many had each item
-    text: Float[np.ndarray, "edges"] | None = None  # float32: q; None: texts tell nothing, or are part of b'
+    text: Float[np.ndarray, "edges"] | None = None  # float32: t; None: texts tell nothing, or are part of b'
 
     @staticmethod
     def of_edges(
@@ -90,9 +90,9 @@ class Memory:
         )
 
     def with_texts(self, texts: TextPairs, ntype: Int[np.ndarray, "items"]) -> Memory:
-        """The same with q. Of the items that a text resembles, as of the others, only the nearest are kept."""
+        """The same with t. Of the items that a text resembles, as of the others, only the nearest are kept."""
         group = texts.src * (int(ntype.max(initial=0)) + 1) + ntype[texts.dst]
-        order = np.lexsort((texts.dst, -texts.share, group))
+        order = np.lexsort((texts.dst, -texts.users, group))
         group = group[order]
         kept = order[np.arange(len(group)) - np.searchsorted(group, group) < NEIGHBOURS]
         size, ridges = len(self.users), self.coefficient.shape[1]
@@ -101,7 +101,7 @@ class Memory:
         both = np.union1d(own, told)
         coefficient, text = np.zeros((len(both), ridges), np.float32), np.zeros(len(both), np.float32)
         coefficient[np.searchsorted(both, own)] = self.coefficient
-        text[np.searchsorted(both, told)] = texts.share[kept]
+        text[np.searchsorted(both, told)] = texts.users[kept]
         begin = np.searchsorted(both, np.arange(size + 1) * size)
         return Memory(begin.astype(np.int64), (both % size).astype(np.int32), coefficient, self.users, text)
 
@@ -149,7 +149,7 @@ class Memory:
         known[fresh] = 0
         known = np.maximum(known, users)
         src, dst = np.concatenate([src, texts.src]), np.concatenate([dst, texts.dst])
-        made = np.concatenate([weight, text_users * texts.share]) / (known[src] + ridge)
+        made = np.concatenate([weight, text_users * texts.users]) / (known[src] + ridge)
         # interactions and texts may tell of the same pair
         pairs, place = np.unique(src * len(ntype) + dst, return_inverse=True)
         old_src = np.repeat(np.arange(len(self.users)), np.diff(self.begin))

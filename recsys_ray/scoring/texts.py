@@ -1,13 +1,13 @@
 """The items with the nearest texts: which items an item that few users had would be taken with.
 
-Of a new item nobody knows the co-interactions, and of a thin one few are known by chance. What its text tells is taken
-as users in addition to those who had it (recsys_ray/scoring/memory.py): ``c`` users, the same number for every item,
-who came from the ``ALIKE`` items with the nearest texts, from each with the share (ours, not the papers')
+Of a new item nobody knows the co-interactions, and of a thin one few are known by chance. What the text of an item j
+tells is taken as users in addition to the n_j who had it (recsys_ray/scoring/memory.py): of item i, which is one of the
+``ALIKE`` items with the nearest texts, c t_ij users (ours, not the papers')
 
-    q_ij = max(cos(x_i, x_j), 0)^SHARPNESS / sum of the same over i
+    t_ij = (1 + NEW / (1 + n_j)) max(cos(x_i, x_j), 0)^SHARPNESS / sum over i of max(cos(x_i, x_j), 0)^SHARPNESS
 
-So an item that thousands had keeps what they tell, and one that nobody had is next to the items that its text
-resembles. An item says nothing whose text as many others have, such as a catalogue's default title.
+The sum over i is c for an item that thousands had, which keeps what they tell, and (1 + NEW) c for one that nobody had,
+since its users are still to come. A text says nothing that as many other items have, such as a default title.
 
 Imports neither dgl nor transformers.
 """
@@ -25,6 +25,7 @@ from recsys_ray.storage.artifacts import load_arrays
 
 ALIKE = 10  # items of which an item's text tells
 SHARPNESS = 8
+NEW = 3
 _FOUND = 30  # nearest items that are looked for: at an earlier snapshot some of them had no users yet
 _SAME = 0.9999  # cosine of texts that are the same but for rounding
 _EXACT = 1 << 34  # comparisons of two texts at most; beyond, texts are compared within the nearest of many cells
@@ -41,11 +42,11 @@ class NearestTexts(NamedTuple):
 
 
 class TextPairs(NamedTuple):
-    """The shares q of the users that texts stand for."""
+    """The users that texts stand for."""
 
     src: Int[np.ndarray, "n"]
     dst: Int[np.ndarray, "n"]
-    share: Float[np.ndarray, "n"]  # float32: q
+    users: Float[np.ndarray, "n"]  # float32: t
 
     @staticmethod
     def nothing() -> TextPairs:
@@ -103,11 +104,11 @@ def _index_of(text: Float[np.ndarray, "known dim"], wanted: int) -> faiss.Index:
 
 
 def text_pairs(near: NearestTexts, users: Int[np.ndarray, "items"], wanted: Int[np.ndarray, "n"]) -> TextPairs:
-    """q of the items ``wanted``, whose rows ``near`` has, by the users of each item at a snapshot."""
+    """t of the items ``wanted``, whose rows ``near`` has, by the users of each item at a snapshot."""
     there = (near.gid >= 0) & (users[near.gid] > 0)
     there &= there.cumsum(1) <= ALIKE
     there &= near.cosine[:, ALIKE - 1, None] < _SAME
     told = np.where(there, np.maximum(near.cosine, 0) ** SHARPNESS, 0)
-    share = told / np.maximum(told.sum(1, keepdims=True), np.finfo(np.float32).tiny)
+    told *= (1 + NEW / (1 + users[wanted]))[:, None] / np.maximum(told.sum(1), np.finfo(np.float32).tiny)[:, None]
     row, column = np.nonzero(told)
-    return TextPairs(near.gid[row, column].astype(np.int64), wanted[row], share[row, column].astype(np.float32))
+    return TextPairs(near.gid[row, column].astype(np.int64), wanted[row], told[row, column].astype(np.float32))

@@ -192,7 +192,7 @@ def test_the_memory_holds_the_edges_of_new_items_in_both_directions(late, extend
     spec, text = ScoreSpec.load(extended / "user_tower"), load_arrays(extended / "text.safetensors")["vector"]
     mine = np.array([gid])
     texts = text_pairs(nearest_texts(text, new.users > 0, mine, threads=1), new.users, mine)
-    told = dict(zip(texts.src.tolist(), (spec.text_users * texts.share).tolist(), strict=True))
+    told = dict(zip(texts.src.tolist(), (spec.text_users * texts.users).tolist(), strict=True))
     assert set(near.tolist()) & set(told)
     for item in near.tolist():
         row = new.gid[new.begin[item] : new.begin[item + 1]].tolist()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from recsys_ray.scoring.texts import ALIKE, NearestTexts, nearest_texts, text_pairs
+from recsys_ray.scoring.texts import ALIKE, NEW, NearestTexts, nearest_texts, text_pairs
 
 ITEMS, DIM = 200, 16
 
@@ -51,16 +51,17 @@ def near_of(rows: int, cosine: np.ndarray) -> NearestTexts:
     return NearestTexts(gid, np.tile(cosine.astype(np.float32), (rows, 1)))
 
 
-def test_the_shares_are_those_of_the_nearest_that_have_users():
+def test_users_come_from_the_nearest_that_have_some():
     cosine = np.linspace(0.9, 0.3, 30)
     users = np.ones(ITEMS, int)
     users[[100, 105]] = 0  # at this snapshot nobody had them
+    users[[3, 7]] = 0, 5  # a new item counts more
     pairs = text_pairs(near_of(2, cosine), users, np.array([7, 3]))
     chosen = np.setdiff1d(np.arange(30), [0, 5])[:ALIKE]
     want = cosine[chosen] ** 8 / (cosine[chosen] ** 8).sum()
-    for item in (7, 3):
+    for item, count in ((7, 1 + NEW / 6), (3, 1 + NEW)):
         assert pairs.src[pairs.dst == item].tolist() == (100 + chosen).tolist()
-        np.testing.assert_allclose(pairs.share[pairs.dst == item], want, rtol=1e-5)
+        np.testing.assert_allclose(pairs.users[pairs.dst == item], count * want, rtol=1e-5)
 
 
 def test_a_text_that_many_items_have_says_nothing():
@@ -73,5 +74,5 @@ def test_a_text_that_many_items_have_says_nothing():
 
 def test_an_opposite_text_has_no_share():
     pairs = text_pairs(near_of(1, np.r_[0.5, np.full(29, -0.5)]), np.ones(ITEMS, int), np.array([0]))
-    assert pairs.src.tolist() == [100] and pairs.share.tolist() == [1.0]
+    assert pairs.src.tolist() == [100] and pairs.users.tolist() == [1 + NEW / 2]
     assert not len(text_pairs(near_of(1, np.full(30, -0.5)), np.ones(ITEMS, int), np.array([0])).src)
