@@ -68,6 +68,8 @@ def fit_memories(
     """
     import ray
 
+    if not users_of:
+        return
     near = _nearest_texts(text, users_of, out, progress, cpus)
     with progress.task("memory", len(users_of) * _RANGES, "ranges of items") as task:
         for snapshot, users in users_of.items():
@@ -85,8 +87,8 @@ def _nearest_texts(
     text: Path, users_of: Mapping[str, Int[np.ndarray, "items"]], out: Path, progress: Progress, cpus: int
 ) -> NearestTexts:
     """The nearest texts of all items; an interrupted stage finds them in ``out`` again."""
-    if not users_of or texts_file(out).exists():
-        return load_nearest_texts(out) if users_of else NearestTexts(np.zeros((0, 0)), np.zeros((0, 0)))
+    if texts_file(out).exists():
+        return load_nearest_texts(out)
     threads = cpus_of_one_host(cpus)
     with progress.task("nearest texts", 1) as task:
         ever = np.max(list(users_of.values()), axis=0) > 0
