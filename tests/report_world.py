@@ -70,8 +70,8 @@ def write_run(run: Path) -> Path:
     _write(output(run, "two_tower") / "text_only" / "metrics.json", [epoch])
     spec = {"item_types": list(TYPES[1:]), "last_item": True, "recent": [4.0], "id_dropout": None}
     _write(output(run, "two_tower") / "hgnn" / "spec.json", spec)
-    score = {"memory": 0.05, "temperature": 0.1, "ridge": 30.0, "half_life": 4.0, "trends": [0.75, 0.0],
-             "unseen_share": [0.0213, None]}  # fmt: skip
+    score = {"memory": 0.05, "temperature": 0.1, "ridge": 30.0, "half_life": 4.0, "text_users": 10.0,
+             "trends": [0.75, 0.0], "unseen_share": [0.0213, None]}  # fmt: skip
     _write(output(run, "two_tower") / "hgnn" / "score.json", score)
     _write(output(run, "evaluation") / "tuning.json", {"item_knn": _search()})
     _write(output(run, "evaluation") / "popularity.json", _popularity())

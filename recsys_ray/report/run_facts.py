@@ -169,7 +169,9 @@ def told_by_data(run_dir: Path) -> list[tuple[str, str]]:
     weight = (score.get("memory") or 0.0) / (score.get("temperature") or 1.0)
     ridge, half_life = _plain(score.get("ridge")), score.get("half_life")
     fades = "the whole history alike" if half_life is None else f"half-life {_plain(half_life)} places"
-    memory = f"weight {weight:.2g}, ridge {ridge}, {fades}, texts count {_plain(score.get('text_users'))} users"
+    memory = f"weight {weight:.2g}, ridge {ridge}, {fades}"
+    if texts := score.get("text_users"):
+        memory += f", a text stands for {_plain(texts)} users"
     found = {
         "User tower reads the last item": "yes" if spec.get("last_item") else "no",
         "and means over the latest events, half-lives in places": recent,

@@ -189,7 +189,7 @@ def test_page_and_tables_without_any_row(tmp_path):
 def test_what_the_data_told_is_shown(tmp_path):
     run = write_run(tmp_path)
     told = dict(run_facts.told_by_data(run))
-    assert told["Co-interaction memory"] == "weight 0.5, ridge 30, half-life 4 places"
+    assert told["Co-interaction memory"] == "weight 0.5, ridge 30, half-life 4 places, a text stands for 10 users"
     assert told["Weight of trends"] == "book 0.75, podcast [new] 0"
     assert told["Share of choices given to unseen items in the test"] == "book 2.13%, podcast [new] from its own events"
     assert told["and means over the latest events, half-lives in places"] == "4"
