@@ -12,8 +12,8 @@ b_.j is the ridge regression of having item j on having the items nearest to it 
 users had j, b_.j knows little, so j is given some users more, c t_ij of each item i with one of the nearest texts
 (recsys_ray/scoring/texts.py). The ridge, the weight w and c are chosen on the validation period
 (recsys_ray/scoring/choose.py), the half-life before training (recsys_ray/two_tower/recency.py); with weight 0 only the
-towers remain. The memory never lowers a score, so the top of
-the index and the raised items contain the exact list (recsys_ray/scoring/scorer.py).
+towers remain. The memory never lowers a score, so the top of the index and the raised items contain the exact list
+(recsys_ray/scoring/scorer.py).
 
 Imports neither dgl nor transformers, because serving replicas use it.
 """
@@ -35,11 +35,11 @@ from recsys_ray.storage.artifacts import load_arrays, save_arrays
 MEMORY_FILE = "memory.safetensors"  # of a bundle
 RIDGES = (10.0, 30.0, 100.0, 300.0)  # which a validation chooses from
 WEIGHTS = (0.0, 0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 12.0)  # likewise; of the temperature
+TEXT_USERS = (0.0, 3.0, 10.0, 30.0)  # likewise: c
 HALF_LIVES = (1.0, 4.0, 16.0, None)  # places; None: all items of a history alike; also
 REACH = 50  # items, which bounds an answer's time; with 16 places a ninth of the weights would lie further back
-TEXT_USERS = (0.0, 3.0, 10.0, 30.0)  # likewise: c
 SMALL = 1e-2
-NEIGHBOURS = 100  # items that an item raises, per item type: those with the largest coefficients
+NEIGHBOURS = 100  # items that an item raises, per item type: those with the largest coefficients; likewise by texts
 
 
 class Recalled(NamedTuple):
@@ -73,13 +73,15 @@ class Memory:
         coefficient: Float[np.ndarray, "n ridges"],
         users: Int[np.ndarray, "items"],
         ntype: Int[np.ndarray, "items"],
+        most: int | None = None,
     ) -> Memory:
         """The items that src raises, in no order, each pair once. A very popular item would have a row as long as the
-        catalogue, which would be too slow for an answer, so only the largest entries of each row are kept."""
+        catalogue, which would be too slow for an answer, so only the largest entries of each row are kept, ``most`` of
+        each type (default: NEIGHBOURS)."""
         group = src.astype(np.int64) * (int(ntype.max(initial=0)) + 1) + ntype[dst]
         order = np.lexsort((dst, -coefficient.sum(1), group))
         group = group[order]
-        kept = order[np.arange(len(group)) - np.searchsorted(group, group) < NEIGHBOURS]
+        kept = order[np.arange(len(group)) - np.searchsorted(group, group) < (most or NEIGHBOURS)]
         kept = kept[np.lexsort((dst[kept], src[kept]))]
         begin = np.concatenate([[0], np.cumsum(np.bincount(src[kept], minlength=len(users)))])
         return Memory(
@@ -160,6 +162,7 @@ class Memory:
             np.concatenate([self.coefficient[kept], np.bincount(place, made, len(pairs))[:, None]]),
             known,
             ntype,
+            2 * NEIGHBOURS,  # of interactions and of texts
         )
 
     @staticmethod
