@@ -262,12 +262,12 @@ def check_memory(run: FinishedRun, snapshot: Snapshot, ntype: np.ndarray, words:
     kept = read_edges(run.graph.path / PAIRS / f"{snapshot.name}.parquet")
     near = load_nearest_texts(run.two_tower.path)
     made = memory_of([solve(kept, users, ntype, 0, len(ntype))], near, users, ntype)
+    assert stored.text is not None and made.text is not None
     for gid in range(len(ntype)):
         of = [slice(memory.begin[gid], memory.begin[gid + 1]) for memory in (stored, made)]
         same = np.array_equal(stored.gid[of[0]], made.gid[of[1]]) and stored.users[gid] == made.users[gid]
-        assert stored.text is not None and made.text is not None
-        of_texts = np.allclose(stored.text[of[0]], made.text[of[1]], atol=_TOLERANCE) if same else False
-        if not of_texts or not np.allclose(stored.coefficient[of[0]], made.coefficient[of[1]], atol=_TOLERANCE):
+        same = same and np.allclose(stored.coefficient[of[0]], made.coefficient[of[1]], atol=_TOLERANCE)
+        if not same or not np.allclose(stored.text[of[0]], made.text[of[1]], atol=_TOLERANCE):
             raise LeakError(
                 f"the memory of {words.item(gid)} in snapshot {snapshot.name} does not follow from the snapshot's pairs"
             )

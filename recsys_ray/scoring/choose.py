@@ -254,15 +254,13 @@ def choose(
     weight, ridge = (gains == gains.max()).nonzero()[0].tolist()  # of equal ones the smallest
     spec = replace(spec, memory=scaled[weight], ridge=ridges[ridge])
     hit, gain = hits[weight, ridge], gains[weight, ridge]
-    memory = moment.memory if spec.memory else None
-    if memory is not None and memory.text is not None:
-        memory = memory.at(spec.ridge, TEXT_USERS)
-        hits, gains = (part[0] for part in _sums(queries, vectors, given, memory, spec.half_life, [spec.memory]))
+    memory = None
+    if moment.memory is not None and spec.memory:
+        ways = moment.memory.at(spec.ridge, TEXT_USERS)
+        hits, gains = (part[0] for part in _sums(queries, vectors, given, ways, spec.half_life, [spec.memory]))
         best = int(gains.argmax())  # of equal ones the fewest
-        memory, spec = memory.column(best), replace(spec, text_users=TEXT_USERS[best])
-        hit, gain = hits[best], gains[best]
-    elif memory is not None:
-        memory = memory.at(spec.ridge)
+        hit, gain, spec = hits[best], gains[best], replace(spec, text_users=TEXT_USERS[best])
+        memory = moment.memory.at(spec.ridge, [spec.text_users])
     if moment.with_trends:
         ratios = torch.from_numpy(trend_ratios(some, vectors, moment, spec.temperature, all_ranks=True))
         spec, hit, gain = _with_trends(queries, vectors, given, ratios, memory, moment, spec)

@@ -21,7 +21,7 @@ Imports neither dgl nor transformers, because serving replicas use it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,8 +108,8 @@ class Memory:
         return Memory(begin.astype(np.int64), (both % size).astype(np.int32), coefficient, self.users, text)
 
     def at(self, ridge: float, text_users: Sequence[float] = (0.0,)) -> Memory:
-        """b' of one ridge of ``RIDGES``, with each number of users that texts stand for; pairs without it are left
-        out."""
+        """b' of one ridge of ``RIDGES``: a column for each c in ``text_users``, or a single one where texts tell
+        nothing. Pairs that are 0 in all columns are left out."""
         b = self.coefficient[:, RIDGES.index(ridge), None]
         if self.text is not None:
             users = np.repeat(self.users, np.diff(self.begin))
@@ -117,10 +117,6 @@ class Memory:
         kept = b.any(1)
         begin = np.concatenate([[0], np.cumsum(kept)])[self.begin]
         return Memory(begin, self.gid[kept], b[kept].astype(self.coefficient.dtype), self.users)
-
-    def column(self, place: int) -> Memory:
-        """Of one column of coefficients alone."""
-        return replace(self, coefficient=np.ascontiguousarray(self.coefficient[:, place : place + 1]))
 
     def extended(
         self,

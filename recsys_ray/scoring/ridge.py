@@ -92,10 +92,10 @@ def _nearest_texts(
     threads = cpus_of_one_host(cpus)
     with progress.task("nearest texts", 1) as task:
         ever = np.max(list(users_of.values()), axis=0) > 0
-        near = alone(nearest_texts_of_all, text, ever, threads, cpus=threads)
+        near: NearestTexts = alone(nearest_texts_of_all, text, ever, threads, cpus=threads)
         save_arrays(texts_file(out), near._asdict())
         task.advance()
-    return near  # type: ignore[no-any-return]
+    return near
 
 
 def load_nearest_texts(out: Path) -> NearestTexts:

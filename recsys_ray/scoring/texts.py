@@ -23,9 +23,9 @@ from jaxtyping import Bool, Float, Int
 
 from recsys_ray.storage.artifacts import load_arrays
 
-ALIKE = 10  # items of which an item's text tells
-SHARPNESS = 8
-NEW = 3
+ALIKE = 10  # nearest items that a text's users come from
+SHARPNESS = 8  # the larger, the more of them come from the very nearest
+NEW = 3  # how many times as many users a text stands for, in addition, where nobody had the item
 _FOUND = 30  # nearest items that are looked for: at an earlier snapshot some of them had no users yet
 _SAME = 0.9999  # cosine of texts that are the same but for rounding
 _EXACT = 1 << 34  # comparisons of two texts at most; beyond, texts are compared within the nearest of many cells
@@ -42,7 +42,7 @@ class NearestTexts(NamedTuple):
 
 
 class TextPairs(NamedTuple):
-    """The users that texts stand for."""
+    """The users that texts stand for: of the item src, counted as users of dst, too."""
 
     src: Int[np.ndarray, "n"]
     dst: Int[np.ndarray, "n"]

@@ -172,6 +172,19 @@ def test_new_items_bring_their_edges_and_replaced_ones_change_theirs(memory):
     assert grown.users.tolist() == [3, 4, 9, 6, 7, 8, 9, 4]
 
 
+def test_an_extension_keeps_what_interactions_and_texts_tell_of_a_hub(memory, monkeypatch):
+    monkeypatch.setattr("recsys_ray.scoring.memory.NEIGHBOURS", 2)
+    whole = replace(memory, coefficient=np.repeat(memory.coefficient, len(RIDGES), 1))
+    texts = TextPairs(np.zeros(2, int), np.array([3, 4]), np.array([0.5, 0.5], np.float32))
+    chosen = whole.with_texts(texts, np.zeros(SIZE, int)).at(RIDGE, [1.0])
+    none = np.zeros(0, int)
+    grown = chosen.extended(
+        none, none, np.zeros(0), np.zeros(SIZE + 1, int), np.array([SIZE]), np.zeros(SIZE + 1, int), RIDGE,
+        TextPairs.nothing(), 1.0,
+    )  # fmt: skip
+    assert sorted(pair[1] for pair in pairs_of(grown) if pair[0] == 0) == [1, 3, 4, 5]
+
+
 # -- what comes to mind
 
 
