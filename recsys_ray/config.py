@@ -154,6 +154,12 @@ class GraphConfig(Section):
         "item half of that); null: all pairs count alike",
     )
     max_neighbors: Positive = Field(30, description="neighbours kept per item and relation, highest weight first")
+    text_users: float = Field(
+        3.0,
+        ge=0,
+        description="users that the items with the nearest texts are taken to share with an item, in addition to those "
+        "counted; 0: edges are co-interactions alone, as in the papers",
+    )
     partitions: int | None = Field(None, gt=0, description="DGL partitions; default: one per host of the cluster")
 
 
@@ -179,9 +185,6 @@ class HgnnConfig(Section):
     fanouts: tuple[Positive, Positive] = Field(
         (8, 5), description="graphsage: sampled neighbours per relation: first hop, second hop"
     )
-    isolated: Share = Field(
-        0.2, description="share of a training batch's items embedded from text alone, as new items will be"
-    )
     loss: Literal["softmax", "max_margin"] = Field("softmax", description="in-batch softmax, or the papers' max-margin")
     temperature: float = Field(0.2, gt=0, description="for loss=softmax")
     margin: float = Field(0.2, gt=0, description="for loss=max_margin")
@@ -204,7 +207,7 @@ class HgnnConfig(Section):
     @property
     def state_dim(self) -> int:
         """Width of the state that an item keeps and sends after the first layer."""
-        return self.out_dim + 2 * (self.out_dim // 2) if self.encoder == "propagation" else self.hidden_dim
+        return self.out_dim + self.out_dim // 2 if self.encoder == "propagation" else self.hidden_dim
 
     @property
     def knows_later_types(self) -> bool:

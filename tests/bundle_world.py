@@ -98,6 +98,7 @@ def make_world(
             "embedding": embedding[gids],
             "hidden": np.zeros((len(gids), 4), np.float16),
             "strength": np.zeros(len(gids), np.float32),
+            "users": np.zeros(len(gids), np.int32),
         }
         for number, gids in enumerate((order[:half], order[half:]))
     }

@@ -48,15 +48,22 @@ def write_world(
         "days": [[day, int(n)] for day, n in enumerate(days.tolist()) if n],
     }
     publish(ingest, "ingest", "0" * 16, counts=counts)
-    vectors = rng.normal(size=(items, TEXT_DIM)).astype(np.float16)
+    vectors = rng.normal(size=(items, TEXT_DIM))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     (root / "featurize").mkdir()
-    save_arrays(root / "featurize" / "text.safetensors", {"vector": vectors})
+    save_arrays(root / "featurize" / "text.safetensors", {"vector": vectors.astype(np.float16)})
     return ingest, root / "featurize"
 
 
 def small_config(**graph: object) -> Config:
     """Two cuts, a window of 30 days."""
     return Config(data=DataConfig(shards=3), graph=GraphConfig(**{"cuts": 2, "window_days": 30, **graph}))
+
+
+def shared_pairs(graph: Path, snapshot: str) -> set[tuple[int, int]]:
+    """(src, dst) of a snapshot's edges between items that share users."""
+    table = pq.read_table(graph / "edges" / f"{snapshot}.parquet", columns=["src", "dst", "support"])
+    return {(row["src"], row["dst"]) for row in table.to_pylist() if row["support"]}
 
 
 def true_edges(graph: Path, snapshot: str) -> dict[tuple[int, int], float]:

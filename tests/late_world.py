@@ -16,11 +16,12 @@ from safetensors.torch import save_file
 from toy_graph import ToyGraph
 
 from recsys_ray.bundle.extend import extend_bundle
-from recsys_ray.config import HgnnConfig, TextConfig, load_config
+from recsys_ray.config import GraphConfig, HgnnConfig, TextConfig, load_config
 from recsys_ray.core.progress import Progress
 from recsys_ray.graph.activity import COLUMNS, NEVER, count_events, describe
-from recsys_ray.graph.edges import Edges
+from recsys_ray.graph.edges import Edges, with_texts
 from recsys_ray.graph.pairs import ONE, PairCounter, Window, keep_best, message_weights, strengths
+from recsys_ray.graph.texts import TextPairs, nearest_texts, text_pairs
 from recsys_ray.hgnn.blocks import ItemTypes
 from recsys_ray.hgnn.encoder import make_hgnn
 from recsys_ray.hgnn.inference import LocalStore, embed_items
@@ -29,7 +30,6 @@ from recsys_ray.scoring.choices import choices_file
 from recsys_ray.scoring.memory import RIDGES, TEXT_USERS, memory_file
 from recsys_ray.scoring.ridge import memory_of, solve
 from recsys_ray.scoring.scorer import TRENDS, UNSEEN, VECTOR, ScoreSpec
-from recsys_ray.scoring.texts import nearest_texts
 from recsys_ray.serving.histories import mapped_arrays
 from recsys_ray.serving.recommender import Recommender
 from recsys_ray.storage.artifacts import publish, save_arrays
@@ -83,6 +83,24 @@ def true_edges(world: World, size: int) -> Edges:
     return Edges(kept.src.astype(np.int64), kept.dst.astype(np.int64), kept.support, kept.weight / ONE)
 
 
+def users_at(world: World, size: int) -> np.ndarray:
+    """int64 [items]: how many users had each at the serve snapshot."""
+    events = world.events[(world.events[:, 2] == EVENTS.index("stream")) & (world.events[:, 3] >= END - 90 * DAY)]
+    return np.bincount(np.unique(events[:, :2], axis=0)[:, 1], minlength=size)
+
+
+def completed(edges: Edges, world: World, text: np.ndarray, gone: np.ndarray) -> Edges:
+    """With what texts tell; to the items that are ``gone`` from the bundle each other's texts tell nothing."""
+    size, users = len(text), users_at(world, len(text))
+    had, parts = np.flatnonzero(users), []
+    for own, known in ((np.setdiff1d(np.arange(size), gone), had), (gone, np.setdiff1d(had, gone))):
+        parts.append(text_pairs(nearest_texts(text, known, text[own], own, threads=1), users, own))
+    texts = TextPairs(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    types = len(np.unique(world.ntype))
+    found = with_texts(edges, texts, GraphConfig().text_users, world.ntype, np.ones((types, types), bool))
+    return found._replace(src=found.src.astype(np.int64), dst=found.dst.astype(np.int64))
+
+
 def messages(edges: Edges, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """src, dst and weight of the messages over these edges, and the strength of all items."""
     strength = strengths(edges.dst, edges.weight, size)
@@ -104,7 +122,10 @@ def make_late(root: Path) -> Late:
     activity = describe(counts, first, dates, whole.ntype, END).astype(np.float16)
 
     torch.manual_seed(1)
-    src, dst, weight, strength = messages(true_edges(whole, size), size)
+    linked = int(np.bincount(whole.events[whole.ntype[whole.events[:, 1]] == 2, 1], minlength=size).argmax())
+    gone = np.array([12, linked])  # the other one is a podcast with many users
+    edges = completed(true_edges(whole, size), whole, text, gone)
+    src, dst, weight, strength = messages(edges, size)
     types = ItemTypes(torch.from_numpy(np.cumsum([0, *SIZES])))
     model = make_hgnn(384, HGNN_CONFIG, types)
     for parameter in model.parameters():
@@ -114,8 +135,6 @@ def make_late(root: Path) -> Late:
     graph = ToyGraph(src, dst, types.starts, torch.from_numpy(text).float(), weight)
     embedding = embed_items(model, SignedSource(graph, packed, 64), 0, torch.arange(size), store)
 
-    linked = int(np.bincount(dst[whole.ntype[dst] == 2], minlength=size).argmax())  # a podcast with many edges
-    gone = np.array([12, linked])
     kept = np.setdiff1d(np.arange(size), gone)
     spec = TowerSpec(
         num_types=3, events=EVENTS, text_dim=384, hgnn_dim=16, activity_dim=COLUMNS, num_countries=2, num_languages=0,
@@ -146,15 +165,15 @@ def make_late(root: Path) -> Late:
         terms={name: term[kept] for name, term in terms.items()},
     )  # fmt: skip
     everything = replace(whole, root=root / "everything", vectors=vectors, terms=terms)
-    hidden = store.table.numpy()
-    write_stages(everything, text, embedding.numpy(), hidden, strength, model, towers, spec, encoder)
+    hidden, users = store.table.numpy(), users_at(whole, size)
+    write_stages(everything, text, embedding.numpy(), (hidden, strength, users), model, towers, spec, encoder)
     everything.bundle()
     fewer = replace(spec, num_items=len(kept))
     known_towers = TwoTower(fewer)
     state = towers.state_dict()
     known_towers.load_state_dict({**state, "ids.row": state["ids.row"][torch.from_numpy(kept)]})
-    sent = hidden[kept], strength[kept]
-    write_stages(part, text[kept], embedding.numpy()[kept], *sent, model, known_towers, fewer, encoder)
+    sent = hidden[kept], strength[kept], users[kept]
+    write_stages(part, text[kept], embedding.numpy()[kept], sent, model, known_towers, fewer, encoder)
     mine = whole.events[whole.events[:, 1] == linked]
     trickle = pa.table(
         {
@@ -178,7 +197,7 @@ def users_of_items(world: World) -> np.ndarray:
     return np.where([name.endswith("-00001") for name in world.item_ids], 0, had).astype(np.int32)
 
 
-def write_stages(world, text, embedding, hidden, strength, model, towers, spec, encoder) -> None:
+def write_stages(world, text, embedding, sent, model, towers, spec, encoder) -> None:
     """The four stages' folders of a world, from what real models made."""
     root, size = world.root, len(world.item_ids)
     root.mkdir()
@@ -186,7 +205,9 @@ def write_stages(world, text, embedding, hidden, strength, model, towers, spec, 
     facts = {"config": bundle_world.FEATURIZE["config"], "counts": {"precision": "fp32", "encoder": encoder}}
     publish_arrays(root / "featurize", {"text.safetensors": {"vector": text}}, **facts)
     work = root / "hgnn"
+    hidden, strength, users = sent
     part = {"gid": np.arange(size), "embedding": embedding, "hidden": hidden.astype(np.float16), "strength": strength}
+    part["users"] = users.astype(np.int32)
     save_arrays(work / "embeddings" / "serve" / "part-00000.safetensors", part)
     save_file(model.state_dict(), work / "model.safetensors")
     publish(work, "hgnn", "hgnn", config={"hgnn": HGNN_CONFIG.model_dump(mode="json")})
@@ -200,8 +221,8 @@ def write_stages(world, text, embedding, hidden, strength, model, towers, spec, 
     save_file(towers.state_dict(), work / "hgnn" / "model.safetensors")
     spec.save(work / "hgnn" / "spec.json")
     (work / "hgnn" / "metrics.json").write_text("[]")
-    edges, users = true_edges(world, size), np.bincount(world.events[:, 1], minlength=size)
-    near = nearest_texts(text, users > 0, np.arange(size), threads=1)
+    edges = true_edges(world, size)
+    near = nearest_texts(text, np.flatnonzero(users), text, np.arange(size), threads=1)
     memory = memory_of([solve(edges, users, world.ntype, 0, len(world.ntype))], near, users, world.ntype)
     memory.save(memory_file(work, "serve"))
     publish(work, "two_tower", "two_tower")

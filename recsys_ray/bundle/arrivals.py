@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 
 from recsys_ray.config import Config, DataConfig
 from recsys_ray.core.errors import DataError
@@ -31,9 +32,21 @@ from recsys_ray.data.validate import (
     judge_rows,
     newest_of_each,
 )
-from recsys_ray.graph.pairs import Counted, PairCounter, Window, allowed_relations, keep_best, latest_items, merge
+from recsys_ray.graph.edges import Edges
+from recsys_ray.graph.pairs import (
+    Counted,
+    PairCounter,
+    Window,
+    allowed_relations,
+    keep_best,
+    latest_items,
+    merge,
+    message_weights,
+    strengths,
+)
+from recsys_ray.hgnn.inductive import Surroundings
 from recsys_ray.serving.catalogue import read_table
-from recsys_ray.serving.histories import Histories
+from recsys_ray.serving.histories import Histories, mapped_arrays
 from recsys_ray.storage.artifacts import write_parquet
 
 Longs = npt.NDArray[np.int64]
@@ -41,19 +54,58 @@ Longs = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Known:
-    """The catalogue of the bundle that is extended."""
+    """The items of a bundle and what it keeps of them for items that come later; row = gid. Arrays may be memory
+    maps."""
 
-    ids: pa.Array  # large_string [items], row = gid
+    ids: pa.Array  # large_string [items]
     ntype: npt.NDArray[np.int16]  # [items]
     types: Sequence[str]
+    text: npt.NDArray[np.float16]  # [items, t]
+    hidden: npt.NDArray[np.float16]  # [items, h]: states after the HGNN's first layer
+    strength: npt.NDArray[np.float32]  # [items]: sums of the weights of the edges
+    users: npt.NDArray[np.int32]  # [items]: how many had each item
 
     @classmethod
     def read(cls, bundle: Path, types: Sequence[str]) -> Known:
         table = read_table(bundle / "items.arrow")
-        return cls(table["item_id"].combine_chunks(), table["ntype"].to_numpy(), types)
+        text = mapped_arrays(bundle / "text.safetensors")["vector"].numpy()
+        kept = {name: array.numpy() for name, array in mapped_arrays(bundle / "hidden.safetensors").items()}
+        return cls(table["item_id"].combine_chunks(), table["ntype"].to_numpy(), types, text, **kept)
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def surround(
+        self, ids: Sequence[str], ntype: Longs, text: npt.NDArray[np.float16], gid: Longs, edges: Edges
+    ) -> tuple[Surroundings, npt.NDArray[np.float32]]:
+        """Arriving items with all that send to them, and the strengths of the arriving ones.
+
+        Args:
+            ids, ntype, text, gid: of the arriving items; ``gid`` may be of an item that is replaced.
+            edges: into the arriving items.
+        """
+        around = np.setdiff1d(edges.src, gid)
+        gids = np.concatenate([gid, around])
+        place = np.argsort(gids)
+
+        def rows(of: npt.NDArray[np.int32]) -> torch.Tensor:
+            return torch.from_numpy(place[np.searchsorted(gids, of, sorter=place)])
+
+        size = max(len(self), int(gids.max(initial=-1)) + 1)
+        strength = np.concatenate([self.strength, np.zeros(size - len(self), np.float32)])
+        strength[gid] = strengths(edges.dst, edges.weight, size)[gid]
+        unknown = np.zeros((len(text), self.hidden.shape[1]), np.float16)
+        made = Surroundings(
+            ids=[*ids, *self.ids.take(pa.array(around)).to_pylist()],
+            ntype=torch.from_numpy(np.concatenate([ntype, self.ntype[around]])),
+            text=torch.from_numpy(np.concatenate([text, self.text[around]])).float(),
+            hidden=torch.from_numpy(np.concatenate([unknown, self.hidden[around]])).float(),
+            wanted=torch.arange(len(text)),
+            src=rows(edges.src),
+            dst=rows(edges.dst),
+            weight=torch.from_numpy(message_weights(edges.src, edges.dst, edges.weight, strength)),
+        )
+        return made, strength[gid]
 
 
 @dataclass(frozen=True)

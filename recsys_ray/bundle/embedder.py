@@ -17,15 +17,18 @@ import numpy.typing as npt
 import polars as pl
 import torch
 
+from recsys_ray.bundle.arrivals import Known
 from recsys_ray.bundle.build import TERMS_FILE
-from recsys_ray.config import HgnnConfig, TextConfig
+from recsys_ray.config import GraphConfig, HgnnConfig, TextConfig
 from recsys_ray.core.clock import NEVER, is_leave_one_out
 from recsys_ray.core.errors import DataError
 from recsys_ray.data.schema import nearest
 from recsys_ray.graph.activity import describe
+from recsys_ray.graph.edges import Edges, with_texts
+from recsys_ray.graph.pairs import allowed_relations
+from recsys_ray.graph.texts import nearest_texts, text_pairs
 from recsys_ray.hgnn.inductive import Surroundings, embed_inductively
 from recsys_ray.scoring.scorer import UNSEEN
-from recsys_ray.serving.catalogue import read_table
 from recsys_ray.storage.artifacts import Artifact, load_arrays, read_json
 from recsys_ray.text.encoder import Encoder
 from recsys_ray.text.featurize import find_same_model, text_of
@@ -86,7 +89,7 @@ class EmbeddedItem:
 
 
 class Embedder:
-    """Embeds items from their texts, dates and categories, as unseen items.
+    """Embeds items from their texts, dates and categories, and from the items with the nearest texts, as unseen items.
 
     Args:
         bundle: an opened one.
@@ -106,8 +109,11 @@ class Embedder:
         self._id_dim = 0
         if (folder / "ids.safetensors").exists():
             self._id_dim = load_arrays(folder / "ids.safetensors")["vector"].shape[1]
-        terms, ntype = load_arrays(folder / TERMS_FILE), read_table(folder / "items.arrow")["ntype"].to_numpy()
-        self._unseen = np.array([given_to_unseen(terms, ntype, k) for k in range(len(self._types))], np.float32)
+        self._known = Known.read(folder, self._types)
+        self._graph = GraphConfig.model_validate(bundle.manifest["config"]["graph"])
+        terms = load_arrays(folder / TERMS_FILE)
+        unseen = [given_to_unseen(terms, self._known.ntype, k) for k in range(len(self._types))]
+        self._unseen = np.array(unseen, np.float32)
 
     def embed(self, records: Sequence[Mapping[str, Any]]) -> list[EmbeddedItem]:
         """Embed items.
@@ -126,18 +132,9 @@ class Embedder:
         ntype = np.array([self._types.index(record["item_type"]) for record in records], np.int64)
         rows = [dict.fromkeys(("description", "language", "categories")) | dict(record) for record in records]
         text = self._encoder.encode([text_of(row, self._text.fields) for row in rows])
-        none = torch.zeros(0, dtype=torch.int64)
-        alone = Surroundings(
-            ids=[str(record["item_id"]) for record in records],
-            ntype=torch.from_numpy(ntype),
-            text=torch.from_numpy(text).float(),
-            hidden=torch.zeros(len(rows), self._models.hgnn.state_dim),
-            wanted=torch.arange(len(rows)),
-            src=none,
-            dst=none,
-            weight=torch.zeros(0),
-        )
-        _, embedding = self._models.embed(len(self._types), alone)
+        names, gids = [str(record["item_id"]) for record in records], len(self._known) + np.arange(len(rows))
+        around, _ = self._known.surround(names, ntype, text, gids, self._edges(text, ntype))
+        _, embedding = self._models.embed(len(self._types), around)
         frame = pl.DataFrame(
             {
                 "ntype": ntype,
@@ -149,6 +146,15 @@ class Embedder:
         made = self._models.item_vectors(frame, text, embedding, self._activity(rows, ntype), ids)
         wide = np.column_stack([made, self._unseen[ntype]]).astype(np.float32)
         return [EmbeddedItem(int(k), *parts) for k, *parts in zip(ntype, wide, text, embedding.numpy(), strict=True)]
+
+    def _edges(self, text: npt.NDArray[np.float16], ntype: npt.NDArray[np.int64]) -> Edges:
+        """What sends to new items: those with the nearest texts."""
+        known, new = self._known, len(self._known) + np.arange(len(text))
+        users = np.concatenate([known.users, np.zeros(len(text), np.int32)])
+        near = nearest_texts(known.text, np.flatnonzero(known.users), text, new, threads=1)
+        types = np.concatenate([known.ntype, ntype])
+        allowed = allowed_relations(self._graph.relations, self._types)
+        return with_texts(Edges.none(), text_pairs(near, users, new), self._graph.text_users, types, allowed)
 
     def _activity(self, rows: Sequence[Mapping[str, Any]], ntype: npt.NDArray[np.int64]) -> npt.NDArray[np.float16]:
         """No events; the date of publication is known, where there is a calendar."""

@@ -42,12 +42,12 @@ from recsys_ray.data.files import table_fingerprint
 from recsys_ray.data.schema import nearest
 from recsys_ray.data.validate import Catalogue, EventRules
 from recsys_ray.graph.activity import count_events, describe
-from recsys_ray.graph.pairs import ONE, Counted, Window, message_weights, strengths
-from recsys_ray.hgnn.inductive import Surroundings
+from recsys_ray.graph.edges import Edges, as_edges, with_texts
+from recsys_ray.graph.pairs import ONE, Counted, Window, allowed_relations
+from recsys_ray.graph.texts import TextPairs, nearest_texts, text_pairs
 from recsys_ray.scoring.choose import Moment, Users, unseen_term
 from recsys_ray.scoring.memory import MEMORY_FILE, Memory
 from recsys_ray.scoring.scorer import UNSEEN, VECTOR, ScoreSpec, with_item_terms
-from recsys_ray.scoring.texts import TextPairs, nearest_texts, text_pairs
 from recsys_ray.serving.catalogue import Items, read_table, sorted_ids, write_table
 from recsys_ray.serving.filters import Facts, write_facts
 from recsys_ray.serving.histories import Histories, HistoryWriter, mapped_arrays, user_inputs
@@ -70,7 +70,7 @@ from recsys_ray.storage.working_copy import copy_of
 from recsys_ray.text.featurize import encode_alike, text_of
 
 Array = npt.NDArray[Any]
-_VERSION = 3  # raise it when what an extension makes changes
+_VERSION = 4  # raise it when what an extension makes changes
 _COPIED = (CANARY, "user_tower", "hgnn_model", "vocabularies.json", "user_ids.arrow", "users.safetensors")
 
 
@@ -157,19 +157,25 @@ class _Extension:
         start = days_before(end, counts["window_days"])
         histories = Histories(self.source.path / "histories.safetensors")
         codes = self._codes(self.config.events.edges)
-        edges, directions, users = arriving_edges(
+        counted, directions, had = arriving_edges(
             known, new, trickle, histories, codes, self.config, Window(start, end)
         )
-        towers = self._write_features(known, new, edges, self._write_activity(known, new, trickle, end))
-        self._write_memory(known, new, directions, users)
+        users = self._users(known, new, had)
+        text = self._encode(new)
+        self._grow("text.safetensors", new, vector=text)
+        texts = self._texts(new, text, users)
+        allowed = allowed_relations(self.config.graph.relations, new.types)
+        edges = with_texts(as_edges(counted), texts, self.config.graph.text_users, with_arrivals(known, new), allowed)
+        towers = self._write_features(known, new, text, edges, users, self._write_activity(known, new, trickle, end))
+        self._write_memory(known, new, directions, users, texts)
         self._write_items(new)
         self._write_people(new, trickle, start, end)
         self._write_vectors(known, new, trickle, towers)
         indexes = self._write_indexes(new)
-        linked = len(np.unique(edges.dst))
+        linked = len(np.unique(counted.dst))
         self.progress.say(
             f"  embedded {len(new.gid):,} items ({int(new.replaced.sum()):,} of them replaced): {linked:,} with "
-            f"{len(edges):,} edges, {len(new.gid) - linked:,} from text alone"
+            f"{len(counted):,} edges, {len(new.gid) - linked:,} from text alone"
         )
         sizes = np.bincount(np.concatenate([known.ntype, new.ntype[~new.replaced]]), minlength=len(new.types))
         return {
@@ -219,32 +225,26 @@ class _Extension:
 
     # -- vectors -------------------------------------------------------------------------------------------------------
 
-    def _write_features(self, known: Known, new: Arrivals, edges: Counted, activity: Array) -> Array:
-        """Write text, HGNN embedding and state of each item; returns what the item tower makes of the arriving ones,
-        float32 [n, d]. ``activity``: float16 [items, columns], of all."""
-        text = self._encode(new)
-        stored = {"text": self._mapped("text.safetensors")["vector"]}
-        stored |= self._mapped("hidden.safetensors") | self._mapped("hgnn.safetensors")
-        around = np.setdiff1d(edges.src, new.gid)
-        gids = np.concatenate([new.gid, around])
-        place = np.argsort(gids)
+    def _users(self, known: Known, new: Arrivals, had: Array) -> Array:
+        """How many had each item, int64 [items]. Of the arriving items ``had`` is whole; of others it counts those who
+        had one of these, too."""
+        users = np.concatenate([known.users, np.zeros(new.added, np.int32)]).astype(np.int64)
+        users[new.gid] = 0
+        return np.maximum(users, had)
 
-        def rows(of: Array) -> torch.Tensor:
-            return torch.from_numpy(place[np.searchsorted(gids, of, sorter=place)])
+    def _texts(self, new: Arrivals, text: Array, users: Array) -> TextPairs:
+        """The users that the arriving items' texts stand for: of the bundle's items, so that it does not matter what
+        else arrives."""
+        of_all = mapped_arrays(self.work / "text.safetensors")["vector"].numpy()
+        near = nearest_texts(of_all, np.flatnonzero(users[: len(users) - new.added]), text, new.gid, self.cpus)
+        return text_pairs(near, users, new.gid)
 
-        unknown = np.zeros((len(text), stored["hidden"].shape[1]), np.float16)
-        strength = np.concatenate([stored["strength"], np.zeros(new.added, np.float32)])
-        strength[new.gid] = strengths(edges.dst, edges.weight / ONE, len(strength))[new.gid]
-        surroundings = Surroundings(
-            ids=[*new.table["item_id"].to_pylist(), *known.ids.take(pa.array(around)).to_pylist()],
-            ntype=torch.from_numpy(np.concatenate([new.ntype, known.ntype[around]])),
-            text=torch.from_numpy(np.concatenate([text, stored["text"][around]])).float(),
-            hidden=torch.from_numpy(np.concatenate([unknown, stored["hidden"][around]])).float(),
-            wanted=torch.arange(len(text)),
-            src=rows(edges.src),
-            dst=rows(edges.dst),
-            weight=torch.from_numpy(message_weights(edges.src, edges.dst, edges.weight / ONE, strength)),
-        )
+    def _write_features(
+        self, known: Known, new: Arrivals, text: Array, edges: Edges, users: Array, activity: Array
+    ) -> Array:
+        """Write HGNN embedding and state of each item; returns what the item tower makes of the arriving ones, float32
+        [n, d]. ``activity``: float16 [items, columns], of all."""
+        surroundings, strength = known.surround(new.table["item_id"].to_pylist(), new.ntype, text, new.gid, edges)
         hidden, embedding = self.models.embed(len(new.types), surroundings)
         ids = None
         if (self.source.path / "ids.safetensors").exists():
@@ -253,8 +253,8 @@ class _Extension:
             ids = torch.from_numpy(load_arrays(self.work / "ids.safetensors")["vector"][new.gid])
         items = pl.DataFrame(new.table.select(["language", "categories"])).with_columns(ntype=pl.Series(new.ntype))
         vectors = self.models.item_vectors(items, text, embedding, activity[new.gid], ids)
-        self._grow("text.safetensors", new, vector=text)
-        self._grow("hidden.safetensors", new, hidden=hidden.half().numpy(), strength=strength[new.gid])
+        had = users[new.gid].astype(np.int32)
+        self._grow("hidden.safetensors", new, hidden=hidden.half().numpy(), strength=strength, users=had)
         self._grow("hgnn.safetensors", new, embedding=embedding.numpy())
         return vectors
 
@@ -297,15 +297,9 @@ class _Extension:
         moment = Moment(np.zeros(len(had), np.int64), None, had[None], False, (None,))
         return unseen_term(users, torch.from_numpy(vectors), moment, self.score.temperature)
 
-    def _write_memory(self, known: Known, new: Arrivals, directions: Counted, users: Array) -> None:
+    def _write_memory(self, known: Known, new: Arrivals, directions: Counted, users: Array, texts: TextPairs) -> None:
         if (self.source.path / MEMORY_FILE).exists():
             memory, ntype = Memory.load(self.source.path / MEMORY_FILE), with_arrivals(known, new)
-            texts = TextPairs.nothing()
-            if self.score.text_users:
-                had = users.copy()
-                had[: len(memory.users)] = np.maximum(had[: len(memory.users)], memory.users)
-                text = mapped_arrays(self.work / "text.safetensors")["vector"].numpy()
-                texts = text_pairs(nearest_texts(text, had > 0, new.gid, self.cpus), had, new.gid)
             columns = directions.src, directions.dst, directions.weight / ONE
             grown = memory.extended(*columns, users, new.gid, ntype, self.score.ridge, texts, self.score.text_users)
             grown.save(self.work / MEMORY_FILE)

@@ -1,8 +1,8 @@
 """Checks that a snapshot depends only on events before its moment, by computing a sample of items again.
 
-Edges and activity are counted again from tables without any later events (in leave-one-out, without the fold's users)
-and must be bit-identical. Embeddings are computed again from the snapshot's edge file and the HGNN's weights, and the
-test's item vectors from the test snapshot's embeddings and activity.
+Edges, users and activity are counted again from tables without any later events (in leave-one-out, without the fold's
+users) and must be bit-identical. Embeddings are computed again from the snapshot's edge file and the HGNN's weights,
+and the test's item vectors from the test snapshot's embeddings and activity.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ from recsys_ray.graph.activity import (
     count_events,
     describe,
 )
-from recsys_ray.graph.edges import EDGES, PAIRS, kinds_of, most_pairs, read_edges
+from recsys_ray.graph.edges import EDGES, PAIRS, Edges, as_edges, kinds_of, most_pairs, read_edges, with_texts
 from recsys_ray.graph.pairs import Counted, PairCounter, Window
 from recsys_ray.graph.snapshots import Snapshot
+from recsys_ray.graph.texts import NearestTexts, TextPairs, load_nearest_texts, text_pairs
+from recsys_ray.graph.users import count_users, load_users
 from recsys_ray.hgnn.blocks import ItemTypes
 from recsys_ray.hgnn.encoder import make_hgnn
 from recsys_ray.hgnn.outputs import load_embeddings
@@ -37,7 +39,7 @@ from recsys_ray.hgnn.sampler import WeightedEdges, build_blocks
 from recsys_ray.hgnn.signature import SignedSource, item_signatures
 from recsys_ray.scoring.choices import PERIODS, choices_file, count_choices
 from recsys_ray.scoring.memory import Memory, memory_file
-from recsys_ray.scoring.ridge import count_users, load_nearest_texts, memory_of, solve
+from recsys_ray.scoring.ridge import memory_of, solve
 from recsys_ray.storage.artifacts import load_arrays
 from recsys_ray.two_tower.batches import ArrayFeatures
 from recsys_ray.two_tower.stage import load_catalogue
@@ -61,19 +63,23 @@ def check_snapshots(run: FinishedRun, sample: int, words: Words, progress: Progr
     allowed = pairs.allowed_relations(run.graph_config.relations, run.ingest.counts["item_types"])
     most = run.graph_config.max_neighbors
     kept = {EDGES: most, PAIRS: most_pairs(len(ntype), int(ntype.max()) + 1, most)}
+    near, users, history = load_nearest_texts(run.graph.path), load_users(run.graph.path), run.graph_config.max_history
+    near = NearestTexts(*(rows[some] for rows in near))
     edges = 0
     with progress.task("snapshots", len(run.snapshots), "snapshots") as task:
         for snapshot in run.snapshots:
-            stored = {
-                run.graph.path / kind / f"{snapshot.name}.parquet": kept[kind] for kind in kinds_of(snapshot.name)
-            }
+            check_users(run.tables.shards, snapshot, users[snapshot.name], codes, history, words)
+            stored = {kind: run.graph.path / kind / f"{snapshot.name}.parquet" for kind in kinds_of(snapshot.name)}
+            texts = text_pairs(near, users[snapshot.name], some)
             edges += check_edges(
-                run.tables.shards, snapshot, stored, some, ntype, codes, run.graph_config, allowed, seed, words
-            )
+                run.tables.shards, snapshot, stored, kept, some, ntype, codes, run.graph_config, allowed, texts, seed,
+                words,
+            )  # fmt: skip
             check_activity(run.tables.shards, snapshot, activity[snapshot.name], published, ntype, run.positives, words)
             task.advance(detail=snapshot.name)
     on = f"on {len(run.snapshots)} snapshots"
     yield f"{edges:,} edges and pairs into {len(some):,} items {on}: follow from the events before each"
+    yield f"the users of {len(ntype):,} items {on}: follow from the events before each"
     yield f"the activity of {len(ntype):,} items {on}: follow from the events before each"
     if run.hgnn is not None:
         few = np.sort(random.permutation(len(ntype))[: min(sample, _EMBEDDED_AT_MOST)])
@@ -100,26 +106,50 @@ def events_before(shard: Path, snapshot: Snapshot) -> Events:
     return events if snapshot.without is None else events.select(~snapshot.without.has(events.uid))
 
 
+def check_users(
+    shards: Sequence[Path],
+    snapshot: Snapshot,
+    stored: np.ndarray,
+    codes: Sequence[int],
+    max_history: int,
+    words: Words,
+) -> None:
+    """``stored``: int32 [items], how many had each item; ``codes``: of the events that make edges."""
+    made = np.zeros_like(stored)
+    for shard in shards:
+        made += count_users(events_before(shard, snapshot), snapshot, codes, max_history, len(stored)).astype(np.int32)
+    wrong = np.flatnonzero(made != stored)
+    if len(wrong):
+        raise LeakError(
+            f"snapshot {snapshot.name}, before {words.time(snapshot.time)}: {stored[wrong[0]]} users had "
+            f"{words.item(wrong[0])}, but {made[wrong[0]]} by the events that the snapshot may use"
+        )
+
+
 def check_edges(
     shards: Sequence[Path],
     snapshot: Snapshot,
-    stored: Mapping[Path, int],
+    stored: Mapping[str, Path],
+    most: Mapping[str, int],
     some: np.ndarray,
     ntype: np.ndarray,
     codes: Sequence[int],
     config: GraphConfig,
     allowed: np.ndarray,
+    texts: TextPairs,
     seed: int,
     words: Words,
 ) -> int:
     """The edges of the files ``stored`` into the items ``some``; returns how many there are.
 
     Args:
-        stored: file -> how many edges of an item and type of src it keeps.
+        stored: kind (edges, pairs) -> file.
+        most: kind -> how many edges of an item and type of src it keeps.
         some: int64 [n], ascending gids.
         ntype: int16 [items].
         codes: events that make edges.
         allowed: bool [types, types], the pairs of item types that make edges.
+        texts: what the texts of ``some`` tell at the snapshot.
     """
     items, parts = len(ntype), [Counted.none()]
     for shard in shards:
@@ -131,17 +161,19 @@ def check_edges(
             parts.append(counted.take(np.isin(counted.dst, some)))
     made = pairs.merge(parts, items)
     made = made.take(allowed[ntype[made.src], ntype[made.dst]])
-    return sum(
-        _check_file(file, pairs.keep_best(made, ntype, config.min_support, most, seed), snapshot, some, words)
-        for file, most in stored.items()
-    )
+    count = 0
+    for kind, file in stored.items():
+        edges = as_edges(pairs.keep_best(made, ntype, config.min_support, most[kind], seed))
+        if kind == EDGES:
+            edges = with_texts(edges, texts, config.text_users, ntype, allowed)
+        count += _check_file(file, edges, snapshot, some, words)
+    return count
 
 
-def _check_file(file: Path, made: Counted, snapshot: Snapshot, some: np.ndarray, words: Words) -> int:
-    src, dst, support, weight = read_edges(file)
-    mine = np.isin(dst, some)
-    there = _by_edge(src[mine], dst[mine], support[mine], weight[mine])
-    wanted_edges = _by_edge(made.src, made.dst, made.support, (made.weight / pairs.ONE).astype(np.float32))
+def _check_file(file: Path, made: Edges, snapshot: Snapshot, some: np.ndarray, words: Words) -> int:
+    stored = read_edges(file)
+    there = _by_edge(Edges(*(column[np.isin(stored.dst, some)] for column in stored)))
+    wanted_edges = _by_edge(made)
     for to, of in sorted(there.keys() | wanted_edges.keys()):
         found, expected = (edges.get((to, of), (0, 0.0)) for edges in (there, wanted_edges))
         if found != expected:
@@ -153,12 +185,10 @@ def _check_file(file: Path, made: Counted, snapshot: Snapshot, some: np.ndarray,
     return len(there)
 
 
-def _by_edge(
-    src: np.ndarray, dst: np.ndarray, support: np.ndarray, weight: np.ndarray
-) -> dict[tuple[int, int], tuple[int, float]]:
+def _by_edge(edges: Edges) -> dict[tuple[int, int], tuple[int, float]]:
     """(dst, src) -> users and weight."""
-    edges = zip(dst.tolist(), src.tolist(), strict=True)
-    return dict(zip(edges, zip(support.tolist(), weight.tolist(), strict=True), strict=True))
+    src, dst, support, weight = (column.tolist() for column in edges)
+    return dict(zip(zip(dst, src, strict=True), zip(support, weight, strict=True), strict=True))
 
 
 def check_activity(
@@ -252,15 +282,12 @@ def check_item_vectors(run: FinishedRun, words: Words) -> list[str]:
 
 
 def check_memory(run: FinishedRun, snapshot: Snapshot, ntype: np.ndarray, words: Words) -> None:
-    """The memory used in validation and test follows from its snapshot's pairs and events."""
+    """The memory used in validation and test follows from its snapshot's pairs and users."""
     assert run.two_tower is not None
     stored = Memory.load(memory_file(run.two_tower.path, snapshot.name))
-    codes, history = run.tables.codes(run.graph.manifest["config"]["edges"]), run.graph_config.max_history
-    users = np.add.reduce(
-        [count_users(events, snapshot, codes, history, len(ntype)) for events in map(Events.read, run.tables.shards)]
-    )
+    users = load_users(run.graph.path)[snapshot.name]
     kept = read_edges(run.graph.path / PAIRS / f"{snapshot.name}.parquet")
-    near = load_nearest_texts(run.two_tower.path)
+    near = load_nearest_texts(run.graph.path)
     made = memory_of([solve(kept, users, ntype, 0, len(ntype))], near, users, ntype)
     assert stored.text is not None and made.text is not None
     for gid in range(len(ntype)):

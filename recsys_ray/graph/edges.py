@@ -4,14 +4,19 @@ One task per user shard counts the pairs of each snapshot and writes them in as 
 each a range of destinations. One task per range then sums them and keeps the best. Memory is bounded in both: by
 ``pairs.HOLD`` in the first, by the number of ranges (``data.shards``) in the second.
 
+An item that few users had has few edges, and these by chance. So the graph's edges are completed with what texts tell:
+``graph.text_users`` = c makes the weight of an edge w_ij + c t_ij (recsys_ray/graph/texts.py). Edges that texts alone
+tell have a support of 0, and are no supervision.
+
 Of snapshots after which somebody is answered many more pairs than the graph's edges are kept, for the co-interaction
-memory (recsys_ray/scoring/ridge.py).
+memory (recsys_ray/scoring/ridge.py), which adds what texts tell itself.
 """
 
 from __future__ import annotations
 
+import itertools
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,12 +27,13 @@ import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 
 from recsys_ray.cluster.pool import in_parallel
-from recsys_ray.config import Config
+from recsys_ray.config import Config, GraphConfig
 from recsys_ray.core.progress import Progress
 from recsys_ray.data.tables import Tables, whole_users
 from recsys_ray.graph import pairs
 from recsys_ray.graph.pairs import Counted, PairCounter, Window
 from recsys_ray.graph.snapshots import Snapshot
+from recsys_ray.graph.texts import NearestTexts, TextPairs, text_pairs
 from recsys_ray.storage.artifacts import SCRATCH, json_or_none, write_json, write_parquet, written_whole
 
 _COUNTED = pa.schema([(name, pa.int64() if name == "weight" else pa.int32()) for name in pairs.COLUMNS])
@@ -44,8 +50,13 @@ class Edges(NamedTuple):
 
     src: Int[np.ndarray, "n"]
     dst: Int[np.ndarray, "n"]
-    support: Int[np.ndarray, "n"]  # users
+    support: Int[np.ndarray, "n"]  # users; 0: texts alone tell of the edge
     weight: Float[np.ndarray, "n"]
+
+    @staticmethod
+    def none() -> Edges:
+        none = np.zeros(0, np.int32)
+        return Edges(none, none, none, np.zeros(0, np.float32))
 
 
 def build_edges(
@@ -54,6 +65,8 @@ def build_edges(
     snapshots: Sequence[Snapshot],
     ntype: np.ndarray,
     num_types: int,
+    near: NearestTexts,
+    users: Mapping[str, Int[np.ndarray, "items"]],
     out: Path,
     progress: Progress,
 ) -> dict[str, dict[str, int]]:
@@ -64,9 +77,11 @@ def build_edges(
 
     Args:
         ntype: int16 [items], item type of each gid.
+        near: of every item.
+        users: snapshot -> users of each item.
 
     Returns:
-        Of each snapshot: relation ``t{i}_t{j}`` -> number of edges.
+        Of each snapshot: relation ``t{i}_t{j}`` -> number of edges between items that share users.
 
     Raises:
         ArtifactError: the ingest folder has no interactions.
@@ -84,7 +99,7 @@ def build_edges(
         bounds = [len(ntype) * r // ranges for r in range(1, ranges + 1)]
         _count(config, shards, todo, codes, bounds, scratch, progress)
         allowed = pairs.allowed_relations(config.graph.relations, tables.counts["item_types"])
-        _reduce(config, todo, ntype, len(bounds), scratch, out, progress, allowed, most)
+        _reduce(config, todo, ntype, bounds, scratch, out, progress, allowed, most, near, users)
         shutil.rmtree(scratch, ignore_errors=True)
     return {s.name: _relation_counts(out / EDGES / f"{s.name}.parquet", ntype, num_types) for s in snapshots}
 
@@ -105,6 +120,13 @@ def read_edges(path: Path) -> Edges:
     return Edges(*(column.to_numpy() for column in pq.read_table(path, columns=list(Edges._fields)).columns))
 
 
+def told_by_texts(path: Path, items: int) -> Int[np.ndarray, "n"]:
+    """Of an edge file, the edges that texts alone tell: ``dst * items + src``, ascending."""
+    table = pq.read_table(path, columns=["src", "dst"], filters=[("support", "==", 0)])
+    src, dst = (column.to_numpy() for column in table.columns)
+    return dst.astype(np.int64) * items + src
+
+
 def _count(
     config: Config,
     shards: Sequence[Path],
@@ -115,47 +137,51 @@ def _count(
     progress: Progress,
 ) -> None:
     windows = {s.name: Window(s.start, s.time, s.without) for s in snapshots}
+    rules = config.graph
     work = [
-        (shard, scratch / shard.stem, windows, codes, bounds, config.graph.max_history, config.graph.pair_half_life)
+        (count_shard, shard, scratch / shard.stem, windows, codes, bounds, rules.max_history, rules.pair_half_life)
         for shard in shards
         if not _is_done(scratch / shard.stem, windows)
     ]
-    _run(count_shard, work, progress, "counting pairs", "shards")
+    _run(work, progress, "counting pairs", "shards")
 
 
 def _reduce(
     config: Config,
     snapshots: Sequence[Snapshot],
     ntype: np.ndarray,
-    ranges: int,
+    bounds: Sequence[int],
     scratch: Path,
     out: Path,
     progress: Progress,
     allowed: np.ndarray,
     most: Mapping[str, int],
+    near: NearestTexts,
+    users: Mapping[str, Int[np.ndarray, "items"]],
 ) -> None:
     import ray
 
     def part(snapshot: Snapshot, kind: str, r: int) -> Path:
         return scratch / snapshot.name / f"{kind}-{r:05d}.parquet"
 
-    shared = ray.put(ntype)
-    work = []
+    shared, rules, work = ray.put(ntype), config.graph, []
     for snapshot in snapshots:
-        for r in range(ranges):
-            files = {part(snapshot, kind, r): most[kind] for kind in kinds_of(snapshot.name)}
-            if not all(file.exists() for file in files):
-                work.append((scratch, snapshot.name, r, shared, config.graph.min_support, config.data_seed, files,
-                             allowed))  # fmt: skip
-    _run(reduce_range, work, progress, "merging pairs", "ranges")
+        had = ray.put(users[snapshot.name])
+        for r, (first, last) in enumerate(itertools.pairwise([0, *bounds])):
+            files = {kind: part(snapshot, kind, r) for kind in kinds_of(snapshot.name)}
+            if not all(file.exists() for file in files.values()):
+                of_range = NearestTexts(*(rows[first:last] for rows in near))
+                work.append((reduce_range, scratch, snapshot.name, r, shared, rules, config.data_seed, files, most,
+                             allowed, first, of_range, had))  # fmt: skip
+    _run(work, progress, "merging pairs", "ranges")
     for snapshot in snapshots:
         for kind in kinds_of(snapshot.name):
-            _join([part(snapshot, kind, r) for r in range(ranges)], out / kind / f"{snapshot.name}.parquet")
+            _join([part(snapshot, kind, r) for r in range(len(bounds))], out / kind / f"{snapshot.name}.parquet")
 
 
-def _run(function: Callable[..., Any], work: list[tuple[Any, ...]], progress: Progress, title: str, unit: str) -> None:
+def _run(work: list[tuple[Any, ...]], progress: Progress, title: str, unit: str) -> None:
     with progress.task(title, len(work), unit) as shown:
-        for _ in in_parallel((function, *arguments) for arguments in work):
+        for _ in in_parallel(work):
             shown.advance()
 
 
@@ -201,23 +227,54 @@ def _write_ranges(counted: Counted, bounds: Sequence[int], path: Path) -> None:
 
 
 def reduce_range(
-    scratch: Path, snapshot: str, r: int, ntype: np.ndarray, min_support: int, seed: int, out: Mapping[Path, int],
-    allowed: np.ndarray | None = None,
+    scratch: Path, snapshot: str, r: int, ntype: np.ndarray, rules: GraphConfig, seed: int, files: Mapping[str, Path],
+    most: Mapping[str, int], allowed: np.ndarray, first: int, near: NearestTexts, users: np.ndarray,
 ) -> None:  # fmt: skip
-    """Merge range ``r`` of every shard's counts and keep the best edges of the allowed relations (bool [types, types];
-    default: all). ``out``: files to write, each with the number of edges to keep of an item and type of src."""
+    """Merge range ``r`` of every shard's counts, keep the best edges of the allowed relations, and complete them with
+    what texts tell.
+
+    Args:
+        files: kind (edges, pairs) -> file to write.
+        most: kind -> number of edges to keep of an item and type of src.
+        allowed: bool [types, types].
+        first: of the range's items.
+        near: of the range's items.
+        users: of all items at the snapshot.
+    """
     parts = [Counted.none()]
     for path in sorted(scratch.glob(f"shard-*/{snapshot}-*.parquet")):
         with pq.ParquetFile(path) as file:
             table = file.read_row_group(r)
         parts.append(Counted(*(table.column(name).to_numpy() for name in _COUNTED.names)))
-    edges = pairs.merge(parts, len(ntype))
-    if allowed is not None:
-        edges = edges.take(allowed[ntype[edges.src], ntype[edges.dst]])
-    for file, most in out.items():
-        best = pairs.keep_best(edges, ntype, min_support, most, seed)
-        weight = (best.weight / pairs.ONE).astype(np.float32)
-        write_parquet(file, pa.table([best.src, best.dst, best.support.astype(np.int32), weight], schema=_EDGES))
+    counted = pairs.merge(parts, len(ntype))
+    counted = counted.take(allowed[ntype[counted.src], ntype[counted.dst]])
+    for kind, file in files.items():
+        edges = as_edges(pairs.keep_best(counted, ntype, rules.min_support, most[kind], seed))
+        if kind == EDGES:
+            texts = text_pairs(near, users, np.arange(first, first + len(near.gid)))
+            edges = with_texts(edges, texts, rules.text_users, ntype, allowed)
+        write_parquet(file, pa.table(list(edges), schema=_EDGES))
+
+
+def as_edges(counted: Counted) -> Edges:
+    """Counted pairs, with the weights as they are stored."""
+    weight = (counted.weight / pairs.ONE).astype(np.float32)
+    return Edges(counted.src, counted.dst, counted.support.astype(np.int32), weight)
+
+
+def with_texts(edges: Edges, texts: TextPairs, text_users: float, ntype: np.ndarray, allowed: np.ndarray) -> Edges:
+    """The same with ``text_users`` x t more weight, in the allowed relations; sorted by dst, src."""
+    if not text_users:
+        return edges
+    chosen = allowed[ntype[texts.src], ntype[texts.dst]]
+    own = edges.dst.astype(np.int64) * len(ntype) + edges.src
+    told = texts.dst[chosen] * len(ntype) + texts.src[chosen]
+    both = np.union1d(own, told)
+    support, weight, place = np.zeros(len(both), np.int32), np.zeros(len(both), np.float32), np.searchsorted(both, own)
+    support[place], weight[place] = edges.support, edges.weight
+    weight[np.searchsorted(both, told)] += np.float32(text_users) * texts.users[chosen]
+    src, dst = (part.astype(np.int32) for part in (both % len(ntype), both // len(ntype)))
+    return Edges(src, dst, support, weight)
 
 
 def _join(parts: Sequence[Path], out: Path) -> None:
@@ -232,8 +289,9 @@ def _join(parts: Sequence[Path], out: Path) -> None:
 def _relation_counts(path: Path, ntype: np.ndarray, num_types: int) -> dict[str, int]:
     totals = np.zeros(num_types * num_types, np.int64)
     with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(_ROWS, columns=["src", "dst"]):
-            src, dst = (batch.column(i).to_numpy() for i in range(2))
+        for batch in file.iter_batches(_ROWS, columns=["src", "dst", "support"]):
+            src, dst, support = (column.to_numpy() for column in batch.columns)
+            src, dst = src[support > 0], dst[support > 0]
             totals += np.bincount(ntype[src].astype(np.int64) * num_types + ntype[dst], minlength=len(totals))
     return {f"t{k // num_types}_t{k % num_types}": int(n) for k, n in enumerate(totals) if n}
 

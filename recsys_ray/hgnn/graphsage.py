@@ -7,8 +7,6 @@ dimension, O output dimension.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -89,10 +87,6 @@ class GraphSage(nn.Module):
             ]
         )
         start_as_average(self)
-
-    def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        """The optimiser's."""
-        return [{"params": list(self.parameters()), "lr": learning_rate}]
 
     def forward(self, text_ST: Float[Tensor, "S T"], blocks: list[Block]) -> Float[Tensor, "D O"]:
         """Embeddings of the last block's dst nodes; ``text_ST`` belongs to the first block's src nodes."""

@@ -7,13 +7,12 @@ Graph Neural Networks, 2020): every item sends its signature (recsys_ray/hgnn/si
     h1_i = sum over neighbours j of w_ij sign_j
     h2_i = sum over neighbours j of w_ij unit(h1_j)
     s_i  = unit(V1 h1_i + V2 h2_i)
-    s_i  = unit(W_p text_i + b_p)                                              without edges
-    z_i  = unit([unit(W_t text_i), gain * s_i])
+    z_i  = unit([unit(W_t text_i), GAIN s_i])
 
 The weights w_ij (:func:`recsys_ray.graph.pairs.message_weights`) keep popular neighbours from drowning the others.
-Nothing depends on which item types there are, so a type that comes later is embedded as any other.
-For an item without edges the text predicts the structure, learned from items that are isolated in training
-(``HgnnConfig.isolated``): what its text tells about taste counts, and both channels always have the same norms.
+Nothing depends on which item types there are, so a type that comes later is embedded as any other. An item that nobody
+had is linked with the items that have the nearest texts (``GraphConfig.text_users``); one whose text tells nothing
+either has no structure.
 
 A sum of random signs is a random projection of an item's neighbourhood, and half of its numbers are noise. V1 and V2
 are the principal directions of the graph (recsys_ray/hgnn/directions.py), which training leaves alone: learning to
@@ -23,13 +22,12 @@ The sums do not depend on the weights. In training they are made once (:func:`wr
 taken out of them where it counts (:class:`recsys_ray.hgnn.training.WholeNeighbourhoods`).
 
 Shape suffixes: N nodes, S source nodes of a block, D destination nodes of a block, T text dimension, G signs, O output
-dimension, d = O / 2, K = 2 G, H = O + 2 d: the state that an item keeps and sends after the first layer.
+dimension, d = O / 2, K = 2 G, H = O + d: the state that an item keeps and sends after the first layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -41,6 +39,7 @@ from recsys_ray.hgnn.blocks import Block, ItemTypes, LayerStore
 from recsys_ray.hgnn.sampler import ItemSource, build_blocks
 
 _SMALLEST = 1e-3  # of a norm: what rounding leaves of a sum, whose parts have norm 1, counts as nothing
+GAIN = 2**0.5  # so that two items' structure counts twice as much as their texts
 _CHUNK = 16_384  # neighbourhoods of a chunk overlap: the larger, the less is read twice
 _ALL = -1
 
@@ -63,8 +62,6 @@ class PropagationEncoder(nn.Module):
         nn.init.orthogonal_(self.text.weight)
         for name in ("near", "far"):
             self.register_buffer(name, nn.init.orthogonal_(torch.empty(self.structure_dim, config.signature_dim)))
-        self.predicted = nn.Linear(text_dim, self.structure_dim)
-        self.log_gain = nn.Parameter(torch.tensor(0.0))
 
     @torch.no_grad()
     def start(self, structure: Float[Tensor, "n K"], text: Float[Tensor, "m T"]) -> None:
@@ -76,37 +73,26 @@ class PropagationEncoder(nn.Module):
                 kept.copy_(found)
         self.text.weight[: len(text)] = text
 
-    def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        """The optimiser's. The text's map starts as a good embedding, which large steps would destroy; how much the
-        structure counts, and what a text predicts, has yet to be found."""
-        return [
-            {"params": list(self.text.parameters()), "lr": learning_rate},
-            {"params": list(self.predicted.parameters()), "lr": 10 * learning_rate},
-            {"params": [self.log_gain], "lr": 100 * learning_rate},
-        ]
-
     def forward(self, text_NT: Float[Tensor, "N T"], sums_N2G: Float[Tensor, "N 2 G"]) -> Float[Tensor, "N O"]:
         """Embeddings from texts and from what :func:`write_sums` made."""
         h1, h2 = sums_N2G.unbind(1)
-        return self._join(self.text(text_NT), self.predicted(text_NT), h1 @ self.near.T + h2 @ self.far.T)
+        return self._join(self.text(text_NT), h1 @ self.near.T + h2 @ self.far.T)
 
     def first(self, source: ItemSource, block: Block) -> Float[Tensor, "D H"]:
-        """The state after the first layer: the text's channel, the structure that the text predicts, what the
-        neighbours' signatures make of it, and what the item itself sends."""
+        """The state after the first layer: the text's channel, what the neighbours' signatures make of the item's
+        structure, and what the item itself sends."""
         h1, text = sums_over(source.signs(block.src), block), source.features("text", block.dst)
-        return torch.cat([self.text(text), self.predicted(text), h1 @ self.near.T, unit(h1) @ self.far.T], 1)
+        return torch.cat([self.text(text), h1 @ self.near.T, unit(h1) @ self.far.T], 1)
 
     def second(self, state_SH: Float[Tensor, "S H"], block: Block) -> Float[Tensor, "D O"]:
         """Unit-norm embeddings."""
         thin = self.structure_dim
-        text, predicted, near, sent = state_SH.split([self.text.out_features, thin, thin, thin], 1)
+        text, near, sent = state_SH.split([self.text.out_features, thin, thin], 1)
         own = block.dst_in_src
-        return self._join(text[own], predicted[own], near[own] + sums_over(sent, block))
+        return self._join(text[own], near[own] + sums_over(sent, block))
 
-    def _join(self, text: Tensor, predicted: Tensor, structure: Tensor) -> Tensor:
-        structure = unit(structure)
-        structure = torch.where(structure.any(1, keepdim=True), structure, unit(predicted))
-        return F.normalize(torch.cat([unit(text), self.log_gain.exp() * structure], 1), dim=-1)
+    def _join(self, text: Tensor, structure: Tensor) -> Tensor:
+        return F.normalize(torch.cat([unit(text), GAIN * unit(structure)], 1), dim=-1)
 
 
 def sums_over(values_Sd: Float[Tensor, "S d"], block: Block) -> Float[Tensor, "D d"]:

@@ -143,21 +143,13 @@ def build_blocks(
 
 
 def dropper(
-    batch_keys: Int64[Tensor, "B"],
-    num_items: int,
-    valid_share: float,
-    seed: int,
-    isolated: Int64[Tensor, "I"] | None = None,
+    batch_keys: Int64[Tensor, "B"], num_items: int, valid_share: float, seed: int
 ) -> Callable[[Tensor, Tensor], Bool[Tensor, "E"]]:
-    """The ``drop`` of :func:`build_blocks` for a batch with these pair keys, in which ``isolated`` items receive no
-    message at all."""
+    """The ``drop`` of :func:`build_blocks` for a batch with these pair keys."""
     banned = torch.unique(batch_keys)
-    alone = torch.zeros(num_items, dtype=torch.bool)
-    if isolated is not None:
-        alone[isolated] = True
 
     def drop(src: Tensor, dst: Tensor) -> Tensor:
         keys = pair_keys(src, dst, num_items)
-        return among(keys, banned) | held_out(keys, valid_share, seed) | alone[dst]
+        return among(keys, banned) | held_out(keys, valid_share, seed)
 
     return drop

@@ -22,9 +22,10 @@ from recsys_ray.core.seeds import seed_from
 from recsys_ray.data.tables import Tables
 from recsys_ray.graph.dgl.client import GraphClient, partition_client
 from recsys_ray.graph.dgl.store import PartitionStore
-from recsys_ray.graph.edges import read_edges
+from recsys_ray.graph.edges import EDGES, read_edges, told_by_texts
 from recsys_ray.graph.pairs import strengths
 from recsys_ray.graph.snapshots import Snapshot, earlier_snapshot, snapshots_of, training_snapshot
+from recsys_ray.graph.users import load_users
 from recsys_ray.hgnn.blocks import ItemTypes, LayerStore
 from recsys_ray.hgnn.encoder import Hgnn, make_hgnn
 from recsys_ray.hgnn.inference import LocalStore, embed_items
@@ -32,6 +33,7 @@ from recsys_ray.hgnn.signature import SignedSource, item_signatures
 from recsys_ray.hgnn.training import (
     EdgeTrainer,
     Graph,
+    by_users,
     neighbourhoods_of,
     plan_edges,
     train_epochs,
@@ -155,25 +157,31 @@ class _Run:
         return torch.tensor_split(torch.sort(self.client.local_gids()).values, self.sharing)[self.place]
 
     def _graph(self, snapshot: Snapshot) -> Graph:
-        return Graph(snapshot.index, self.client.edges(snapshot.index))
+        told = told_by_texts(self._edge_file(snapshot), self.spec.starts[-1])
+        return Graph(snapshot.index, self.client.edges(snapshot.index), torch.from_numpy(told))
+
+    def _edge_file(self, snapshot: Snapshot) -> Path:
+        return self.spec.graph / EDGES / f"{snapshot.name}.parquet"
 
     def train(self) -> None:
         """Train from the last checkpoint, or from the start; leaves the best weights in the model."""
         import ray.train.torch
 
         spec, config, model, worker = self.spec, self.spec.config, self.model, self.worker
-        asked = self._graph(training_snapshot(spec.snapshots))
-        known = self._graph(earlier_snapshot(spec.snapshots)) if config.encoder == "propagation" else asked
+        newest = training_snapshot(spec.snapshots)
+        earlier = earlier_snapshot(spec.snapshots) if config.encoder == "propagation" else newest
+        asked, known = self._graph(newest), self._graph(earlier)
+        had = by_users(known, spec.starts[-1]), by_users(asked, spec.starts[-1])
         edges = {
             relation: (src[self.place :: self.sharing], dst[self.place :: self.sharing])
-            for relation, (src, dst) in unknown_edges(known.edges, asked.edges, spec.starts[-1]).items()
+            for relation, (src, dst) in unknown_edges(*had, spec.starts[-1]).items()
         }
         task = plan_edges(edges, config, spec.starts[-1], model.types.count, spec.seed, worker.world)
         around = neighbourhoods_of(model, self.source, config, known, asked, spec.seed, self._own(), self._shared)
         network: nn.Module = model
         if worker.world > 1:  # now that all start alike: it takes rank 0's start. A batch need not hold every relation
             network = ray.train.torch.prepare_model(model, parallel_strategy_kwargs={"find_unused_parameters": True})
-        optimizer = torch.optim.Adam(model.parameter_groups(config.learning_rate))
+        optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
         trainer = EdgeTrainer(model, network, self.source, around, model.types, config, known.snapshot, spec.seed)
         checkpoints = Checkpoints(worker, spec.out / SCRATCH / "hgnn", model, model, optimizer)
 
@@ -209,6 +217,7 @@ class _Run:
         arrays = {"gid": own.numpy(), "embedding": embedding.numpy()}
         if name == "serve":  # what the bundle's items send to items that are new (hgnn/inductive.py)
             arrays["hidden"] = self.store.read(own).half().numpy()
-            _, dst, _, weight = read_edges(self.spec.graph / "edges" / f"{name}.parquet")
+            _, dst, _, weight = read_edges(self._edge_file(snapshot))
             arrays["strength"] = strengths(dst, weight, self.spec.starts[-1])[own.numpy()]
+            arrays["users"] = load_users(self.spec.graph)[name][own.numpy()]
         save_arrays(target, arrays)

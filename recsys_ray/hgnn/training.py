@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from recsys_ray.cluster.train import generator_for, mean_over_ranks, run_epochs, sum_over_ranks
@@ -43,6 +43,7 @@ class Graph(NamedTuple):
 
     snapshot: int
     edges: Mapping[Relation, WeightedEdges]  # those that end in this rank's partition, and what their messages count
+    told: Int64[Tensor, "n"]  # dst * items + src, ascending, of the edges of all partitions that texts alone tell
 
 
 @dataclass
@@ -90,9 +91,18 @@ def plan_edges(
     return EdgeTask(train, held, shares, steps, log_q, sizes)
 
 
+def by_users(graph: Graph, num_items: int) -> dict[Relation, Edges]:
+    """The edges without those that texts alone tell."""
+    found = {}
+    for relation, (src, dst, _) in graph.edges.items():
+        kept = ~among(dst * num_items + src, graph.told)
+        found[relation] = src[kept], dst[kept]
+    return found
+
+
 def unknown_edges(
-    known: Mapping[Relation, WeightedEdges], asked: Mapping[Relation, WeightedEdges], num_items: int
-) -> dict[Relation, Edges]:
+    known: Mapping[Relation, Edges], asked: Mapping[Relation, Edges], num_items: int
+) -> Mapping[Relation, Edges]:
     """This rank's edges of the graph ``asked`` that an earlier one, ``known``, does not have; where all ranks together
     find none, all of ``asked``.
 
@@ -102,14 +112,12 @@ def unknown_edges(
     """
     nothing = torch.empty(0, dtype=torch.int64)
     found: dict[Relation, Edges] = {}
-    for relation, (src, dst, _) in asked.items():
-        old_src, old_dst, _ = known.get(relation, (nothing, nothing, nothing))
+    for relation, (src, dst) in asked.items():
+        old_src, old_dst = known.get(relation, (nothing, nothing))
         fresh = ~among(dst * num_items + src, (old_dst * num_items + old_src).sort().values)
         found[relation] = src[fresh], dst[fresh]
     count = torch.tensor([sum(len(src) for src, _ in found.values())], dtype=torch.float64)
-    if sum_over_ranks(count) == 0:
-        return {relation: (src, dst) for relation, (src, dst, _) in asked.items()}
-    return found
+    return found if sum_over_ranks(count) > 0 else asked
 
 
 @runtime_checkable
@@ -117,14 +125,12 @@ class Neighbourhoods(Protocol):
     """What an encoder sees of the items of a batch: the inputs of its ``forward``, without the edges of the batch."""
 
     def inputs(
-        self, own: Int64[Tensor, "N"], partner: Int64[Tensor, "N"], isolated: Bool[Tensor, "N"],
-        generator: torch.Generator,
-    ) -> tuple[tuple[Any, ...], Int64[Tensor, "N"]]:  # fmt: skip
+        self, own: Int64[Tensor, "N"], partner: Int64[Tensor, "N"], generator: torch.Generator
+    ) -> tuple[tuple[Any, ...], Int64[Tensor, "N"]]:
         """Inputs of the network, and the row of its output that belongs to each item of ``own``.
 
         Args:
             partner: the other end of the edge that is to be predicted; the item itself where there is none.
-            isolated: items that receive no message, as an item that has no edges yet.
         """
         ...
 
@@ -136,13 +142,11 @@ class SampledNeighbourhoods:
     def __init__(self, source: TextSource, config: HgnnConfig, snapshot: int, num_items: int, seed: int) -> None:
         self.source, self.config, self.snapshot, self.num_items, self.seed = source, config, snapshot, num_items, seed
 
-    def inputs(
-        self, own: Tensor, partner: Tensor, isolated: Tensor, generator: torch.Generator
-    ) -> tuple[tuple[Any, ...], Tensor]:
+    def inputs(self, own: Tensor, partner: Tensor, generator: torch.Generator) -> tuple[tuple[Any, ...], Tensor]:
         config = self.config
         seeds, place = torch.unique(own, return_inverse=True)
         keys = pair_keys(own, partner, self.num_items)
-        drop = dropper(keys, self.num_items, config.valid_share, self.seed, own[isolated])
+        drop = dropper(keys, self.num_items, config.valid_share, self.seed)
         blocks = build_blocks(self.source, seeds, self.snapshot, config.fanouts, generator, drop)
         return (self.source.features("text", blocks[0].src), blocks), place
 
@@ -152,25 +156,24 @@ class WholeNeighbourhoods:
     edge that is to be predicted is taken out, in both layers.
 
     Args:
-        sums: width 2 G, of the training snapshot without its validation edges.
-        edges: those of the snapshot that end in this rank's partition, with their messages' weights.
+        sums: width 2 G, of the graph without its validation edges and those that texts alone tell.
     """
 
     def __init__(
-        self, source: ItemSource, config: HgnnConfig, snapshot: int, num_items: int, seed: int, sums: LayerStore,
-        edges: Mapping[Relation, WeightedEdges],
-    ) -> None:  # fmt: skip
+        self, source: ItemSource, config: HgnnConfig, graph: Graph, num_items: int, seed: int, sums: LayerStore
+    ) -> None:
         self.source, self.sums, self.dim, self.num_items = source, sums, config.signature_dim, num_items
-        nothing = torch.empty(0, dtype=torch.int64)
+        nothing, edges = torch.empty(0, dtype=torch.int64), graph.edges
         src = torch.cat([nothing, *(src for src, _, _ in edges.values())])
         dst = torch.cat([nothing, *(dst for _, dst, _ in edges.values())])
         weight = torch.cat([torch.empty(0), *(weight for _, _, weight in edges.values())])
         kept = ~held_out(pair_keys(src, dst, self.num_items), config.valid_share, seed)
         src, dst, weight = src[kept], dst[kept], weight[kept]
         here = dst * self.num_items + src
-        keys, weights = zip((here, weight), *self._back(src, dst, here.sort().values, snapshot), strict=True)
-        self._sent, order = torch.sort(torch.cat(keys))  # each once: an edge ends in one partition
-        self._weight = torch.cat(weights)[order]
+        keys, weights = zip((here, weight), *self._back(src, dst, here.sort().values, graph.snapshot), strict=True)
+        sent, order = torch.sort(torch.cat(keys))  # each once: an edge ends in one partition
+        counts = ~among(sent, graph.told)
+        self._sent, self._weight = sent[counts], torch.cat(weights)[order][counts]
 
     def _back(self, src: Tensor, dst: Tensor, here: Tensor, snapshot: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Keys and weights of edges in the other direction that end in other partitions: the cap of neighbours may keep
@@ -189,16 +192,13 @@ class WholeNeighbourhoods:
         place = torch.searchsorted(self._sent, keys).clamp(max=len(self._sent) - 1)
         return torch.where(self._sent[place] == keys, self._weight[place], 0.0)[:, None]
 
-    def inputs(
-        self, own: Tensor, partner: Tensor, isolated: Tensor, generator: torch.Generator
-    ) -> tuple[tuple[Any, ...], Tensor]:
+    def inputs(self, own: Tensor, partner: Tensor, generator: torch.Generator) -> tuple[tuple[Any, ...], Tensor]:
         nodes, place = torch.unique(torch.cat([own, partner]), return_inverse=True)
         table = self.sums.read(nodes).view(len(nodes), 2, self.dim)
         mine, other = place.split(len(own))
         sums, sent = table[mine], self._weight_of(partner, own)
         sums[:, 0] -= sent * self.source.signs(partner)
         sums[:, 1] -= sent * unit(table[other, 0])
-        sums[isolated] = 0
         return (self.source.features("text", nodes)[mine], sums), torch.arange(len(own))
 
 
@@ -207,7 +207,8 @@ def neighbourhoods_of(
     own: Int64[Tensor, "N"], shared: Callable[[int, str], LayerStore],
 ) -> Neighbourhoods:  # fmt: skip
     """What the model's training sees of the graph ``known``. A model of ``propagation`` first takes its start from the
-    graph ``asked``, whose edges it is to predict. All ranks call this at once.
+    graph ``asked``, whose edges it is to predict; edges that texts alone tell count in none of this. All ranks call
+    this at once.
 
     Args:
         own: this rank's items, ascending.
@@ -219,12 +220,16 @@ def neighbourhoods_of(
     width = 2 * config.signature_dim
     sums, sent = shared(width, "sums"), shared(config.signature_dim, "sent")
     validation = dropper(own[:0], num_items, config.valid_share, seed)
-    write_sums(source, asked.snapshot, own, sent, sums, validation)
-    structure = graph_directions(sums, width, own, asked.edges, model.structure_dim, seed, validation)
+
+    def dropped(graph: Graph) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda src, dst: validation(src, dst) | among(dst * num_items + src, graph.told)
+
+    write_sums(source, asked.snapshot, own, sent, sums, dropped(asked))
+    structure = graph_directions(sums, width, own, asked.edges, model.structure_dim, seed, dropped(asked))
     model.start(structure, text_directions(source, own, model.text.out_features))
     if known.snapshot != asked.snapshot:
-        write_sums(source, known.snapshot, own, sent, sums, validation)
-    return WholeNeighbourhoods(source, config, known.snapshot, num_items, seed, sums, known.edges)
+        write_sums(source, known.snapshot, own, sent, sums, dropped(known))
+    return WholeNeighbourhoods(source, config, known, num_items, seed, sums)
 
 
 class EdgeTrainer:
@@ -239,18 +244,14 @@ class EdgeTrainer:
         self.num_items = int(types.starts[-1])
 
     def loss(self, anchors: Tensor, positives: Tensor, task: EdgeTask, generator: torch.Generator) -> Tensor:
-        """Loss of one batch of edges; their own messages, in both directions, are left out. In training, some items
-        receive none at all: the model must be able to embed an item that has no edges yet."""
+        """Loss of one batch of edges; their own messages, in both directions, are left out."""
         config = self.config
         negatives = anchors[:0]
         if config.loss == "max_margin":
             negatives = torch.randint(self.num_items, (config.negatives,), generator=generator)
         own = torch.cat([anchors, positives, negatives])
         partner = torch.cat([positives, anchors, negatives])
-        isolated = torch.zeros(len(own), dtype=torch.bool)
-        if self.network.training and config.isolated:
-            isolated = torch.rand(len(own), generator=generator) < config.isolated
-        inputs, rows = self.neighbourhoods.inputs(own, partner, isolated, generator)
+        inputs, rows = self.neighbourhoods.inputs(own, partner, generator)
         z = self.network(*inputs)[rows]
         a, p, n = z.split([len(anchors), len(positives), len(negatives)])
         if config.loss == "softmax":

@@ -20,7 +20,6 @@ from recsys_ray.config import Config
 from recsys_ray.core.clock import DAY
 from recsys_ray.data.tables import Events, Tables, first_touches, has_code
 from recsys_ray.graph.snapshots import Snapshot
-from recsys_ray.scoring.ridge import count_users
 from recsys_ray.storage.artifacts import save_arrays
 
 PERIODS = ((30, 7), (7, 0))  # periods as days before a moment, the oldest first
@@ -37,43 +36,23 @@ def nobody_had(choices: Choices) -> Bool[np.ndarray, "items"]:
     return choices[0] == 0
 
 
-def write_choices(
-    config: Config, ingest: Tables, snapshots: Sequence[Snapshot], remembered: Sequence[Snapshot], out: Path, cpus: int
-) -> dict[str, Int[np.ndarray, "items"]]:
-    """Count the choices as of ``snapshots`` and, in the same pass over each shard, the users of items that the
-    memories of ``remembered`` need (:func:`recsys_ray.scoring.ridge.count_users`), which are returned by name. One task
-    a shard of interactions.
+def write_choices(config: Config, ingest: Tables, snapshots: Sequence[Snapshot], out: Path, cpus: int) -> None:
+    """Count the choices as of ``snapshots``. One task a shard of interactions.
 
-    Memory: for each item 12 bytes a snapshot and 8 a remembered one, here and in each task.
+    Memory: for each item 12 bytes a snapshot, here and in each task.
     """
-    events, items = config.events, sum(ingest.counts["items_per_type"])
-    arguments = snapshots, ingest.codes(events.positives), remembered, ingest.codes(events.edges)
+    items = sum(ingest.counts["items_per_type"])
+    arguments = snapshots, ingest.codes(config.events.positives), items
     counts = np.zeros((len(snapshots), 1 + len(PERIODS), items), np.int32)
-    users = np.zeros((len(remembered), items), np.int64)
-    jobs = [(count_shard, shard, *arguments, config.graph.max_history, items) for shard in ingest.shards]
-    for chosen, had in in_parallel(jobs, cpus):
+    for chosen in in_parallel([(_count_shard, shard, *arguments) for shard in ingest.shards], cpus):
         counts += chosen
-        users += had
-    if snapshots:
-        save_arrays(choices_file(out), {snapshot.name: counts[k] for k, snapshot in enumerate(snapshots)})
-    return {snapshot.name: users[k] for k, snapshot in enumerate(remembered)}
+    save_arrays(choices_file(out), {snapshot.name: counts[k] for k, snapshot in enumerate(snapshots)})
 
 
-def count_shard(
-    shard: Path,
-    snapshots: Sequence[Snapshot],
-    positives: Sequence[int],
-    remembered: Sequence[Snapshot],
-    edges: Sequence[int],
-    max_history: int,
-    items: int,
-) -> tuple[Int[np.ndarray, "snapshots ever_and_periods items"], Int[np.ndarray, "remembered items"]]:
-    """The choices of a shard's users and the users of items; see :func:`count_choices` and :func:`count_users`."""
-    events = Events.read(shard)
-    users = np.zeros((len(remembered), items), np.int64)
-    for k, snapshot in enumerate(remembered):
-        users[k] = count_users(events, snapshot, edges, max_history, items)
-    return count_choices(events, snapshots, positives, items), users
+def _count_shard(
+    shard: Path, snapshots: Sequence[Snapshot], positives: Sequence[int], items: int
+) -> Int[np.ndarray, "snapshots ever_and_periods items"]:
+    return count_choices(Events.read(shard), snapshots, positives, items)
 
 
 def count_choices(

@@ -10,7 +10,7 @@ et al., Wide & Deep Learning for Recommender Systems, DLRS 2016; ours, not the p
 
 b_.j is the ridge regression of having item j on having the items nearest to it (recsys_ray/scoring/ridge.py). Where few
 users had j, b_.j knows little, so j is given some users more, c t_ij of each item i with one of the nearest texts
-(recsys_ray/scoring/texts.py). The ridge, the weight w and c are chosen on the validation period
+(recsys_ray/graph/texts.py). The ridge, the weight w and c are chosen on the validation period
 (recsys_ray/scoring/choose.py), the half-life before training (recsys_ray/two_tower/recency.py); with weight 0 only the
 towers remain. The memory never lowers a score, so the top of the index and the raised items contain the exact list
 (recsys_ray/scoring/scorer.py).
@@ -29,7 +29,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from recsys_ray.core.offsets import begins, spread
-from recsys_ray.scoring.texts import TextPairs
+from recsys_ray.graph.texts import TextPairs
 from recsys_ray.storage.artifacts import load_arrays, save_arrays
 
 MEMORY_FILE = "memory.safetensors"  # of a bundle
@@ -137,17 +137,13 @@ class Memory:
         Args:
             src, dst, weight: edges into ``anew`` and out of it, each once.
             texts: of the items ``anew``.
-            users: of the items, whole for ``anew``; of others at least those who made the edges.
+            users: of all items.
             ntype: of all items.
         """
         fresh = np.zeros(len(ntype), bool)
         fresh[anew] = True
-        known = np.zeros(len(ntype), np.int64)
-        known[: len(self.users)] = self.users
-        known[fresh] = 0
-        known = np.maximum(known, users)
         src, dst = np.concatenate([src, texts.src]), np.concatenate([dst, texts.dst])
-        made = np.concatenate([weight, text_users * texts.users]) / (known[src] + ridge)
+        made = np.concatenate([weight, text_users * texts.users]) / (users[src] + ridge)
         # interactions and texts may tell of the same pair
         pairs, place = np.unique(src * len(ntype) + dst, return_inverse=True)
         old_src = np.repeat(np.arange(len(self.users)), np.diff(self.begin))
@@ -156,7 +152,7 @@ class Memory:
             np.concatenate([old_src[kept], pairs // len(ntype)]),
             np.concatenate([self.gid[kept], pairs % len(ntype)]),
             np.concatenate([self.coefficient[kept], np.bincount(place, made, len(pairs))[:, None]]),
-            known,
+            users,
             ntype,
             2 * NEIGHBOURS,  # of interactions and of texts
         )
@@ -208,11 +204,6 @@ class Memory:
 def memory_file(two_tower: Path, snapshot: str) -> Path:
     """Where the two-tower stage keeps the memory of a snapshot, for both of its variants and with all ridges."""
     return two_tower / "memory" / f"{snapshot}.safetensors"
-
-
-def texts_file(two_tower: Path) -> Path:
-    """Where the two-tower stage keeps the nearest texts."""
-    return two_tower / "memory" / "texts.safetensors"
 
 
 def _latest(

@@ -14,12 +14,12 @@ items is not among them although thousands share it, and counting it as 0 ruins 
 keeps more pairs (recsys_ray/graph/edges.py). Where even these are not all, G may have negative eigenvalues;
 coefficients that would grow without bound under a small ridge are clipped to -1 and 1.
 
-One task per range of items solves the systems; users are counted per shard, with the other counts (choices.py).
+One task per range of items solves the systems.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,16 +27,13 @@ import numpy as np
 import scipy.linalg.lapack as lapack
 from jaxtyping import Float, Int
 
-from recsys_ray.cluster.pool import alone, cpus_of_one_host, in_parallel
+from recsys_ray.cluster.pool import in_parallel
 from recsys_ray.core.offsets import spread
 from recsys_ray.core.progress import Progress
-from recsys_ray.data.tables import Events
 from recsys_ray.graph.edges import PAIRS, Edges, read_edges
-from recsys_ray.graph.pairs import Window, latest_items
-from recsys_ray.graph.snapshots import Snapshot
-from recsys_ray.scoring.memory import RIDGES, Memory, memory_file, texts_file
-from recsys_ray.scoring.texts import NearestTexts, nearest_texts_of_all, text_pairs
-from recsys_ray.storage.artifacts import load_arrays, save_arrays
+from recsys_ray.graph.texts import NearestTexts, load_nearest_texts, text_pairs
+from recsys_ray.graph.users import load_users
+from recsys_ray.scoring.memory import RIDGES, Memory, memory_file
 
 _RANGES = 8  # of items, whose systems are solved by one task each
 _UNKNOWNS = 200  # of a system, over all item types; of each type at least
@@ -52,27 +49,20 @@ class Solved(NamedTuple):
 
 
 def fit_memories(
-    ntype: Int[np.ndarray, "items"],
-    graph: Path,
-    text: Path,
-    users_of: Mapping[str, Int[np.ndarray, "items"]],
-    out: Path,
-    progress: Progress,
-    cpus: int,
+    ntype: Int[np.ndarray, "items"], graph: Path, snapshots: Sequence[str], out: Path, progress: Progress
 ) -> None:
-    """Write the memory of each snapshot of ``users_of`` (:func:`memory_file`), and the nearest texts.
+    """Write the memory of each snapshot (:func:`memory_file`); those that are there are kept.
 
     Args:
-        text: file of the featurize stage.
-        users_of: snapshot -> users of each item (:func:`count_users`).
+        graph: the graph stage's folder.
     """
     import ray
 
-    if not users_of:
-        return
-    near = _nearest_texts(text, users_of, out, progress, cpus)
-    with progress.task("memory", len(users_of) * _RANGES, "ranges of items") as task:
-        for snapshot, users in users_of.items():
+    todo = [snapshot for snapshot in snapshots if not memory_file(out, snapshot).exists()]
+    near, users_of = load_nearest_texts(graph), load_users(graph)
+    with progress.task("memory", len(todo) * _RANGES, "ranges of items") as task:
+        for snapshot in todo:
+            users = users_of[snapshot]
             pairs = read_edges(graph / PAIRS / f"{snapshot}.parquet")
             shared, parts = [ray.put(part) for part in (pairs, users, ntype)], []
             for part in in_parallel(
@@ -81,25 +71,6 @@ def fit_memories(
                 parts.append(part)
                 task.advance()
             memory_of(parts, near, users, ntype).save(memory_file(out, snapshot))
-
-
-def _nearest_texts(
-    text: Path, users_of: Mapping[str, Int[np.ndarray, "items"]], out: Path, progress: Progress, cpus: int
-) -> NearestTexts:
-    """The nearest texts of all items; an interrupted stage finds them in ``out`` again."""
-    if texts_file(out).exists():
-        return load_nearest_texts(out)
-    threads = cpus_of_one_host(cpus)
-    with progress.task("nearest texts", 1) as task:
-        ever = np.max(list(users_of.values()), axis=0) > 0
-        near: NearestTexts = alone(nearest_texts_of_all, text, ever, threads, cpus=threads)
-        save_arrays(texts_file(out), near._asdict())
-        task.advance()
-    return near
-
-
-def load_nearest_texts(out: Path) -> NearestTexts:
-    return NearestTexts(**load_arrays(texts_file(out)))
 
 
 def memory_of(
@@ -115,16 +86,6 @@ def _ranges(dst: Int[np.ndarray, "n"], items: int) -> list[tuple[int, int]]:
     """Ranges of items with about as many pairs; ``dst`` ascends."""
     bounds = [int(dst[len(dst) * k // _RANGES]) if len(dst) else 0 for k in range(1, _RANGES)]
     return list(zip([0, *bounds], [*bounds, items], strict=True))
-
-
-def count_users(
-    events: Events, snapshot: Snapshot, codes: Sequence[int], max_history: int, items: int
-) -> Int[np.ndarray, "items"]:
-    """How many users had each item, by the events that make the snapshot's edges (``codes``)."""
-    made = events.of(codes)
-    window = Window(snapshot.start, snapshot.time, snapshot.without)
-    _, latest, _ = latest_items(made.uid, made.gid, made.timestamp, window, max_history, items)
-    return np.bincount(latest, minlength=items)
 
 
 def nearest(pairs: Edges, users: Int[np.ndarray, "items"], ntype: Int[np.ndarray, "items"]) -> Int[np.ndarray, "kept"]:

@@ -71,7 +71,7 @@ def _graph_settings(config: Config) -> dict[str, Any]:
 
 def _graph(context: Context) -> dict[str, Any]:
     tables, text = context.folders
-    return build_graph(context.config, tables, text, context.out, context.progress, context.hosts)
+    return build_graph(context.config, tables, text, context.out, context.progress, context.cpus, context.hosts)
 
 
 GRAPH = Stage(
@@ -81,7 +81,7 @@ GRAPH = Stage(
     inputs=("ingest", "featurize"),
     settings=_graph_settings,
     run=_graph,
-    version=3,  # the memory has pairs of its own
+    version=4,  # edges that texts tell
 )
 
 # -- 4: train the HGNN, or take trained weights, and embed every item on every snapshot ------------------------------
@@ -110,7 +110,7 @@ HGNN = Stage(
     inputs=("ingest", "featurize", "graph"),
     settings=_hgnn_settings,
     run=_hgnn,
-    version=5,  # the structure is the graph's principal directions, untrained
+    version=6,  # the serve snapshot's users of items
 )
 
 # -- 5: train the two-tower, and the one without HGNN as a baseline --------------------------------------------------

@@ -77,14 +77,11 @@ def train_two_tower(
         )
     variants = [name for name, with_hgnn in VARIANTS.items() if with_hgnn or config.two_tower.ablation]
     write_specs(out, variants, spec)
-    asked = [s for s in snapshots if config.two_tower.memory and s.name in PAIRED]
-    asked = [s for s in asked if not memory_file(out, s.name).exists()]  # what is there is kept
-    counted = snapshots if config.two_tower.trends or config.two_tower.unseen else []
-    if asked or counted:
-        tables = Tables(ingest.path)
-        users = write_choices(config, tables, counted, asked, out, cpus)
-        text = (featurize.path / "text.safetensors").resolve()
-        fit_memories(tables.ntype, graph.path, text, users, out, progress, cpus)
+    tables = Tables(ingest.path)
+    if config.two_tower.trends or config.two_tower.unseen:
+        write_choices(config, tables, snapshots, out, cpus)
+    if config.two_tower.memory:
+        fit_memories(tables.ntype, graph.path, PAIRED, out, progress)
     told = _Spec(
         config=config.two_tower,
         seed=seed_from(config.seed, "two_tower"),

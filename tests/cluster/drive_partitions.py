@@ -69,7 +69,7 @@ def main(root: Path) -> None:
         config = small_config(max_neighbors=20)
         ingest, featurize = write_world(root)
         graph = root / "graph"
-        counts = build_graph(config, ingest, featurize, graph, Progress(quiet=True), num_hosts=2)
+        counts = build_graph(config, ingest, featurize, graph, Progress(quiet=True), cpus=2, num_hosts=2)
         nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
         with PartitionServers(graph, clients=2, hosts=nodes) as servers:
             seen = ray.get([

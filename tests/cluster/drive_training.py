@@ -13,6 +13,7 @@ from recsys_ray.cluster.session import ray_session
 from recsys_ray.config import Config, RayConfig
 from recsys_ray.core.progress import Progress
 from recsys_ray.data.ingest import ingest
+from recsys_ray.data.tables import Tables
 from recsys_ray.demo.world import spec_for
 from recsys_ray.demo.write import write_demo
 from recsys_ray.graph.stage import build_graph
@@ -33,7 +34,7 @@ def settings(root: Path, workers: int) -> Config:
         "data": {**tables, "now": "2026-01-02", "shards": 4},
         "graph": {"window_days": 120, "cuts": 2, "first_cut": 0.4, "partitions": workers},
         "hgnn": {"out_dim": 32, "signature_dim": 32, "epochs": EPOCHS * workers, "patience": 99,
-                 "batch_size": 256, "min_edges": 2000},
+                 "batch_size": 256, "min_edges": 2000, "learning_rate": 0.01},
         "two_tower": {"layers": [64, 32], "epochs": EPOCHS * workers, "patience": 99, "batch_size": 256,
                       "history": 20, "ablation": False},
     })  # fmt: skip
@@ -44,10 +45,16 @@ def finish(work: Path, counts: dict[str, Any]) -> Artifact:
     return publish(work, work.parent.name, work.name, counts=counts)
 
 
-def text_vectors(root: Path, items: int) -> Artifact:
-    """Stands for featurize: what it would write, without an encoder."""
+def text_vectors(root: Path, tables: Artifact) -> Artifact:
+    """Stands for featurize: what it would write, without an encoder. The vectors tell language and categories,
+    and as much noise."""
     work = work_folder(root / "featurize", "featurize")
-    vectors = np.random.default_rng(0).normal(size=(items, TEXT_DIM))
+    random, words = np.random.default_rng(0), dict[str, np.ndarray]()
+    rows = Tables(tables.path).items("language", "categories").to_pylist()
+    vectors = random.normal(size=(len(rows), TEXT_DIM))
+    for vector, row in zip(vectors, rows, strict=True):
+        for word in (row["language"], *(row["categories"] or ())):
+            vector += words.setdefault(word, random.normal(size=TEXT_DIM))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     save_arrays(work / "text.safetensors", {"vector": vectors.astype(np.float16)})
     return finish(work, {"text_dim": TEXT_DIM})
@@ -57,7 +64,7 @@ def train(root: Path, tables: Artifact, text: Artifact, hosts: int) -> dict[str,
     """Graph, HGNN and two-tower on so many hosts, a worker on each; what came out."""
     config, runs = settings(root, hosts), root / f"on-{hosts}"
     work = work_folder(runs / "graph", "graph")
-    graph = finish(work, build_graph(config, tables.path, text.path, work, QUIET, hosts))
+    graph = finish(work, build_graph(config, tables.path, text.path, work, QUIET, hosts, hosts))
     work = work_folder(runs / "hgnn", "hgnn")
     hgnn = finish(work, train_hgnn(config, tables, text, graph, work, QUIET, hosts, hosts))
     work = work_folder(runs / "two_tower", "two_tower")
@@ -89,7 +96,7 @@ def main(root: Path) -> None:
         write_demo(root / "demo", spec_for(EVENTS, 0), QUIET)
         work = work_folder(root / "ingest", "ingest")
         tables = finish(work, ingest(settings(root, 1), work, QUIET))
-        text = text_vectors(root, sum(tables.counts["items_per_type"]))
+        text = text_vectors(root, tables)
         report = {str(hosts): train(root, tables, text, hosts) for hosts in (2, 1)}
         print(json.dumps(report), flush=True)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from checkerboard import CHANCE, ITEMS, LIKED, TYPES, VALID, board_events, board_task, board_trainer
 
+from recsys_ray.graph.texts import TextPairs
 from recsys_ray.scoring.choose import (
     Moment,
     Queries,
@@ -22,7 +23,6 @@ from recsys_ray.scoring.choose import (
 )
 from recsys_ray.scoring.memory import RIDGES, TEXT_USERS, WEIGHTS, Memory, Recalled
 from recsys_ray.scoring.scorer import TRENDS, UNSEEN, ScoreSpec
-from recsys_ray.scoring.texts import TextPairs
 from recsys_ray.scoring.trends import WEIGHTS as TREND_WEIGHTS
 from recsys_ray.two_tower.rows import take
 from recsys_ray.two_tower.stage import VARIANTS, write_specs

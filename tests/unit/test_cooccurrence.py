@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 from recsys_ray.config import GraphConfig
 from recsys_ray.core.errors import ConfigError
 from recsys_ray.graph import pairs
-from recsys_ray.graph.edges import _is_done, count_shard, reduce_range
+from recsys_ray.graph.edges import EDGES, _is_done, count_shard, reduce_range, told_by_texts, with_texts
+from recsys_ray.graph.edges import Edges as EdgeTable
 from recsys_ray.graph.pairs import Counted, Window, keep_best
 from recsys_ray.graph.snapshots import Fold
+from recsys_ray.graph.texts import ALIKE, NearestTexts, TextPairs
 
 WIDE = Window(0, 10_000)
 Event = tuple[int, int, int]  # uid, gid, timestamp
@@ -72,6 +74,7 @@ def sharded(
     """The tasks of build_edges, without Ray: the edges of each snapshot."""
     bounds = [items * r // ranges for r in range(1, ranges + 1)]
     ntype = np.zeros(items, np.int16) if ntype is None else ntype
+    allowed = np.ones((ntype.max() + 1,) * 2, bool) if allowed is None else allowed
     for shard in range(shards):
         file = folder / f"shard-{shard:05d}.parquet"
         write_shard(file, [row for row in events if row[0] % shards == shard])
@@ -81,7 +84,12 @@ def sharded(
         found[name] = {}
         for r in range(ranges):
             out = folder / "out" / f"{name}-{r}.parquet"
-            reduce_range(folder / "scratch", name, r, ntype, min_support, 0, {out: max_neighbors}, allowed)
+            rules = GraphConfig(min_support=min_support, text_users=0)
+            near = NearestTexts(np.zeros((0, ALIKE), np.int32), np.zeros((0, ALIKE), np.float32))
+            reduce_range(
+                folder / "scratch", name, r, ntype, rules, 0, {EDGES: out}, {EDGES: max_neighbors}, allowed, 0, near,
+                np.zeros(items, np.int32),
+            )  # fmt: skip
             src, dst, *values = (column.to_pylist() for column in pq.read_table(out).columns)
             assert list(zip(dst, src, strict=True)) == sorted(zip(dst, src, strict=True))
             found[name].update(zip(zip(src, dst, strict=True), zip(*values, strict=True), strict=True))
@@ -264,3 +272,24 @@ def test_only_the_wanted_relations_make_edges(tmp_path: Path, relations: object,
 def test_an_unknown_type_among_the_relations_is_named() -> None:
     with pytest.raises(ConfigError, match="'film', but the item types are book, song"):
         pairs.allowed_relations([("book", "film")], ["book", "song"])
+
+
+def table_of(*edges: tuple[int, int, int, float]) -> EdgeTable:
+    """src, dst, support, weight."""
+    src, dst, support, weight = zip(*edges, strict=True)
+    whole = (np.array(column, np.int32) for column in (src, dst, support))
+    return EdgeTable(*whole, np.array(weight, np.float32))
+
+
+def test_texts_complete_the_edges_of_the_allowed_relations(tmp_path: Path) -> None:
+    edges = table_of((2, 0, 3, 1.5), (3, 0, 1, 1.0), (0, 2, 3, 0.75))
+    texts = TextPairs(np.array([1, 2, 3, 0]), np.array([2, 0, 1, 3]), np.array([0.5, 0.25, 1, 2], np.float32))
+    ntype, allowed = np.array([0, 0, 0, 1], np.int16), np.array([[True, True], [False, True]])
+    found = with_texts(edges, texts, 2.0, ntype, allowed)
+    told = table_of((2, 0, 3, 2.0), (3, 0, 1, 1.0), (0, 2, 3, 0.75), (1, 2, 0, 1.0), (0, 3, 0, 4.0))
+    for column, wanted in zip(found, told, strict=True):
+        np.testing.assert_array_equal(column, wanted)
+        assert column.dtype == wanted.dtype
+    assert with_texts(edges, texts, 0.0, ntype, allowed) is edges
+    pq.write_table(pa.table(found._asdict()), tmp_path / "edges.parquet")
+    assert told_by_texts(tmp_path / "edges.parquet", 4).tolist() == [2 * 4 + 1, 3 * 4 + 0]

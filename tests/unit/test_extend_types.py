@@ -16,7 +16,19 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from bundle_world import DAY, END, POPULAR_DAYS, publish_arrays
-from late_world import HGNN_CONFIG, QUIET, SIZES, TYPES, Late, extend, make_late, messages, rows_of, true_edges
+from late_world import (
+    HGNN_CONFIG,
+    QUIET,
+    SIZES,
+    TYPES,
+    Late,
+    completed,
+    extend,
+    make_late,
+    messages,
+    rows_of,
+    true_edges,
+)
 from toy_graph import ToyGraph
 
 from recsys_ray.bundle.build import sample_profiles
@@ -76,14 +88,15 @@ def stages_embedding(late: Late) -> np.ndarray:
     events = late.whole.events.copy()
     events[:, 1] = np.argsort(order)[events[:, 1]]
     ntype = np.append(late.whole.ntype[order[:-1]], 3)
-    src, dst, weight, _ = messages(true_edges(replace(late.whole, events=events, ntype=ntype), size), size)
-    assert len(np.unique(ntype[src[dst == size - 1]])) == 3  # it hears from every type
     arrays = [mapped_arrays(bundle / f"{name}.safetensors") for name in ("text", "hidden")]
-    text, hidden = arrays[0]["vector"][order].float(), arrays[1]["hidden"][order].float()
+    text, hidden = arrays[0]["vector"][order], arrays[1]["hidden"][order].float()
+    world, gone = replace(late.whole, events=events, ntype=ntype), np.array([order.tolist().index(12), size - 1])
+    src, dst, weight, _ = messages(completed(true_edges(world, size), world, text.numpy(), gone), size)
+    assert len(np.unique(ntype[src[dst == size - 1]])) == 3  # it hears from every type
     types = ItemTypes(torch.from_numpy(np.searchsorted(ntype, np.arange(5))))
     model = load_hgnn(bundle / "hgnn_model" / "model.safetensors", HGNN_CONFIG, 384, types)
     packed = torch.from_numpy(item_signatures([late.whole.item_ids[gid] for gid in order], 64).copy())
-    graph = SignedSource(ToyGraph(src, dst, types.starts, text, weight), packed, 64)
+    graph = SignedSource(ToyGraph(src, dst, types.starts, text.float(), weight), packed, 64)
     store = LocalStore(size, HGNN_CONFIG.state_dim)
     store.table[:] = hidden
     return embed_items(model, graph, 0, torch.tensor([size - 1]), store)[0].numpy()

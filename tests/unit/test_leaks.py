@@ -13,7 +13,7 @@ import pytest
 
 from recsys_ray.checks.finished_run import Words
 from recsys_ray.checks.leaks import check_examples, check_plan, check_test, check_validation
-from recsys_ray.checks.leaks_snapshots import check_activity, check_edges
+from recsys_ray.checks.leaks_snapshots import check_activity, check_edges, check_users
 from recsys_ray.config import GraphConfig
 from recsys_ray.core.clock import DAY
 from recsys_ray.core.errors import LeakError
@@ -21,10 +21,12 @@ from recsys_ray.data.tables import Catalogue, Events
 from recsys_ray.evaluation.ranking import batch_of
 from recsys_ray.evaluation.segments import find_queries
 from recsys_ray.graph.activity import add_counts, count_shard, describe
+from recsys_ray.graph.edges import EDGES, reduce_range
 from recsys_ray.graph.edges import count_shard as count_pairs
-from recsys_ray.graph.edges import reduce_range
 from recsys_ray.graph.pairs import Window
 from recsys_ray.graph.snapshots import Fold, Snapshot, plan_snapshots
+from recsys_ray.graph.texts import NearestTexts, nearest_texts, text_pairs
+from recsys_ray.graph.users import count_users
 from recsys_ray.storage.artifacts import Artifact
 from recsys_ray.two_tower.examples import HistoryRules, build_queries, training_examples
 
@@ -34,6 +36,8 @@ BY_TIME = {"valid_from": VALID, "test_from": TEST, "end": END, "days": [[day, 5]
 LEFT_OUT = {"protocol": "leave_one_out", "valid_from": 0, "test_from": 1, "end": 2}
 RULES = HistoryRules(6, None)
 GRAPH = GraphConfig(cuts=3, window_days=None, max_neighbors=5)
+TEXT = np.random.default_rng(1).normal(size=(ITEMS, 8)).astype(np.float16)
+NEAR = nearest_texts(TEXT, np.arange(ITEMS), TEXT, np.arange(ITEMS), threads=1)
 
 
 @pytest.fixture(params=["time", "leave_one_out"])
@@ -201,9 +205,15 @@ def write_edges(folder: Path, shards: list[Path], snapshot: Snapshot) -> Path:
     for shard in shards:
         count_pairs(shard, folder / shard.stem, windows, [0], [ITEMS], GRAPH.max_history, GRAPH.pair_half_life)
     out = folder / f"{snapshot.name}.parquet"
-    ntype = np.zeros(ITEMS, np.int16)
-    reduce_range(folder, snapshot.name, 0, ntype, GRAPH.min_support, 0, {out: GRAPH.max_neighbors})
+    ntype, users = np.zeros(ITEMS, np.int16), users_of(shards, snapshot)
+    files, most, allowed = {EDGES: out}, {EDGES: GRAPH.max_neighbors}, np.ones((1, 1), bool)
+    reduce_range(folder, snapshot.name, 0, ntype, GRAPH, 0, files, most, allowed, 0, NEAR, users)
     return out
+
+
+def users_of(shards: list[Path], snapshot: Snapshot) -> np.ndarray:
+    counted = [count_users(Events.read(shard), snapshot, [0], GRAPH.max_history, ITEMS) for shard in shards]
+    return np.sum(counted, axis=0).astype(np.int32)
 
 
 def wrong_ways(snapshot: Snapshot, counts: dict) -> list[Snapshot]:
@@ -217,16 +227,30 @@ def wrong_ways(snapshot: Snapshot, counts: dict) -> list[Snapshot]:
 
 
 @pytest.mark.parametrize("name", ["cut0", "valid", "test"])
+def test_users_of_other_events(world, name):
+    _, counts, plan, words, folder = world
+    snapshot = next(s for s in plan if s.name == name)
+    shards = sorted(folder.glob("shard-*.parquet"))
+    check_users(shards, snapshot, users_of(shards, snapshot), [0], GRAPH.max_history, words)
+    for wrong in wrong_ways(snapshot, counts):
+        with pytest.raises(LeakError, match=rf'snapshot {name}, before .*: \d+ users had item "i\d+", but \d+ by'):
+            check_users(shards, snapshot, users_of(shards, wrong), [0], GRAPH.max_history, words)
+
+
+@pytest.mark.parametrize("name", ["cut0", "valid", "test"])
 def test_edges_of_other_events(world, name):
     _, counts, plan, words, folder = world
     snapshot = next(s for s in plan if s.name == name)
     shards = sorted(folder.glob("shard-*.parquet"))
     some, ntype = np.arange(0, ITEMS, 2), np.zeros(ITEMS, np.int16)
 
+    texts = text_pairs(NearestTexts(*(rows[some] for rows in NEAR)), users_of(shards, snapshot), some)
+
     def look(path: Path) -> int:
         return check_edges(
-            shards, snapshot, {path: GRAPH.max_neighbors}, some, ntype, [0], GRAPH, np.ones((2, 2), bool), 0, words
-        )
+            shards, snapshot, {EDGES: path}, {EDGES: GRAPH.max_neighbors}, some, ntype, [0], GRAPH,
+            np.ones((2, 2), bool), texts, 0, words,
+        )  # fmt: skip
 
     right = write_edges(folder / "right", shards, snapshot)
     assert look(right) > 50

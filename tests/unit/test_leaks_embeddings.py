@@ -24,14 +24,15 @@ from recsys_ray.graph.edges import EDGES, PAIRS, kinds_of, most_pairs, read_edge
 from recsys_ray.graph.edges import count_shard as count_pairs
 from recsys_ray.graph.pairs import Window, message_weights, strengths
 from recsys_ray.graph.snapshots import plan_snapshots
+from recsys_ray.graph.texts import TEXTS, nearest_texts
+from recsys_ray.graph.users import USERS, count_users
 from recsys_ray.hgnn.blocks import ItemTypes
 from recsys_ray.hgnn.encoder import make_hgnn
 from recsys_ray.hgnn.inference import LocalStore, embed_items
 from recsys_ray.hgnn.signature import SignedSource, item_signatures
 from recsys_ray.scoring.choices import choices_file, count_choices
-from recsys_ray.scoring.memory import memory_file, texts_file
-from recsys_ray.scoring.ridge import count_users, memory_of, solve
-from recsys_ray.scoring.texts import nearest_texts
+from recsys_ray.scoring.memory import memory_file
+from recsys_ray.scoring.ridge import memory_of, solve
 from recsys_ray.storage.artifacts import Artifact, load_arrays, save_arrays, write_json
 from recsys_ray.two_tower.batches import ArrayFeatures
 from recsys_ray.two_tower.stage import load_catalogue
@@ -72,23 +73,26 @@ def run(tmp_path) -> FinishedRun:
     snapshots = plan_snapshots(CONFIG.graph, counts)
     text = random.normal(size=(ITEMS, TEXT)).astype(np.float16)
     save_arrays(folders["featurize"] / "text.safetensors", {"vector": text})
-    activity = {}
+    activity, users_at = {}, {}
+    near = nearest_texts(text, np.arange(ITEMS), text, np.arange(ITEMS), threads=1)
+    save_arrays(folders["graph"] / TEXTS, near._asdict())
     for s in snapshots:
         windows = {s.name: Window(s.start, s.time)}
         count_pairs(shard, tmp_path / "s" / shard.stem, windows, [0], [ITEMS], 100, CONFIG.graph.pair_half_life)
         most = {EDGES: CONFIG.graph.max_neighbors, PAIRS: most_pairs(ITEMS, 2, CONFIG.graph.max_neighbors)}
-        targets = {folders["graph"] / kind / f"{s.name}.parquet": most[kind] for kind in kinds_of(s.name)}
-        reduce_range(tmp_path / "s", s.name, 0, ntype, 1, 0, targets)
+        files = {kind: folders["graph"] / kind / f"{s.name}.parquet" for kind in kinds_of(s.name)}
+        users = users_at[s.name] = count_users(Events.read(shard), s, [0], 100, ITEMS).astype(np.int32)
+        allowed = np.ones((2, 2), bool)
+        reduce_range(tmp_path / "s", s.name, 0, ntype, CONFIG.graph, 0, files, most, allowed, 0, near, users)
         (active,), (first,) = count_shard(shard, [s], [0], ITEMS)
         activity[s.name] = describe(active, first, np.full(ITEMS, NEVER), ntype, s.time).astype(np.float16)
     save_arrays(folders["graph"] / ACTIVITY, activity)
     write_embeddings(folders, snapshots, ids, torch.from_numpy(text.astype(np.float32)))
     write_towers(folders, text)
-    near = nearest_texts(text, np.ones(ITEMS, bool), np.arange(ITEMS), threads=1)
-    save_arrays(texts_file(folders["two_tower"]), near._asdict())
+    save_arrays(folders["graph"] / USERS, users_at)
     for s in snapshots[-3:]:
         pairs = read_edges(folders["graph"] / PAIRS / f"{s.name}.parquet")
-        users = count_users(Events.read(shard), s, [0], 100, ITEMS)
+        users = users_at[s.name]
         memory = memory_of([solve(pairs, users, ntype, 0, ITEMS)], near, users, ntype)
         memory.save(memory_file(folders["two_tower"], s.name))
     chosen = count_choices(Events.read(shard), snapshots, [0], ITEMS)
@@ -146,6 +150,7 @@ def look(run: FinishedRun) -> list[str]:
 def test_a_run_as_it_is_made(run):
     said = look(run)
     assert [line.split(": follow")[0] for line in said[1:]] == [
+        "the users of 40 items on 5 snapshots",
         "the activity of 40 items on 5 snapshots",
         "the embeddings of 40 items on 5 snapshots",
         "the test's vectors of 40 items (hgnn, text_only)",
@@ -181,6 +186,13 @@ def test_choices_of_the_data_s_end_are_found_in_the_test(run):
     with pytest.raises(
         LeakError, match=r"snapshot test, before 1970-03-22: item .* was chosen \[\d+, \d+, \d+\] times"
     ):
+        look(run)
+
+
+def test_users_of_the_data_s_end_are_found_in_the_test(run):
+    tables = load_arrays(run.graph.path / USERS)
+    save_arrays(run.graph.path / USERS, {**tables, "test": tables["serve"]})
+    with pytest.raises(LeakError, match=r"snapshot test, before 1970-03-22: \d+ users had item"):
         look(run)
 
 

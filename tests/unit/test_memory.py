@@ -10,9 +10,9 @@ import scipy.sparse as sp
 
 from recsys_ray.baselines.ease import solve as solve_ease
 from recsys_ray.graph.edges import Edges
+from recsys_ray.graph.texts import TextPairs
 from recsys_ray.scoring.memory import REACH, RIDGES, SMALL, Memory, _latest
 from recsys_ray.scoring.ridge import _ranges, solve
-from recsys_ray.scoring.texts import TextPairs
 
 RIDGE = RIDGES[1]
 PAIRS = {(0, 1): 0.4, (1, 0): 0.2, (2, 0): 0.1, (3, 4): -0.3, (4, 3): 0.3, (0, 5): 0.05}  # from, to: b
@@ -159,8 +159,7 @@ def test_of_the_items_that_a_text_resembles_the_nearest_are_kept(memory, monkeyp
 
 def test_new_items_bring_their_edges_and_replaced_ones_change_theirs(memory):
     """Item 7 is new and item 2 is replaced; pairs of the others stay as they are."""
-    users = np.zeros(SIZE + 1, int)
-    users[[2, 7]] = 9, 4
+    users = np.array([3, 4, 9, 6, 7, 8, 9, 4])
     edges = np.array([0, 7, 4, 2]), np.array([7, 0, 2, 4]), np.array([3, 1.5, 5, 2.5])
     texts = TextPairs(np.array([0, 3]), np.array([7, 7]), np.array([0.4, 0.6], np.float32))
     grown = memory.extended(*edges, users, np.array([2, 7]), np.arange(SIZE + 1), RIDGE, texts, 10.0)
@@ -169,7 +168,7 @@ def test_new_items_bring_their_edges_and_replaced_ones_change_theirs(memory):
     assert found[0, 7] == pytest.approx((3 + 4) / (3 + RIDGE)) and found[3, 7] == pytest.approx(6 / (6 + RIDGE))
     assert found[7, 0] == pytest.approx(1.5 / (4 + RIDGE))
     assert found[2, 4] == pytest.approx(2.5 / (9 + RIDGE)) and found[0, 1] == pytest.approx(0.4)
-    assert grown.users.tolist() == [3, 4, 9, 6, 7, 8, 9, 4]
+    assert grown.users.tolist() == users.tolist()
 
 
 def test_an_extension_keeps_what_interactions_and_texts_tell_of_a_hub(memory, monkeypatch):

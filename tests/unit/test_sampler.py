@@ -108,17 +108,6 @@ def test_no_message_passes_over_a_supervision_edge_in_either_direction():
     assert passed > 50
 
 
-def test_isolated_items_receive_no_message_and_send_theirs():
-    alone = torch.tensor([2, 9])
-    drop = dropper(torch.empty(0, dtype=torch.int64), 12, valid_share=0.0, seed=4, isolated=alone)
-    outer, inner = build_blocks(complete_graph(), torch.tensor([2, 3, 9]), 0, [-1, -1], None, drop)
-    for block in (outer, inner):
-        received = torch.cat([block.dst[dst_pos] for _, dst_pos, _ in block.edges.values()])
-        sent = torch.cat([block.src[src_pos] for src_pos, _, _ in block.edges.values()])
-        assert not torch.isin(received, alone).any() and torch.isin(alone, sent).all()
-        assert set(received.tolist()) == set(block.dst.tolist()) - set(alone.tolist())
-
-
 def test_blocks_fit_together():
     graph = complete_graph()
     blocks = build_blocks(graph, torch.tensor([2, 9]), 0, [3, 2], torch.Generator().manual_seed(0))

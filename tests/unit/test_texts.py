@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from recsys_ray.scoring.texts import ALIKE, NEW, NearestTexts, nearest_texts, text_pairs
+from recsys_ray.graph.texts import ALIKE, NEW, NearestTexts, nearest_texts, text_pairs
 
 ITEMS, DIM = 200, 16
 
@@ -18,7 +18,7 @@ def text() -> np.ndarray:
 
 def test_the_nearest_texts_are_those_of_other_items_that_somebody_had(text):
     had, wanted = np.arange(ITEMS) % 3 > 0, np.array([5, 0, 199, 64])
-    found = nearest_texts(text, had, wanted, threads=1)
+    found = nearest_texts(text, np.flatnonzero(had), text[wanted], wanted, threads=1)
     likeness = text.astype(np.float32) @ text.astype(np.float32).T
     np.fill_diagonal(likeness, -2)
     likeness[:, ~had] = -2
@@ -27,19 +27,32 @@ def test_the_nearest_texts_are_those_of_other_items_that_somebody_had(text):
     np.testing.assert_allclose(found.cosine, np.take_along_axis(likeness[wanted], want, 1), atol=1e-5)
 
 
+def test_texts_are_read_in_parts(text, monkeypatch):
+    whole = nearest_texts(text, np.arange(0, ITEMS, 2), text, np.arange(ITEMS), threads=1)
+    monkeypatch.setattr("recsys_ray.graph.texts._READ", 9)
+    parts = nearest_texts(text, np.arange(0, ITEMS, 2), text, np.arange(ITEMS), threads=1)
+    np.testing.assert_array_equal(whole.gid, parts.gid)
+    np.testing.assert_array_equal(whole.cosine, parts.cosine)
+
+
+def test_a_text_of_no_item_may_have_any_neighbour(text):
+    found = nearest_texts(text, np.arange(ITEMS), text[[7]], np.array([-1]), threads=1)
+    assert found.gid[0, 0] == 7
+
+
 def test_few_items_have_few_neighbours_and_none_has_itself(text):
-    found = nearest_texts(text, np.arange(ITEMS) < 3, np.arange(4), threads=1)
+    found = nearest_texts(text, np.arange(3), text[:4], np.arange(4), threads=1)
     told = [sorted(row[row >= 0].tolist()) for row in found.gid]
     assert told == [[1, 2], [0, 2], [0, 1], [0, 1, 2]]
-    assert not (nearest_texts(text, np.zeros(ITEMS, bool), np.arange(4), threads=1).gid >= 0).any()
+    assert not (nearest_texts(text, np.arange(0), text[:4], np.arange(4), threads=1).gid >= 0).any()
 
 
 def test_many_texts_are_compared_within_cells(text, monkeypatch):
     """Close to the exact neighbours, and the item itself is not among them."""
-    exact = nearest_texts(text, np.ones(ITEMS, bool), np.arange(ITEMS), threads=1)
-    monkeypatch.setattr("recsys_ray.scoring.texts._EXACT", 0)
-    monkeypatch.setattr("recsys_ray.scoring.texts._CELLS", 2)
-    found = nearest_texts(text, np.ones(ITEMS, bool), np.arange(ITEMS), threads=1)
+    exact = nearest_texts(text, np.arange(ITEMS), text, np.arange(ITEMS), threads=1)
+    monkeypatch.setattr("recsys_ray.graph.texts._EXACT", 0)
+    monkeypatch.setattr("recsys_ray.graph.texts._CELLS", 2)
+    found = nearest_texts(text, np.arange(ITEMS), text, np.arange(ITEMS), threads=1)
     same = [len(np.intersect1d(a[:ALIKE], b[:ALIKE])) / ALIKE for a, b in zip(exact.gid, found.gid, strict=True)]
     assert np.mean(same) > 0.9
     assert not (found.gid == np.arange(ITEMS)[:, None]).any()

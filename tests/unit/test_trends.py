@@ -4,15 +4,12 @@ test_choose.py."""
 from __future__ import annotations
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from checkerboard import ITEMS, TEST, USERS, VALID, board_events
 
 from recsys_ray.core.clock import DAY
-from recsys_ray.graph.pairs import Window, latest_items
 from recsys_ray.graph.snapshots import Fold, Snapshot
-from recsys_ray.scoring.choices import PERIODS, count_choices, count_shard, nobody_had
+from recsys_ray.scoring.choices import PERIODS, count_choices, nobody_had
 from recsys_ray.scoring.trends import log_ratios, surplus
 
 
@@ -38,18 +35,6 @@ def test_choices_are_first_positive_events_before_the_moment_and_of_the_periods(
     assert np.array_equal(found, wanted) and wanted.any((0, 2)).all() and 0 < len(left_out) < USERS
     assert np.array_equal(nobody_had(found[2]), wanted[2, 0] == 0) and 0 < nobody_had(found[2]).sum() < ITEMS
     assert not count_choices(events, moments, [], ITEMS).any()
-
-
-def test_one_pass_over_a_shard_counts_choices_and_users_as_passes_of_their_own_do(tmp_path):
-    events = board_events()
-    pq.write_table(pa.table(vars(events)), tmp_path / "shard.parquet")
-    moments = [Snapshot("valid", 0, VALID, 0), Snapshot("test", 1, TEST, 20 * DAY, None, Fold(0, 2, 0))]
-    chosen, users = count_shard(tmp_path / "shard.parquet", moments, [0], moments[::-1], [0, 1], 5, ITEMS)
-    assert np.array_equal(chosen, count_choices(events, moments, [0], ITEMS)) and chosen.any()
-    for row, snapshot in zip(users, moments[::-1], strict=True):
-        window = Window(snapshot.start, snapshot.time, snapshot.without)
-        _, latest, _ = latest_items(events.uid, events.gid, events.timestamp, window, 5, ITEMS)
-        assert np.array_equal(row, np.bincount(latest, minlength=ITEMS)) and row.any()
 
 
 @pytest.mark.parametrize("prior", [0.5, 4.0])

@@ -1,15 +1,16 @@
 """The items with the nearest texts: which items an item that few users had would be taken with.
 
 Of a new item nobody knows the co-interactions, and of a thin one few are known by chance. What the text of an item j
-tells is taken as users in addition to the n_j who had it (recsys_ray/scoring/memory.py): of item i, which is one of the
-``ALIKE`` items with the nearest texts, c t_ij users (ours, not the papers')
+tells is taken as users in addition to the n_j who had it: of item i, which is one of the ``ALIKE`` items with the
+nearest texts, c t_ij users (ours, not the papers')
 
     t_ij = (1 + NEW / (1 + n_j)) max(cos(x_i, x_j), 0)^SHARPNESS / sum over i of max(cos(x_i, x_j), 0)^SHARPNESS
 
 The sum over i is c for an item that thousands had, which keeps what they tell, and (1 + NEW) c for one that nobody had,
 since its users are still to come. A text says nothing that as many other items have, such as a default title.
 
-Imports neither dgl nor transformers.
+The graph takes them into its edges (recsys_ray/graph/edges.py), the co-interaction memory into its coefficients
+(recsys_ray/scoring/memory.py). Imports neither ray nor dgl nor transformers.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from typing import NamedTuple
 
 import faiss
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from recsys_ray.storage.artifacts import load_arrays
 
+TEXTS = "texts.safetensors"  # of the graph stage
 ALIKE = 10  # nearest items that a text's users come from
 SHARPNESS = 8  # the larger, the more of them come from the very nearest
 NEW = 3  # how many times as many users a text stands for, in addition, where nobody had the item
@@ -32,6 +34,7 @@ _EXACT = 1 << 34  # comparisons of two texts at most; beyond, texts are compared
 _CELLS = 4  # times the root of the number of texts
 _LOOKED_AT = 16  # cells
 _BLOCK = 4096  # texts that are looked for at once
+_READ = 1 << 16  # texts that they are compared with at once
 
 
 class NearestTexts(NamedTuple):
@@ -56,51 +59,65 @@ class TextPairs(NamedTuple):
 
 def nearest_texts(
     text: Float[np.ndarray, "items dim"],
-    had: Bool[np.ndarray, "items"],
-    wanted: Int[np.ndarray, "n"],
+    known: Int[np.ndarray, "k"],
+    wanted: Float[np.ndarray, "n dim"],
+    own: Int[np.ndarray, "n"],
     threads: int,
 ) -> NearestTexts:
-    """The nearest texts among those of items that somebody had, for the items ``wanted``.
+    """The nearest texts among those of the items ``known``.
 
     Args:
-        text: of all items, unit vectors, float16.
+        text: of all items, unit vectors, float16; may be a memory map.
+        known: gids, ascending: of the items that somebody had.
+        wanted: texts whose neighbours are looked for, float16.
+        own: their gids, which are not their own neighbours; -1: not in ``text``.
     """
-    known = np.flatnonzero(had)
+    found = min(_FOUND + 1, len(known))
     gids = np.full((len(wanted), _FOUND), -1, np.int32)
     cosines = np.zeros((len(wanted), _FOUND), np.float32)
-    if not len(known):
+    if not found:
         return NearestTexts(gids, cosines)
     faiss.omp_set_num_threads(threads)
-    index = _index_of(text[known].astype(np.float32), len(wanted))
+    index = _cells(text[known].astype(np.float32)) if len(known) * len(wanted) > _EXACT else None
     for begin in range(0, len(wanted), _BLOCK):
-        block = wanted[begin : begin + _BLOCK]
-        cosine, place = index.search(text[block].astype(np.float32), min(_FOUND + 1, len(known)))
-        found = np.where(place >= 0, known[place], -1)
+        block, mine = wanted[begin : begin + _BLOCK].astype(np.float32), own[begin : begin + _BLOCK, None]
+        cosine, place = index.search(block, found) if index else _exact(text, known, block, found)
+        gid = np.where(place >= 0, known[place], -1)
         # without the item itself, which has the nearest text where it is among them
-        last = np.argsort(found == block[:, None], axis=1, kind="stable")[:, :_FOUND]
-        found, cosine = (np.take_along_axis(part, last, 1) for part in (found, cosine))
-        found[found == block[:, None]] = -1
-        gids[begin : begin + len(block), : found.shape[1]] = found
-        cosines[begin : begin + len(block), : found.shape[1]] = cosine
+        last = np.argsort(gid == mine, axis=1, kind="stable")[:, :_FOUND]
+        gid, cosine = (np.take_along_axis(part, last, 1) for part in (gid, cosine))
+        gid[gid == mine] = -1
+        gids[begin : begin + len(block), : gid.shape[1]] = gid
+        cosines[begin : begin + len(block), : gid.shape[1]] = cosine
     return NearestTexts(gids, cosines)
 
 
-def nearest_texts_of_all(file: Path, had: Bool[np.ndarray, "items"], threads: int) -> NearestTexts:
-    """:func:`nearest_texts` of every item, in a task. ``file``: the featurize stage's."""
-    text = load_arrays(file)["vector"]
-    return nearest_texts(text, had, np.arange(len(text)), threads)
+def _exact(
+    text: Float[np.ndarray, "items dim"], known: Int[np.ndarray, "k"], wanted: Float[np.ndarray, "n dim"], found: int
+) -> tuple[Float[np.ndarray, "n found"], Int[np.ndarray, "n found"]]:
+    """Cosines and places in ``known``; reads a part of the texts at a time."""
+    cosine, place = np.zeros((len(wanted), 0), np.float32), np.zeros((len(wanted), 0), np.int64)
+    for begin in range(0, len(known), _READ):
+        some = text[known[begin : begin + _READ]].astype(np.float32)
+        near, at = faiss.knn(wanted, some, min(found, len(some)), metric=faiss.METRIC_INNER_PRODUCT)
+        cosine, place = np.concatenate([cosine, near], 1), np.concatenate([place, at + begin], 1)
+        best = np.argsort(-cosine, axis=1, kind="stable")[:, :found]
+        cosine, place = np.take_along_axis(cosine, best, 1), np.take_along_axis(place, best, 1)
+    return cosine, place
 
 
-def _index_of(text: Float[np.ndarray, "known dim"], wanted: int) -> faiss.Index:
-    if len(text) * wanted <= _EXACT:
-        index: faiss.Index = faiss.IndexFlatIP(text.shape[1])
-    else:
-        cells = int(_CELLS * len(text) ** 0.5)
-        index = faiss.index_factory(text.shape[1], f"IVF{cells},SQfp16", faiss.METRIC_INNER_PRODUCT)
-        index.train(text)
-        faiss.extract_index_ivf(index).nprobe = _LOOKED_AT
+def _cells(text: Float[np.ndarray, "known dim"]) -> faiss.Index:
+    cells = int(_CELLS * len(text) ** 0.5)
+    index = faiss.index_factory(text.shape[1], f"IVF{cells},SQfp16", faiss.METRIC_INNER_PRODUCT)
+    index.train(text)
+    faiss.extract_index_ivf(index).nprobe = _LOOKED_AT
     index.add(text)
     return index
+
+
+def load_nearest_texts(graph: Path) -> NearestTexts:
+    """Of every item; ``graph``: the graph stage's folder."""
+    return NearestTexts(**load_arrays(graph / TEXTS))
 
 
 def text_pairs(near: NearestTexts, users: Int[np.ndarray, "items"], wanted: Int[np.ndarray, "n"]) -> TextPairs:
