@@ -51,11 +51,6 @@ class TextPairs(NamedTuple):
     dst: Int[np.ndarray, "n"]
     users: Float[np.ndarray, "n"]  # float32: t
 
-    @staticmethod
-    def nothing() -> TextPairs:
-        none = np.zeros(0, np.int64)
-        return TextPairs(none, none, np.zeros(0, np.float32))
-
 
 def nearest_texts(
     text: Float[np.ndarray, "items dim"],

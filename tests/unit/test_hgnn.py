@@ -46,13 +46,13 @@ def signed(graph, config):
     )
 
 
-def trainer_of(model, toy, config, seed=0):
+def trainer_of(model, toy, config, seed=0, told=()):
     graph = signed(toy, config)
     around = neighbourhoods_of(
         model,
         graph,
         config,
-        *[Graph(0, toy.messages(), torch.empty(0, dtype=torch.int64))] * 2,
+        *[Graph(0, toy.messages(), torch.tensor(told, dtype=torch.int64))] * 2,
         seed,
         torch.arange(ITEMS),
         lambda dim, name: LocalStore(ITEMS, dim),
@@ -283,6 +283,10 @@ def test_a_pair_is_taken_out_of_both_its_sums():
     assert torch.allclose(sums[2], torch.zeros(2, 64), atol=1e-6)  # 25 without 3: alone
     assert torch.equal(sums[3], torch.zeros(2, 64))  # 30 receives nothing, and nothing is taken from it
     assert torch.allclose(sums[4, 0], sign[25] + 3 * sign[2], atol=1e-6)
+    around = trainer_of(model, toy, config, told=[3 * ITEMS + 30]).neighbourhoods  # texts alone tell that 30 sends to 3
+    (_, sums), _ = around.inputs(own, partner, torch.Generator())
+    assert torch.allclose(sums[1, 0], sign[25], atol=1e-6)  # so 3 heard nothing from it,
+    assert torch.allclose(sums[4, 0], sign[25] + 3 * sign[2], atol=1e-6)  # and nothing is taken out
 
 
 def test_what_an_earlier_graph_has_is_not_asked():

@@ -179,7 +179,7 @@ def test_an_extension_keeps_what_interactions_and_texts_tell_of_a_hub(memory, mo
     none = np.zeros(0, int)
     grown = chosen.extended(
         none, none, np.zeros(0), np.zeros(SIZE + 1, int), np.array([SIZE]), np.zeros(SIZE + 1, int), RIDGE,
-        TextPairs.nothing(), 1.0,
+        TextPairs(none, none, np.zeros(0, np.float32)), 1.0,
     )  # fmt: skip
     assert sorted(pair[1] for pair in pairs_of(grown) if pair[0] == 0) == [1, 3, 4, 5]
 
