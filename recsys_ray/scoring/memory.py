@@ -20,15 +20,16 @@ Imports neither dgl nor transformers, because serving replicas use it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int64
 
-from recsys_ray.core.offsets import begins, spread
+from recsys_ray.core.offsets import begins, offsets_of, spread
 from recsys_ray.graph.texts import TextPairs
 from recsys_ray.storage.artifacts import load_arrays, save_arrays
 
@@ -39,6 +40,7 @@ TEXT_USERS = (0.0, 3.0, 10.0, 30.0)  # likewise: c
 HALF_LIVES = (1.0, 4.0, 16.0, None)  # places; None: all items of a history alike; also
 REACH = 50  # items, which bounds an answer's time; with 16 places a ninth of the weights would lie further back
 SMALL = 1e-2
+_TOGETHER = 1 << 16  # edges whose sums are made at once
 NEIGHBOURS = 100  # items that an item raises, per item type: those with the largest coefficients; likewise by texts
 
 
@@ -183,22 +185,41 @@ class Memory:
         """
         items = len(self.begin) - 1
         user, gid, weight = _latest(user.astype(np.int64), gid.astype(np.int64), items, half_life)
-        start, count = self.begin[gid], self.begin[gid + 1] - self.begin[gid]
-        place = spread(start, count)
-        owner, near, share = np.repeat(user, count), self.gid[place], np.repeat(weight, count)
+        before = offsets_of(self.begin[gid + 1] - self.begin[gid])
+        # Whole users, with some _TOGETHER edges: so few that their arrays stay in the processor's cache.
+        piece = before[np.searchsorted(user, user)] // _TOGETHER
+        cuts = [*np.flatnonzero(begins(piece)).tolist(), len(user)]
+        parts = [self._sums(user[a:b], gid[a:b], weight[a:b], within) for a, b in itertools.pairwise(cuts)]
+        if not parts:
+            return Recalled(user, gid, np.zeros((0, self.coefficient.shape[1]), np.float32))
+        return Recalled(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+    def _sums(
+        self,
+        user: Int64[np.ndarray, "n"],
+        gid: Int64[np.ndarray, "n"],
+        weight: Float[np.ndarray, "n"],
+        within: slice | None,
+    ) -> Recalled:
+        """As :meth:`recall`, of a few users' distinct items with their weights a."""
+        items, start = len(self.begin) - 1, self.begin[gid]
+        count = self.begin[gid + 1] - start
+        place, owner, share = spread(start, count), np.repeat(user - user[0], count), np.repeat(weight, count)
+        near = self.gid[place]
         if within is not None:
             inside = (near >= within.start) & (near < within.stop)
             place, owner, near, share = place[inside], owner[inside], near[inside], share[inside]
-        key = owner * items + near
-        if not len(key):
-            return Recalled(key, key, np.zeros((0, self.coefficient.shape[1]), np.float32))
-        order = np.argsort(key)  # not stable, which is five times as fast
-        first = np.flatnonzero(begins(key[order]))
+        # (user, item) and behind it the edge's number in one integer: sorting these takes half of an argsort
+        bits = len(place).bit_length()
+        packed = ((owner * items + near) << bits) + np.arange(len(place))
+        packed.sort()
+        pair, order = packed >> bits, packed & ((1 << bits) - 1)
+        first = np.flatnonzero(begins(pair))
         parts = self.coefficient[place[order]] * share[order, None]
-        total = np.add.reduceat(parts, first, axis=0)
+        total = np.add.reduceat(parts, first, axis=0) if len(first) else parts
         value = np.log1p(np.maximum(total, 0) / SMALL).astype(np.float32)
-        one = order[first]
-        return Recalled(owner[one], near[one].astype(np.int64), value)
+        one, other = np.divmod(pair[first], items)
+        return Recalled(user[0] + one, other, value)
 
 
 def memory_file(two_tower: Path, snapshot: str) -> Path:

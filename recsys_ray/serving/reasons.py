@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 _PAST = {  # where the rule below would be wrong, or another word reads better
     "buy": "bought",
@@ -18,6 +19,7 @@ _PAST = {  # where the rule below would be wrong, or another word reads better
 _VOWELS = "aeiou"
 
 
+@cache
 def past_tense(event: str) -> str | None:
     """What a user did, for an event's name: "stream" -> "streamed"; None where the name is no single verb."""
     name = event.strip().lower()

@@ -28,6 +28,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -38,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' worlds
 from bundle_world import make_world
 
 from recsys_ray.bundle.bundle import Bundle
+from recsys_ray.config import IndexConfig
 from recsys_ray.serving.recommender import Recommender
 from tests.benchmarks.load import PATH, Load, closed, open_loop, questions
 
@@ -201,7 +203,10 @@ def _show(name: str, load: Load, more: str = "") -> None:
 def _bundle(run: Path, items: int, users: int) -> Path:
     if not (run / "bundles" / "current.json").exists():
         third = items // 3
-        make_world(run, (third, third, items - 2 * third), users, 128, 384, memory=0.1, history=50, latent=32).bundle()
+        shape = third, third, items - 2 * third
+        world = make_world(run, shape, users, 128, 384, memory=0.1, history=50, latent=32)
+        as_by_default = world.config.model_copy(update={"index": IndexConfig()})
+        replace(world, config=as_by_default).bundle()
     return Bundle.open(run).path
 
 

@@ -197,8 +197,10 @@ def expected(history: list[int], half_life: float | None) -> dict[int, float]:
     return {item: np.log1p(max(value, 0) / SMALL) for item, value in total.items()}
 
 
+@pytest.mark.parametrize("together", [1, 4, 1 << 16])
 @pytest.mark.parametrize("half_life", [1.0, 4.0, None])
-def test_recall_is_the_formula(memory, half_life):
+def test_recall_is_the_formula(memory, half_life, together, monkeypatch):
+    monkeypatch.setattr("recsys_ray.scoring.memory._TOGETHER", together)
     histories = {0: [3, 0, 1], 2: [6], 3: [0, 2, 0, 0], 7: [4]}  # user 2's item has no edge
     user = np.repeat(list(histories), [len(h) for h in histories.values()])
     found = memory.recall(user, np.concatenate(list(histories.values())), half_life)
