@@ -234,7 +234,7 @@ class Embeddings:
         if self._embedder is None or self._path != bundle:
             self._embedder, self._path = Embedder(open_artifact(bundle)), bundle
         (item,) = self._embedder.embed([record])
-        return LiveVectors(str(open_artifact(bundle).counts["base"]), item.wide, item.hgnn).pack()
+        return LiveVectors(str(open_artifact(bundle).counts["base"]), item.wide, item.hgnn, item.raisers).pack()
 
 
 @dataclass(frozen=True)

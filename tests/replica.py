@@ -30,7 +30,7 @@ class Replica:
     async def embed(self, record: Mapping[str, Any]) -> bytes:
         self.embedder = self.embedder or Embedder(self.recommender.artifact)
         (item,) = self.embedder.embed([record])
-        return LiveVectors(self.recommender.artifact.counts["base"], item.wide, item.hgnn).pack()
+        return LiveVectors(self.recommender.artifact.counts["base"], item.wide, item.hgnn, item.raisers).pack()
 
     async def promote(self, version: str, force: bool) -> tuple[str, str | None]:
         raise UserError("this server serves one bundle, not a folder of bundles")

@@ -26,9 +26,10 @@ from recsys_ray.data.schema import nearest
 from recsys_ray.graph.activity import describe
 from recsys_ray.graph.edges import Edges, with_texts
 from recsys_ray.graph.pairs import allowed_relations
-from recsys_ray.graph.texts import nearest_texts, text_pairs
+from recsys_ray.graph.texts import TextPairs, nearest_texts, text_pairs
 from recsys_ray.hgnn.inductive import Surroundings, embed_inductively
-from recsys_ray.scoring.scorer import UNSEEN
+from recsys_ray.scoring.memory import Raisers
+from recsys_ray.scoring.scorer import UNSEEN, ScoreSpec
 from recsys_ray.storage.artifacts import Artifact, load_arrays, read_json
 from recsys_ray.text.encoder import Encoder
 from recsys_ray.text.featurize import find_same_model, text_of
@@ -86,6 +87,7 @@ class EmbeddedItem:
     wide: npt.NDArray[np.float32]  # [d + 1]: [v_j, b_j]
     text: npt.NDArray[np.float16]  # [text_dim]
     hgnn: npt.NDArray[np.float32]  # [hgnn_dim]
+    raisers: Raisers
 
 
 class Embedder:
@@ -110,6 +112,7 @@ class Embedder:
         if (folder / "ids.safetensors").exists():
             self._id_dim = load_arrays(folder / "ids.safetensors")["vector"].shape[1]
         self._known = Known.read(folder, self._types)
+        self._score = ScoreSpec.load(folder / "user_tower")
         self._graph = GraphConfig.model_validate(bundle.manifest["config"]["graph"])
         terms = load_arrays(folder / TERMS_FILE)
         unseen = [given_to_unseen(terms, self._known.ntype, k) for k in range(len(self._types))]
@@ -133,7 +136,10 @@ class Embedder:
         rows = [dict.fromkeys(("description", "language", "categories")) | dict(record) for record in records]
         text = self._encoder.encode([text_of(row, self._text.fields) for row in rows])
         names, gids = [str(record["item_id"]) for record in records], len(self._known) + np.arange(len(rows))
-        around, _ = self._known.surround(names, ntype, text, gids, self._edges(text, ntype))
+        users = np.concatenate([self._known.users, np.zeros(len(rows), np.int32)])
+        found = nearest_texts(self._known.text, np.flatnonzero(self._known.users), text, gids, threads=1)
+        pairs = text_pairs(found, users, gids)
+        around, _ = self._known.surround(names, ntype, text, gids, self._edges(pairs, ntype))
         _, embedding = self._models.embed(len(self._types), around)
         frame = pl.DataFrame(
             {
@@ -145,16 +151,15 @@ class Embedder:
         ids = torch.zeros(len(rows), self._id_dim) if self._id_dim else None
         made = self._models.item_vectors(frame, text, embedding, self._activity(rows, ntype), ids)
         wide = np.column_stack([made, self._unseen[ntype]]).astype(np.float32)
-        return [EmbeddedItem(int(k), *parts) for k, *parts in zip(ntype, wide, text, embedding.numpy(), strict=True)]
+        told = [Raisers.of(pairs, gid, users, self._score.ridge, self._score.text_users) for gid in gids.tolist()]
+        parts = zip(ntype.tolist(), wide, text, embedding.numpy(), told, strict=True)
+        return [EmbeddedItem(*part) for part in parts]
 
-    def _edges(self, text: npt.NDArray[np.float16], ntype: npt.NDArray[np.int64]) -> Edges:
+    def _edges(self, pairs: TextPairs, ntype: npt.NDArray[np.int64]) -> Edges:
         """What sends to new items: those with the nearest texts."""
-        known, new = self._known, len(self._known) + np.arange(len(text))
-        users = np.concatenate([known.users, np.zeros(len(text), np.int32)])
-        near = nearest_texts(known.text, np.flatnonzero(known.users), text, new, threads=1)
-        types = np.concatenate([known.ntype, ntype])
+        types = np.concatenate([self._known.ntype, ntype])
         allowed = allowed_relations(self._graph.relations, self._types)
-        return with_texts(Edges.none(), text_pairs(near, users, new), self._graph.text_users, types, allowed)
+        return with_texts(Edges.none(), pairs, self._graph.text_users, types, allowed)
 
     def _activity(self, rows: Sequence[Mapping[str, Any]], ntype: npt.NDArray[np.int64]) -> npt.NDArray[np.float16]:
         """No events; the date of publication is known, where there is a calendar."""

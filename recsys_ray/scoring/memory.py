@@ -183,8 +183,16 @@ class Memory:
         Returns:
             Every pair with an edge.
         """
-        items = len(self.begin) - 1
-        user, gid, weight = _latest(user.astype(np.int64), gid.astype(np.int64), items, half_life)
+        return self.sums(*latest(user, gid, len(self.begin) - 1, half_life), within)
+
+    def sums(
+        self,
+        user: Int64[np.ndarray, "n"],
+        gid: Int64[np.ndarray, "n"],
+        weight: Float[np.ndarray, "n"],
+        within: slice | None = None,
+    ) -> Recalled:
+        """As :meth:`recall`, for each user's distinct items with their weights a, ascending by user."""
         before = offsets_of(self.begin[gid + 1] - self.begin[gid])
         # Whole users, with some _TOGETHER edges: so few that their arrays stay in the processor's cache.
         piece = before[np.searchsorted(user, user)] // _TOGETHER
@@ -201,7 +209,7 @@ class Memory:
         weight: Float[np.ndarray, "n"],
         within: slice | None,
     ) -> Recalled:
-        """As :meth:`recall`, of a few users' distinct items with their weights a."""
+        """As :meth:`sums`, of a few users."""
         items, start = len(self.begin) - 1, self.begin[gid]
         count = self.begin[gid + 1] - start
         place, owner, share = spread(start, count), np.repeat(user - user[0], count), np.repeat(weight, count)
@@ -227,11 +235,59 @@ def memory_file(two_tower: Path, snapshot: str) -> Path:
     return two_tower / "memory" / f"{snapshot}.safetensors"
 
 
-def _latest(
-    user: np.ndarray, gid: np.ndarray, items: int, half_life: float | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+class Raisers(NamedTuple):
+    """The items that raise a new one, which is not part of a memory yet."""
+
+    gid: Int[np.ndarray, "m"]  # int32
+    coefficient: Float[np.ndarray, "m"]  # float32: b', which only texts tell
+
+    @staticmethod
+    def of(texts: TextPairs, gid: int, users: Int[np.ndarray, "items"], ridge: float, text_users: float) -> Raisers:
+        """Of the new item ``gid``, by the rule of :meth:`Memory.extended`."""
+        mine = texts.dst == gid
+        src = texts.src[mine]
+        made = text_users * texts.users[mine] / (users[src] + ridge)
+        return Raisers(src.astype(np.int32), made.astype(np.float32))
+
+
+NO_RAISERS = Raisers(np.empty(0, np.int32), np.empty(0, np.float32))
+
+
+@dataclass(frozen=True)
+class MemoryOfNew:
+    """What raises a few new items, numbered from 0."""
+
+    raising: Int64[np.ndarray, "rows"]  # gids, ascending
+    memory: Memory  # row = place in ``raising``
+
+    @staticmethod
+    def of(each: Sequence[Raisers]) -> MemoryOfNew:
+        src = np.concatenate([np.empty(0, np.int64), *(one.gid for one in each)]).astype(np.int64)
+        dst = np.repeat(np.arange(len(each), dtype=np.int32), [len(one.gid) for one in each])
+        made = np.concatenate([np.empty(0, np.float32), *(one.coefficient for one in each)])
+        raising, row = np.unique(src, return_inverse=True)
+        order = np.argsort(row, kind="stable")
+        size = max(len(raising), len(each))  # one set of numbers for rows and for what they raise
+        begin = np.searchsorted(row[order], np.arange(size + 1))
+        return MemoryOfNew(raising, Memory(begin, dst[order], made[order, None], np.zeros(size, np.int32)))
+
+    def recall(
+        self, user: Int[np.ndarray, "n"], gid: Int[np.ndarray, "n"], items: int, half_life: float | None
+    ) -> Recalled:
+        """The new items raised by histories; arguments as :meth:`Memory.recall`. ``items``: more than any gid."""
+        user, gid, weight = latest(user, gid, items, half_life)
+        place = np.searchsorted(self.raising, gid)
+        here = np.flatnonzero(place < len(self.raising))
+        here = here[self.raising[place[here]] == gid[here]]
+        return self.memory.sums(user[here], place[here], weight[here])
+
+
+def latest(
+    user: Int[np.ndarray, "n"], gid: Int[np.ndarray, "n"], items: int, half_life: float | None
+) -> tuple[Int64[np.ndarray, "m"], Int64[np.ndarray, "m"], Float[np.ndarray, "m"]]:
     """Each user's distinct items with their weights a, by the last time that they occur; of those that fade the
     latest."""
+    user, gid = user.astype(np.int64), gid.astype(np.int64)
     backwards = (user * items + gid)[::-1]
     last = np.sort(len(user) - 1 - np.unique(backwards, return_index=True)[1])
     user, gid = user[last], gid[last]

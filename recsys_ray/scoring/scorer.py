@@ -29,7 +29,7 @@ from jaxtyping import Bool, Float, Float32, Int, Int64
 from torch import Tensor
 
 from recsys_ray.core.errors import ArtifactError
-from recsys_ray.scoring.memory import Memory, Recalled
+from recsys_ray.scoring.memory import Memory, MemoryOfNew, Recalled
 from recsys_ray.storage.artifacts import read_json
 
 SCORE = "score.json"
@@ -171,7 +171,15 @@ class Scorer:
         """
         if self.memory is None:
             return Recalled.nothing()
-        recalled = self.memory.recall(user, gid, self.half_life)
+        return self._weighed(self.memory.recall(user, gid, self.half_life))
+
+    def raised_new(self, user: Int[np.ndarray, "n"], gid: Int[np.ndarray, "n"], new: MemoryOfNew) -> Recalled:
+        """As :meth:`raised`, of items that are not in the memory."""
+        if self.memory is None:
+            return Recalled.nothing()
+        return self._weighed(new.recall(user, gid, len(self.wide), self.half_life))
+
+    def _weighed(self, recalled: Recalled) -> Recalled:
         return recalled._replace(value=recalled.value * np.float32(self.weight))
 
     def dense(self, users: Float[Tensor, "B d"], raised: Recalled, first: int, last: int) -> Float[Tensor, "B items"]:

@@ -21,6 +21,7 @@ import pyarrow as pa
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from recsys_ray.scoring.memory import NO_RAISERS, MemoryOfNew, Raisers
 from recsys_ray.serving.filters import Filters, Mask
 from recsys_ray.serving.search import ItemSearch
 
@@ -32,22 +33,32 @@ class LiveVectors:
     version: str  # of the bundle
     wide: npt.NDArray[np.float32]  # [d + 1]: [v_j, b_j]
     hgnn: npt.NDArray[np.float32]  # [hgnn_dim]
+    raisers: Raisers  # of the bundle's items
 
     def pack(self) -> bytes:
-        version = np.frombuffer(self.version.encode(), np.uint8)
-        return save({"version": version.copy(), "wide": self.wide, "hgnn": self.hgnn})
+        version = np.frombuffer(self.version.encode(), np.uint8).copy()
+        raising, raised_by = self.raisers
+        return save(
+            {"version": version, "wide": self.wide, "hgnn": self.hgnn, "raising": raising, "raised_by": raised_by}
+        )
 
     @staticmethod
     def unpack(data: bytes) -> LiveVectors:
         """Raises ValueError: ``data`` are damaged."""
         try:
             found = load(data)
-            made = LiveVectors(found["version"].tobytes().decode(), found["wide"], found["hgnn"])
+            raisers = (
+                Raisers(found["raising"], found["raised_by"]) if "raising" in found else NO_RAISERS
+            )  # an old store
+            made = LiveVectors(found["version"].tobytes().decode(), found["wide"], found["hgnn"], raisers)
         except (SafetensorError, KeyError, TypeError, ValueError):
             raise ValueError("its vectors cannot be read") from None
-        for vector in (made.wide, made.hgnn):
+        for vector in (made.wide, made.hgnn, raisers.coefficient):
             if vector.dtype != np.float32 or vector.ndim != 1 or not np.isfinite(vector).all():
                 raise ValueError("its vectors are not finite float32 numbers")
+        gid = raisers.gid
+        if gid.dtype != np.int32 or gid.shape != raisers.coefficient.shape or gid.min(initial=0) < 0:
+            raise ValueError("what raises it are not items")
         return made
 
 
@@ -99,6 +110,7 @@ class LiveItems:
     items: tuple[LiveItem, ...] = ()
     wide: npt.NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 1), np.float32))
     hgnn: npt.NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 1), np.float32))
+    raisers: tuple[Raisers, ...] = ()
     change: int = 0  # number of the last change that is in it
 
     def find(self, item_id: str) -> int | None:
@@ -109,6 +121,11 @@ class LiveItems:
     def get(self, gid: int) -> LiveItem | None:
         """The state of a new or a changed item; None: the bundle's still holds."""
         return self.items[gid - self.base] if gid >= self.base else self.changed.get(gid)
+
+    @cached_property
+    def memory(self) -> MemoryOfNew:
+        """Numbers new items by their place."""
+        return MemoryOfNew.of(self.raisers)
 
     @cached_property
     def barred(self) -> npt.NDArray[np.int64]:
@@ -157,7 +174,8 @@ class LiveItems:
             changed: new states of the bundle's items that stay where they are, with their gids.
             new: new items with their vectors, likewise; they replace the bundle's.
         """
-        kept = {item.item_id: (item, self.wide[place], self.hgnn[place]) for place, item in enumerate(self.items)}
+        old = zip(self.items, self.wide, self.hgnn, self.raisers, strict=True)
+        kept = {item.item_id: (item, *vectors) for item, *vectors in old}
         removed, states = set(self.removed.tolist()), dict(self.changed)
         for item_id, gid in [*gone, *((item.item_id, gid) for item, _, gid in new)]:
             kept.pop(item_id, None)
@@ -169,8 +187,8 @@ class LiveItems:
             removed.discard(gid)
             states[gid] = item
         for item, vectors, _ in new:
-            kept[item.item_id] = (item, vectors.wide, vectors.hgnn)
-        items, wide, hgnn = zip(*kept.values(), strict=True) if kept else ((), (), ())
+            kept[item.item_id] = (item, vectors.wide, vectors.hgnn, vectors.raisers)
+        items, wide, hgnn, raisers = zip(*kept.values(), strict=True) if kept else ((), (), (), ())
         none = np.empty((0, 1), np.float32)
         return LiveItems(
             self.base,
@@ -179,6 +197,7 @@ class LiveItems:
             tuple(items),
             np.stack(wide) if wide else none,
             np.stack(hgnn) if hgnn else none,
+            tuple(raisers),
             change,
         )
 

@@ -183,7 +183,8 @@ class Recommender:
             elif self.items.available[gid]:
                 changed.append((item, gid))
             else:  # no index has it, but its vectors are there
-                own = LiveVectors(vectors.version, np.array(self.score.wide[gid]), np.array(self._hgnn[gid]))
+                wide, hgnn = np.array(self.score.wide[gid]), np.array(self._hgnn[gid])
+                own = LiveVectors(vectors.version, wide, hgnn, vectors.raisers)
                 fresh.append((item, own, gid))
         self.live = self.live.after(change, [(name, self.items.find(name)) for name in gone], changed, fresh)
 
@@ -266,7 +267,8 @@ class Recommender:
         asked = replace(self._ask(Question(item_types=item_types, k=k)), barred=barred, live=live)
         forbidden = Pairs(np.zeros(len(barred), np.int64), barred)
         found = [self.indexes[kind].search_each(query[None], k, forbidden) for kind in types]
-        best = Ranked.best([*found, *(self._live_candidates([asked], kind, query[None]) for kind in types)], k)
+        alike = live.wide @ query if len(live.ntype) else _NOTHING
+        best = Ranked.best([*found, *(self._live_candidates([asked], kind, alike[None]) for kind in types)], k)
         reason = f'similar to "{self.name(gid)}"'
         return [self._item(live, g, s, reason) for g, s in zip(best.gid.tolist(), best.score.tolist(), strict=True)]
 
@@ -408,6 +410,7 @@ class Recommender:
         row = np.repeat(np.arange(len(group)), [len(each.barred) for each in group])
         barred = Pairs(row, np.concatenate([each.barred for each in group]))
         plain = not one.quotas and not one.reranked
+        new = self._live_scores(group, users) if len(one.live.ntype) else None
         for types in [one.types] if plain else [[kind] for kind in one.types]:
             wanted = one.wanted(types[0])
             pool, indexes = self._pool(one, wanted), [self.indexes[kind] for kind in types]
@@ -415,9 +418,8 @@ class Recommender:
             laps.lap("rules")
             best = self.score.candidates(indexes, users, raised, pool, barred, allowed)
             laps.lap("search")
-            if len(one.live.ntype):
-                queries = as_queries(users)
-                best = Ranked.best([best, *(self._live_candidates(group, kind, queries) for kind in types)], pool)
+            if new is not None:
+                best = Ranked.best([best, *(self._live_candidates(group, kind, new) for kind in types)], pool)
             if one.quotas and one.reranked:
                 best = self._reranked(group, best, wanted)
             found.append(best)
@@ -436,8 +438,17 @@ class Recommender:
             parts.append(Ranked(np.full(len(gids), number), gids, scores))
         return Ranked(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
-    def _live_candidates(self, group: Sequence[Asked], kind: int, queries: npt.NDArray[np.float32]) -> Ranked:
-        """New items of a type that may come; ``queries``: [u, 1] of each user."""
+    def _live_scores(self, group: Sequence[Asked], users: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Of all new items [group, new], by their places; ``users``: vectors [group, d]."""
+        live, histories = group[0].live, [one.profile.gids for one in group]
+        owner = np.repeat(np.arange(len(group)), [len(gids) for gids in histories])
+        raised = self.score.raised_new(owner, np.concatenate(histories), live.memory)
+        scores = as_queries(users) @ live.wide.T
+        scores[raised.user, raised.gid] += raised.value[:, 0]
+        return scores
+
+    def _live_candidates(self, group: Sequence[Asked], kind: int, scores: npt.NDArray[np.float32]) -> Ranked:
+        """New items of a type that may come; ``scores``: of all new items [group, new]."""
         live, filters, parts = group[0].live, group[0].question.filters, []
         places = [
             place
@@ -450,8 +461,7 @@ class Recommender:
             if asked.allow is not None:
                 may &= among(gids, asked.allow)
             mine = gids[may]
-            scores = live.wide[mine - live.base] @ queries[number] if len(mine) else _NOTHING
-            parts.append((np.full(len(mine), number), mine, scores))
+            parts.append((np.full(len(mine), number), mine, scores[number, mine - live.base]))
         return Ranked.best(parts, len(gids))
 
     def _rows(self, live: LiveItems, gids: npt.NDArray[np.int64], of: str) -> npt.NDArray[np.float32]:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import apsw
@@ -24,11 +25,14 @@ from hypothesis import strategies as st
 from redis_world import redis_server
 from server_process import free_port
 
+from recsys_ray.scoring.memory import Raisers
 from recsys_ray.serving.live import LiveVectors
 from serve.store import GivenAnswer, LiveEvent, LiveItem, Store, StoreError, open_store
 
 WIDE, HGNN = np.float32([1, 2, 3]), np.float32([4, 5])
-VECTORS = LiveVectors("v1", WIDE, HGNN).pack()
+RAISERS = Raisers(np.int32([3]), np.float32([0.5]))
+MADE = LiveVectors("v1", WIDE, HGNN, RAISERS)
+VECTORS = MADE.pack()
 SONG = {"item_type": "music", "title": "x"}
 COLUMNS = ("event_id", "user_id", "item_id", "event", "timestamp", "request_id")
 WRITER = """
@@ -129,7 +133,7 @@ def test_vectors_are_replaced_unless_the_item_has_changed_meanwhile(store):
     """What was deleted or changed since it was read must not come back."""
     store.put_item(LiveItem("i", SONG, VECTORS))
     store.put_item(LiveItem("other", SONG, VECTORS))
-    (read, _), again = store.items_after(0), LiveVectors("next", WIDE, HGNN).pack()
+    (read, _), again = store.items_after(0), replace(MADE, version="next").pack()
     assert store.put_vectors(read, again) and not store.put_vectors(read, again), "the second replica comes too late"
     assert store.items_after(0)[1] == LiveItem("i", SONG, again, 3) and store.last_change() == 3
     store.put_item(LiveItem("i", None))
@@ -153,8 +157,13 @@ BAD_ITEMS: dict[str, tuple[object, object]] = {
     "nested without end": ("[" * 100_000, None),
     "vectors that are none": (json.dumps(SONG), b"none"),
     "vectors of text": (json.dumps(SONG), "none"),
-    "vectors of two dimensions": (json.dumps(SONG), LiveVectors("v", np.ones((2, 2), np.float32), HGNN).pack()),
-    "vectors of nothing": (json.dumps(SONG), LiveVectors("v", np.float32([np.nan]), HGNN).pack()),
+    "vectors of two dimensions": (
+        json.dumps(SONG),
+        LiveVectors("v", np.ones((2, 2), np.float32), HGNN, RAISERS).pack(),
+    ),
+    "vectors of nothing": (json.dumps(SONG), LiveVectors("v", np.float32([np.nan]), HGNN, RAISERS).pack()),
+    "raised by no item": (json.dumps(SONG), LiveVectors("v", WIDE, HGNN, RAISERS._replace(gid=np.int32([-1]))).pack()),
+    "raised by nothing": (json.dumps(SONG), LiveVectors("v", WIDE, HGNN, RAISERS._replace(gid=np.int32([]))).pack()),
 }
 
 

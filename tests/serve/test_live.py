@@ -15,6 +15,7 @@ from late_world import Late, make_late
 from replica import Replica
 
 from recsys_ray.core.errors import UserError
+from recsys_ray.scoring.memory import NO_RAISERS
 from recsys_ray.serving.live import LiveVectors
 from recsys_ray.serving.recommender import Recommender
 from serve.app import create_app
@@ -195,7 +196,7 @@ def test_vectors_of_another_width_are_another_models(late, uri):
     with TestClient(create_app(replica)) as http:
         assert replica.answers.store is not None
         ours = replica.recommender.artifact.counts["base"]
-        wrong = LiveVectors(ours, np.ones(3, np.float32), np.ones(3, np.float32)).pack()
+        wrong = LiveVectors(ours, np.ones(3, np.float32), np.ones(3, np.float32), NO_RAISERS).pack()
         replica.answers.store.put_item(LiveItem("new", {"item_type": "music", "title": "x"}, wrong))
         told = http.post("/v1/recommendations", json={"user_id": late.whole.user_ids[1], "k": 500}).json()
         assert "new" not in [item["item_id"] for item in told["items"]] and not told["degraded"]

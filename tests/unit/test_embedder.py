@@ -8,6 +8,8 @@ from late_world import Late, extend, make_late, rows_of
 
 from recsys_ray.bundle.embedder import Embedder
 from recsys_ray.core.errors import DataError
+from recsys_ray.scoring.memory import MEMORY_FILE, Memory
+from recsys_ray.serving.recommender import Recommender
 from recsys_ray.storage.artifacts import open_artifact
 
 
@@ -23,6 +25,16 @@ def test_an_item_is_embedded_as_an_extension_would(late, tmp_path):
     for place, item in enumerate(found):
         assert np.abs(item.wide - made["vector"][place]).max() < 5e-3
         assert np.abs(item.hgnn - made["embedding"][place]).max() < 2e-3
+
+
+def test_texts_raise_an_item_as_in_an_extension(late, tmp_path):
+    bundle = extend(late, tmp_path, late.items(late.lonely))
+    memory, gid = Memory.load(bundle / MEMORY_FILE), Recommender.load(bundle).items.find(late.lonely)
+    edges = np.flatnonzero(memory.gid == gid)
+    (item,) = Embedder(open_artifact(late.bundle)).embed(late.items(late.lonely).to_pylist())
+    order = np.argsort(item.raisers.gid)
+    assert (np.searchsorted(memory.begin, edges, side="right") - 1).tolist() == item.raisers.gid[order].tolist() != []
+    np.testing.assert_allclose(item.raisers.coefficient[order], memory.coefficient[edges, 0], rtol=1e-2)
 
 
 def test_an_unknown_type_is_a_sentence(late):

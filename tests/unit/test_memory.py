@@ -11,7 +11,7 @@ import scipy.sparse as sp
 from recsys_ray.baselines.ease import solve as solve_ease
 from recsys_ray.graph.edges import Edges
 from recsys_ray.graph.texts import TextPairs
-from recsys_ray.scoring.memory import REACH, RIDGES, SMALL, Memory, _latest
+from recsys_ray.scoring.memory import NO_RAISERS, REACH, RIDGES, SMALL, Memory, MemoryOfNew, Raisers, latest
 from recsys_ray.scoring.ridge import _ranges, solve
 
 RIDGE = RIDGES[1]
@@ -188,8 +188,8 @@ def test_an_extension_keeps_what_interactions_and_texts_tell_of_a_hub(memory, mo
 
 
 def expected(history: list[int], half_life: float | None) -> dict[int, float]:
-    latest = [item for place, item in enumerate(history) if item not in history[place + 1 :]]
-    weight = {item: 0.5 ** (back / half_life) if half_life else 1 for back, item in enumerate(reversed(latest))}
+    distinct = [item for place, item in enumerate(history) if item not in history[place + 1 :]]
+    weight = {item: 0.5 ** (back / half_life) if half_life else 1 for back, item in enumerate(reversed(distinct))}
     total: dict[int, float] = {}
     for (a, b), value in PAIRS.items():
         if a in weight:
@@ -230,5 +230,21 @@ def test_of_a_long_past_the_latest_items_are_recalled():
     found, alone = (memory.recall(np.zeros(len(part), np.int64), part, 4.0) for part in (gids, gids[3:]))
     assert found.value == alone.value == pytest.approx(np.log1p(0.1 / SMALL))
     assert len(memory.recall(np.zeros(4, np.int64), np.array([0, 1, 1, 0]), 4.0).gid) == 1
-    weight = _latest(np.zeros(items, np.int64), gids, items + 1, 4.0)
+    weight = latest(np.zeros(items, np.int64), gids, items + 1, 4.0)
     assert weight[1].tolist() == gids[3:].tolist() and 0 < weight[2][0] < 2e-4
+
+
+@pytest.mark.parametrize("half_life", [1.0, None])
+def test_new_items_are_raised_as_an_extension_would_raise_them(memory, half_life):
+    users, new = np.append(np.arange(SIZE) + 3, [0, 0, 0]), SIZE + np.arange(3)
+    texts = TextPairs(np.array([6, 0, 3, 6]), np.array([9, 7, 7, 7]), np.array([2.0, 1.0, 2.5, 0.5], np.float32))
+    none = np.zeros(0, int)
+    grown = memory.extended(none, none, np.zeros(0), users, new, np.zeros(SIZE + 3, int), RIDGE, texts, 3.0)
+    of_new = MemoryOfNew.of([Raisers.of(texts, gid, users, RIDGE, 3.0) for gid in new.tolist()])
+    user, gid = np.array([0, 0, 0, 2, 4, 4]), np.array([3, 6, 0, 1, 0, 6])
+    want, found = grown.recall(user, gid, half_life, slice(SIZE, SIZE + 3)), of_new.recall(user, gid, SIZE, half_life)
+    assert found.user.tolist() == want.user.tolist() == [0, 0, 4, 4]
+    assert (found.gid + SIZE).tolist() == want.gid.tolist() == [7, 9, 7, 9]
+    np.testing.assert_allclose(found.value, want.value, rtol=1e-6)
+    assert not len(MemoryOfNew.of([]).recall(user, gid, SIZE, half_life).gid)
+    assert not len(MemoryOfNew.of([NO_RAISERS] * 9).recall(user, gid, SIZE, half_life).gid)

@@ -23,6 +23,7 @@ from bundle_world import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recsys_ray.scoring.memory import NO_RAISERS, SMALL, Raisers, latest
 from recsys_ray.scoring.scorer import TRENDS, UNSEEN
 from recsys_ray.serving.filters import Filters
 from recsys_ray.serving.live import LiveVectors
@@ -463,7 +464,7 @@ def fresh(recommender, world, like: str, **record) -> tuple[str, dict, LiveVecto
     gid = world.item_ids.index(like)
     told = {"item_type": TYPES[world.ntype[gid]], "title": f"Fresh {like}", **record}
     wide = np.append(world.vectors[gid], 5.0).astype(np.float32)  # it is given so much that it comes first
-    return f"new {like}", told, LiveVectors(recommender.version, wide, recommender._hgnn[gid])
+    return f"new {like}", told, LiveVectors(recommender.version, wide, recommender._hgnn[gid], NO_RAISERS)
 
 
 @pytest.fixture
@@ -564,6 +565,27 @@ def test_what_another_bundle_made_of_an_item_is_passed_over(world, alive):
     assert not alive.live.items and alive.live.change == 1
     packed = LiveVectors.unpack(vectors.pack())
     assert packed.version == vectors.version and np.array_equal(packed.wide, vectors.wide)
+
+
+def test_the_memory_raises_a_new_item_for_those_who_had_items_with_such_a_text(world, alive):
+    name, record, vectors = fresh(alive, world, world.item_ids[0])
+    pasts = {user: alive.histories.recent(uid).gids for user, uid in alive.users.spread(60)}
+    mine = next(user for user, past in pasts.items() if len(past) > 5)
+    last = pasts[mine][-1]
+    others = [user for user, past in pasts.items() if len(past) and last not in past]
+
+    def scores(raisers: Raisers) -> list[float]:
+        made = LiveVectors.unpack(replace(vectors, raisers=raisers).pack())
+        alive.apply(alive.live.change + 1, [], [(name, record, made)])
+        answers = alive.answers([Question(user, k=500) for user in (others[0], mine, others[1])])
+        return [next(item.score for item in one.items if item.item_id == name) for one in answers]
+
+    plain = scores(NO_RAISERS)
+    told = Raisers(np.array([last, len(world.item_ids) + 9], np.int32), np.array([0.2, 0.2], np.float32))
+    score, past = alive.score, pasts[mine]
+    weight = latest(np.zeros(len(past), int), past, len(world.item_ids), score.half_life)[2][-1]
+    more = score.weight * np.log1p(0.2 * weight / SMALL) if score.memory is not None else 0.0
+    assert np.subtract(scores(told), plain).tolist() == pytest.approx([0.0, more, 0.0], abs=1e-5)
 
 
 def test_what_is_popular_obeys_the_dials(recommender):
