@@ -20,8 +20,9 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager, redirect_stdout
+from contextlib import ExitStack, closing, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, fields
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -330,12 +331,20 @@ def serving(
             except RuntimeError as error:
                 raise UserError(f"{place} could not be served: {error}") from error
             shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+            _first_request(shown, port)
             yield f"http://{shown}:{port}"
         finally:
             if address == "local":
                 serve.shutdown()
             else:
                 serve.delete(NAME)
+
+
+def _first_request(host: str, port: int) -> None:
+    """With the first one the proxy connects to a replica, which takes longer than an answer: no user should wait."""
+    with suppress(OSError, HTTPException), closing(HTTPConnection(host, port, timeout=10)) as connection:
+        connection.request("GET", "/healthz")
+        connection.getresponse().read()
 
 
 def serve_forever(

@@ -40,7 +40,7 @@ TEXT_USERS = (0.0, 3.0, 10.0, 30.0)  # likewise: c
 HALF_LIVES = (1.0, 4.0, 16.0, None)  # places; None: all items of a history alike; also
 REACH = 50  # items, which bounds an answer's time; with 16 places a ninth of the weights would lie further back
 SMALL = 1e-2
-_TOGETHER = 1 << 16  # edges whose sums are made at once
+_TOGETHER = 1 << 15  # edges whose sums are made at once
 NEIGHBOURS = 100  # items that an item raises, per item type: those with the largest coefficients; likewise by texts
 
 
@@ -221,13 +221,13 @@ class Memory:
         bits = len(place).bit_length()
         packed = ((owner * items + near) << bits) + np.arange(len(place))
         packed.sort()
-        pair, order = packed >> bits, packed & ((1 << bits) - 1)
-        first = np.flatnonzero(begins(pair))
+        order = packed & ((1 << bits) - 1)
+        first = np.flatnonzero(begins(packed >> bits))
         parts = self.coefficient[place[order]] * share[order, None]
         total = np.add.reduceat(parts, first, axis=0) if len(first) else parts
         value = np.log1p(np.maximum(total, 0) / SMALL).astype(np.float32)
-        one, other = np.divmod(pair[first], items)
-        return Recalled(user[0] + one, other, value)
+        one = order[first]
+        return Recalled(user[0] + owner[one], near[one].astype(np.int64), value)
 
 
 def memory_file(two_tower: Path, snapshot: str) -> Path:
