@@ -55,6 +55,8 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
     from ray.serve import Application
 
+    from recsys_ray.bundle.embedder import Embedder
+
 NAME = "recsys-ray"
 _LOG = logging.getLogger("ray.serve")
 _WATCH_S = 1.0
@@ -172,16 +174,20 @@ class RecommendationService:
         return folder
 
     def _embedding(self, record: Mapping[str, Any]) -> Any:
+        return self._embedder().embed.remote(str(self.recommender.artifact.path), dict(record))
+
+    def _embedder(self) -> Any:
         import ray
 
         if self._embeddings is None:  # kept: the actor ends with the reference of the replica that started it
             actor: Any = ray.remote(num_cpus=0)(Embeddings)
             self._embeddings = actor.options(name="recsys-ray-embedder", get_if_exists=True, max_restarts=-1).remote()
-        return self._embeddings.embed.remote(str(self.recommender.artifact.path), dict(record))
+        return self._embeddings
 
     def _embed_again(self) -> None:
         """New items that this bundle lacks and whose vectors another bundle's models made. What cannot be done now is
-        tried again at the next look."""
+        tried again at the next look. Then the embedder loads this bundle's models, which the next new item should not
+        wait for."""
         import ray
         from ray.exceptions import RayError, RayTaskError
 
@@ -196,6 +202,7 @@ class RecommendationService:
                 else:
                     self.answers.store.put_vectors(item, vectors)
             self._outdated = False
+            self._embedder().load.remote(str(recommender.artifact.path))
         except StoreError as error:
             waits = str(error)
         except RayError as error:
@@ -227,15 +234,23 @@ class Embeddings:
 
     def __init__(self) -> None:
         self._path = ""
-        self._embedder: Any = None
+        self._embedder: Embedder | None = None
+
+    def load(self, bundle: str) -> None:
+        """Load a bundle's models; what is wrong with them is said when they are needed."""
+        with suppress(UserError):
+            self._of(bundle)
 
     def embed(self, bundle: str, record: Mapping[str, Any]) -> bytes:
+        (item,) = self._of(bundle).embed([record])
+        return LiveVectors(str(open_artifact(bundle).counts["base"]), item.wide, item.hgnn, item.raisers).pack()
+
+    def _of(self, bundle: str) -> Embedder:
         from recsys_ray.bundle.embedder import Embedder
 
         if self._embedder is None or self._path != bundle:
             self._embedder, self._path = Embedder(open_artifact(bundle)), bundle
-        (item,) = self._embedder.embed([record])
-        return LiveVectors(str(open_artifact(bundle).counts["base"]), item.wide, item.hgnn, item.raisers).pack()
+        return self._embedder
 
 
 @dataclass(frozen=True)
