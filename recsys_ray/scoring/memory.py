@@ -262,6 +262,7 @@ class MemoryOfNew:
 
     @staticmethod
     def of(each: Sequence[Raisers]) -> MemoryOfNew:
+        """``each``: of one new item after the other."""
         src = np.concatenate([np.empty(0, np.int64), *(one.gid for one in each)]).astype(np.int64)
         dst = np.repeat(np.arange(len(each), dtype=np.int32), [len(one.gid) for one in each])
         made = np.concatenate([np.empty(0, np.float32), *(one.coefficient for one in each)])
