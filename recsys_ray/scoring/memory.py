@@ -159,6 +159,12 @@ class Memory:
             2 * NEIGHBOURS,  # of interactions and of texts
         )
 
+    def raisers(self, gid: int) -> Raisers:
+        """The items that raise one; looks through all edges."""
+        edges = np.flatnonzero(self.gid == gid)
+        rows = np.searchsorted(self.begin, edges, side="right") - 1
+        return Raisers(rows.astype(np.int32), self.coefficient[edges, 0])
+
     @staticmethod
     def load(path: Path) -> Memory:
         return Memory(**load_arrays(path))
@@ -236,14 +242,14 @@ def memory_file(two_tower: Path, snapshot: str) -> Path:
 
 
 class Raisers(NamedTuple):
-    """The items that raise a new one, which is not part of a memory yet."""
+    """The items that raise one, with b'."""
 
     gid: Int[np.ndarray, "m"]  # int32
-    coefficient: Float[np.ndarray, "m"]  # float32: b', which only texts tell
+    coefficient: Float[np.ndarray, "m"]  # float32
 
     @staticmethod
     def of(texts: TextPairs, gid: int, users: Int[np.ndarray, "items"], ridge: float, text_users: float) -> Raisers:
-        """Of the new item ``gid``, by the rule of :meth:`Memory.extended`."""
+        """Of the new item ``gid``, of which only texts tell, by the rule of :meth:`Memory.extended`."""
         mine = texts.dst == gid
         src = texts.src[mine]
         made = text_users * texts.users[mine] / (users[src] + ridge)

@@ -20,7 +20,7 @@ import torch
 
 from recsys_ray.core.clock import DAY
 from recsys_ray.core.offsets import check_offsets, spread
-from recsys_ray.scoring.memory import MEMORY_FILE, Memory, Recalled
+from recsys_ray.scoring.memory import MEMORY_FILE, NO_RAISERS, Memory, Recalled
 from recsys_ray.scoring.scorer import Pairs, Ranked, Scorer, ScoreSpec, among, as_queries
 from recsys_ray.serving.answers import Answer, Asked, FoundItem, Listed, PastEvent, Recommendation
 from recsys_ray.serving.catalogue import Items, Users
@@ -182,9 +182,10 @@ class Recommender:
                 fresh += [(item, vectors, gid)] if self.made(vectors) else []
             elif self.items.available[gid]:
                 changed.append((item, gid))
-            else:  # no index has it, but its vectors are there
+            else:  # no index has it, but its vectors are there, and its place in the memory
                 wide, hgnn = np.array(self.score.wide[gid]), np.array(self._hgnn[gid])
-                own = LiveVectors(vectors.version, wide, hgnn, vectors.raisers)
+                raisers = NO_RAISERS if self.score.memory is None else self.score.memory.raisers(gid)
+                own = LiveVectors(vectors.version, wide, hgnn, raisers)
                 fresh.append((item, own, gid))
         self.live = self.live.after(change, [(name, self.items.find(name)) for name in gone], changed, fresh)
 

@@ -549,6 +549,21 @@ def test_an_item_that_was_not_available_comes_with_its_own_vector(world, alive):
     assert name in ids(alive.recommend(user, k=500))
 
 
+def test_an_item_that_was_not_available_keeps_its_place_in_the_memory(world, alive):
+    memory, hidden = alive.score.memory, [g for g, there in enumerate(world.available) if not there]
+    gid = hidden[0] if memory is None else next(g for g in hidden if (memory.gid == g).any())
+    name, (_, record, vectors) = world.item_ids[gid], fresh(alive, world, world.item_ids[gid])
+    alive.apply(1, [], [(name, record, vectors)])
+    pasts = [alive.histories.recent(uid).gids for _, uid in alive.users.spread(60)]
+    owner, gids = np.repeat(np.arange(len(pasts)), list(map(len, pasts))), np.concatenate(pasts)
+    found = alive.score.raised_new(owner, gids, alive.live.memory)
+    want = alive.score.raised(owner, gids)
+    mine = want.gid == gid
+    assert found.user.tolist() == want.user[mine].tolist() and not found.gid.any()
+    np.testing.assert_allclose(found.value, want.value[mine], rtol=1e-6)
+    assert (len(found.user) > 0) == (memory is not None)
+
+
 def test_an_item_that_changes_its_type_is_a_new_one(world, alive):
     gid, user = next(g for g in range(len(world.item_ids)) if world.available[g]), world.user_ids[9]
     name, (_, record, vectors) = world.item_ids[gid], fresh(alive, world, world.item_ids[gid])
