@@ -87,7 +87,7 @@ class EmbeddedItem:
     wide: npt.NDArray[np.float32]  # [d + 1]: [v_j, b_j]
     text: npt.NDArray[np.float16]  # [text_dim]
     hgnn: npt.NDArray[np.float32]  # [hgnn_dim]
-    raisers: Raisers
+    raisers: Raisers  # the bundle's items with the nearest texts
 
 
 class Embedder:

@@ -40,8 +40,8 @@ TEXT_USERS = (0.0, 3.0, 10.0, 30.0)  # likewise: c
 HALF_LIVES = (1.0, 4.0, 16.0, None)  # places; None: all items of a history alike; also
 REACH = 50  # items, which bounds an answer's time; with 16 places a ninth of the weights would lie further back
 SMALL = 1e-2
-_TOGETHER = 1 << 15  # edges whose sums are made at once
 NEIGHBOURS = 100  # items that an item raises, per item type: those with the largest coefficients; likewise by texts
+_TOGETHER = 1 << 15  # edges that are summed at once
 
 
 class Recalled(NamedTuple):
@@ -223,7 +223,7 @@ class Memory:
         if within is not None:
             inside = (near >= within.start) & (near < within.stop)
             place, owner, near, share = place[inside], owner[inside], near[inside], share[inside]
-        # (user, item) and behind it the edge's number in one integer: sorting these takes half of an argsort
+        # (user, item) and behind it the edge's number in one integer: these sort faster than by argsort
         bits = len(place).bit_length()
         packed = ((owner * items + near) << bits) + np.arange(len(place))
         packed.sort()
