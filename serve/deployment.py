@@ -102,10 +102,20 @@ class RecommendationService:
         self._wanted = str(user_config["bundle"])
         if self._recommender is None:
             place, _ = await asyncio.to_thread(bundle_to_serve, self._wanted)
-            self._recommender = await asyncio.to_thread(_loaded, place)
+            self._recommender, _ = await asyncio.gather(asyncio.to_thread(_loaded, place), self._load_models(place))
             self._tried = str(place)
         if self._watcher is None:
             self._watcher = asyncio.create_task(self._watch())
+
+    async def _load_models(self, place: Place) -> None:
+        """Load the embedder's models, where new items can come: the first one should not wait for them."""
+        from ray.exceptions import RayError
+
+        if self.answers.store is None:
+            return
+        folder = await asyncio.to_thread(local_output, place)
+        with suppress(RayError):  # said when a new item comes; answers need no embedder
+            await self._embedder().load.remote(str(folder))
 
     async def _watch(self) -> None:
         """Look every second for what is to be served now."""

@@ -73,8 +73,7 @@ def test_new_items_are_embedded_again_when_the_store_is_back(tmp_path, monkeypat
         service = RecommendationService(limits=Limits(overlap=0.0), settings=settings)
         asyncio.run(service.reconfigure({"bundle": str(first.parent)}))
         client = stack.enter_context(TestClient(create_app(service, settings)))
-        service.look()
-        embedders = {ray.get_actor("recsys-ray-embedder")}  # no item should wait for its models
+        embedders = {ray.get_actor("recsys-ray-embedder")}  # started with the server: no item should wait for it
         for item_id in ("new", "damaged", "deleted"):
             told = client.put(f"/v1/items/{item_id}", json=SONG)
             assert told.status_code == 200, told.text
