@@ -136,6 +136,7 @@ def test_refusals_are_problem_details_through_the_proxy(http):
         assert response.status_code == status, (path, body[:20])
         assert response.headers["content-type"] == "application/problem+json"
         assert response.json()["status"] == status and response.json()["detail"]
+        assert response.headers.get_list("x-request-id") == [response.json()["request_id"]]
 
 
 def test_facts_page_and_documentation(http, world, recommender):
