@@ -462,7 +462,8 @@ def serve(
 
     Without keys, the server listens on this machine only.
     """
-    from serve.deployment import Scaling, serve_forever
+    from serve.deployment import Scaling
+    from serve.server import serve_forever
     from serve.settings import load_settings
 
     scaling, chosen = Scaling(replicas=replicas, max_replicas=max_replicas), load_settings(settings)

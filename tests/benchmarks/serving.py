@@ -45,7 +45,7 @@ from tests.benchmarks.load import PATH, Load, closed, open_loop, questions
 
 _EVENTS = 20  # a second
 _EMPTY = """
-import serve.deployment as deployment
+import serve.server as server
 
 def application(args):
     from fastapi import FastAPI, Request
@@ -65,13 +65,13 @@ def application(args):
         return {"version": "none", "known": True, "items": items}
 
     service = serve.deployment(name="recommendations")(serve.ingress(app)(type("Empty", (), {})))
-    return service.options(ray_actor_options={"num_cpus": 1}, **deployment.Scaling().options()).bind()
+    return service.options(ray_actor_options={"num_cpus": 1}, **server.Scaling().options()).bind()
 
-deployment.application = application
+server.application = application
 """
 _SERVE = """
 import sys
-from serve.deployment import serve_forever
+from serve.server import serve_forever
 from serve.settings import load_settings
 serve_forever(sys.argv[1], port=int(sys.argv[2]), settings=load_settings({"store": sys.argv[3] or None}))
 """

@@ -20,7 +20,8 @@ import ray
 from hosts import ADDRESSES
 from steady_load import SteadyLoad
 
-from serve.deployment import NAME, Scaling, serving
+from serve.deployment import Scaling
+from serve.server import NAME, serving
 from serve.settings import Settings
 from serve.store import open_store
 

@@ -19,7 +19,8 @@ from server_process import free_port, running, until, wait_for
 pytestmark = pytest.mark.slow
 _SERVE = """
 import sys
-from serve.deployment import Scaling, serve_forever
+from serve.deployment import Scaling
+from serve.server import serve_forever
 serve_forever(sys.argv[1], port=int(sys.argv[2]), scaling=Scaling(1, 2, ongoing=2, idle_s=5))
 """
 

@@ -35,7 +35,7 @@ SERVE = """
 import sys
 from pathlib import Path
 from recsys_ray.core.errors import UserError
-from serve.deployment import serve_forever
+from serve.server import serve_forever
 try:
     serve_forever(sys.argv[1], port=int(sys.argv[2]))
 except UserError as error:

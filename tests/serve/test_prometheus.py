@@ -18,7 +18,7 @@ from server_process import free_port, running, wait_for
 ROOT = Path(__file__).parents[2]
 SERVE = """
 import sys
-from serve.deployment import serve_forever
+from serve.server import serve_forever
 from serve.settings import load_settings
 serve_forever(sys.argv[1], port=int(sys.argv[2]), settings=load_settings(sys.argv[3]))
 """

@@ -21,7 +21,7 @@ from recsys_ray.bundle.release import Limits, promote
 from recsys_ray.serving.recommender import Recommender
 from recsys_ray.storage.artifacts import read_json, sha256, write_json
 from serve.app import create_app
-from serve.deployment import RecommendationService
+from serve.replica import RecommendationService
 from serve.settings import Settings
 
 SONG = {"item_type": "music", "title": "Title of music-00001"}

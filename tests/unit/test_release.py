@@ -24,7 +24,7 @@ from recsys_ray.bundle.release import (
 from recsys_ray.core.errors import ArtifactError, UserError
 from recsys_ray.storage.store import Place
 from serve.app import create_app
-from serve.deployment import RecommendationService
+from serve.replica import RecommendationService
 from serve.security import make_key
 from serve.settings import Settings
 
