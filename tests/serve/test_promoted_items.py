@@ -49,11 +49,16 @@ def two_runs(root: Path) -> tuple[Path, Path]:
         recommender, file = Recommender.load(bundle), bundle / "canary.json"
         users = [user for user in read_json(file)["user_ids"] if recommender.recommend(user)]
         write_json(file, {"user_ids": users})
-        manifest = read_json(bundle / "manifest.json")
-        manifest["files"]["canary.json"] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
-        write_json(bundle / "manifest.json", manifest)
+        approve(bundle, "canary.json")
         assert users
     return late.bundle, other.path
+
+
+def approve(bundle: Path, name: str) -> None:
+    """Take a changed file for the right one."""
+    file, manifest = bundle / name, read_json(bundle / "manifest.json")
+    manifest["files"][name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    write_json(bundle / "manifest.json", manifest)
 
 
 def names(client: TestClient) -> list[str]:
@@ -123,3 +128,19 @@ def test_a_replica_that_starts_embeds_again_what_it_finds(tmp_path, monkeypatch,
             assert "new" not in names(client)
             service.look()
         assert "new" in names(client)
+
+
+def test_answers_need_no_models_of_the_embedder(tmp_path, monkeypatch, embedder, stack):
+    """They load beside the bundle. Where they cannot, new items are refused and the rest goes on."""
+    monkeypatch.setenv("RECSYS_RAY_CACHE", str(tmp_path / "cache"))
+    bundle, _ = two_runs(tmp_path / "late")
+    (bundle / "hgnn_model" / "model.safetensors").write_bytes(b"damaged")
+    approve(bundle, "hgnn_model/model.safetensors")
+    settings = Settings(store=f"sqlite://{tmp_path}/live.db", log=False, timeout=120)
+    service = RecommendationService(settings=settings)
+    asyncio.run(service.reconfigure({"bundle": str(bundle)}))
+    client = stack.enter_context(TestClient(create_app(service, settings), raise_server_exceptions=False))
+    assert names(client)
+    told = client.put("/v1/items/new", json=SONG)
+    assert told.status_code == 500 and told.headers["content-type"] == "application/problem+json"
+    assert "new" not in names(client)
