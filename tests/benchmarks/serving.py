@@ -46,6 +46,7 @@ from tests.benchmarks.load import PATH, Load, closed, open_loop, questions
 _EVENTS = 20  # a second
 _EMPTY = """
 import serve.server as server
+from serve.deployment import Scaling
 
 def application(args):
     from fastapi import FastAPI, Request
@@ -65,7 +66,7 @@ def application(args):
         return {"version": "none", "known": True, "items": items}
 
     service = serve.deployment(name="recommendations")(serve.ingress(app)(type("Empty", (), {})))
-    return service.options(ray_actor_options={"num_cpus": 1}, **server.Scaling().options()).bind()
+    return service.options(ray_actor_options={"num_cpus": 1}, **Scaling().options()).bind()
 
 server.application = application
 """

@@ -134,8 +134,8 @@ def test_answers_need_no_models_of_the_embedder(tmp_path, monkeypatch, embedder,
     """They load beside the bundle. Where they cannot, new items are refused and the rest goes on."""
     monkeypatch.setenv("RECSYS_RAY_CACHE", str(tmp_path / "cache"))
     bundle, _ = two_runs(tmp_path / "late")
-    (bundle / "hgnn_model" / "model.safetensors").write_bytes(b"damaged")
-    approve(bundle, "hgnn_model/model.safetensors")
+    (bundle / "hgnn_model" / "config.json").write_text("{")
+    approve(bundle, "hgnn_model/config.json")
     settings = Settings(store=f"sqlite://{tmp_path}/live.db", log=False, timeout=120)
     service = RecommendationService(settings=settings)
     asyncio.run(service.reconfigure({"bundle": str(bundle)}))
