@@ -230,20 +230,18 @@ class TwoTowerConfig(Section):
     temperature: float = Field(0.1, gt=0)
     log_q: float = Field(1.0, ge=0, le=1, description="strength of the log-Q correction: 1 full, 0 none")
     dropout: Share = Field(0.1, description="before every layer, in training")
-    hgnn_dropout: Share = Field(
-        0.75,
-        description="of HGNN embeddings, in training: they tell items apart, and towers would learn these by heart",
-    )
     history: Positive = Field(200, description="latest events of a user used as features")
     last_item: bool | None = Field(
         None,
         description="also use the last item and, if histories are long, means over the latest events; "
         "null: chosen on the validation period",
     )
-    id_dim: int = Field(32, ge=0, description="width of the learned item vectors; 0: none")
-    id_items: Positive = Field(200_000, description="items with a learned vector, those with the most examples first")
+    id_dim: Positive = Field(32, description="width of the learned item vectors, which start at the HGNN embeddings")
+    id_items: Positive = Field(
+        200_000, description="items that learn a part of their vector of their own, those with the most examples first"
+    )
     id_dropout: Share | None = Field(
-        None, description="share of learned vectors hidden in a training step; null: from how often items occur"
+        None, description="share of these parts hidden in a training step; null: from how often items occur"
     )
     memory: bool = Field(True, description="co-interaction memory: graph edges raise scores, weighted by validation")
     trends: bool = Field(True, description="recent popularity moves scores, weighted by validation")

@@ -284,7 +284,7 @@ def _write_towers(
     spec = TowerSpec(
         num_types=len(types), events=EVENTS, text_dim=text, hgnn_dim=dim, activity_dim=3, num_countries=2,
         num_languages=0, num_categories=1, tastes={"music": TASTE}, layers=[16, dim], item_types=types,
-        countries=["DE", "SE"], history=50, window_days=90,
+        countries=["DE", "SE"], history=50, window_days=90, id_dim=dim, num_items=size,
     )  # fmt: skip
     score = ScoreSpec(
         temperature=0.3, half_life=2.0, memory=memory, ridge=RIDGES[2], trends=[0.5] * len(types),
@@ -296,7 +296,8 @@ def _write_towers(
     torch.manual_seed(0)
     towers = TwoTower(spec)
     if near:  # a user is the mean of the history, as if trained: of random weights a user is near no item
-        towers.user.layers.start([(text, (torch.zeros(dim), torch.eye(dim)))])
+        towers.ids.map.weight.data = torch.eye(dim)
+        towers.user.layers.start([(text, torch.eye(dim), torch.zeros(dim))])
     save_file(towers.state_dict(), target / "hgnn" / "model.safetensors")
     spec.save(target / "hgnn" / "spec.json")
     (target / "hgnn" / "metrics.json").write_text(json.dumps([{"epoch": 0, "valid_ndcg_at_100": 0.2}]))

@@ -76,7 +76,7 @@ def board_catalogue() -> ItemFeatures:
     return ItemFeatures(kinds, torch.zeros(ITEMS, dtype=torch.int64), torch.tensor([1, 2]), offsets, quiet)
 
 
-def board_task(telling: str = "hgnn", with_hgnn: bool = True, rows: slice = slice(None), id_dim: int = 0) -> TowerTask:
+def board_task(telling: str = "hgnn", with_hgnn: bool = True, rows: slice = slice(None), id_dim: int = 8) -> TowerTask:
     """Training and validation as the job would make them, with nothing known of any user."""
     events, unknown = board_events(), {}
     known = events.timestamp < VALID

@@ -8,8 +8,9 @@ Layout of ``bundles/<version>/``:
 - ``facts.safetensors``, ``facts.json``: languages, categories and dates of publication (serving/filters.py)
 - ``vectors.safetensors``: ``vector`` float32 [items, d + 1], what the item tower made of every item and the sum of its
   item terms, [v_j, b_j] of recsys_ray/scoring/scorer.py
-- ``text.safetensors``, ``hgnn.safetensors``, ``ids.safetensors`` (the items' own learned vectors; not where the towers
-  have none): the user tower's item tables
+- ``text.safetensors``, ``ids.safetensors`` (the items' learned vectors; not where the towers have none): the user
+  tower's item tables
+- ``hgnn.safetensors``: HGNN embeddings, of which reasons are found (and which towers with paper A's inputs read)
 - ``memory.safetensors``: the co-interaction memory (recsys_ray/scoring/memory.py); not where it has no weight
 - ``index/t{i}.safetensors``: codes of the available items of type number i, in order of gid, where there are many
 - ``user_tower/``: ``model.safetensors``, ``spec.json``, ``score.json`` (what validation chose of the terms)
@@ -77,9 +78,9 @@ from recsys_ray.storage.artifacts import (
 )
 from recsys_ray.storage.outputs import find_finished, set_current, work_folder
 from recsys_ray.two_tower.batches import country_index
-from recsys_ray.two_tower.towers import TowerSpec, load_item_ids
+from recsys_ray.two_tower.towers import TowerSpec, load_item_vectors
 
-VERSION = 9  # of a bundle's contents: raise it when they change
+VERSION = 10  # of a bundle's contents: raise it when they change
 VARIANT = "hgnn"  # of the two-tower stage's models, the one that is served
 CANARY = "canary.json"
 TERMS_FILE = "terms.safetensors"
@@ -228,9 +229,10 @@ def _write_items(work: Path, sources: _Sources) -> None:
     save_arrays(work / "vectors.safetensors", {"vector": with_item_terms(made)})
     _write_terms(work, sources, made)
     told = _hgnn_tables(sources.hgnn.path, size)
-    save_arrays(work / "hgnn.safetensors", {"embedding": told.pop("embedding")})
+    embedding = told.pop("embedding")
+    save_arrays(work / "hgnn.safetensors", {"embedding": embedding})
     save_arrays(work / "hidden.safetensors", told)
-    ids = load_item_ids(sources.two_tower.path / VARIANT)
+    ids = load_item_vectors(sources.two_tower.path / VARIANT, embedding)
     if ids is not None:
         save_arrays(work / "ids.safetensors", {"vector": ids})
     score = ScoreSpec.load(sources.two_tower.path / VARIANT)

@@ -35,7 +35,7 @@ from recsys_ray.text.encoder import Encoder
 from recsys_ray.text.featurize import find_same_model, text_of
 from recsys_ray.two_tower.batches import ArrayFeatures
 from recsys_ray.two_tower.stage import catalogue_of
-from recsys_ray.two_tower.towers import GivenIds, load_towers
+from recsys_ray.two_tower.towers import load_towers
 from recsys_ray.two_tower.training import item_vectors
 
 
@@ -58,19 +58,22 @@ class Models:
         text: npt.NDArray[np.float16],
         embedding: torch.Tensor,
         activity: npt.NDArray[np.float16],
-        ids: torch.Tensor | None,
+        gids: npt.NDArray[np.int64],
     ) -> npt.NDArray[np.float32]:
         """What the item tower makes of items [n, d].
 
         Args:
             items: ntype, language, categories.
-            ids: learned vectors, zeros where an item has none; None: the towers have none.
+            gids: those that came after training have nothing of their own in their learned vectors.
         """
         catalogue = catalogue_of(items, {"serve": activity}, **self._vocabularies)
-        if ids is not None:
-            self._towers.ids = GivenIds(ids)
         features = ArrayFeatures(text=text, hgnn_serve=embedding)
-        return item_vectors(self._towers, features, catalogue, "serve").numpy()
+        return item_vectors(self._towers, features, catalogue, "serve", torch.from_numpy(gids)).numpy()
+
+    def learned_vectors(self, gids: npt.NDArray[np.int64], embedding: torch.Tensor) -> npt.NDArray[np.float32] | None:
+        """The items' learned vectors [n, id_dim]; None where the towers have none."""
+        ids = self._towers.ids
+        return None if ids is None else ids(torch.from_numpy(gids), embedding).numpy()
 
 
 def given_to_unseen(terms: Mapping[str, npt.NDArray[Any]], ntype: npt.NDArray[np.integer], kind: int) -> float:
@@ -108,9 +111,6 @@ class Embedder:
         self._encoder = Encoder(source, self._text.max_tokens, self._text.batch_size, made["precision"])
         self._bundle, self._types = bundle, list(counts["item_types"])
         self._models = Models(folder)
-        self._id_dim = 0
-        if (folder / "ids.safetensors").exists():
-            self._id_dim = load_arrays(folder / "ids.safetensors")["vector"].shape[1]
         self._known = Known.read(folder, self._types)
         self._score = ScoreSpec.load(folder / "user_tower")
         self._graph = GraphConfig.model_validate(bundle.manifest["config"]["graph"])
@@ -148,8 +148,7 @@ class Embedder:
                 "categories": pl.Series([row["categories"] or [] for row in rows], dtype=pl.List(pl.String)),
             }
         )
-        ids = torch.zeros(len(rows), self._id_dim) if self._id_dim else None
-        made = self._models.item_vectors(frame, text, embedding, self._activity(rows, ntype), ids)
+        made = self._models.item_vectors(frame, text, embedding, self._activity(rows, ntype), gids)
         wide = np.column_stack([made, self._unseen[ntype]]).astype(np.float32)
         told = [Raisers.of(pairs, gid, users, self._score.ridge, self._score.text_users) for gid in gids.tolist()]
         parts = zip(ntype.tolist(), wide, text, embedding.numpy(), told, strict=True)

@@ -59,7 +59,6 @@ from recsys_ray.storage.artifacts import (
     SCRATCH,
     Artifact,
     fingerprint,
-    load_arrays,
     open_artifact,
     publish,
     save_arrays,
@@ -70,7 +69,7 @@ from recsys_ray.storage.working_copy import copy_of
 from recsys_ray.text.featurize import encode_alike, text_of
 
 Array = npt.NDArray[Any]
-_VERSION = 4  # raise it when what an extension makes changes
+_VERSION = 5  # raise it when what an extension makes changes
 _COPIED = (CANARY, "user_tower", "hgnn_model", "vocabularies.json", "user_ids.arrow", "users.safetensors")
 
 
@@ -246,13 +245,11 @@ class _Extension:
         [n, d]. ``activity``: float16 [items, columns], of all."""
         surroundings, strength = known.surround(new.table["item_id"].to_pylist(), new.ntype, text, new.gid, edges)
         hidden, embedding = self.models.embed(len(new.types), surroundings)
-        ids = None
-        if (self.source.path / "ids.safetensors").exists():
-            added = new.gid[~new.replaced]
-            self._grow("ids.safetensors", new, only=added, vector=np.zeros((len(added), 1), np.float32))
-            ids = torch.from_numpy(load_arrays(self.work / "ids.safetensors")["vector"][new.gid])
+        ids = self.models.learned_vectors(new.gid, embedding)
+        if ids is not None:
+            self._grow("ids.safetensors", new, vector=ids)
         items = pl.DataFrame(new.table.select(["language", "categories"])).with_columns(ntype=pl.Series(new.ntype))
-        vectors = self.models.item_vectors(items, text, embedding, activity[new.gid], ids)
+        vectors = self.models.item_vectors(items, text, embedding, activity[new.gid], new.gid)
         had = users[new.gid].astype(np.int32)
         self._grow("hidden.safetensors", new, hidden=hidden.half().numpy(), strength=strength, users=had)
         self._grow("hgnn.safetensors", new, embedding=embedding.numpy())
@@ -337,13 +334,13 @@ class _Extension:
         known_dates = np.full(size, NEVER) if timeless else dates
         return describe(counts, first, known_dates, with_arrivals(known, new), moment).astype(np.float16)
 
-    def _grow(self, file: str, new: Arrivals, only: Array | None = None, **arrays: Array) -> None:
-        """The bundle's arrays with the rows of the arriving items (or of ``only`` some) put in their places."""
-        grown, gids = {}, new.gid if only is None else only
+    def _grow(self, file: str, new: Arrivals, **arrays: Array) -> None:
+        """The bundle's arrays with the rows of the arriving items put in their places."""
+        grown = {}
         for name, rows in arrays.items():
             old = self._mapped(file)[name]
             grown[name] = np.concatenate([old, np.zeros((new.added, *old.shape[1:]), old.dtype)])
-            grown[name][gids] = rows
+            grown[name][new.gid] = rows
         save_arrays(self.work / file, grown)
 
     # -- the rest of the bundle ----------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from recsys_ray.scoring.scorer import Scorer, ScoreSpec
 from recsys_ray.storage.artifacts import load_arrays
 from recsys_ray.two_tower.batches import country_index
 from recsys_ray.two_tower.features import ItemTables, UserInputs
-from recsys_ray.two_tower.towers import UserTower, load_item_ids, load_user_tower
+from recsys_ray.two_tower.towers import UserTower, load_item_vectors, load_user_tower
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class TrainedTowers:
     tower: UserTower
     score: Scorer  # as of the test
     text: np.ndarray  # float16 [items, t]
-    hgnn: np.ndarray | None  # float32 [items, h], as of the test
+    hgnn: np.ndarray | None  # float32 [items, h], as of the test; None: the towers do not read it
     ntype: np.ndarray  # int64 [items]
-    ids: np.ndarray | None  # float32 [items, d], the items' own vectors
+    ids: np.ndarray | None  # float32 [items, d], the learned vectors, as of the test
     moment: int  # start of the test: a history reaches back from here
 
     @staticmethod
@@ -54,8 +54,8 @@ class TrainedTowers:
             memory = Memory.load(memory_file(folder.parent, "test")).at(spec.ridge, [spec.text_users])
         tower = load_user_tower(folder)
         score = Scorer.of_items(items, spec, memory, left_out)
-        hgnn = hgnn if tower.spec.hgnn_dim else None
-        return TrainedTowers(tower, score, text, hgnn, ntype, load_item_ids(folder), moment)
+        ids = load_item_vectors(folder, hgnn)
+        return TrainedTowers(tower, score, text, hgnn if tower.spec.reads_embeddings else None, ntype, ids, moment)
 
     @property
     def item_vectors(self) -> np.ndarray:

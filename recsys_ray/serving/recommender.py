@@ -71,13 +71,12 @@ class Recommender:
     indexes: list[TypeIndex]
     tower: TowerRunner
     score: Scorer
+    hgnn: npt.NDArray[np.float32]  # [items, h]: finds the reasons of an answer
     facts: Facts
     live: LiveItems
     _country_of: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        assert self.tower.tables.hgnn is not None
-        self._hgnn = self.tower.tables.hgnn.numpy()
         self._mask = lru_cache(maxsize=_MASKS)(lambda filters, live: live.allowed(self.facts.allowed(filters), filters))
         self._filtered = lru_cache(maxsize=_FILTERED)(
             lambda filters, kind, live: self._mask(filters, live)[self.indexes[kind].gids]
@@ -112,6 +111,8 @@ class Recommender:
             tower = TowerRunner.open(folder, torch.from_numpy(items.ntype.astype(np.int64)))
             check_metric(tower.tower.spec.metric, folder / "user_tower")
             spec = ScoreSpec.load(folder / "user_tower")
+        with understood(folder / "hgnn.safetensors"):
+            hgnn = mapped_arrays(folder / "hgnn.safetensors")["embedding"].numpy()
         indexes = []
         for number, name in enumerate(types):
             file = folder / index_file(number)
@@ -134,7 +135,7 @@ class Recommender:
         numbers = {name: number for number, name in enumerate(countries)}
         live = LiveItems(len(items))
         with understood(folder):
-            made = cls(artifact, items, users, histories, popular, indexes, tower, score, facts, live, numbers)
+            made = cls(artifact, items, users, histories, popular, indexes, tower, score, hgnn, facts, live, numbers)
         if warm:
             made.warm_up(3)
         return made
@@ -164,7 +165,7 @@ class Recommender:
 
     def made(self, vectors: LiveVectors) -> bool:
         """Whether these are vectors of this bundle's models, or of the same run's."""
-        widths = self.score.wide.shape[1], self._hgnn.shape[1]
+        widths = self.score.wide.shape[1], self.hgnn.shape[1]
         return vectors.version == self.artifact.counts["base"] and (len(vectors.wide), len(vectors.hgnn)) == widths
 
     def apply(
@@ -183,7 +184,7 @@ class Recommender:
             elif self.items.available[gid]:
                 changed.append((item, gid))
             else:  # no index has it, but its vectors are there, and its place in the memory
-                wide, hgnn = np.array(self.score.wide[gid]), np.array(self._hgnn[gid])
+                wide, hgnn = np.array(self.score.wide[gid]), np.array(self.hgnn[gid])
                 raisers = NO_RAISERS if self.score.memory is None else self.score.memory.raisers(gid)
                 own = LiveVectors(vectors.version, wide, hgnn, raisers)
                 fresh.append((item, own, gid))
@@ -467,7 +468,7 @@ class Recommender:
 
     def _rows(self, live: LiveItems, gids: npt.NDArray[np.int64], of: str) -> npt.NDArray[np.float32]:
         """Rows of ``wide`` or ``hgnn`` of items of the bundle and of new ones."""
-        table = self.score.wide if of == "wide" else self._hgnn
+        table = self.score.wide if of == "wide" else self.hgnn
         old = np.minimum(gids, len(table) - 1)
         rows = np.array(table[old], np.float32)
         new = gids >= live.base
@@ -547,7 +548,7 @@ class Recommender:
             ]
         if not len(profile.gids):
             return [(fits(profile.known_traits), None)] * len(found.gids)
-        near, past = self._rows(asked.live, found.gids, "hgnn"), self._hgnn[profile.gids]
+        near, past = self._rows(asked.live, found.gids, "hgnn"), self.hgnn[profile.gids]
         # of equally near ones the latest: stable over the reversed history
         nearest = (len(profile.gids) - 1 - (near @ past[::-1].T).argmax(1)).tolist()
         told = {

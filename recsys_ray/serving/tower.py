@@ -24,11 +24,12 @@ class TowerRunner:
 
     @classmethod
     def open(cls, bundle: Path, ntype: Tensor) -> TowerRunner:
-        """``bundle`` holds user_tower/, text.safetensors, hgnn.safetensors and, where items have
-        vectors of their own, ids.safetensors; ``ntype`` is Long[items]."""
+        """``bundle`` holds user_tower/, text.safetensors and what else the tower reads of items: ids.safetensors or
+        hgnn.safetensors; ``ntype`` is Long[items]."""
         tower = load_user_tower(bundle / "user_tower")
         text = mapped_arrays(bundle / "text.safetensors")["vector"]
-        hgnn = mapped_arrays(bundle / "hgnn.safetensors")["embedding"]
+        reads = tower.spec.reads_embeddings
+        hgnn = mapped_arrays(bundle / "hgnn.safetensors")["embedding"] if reads else None
         ids = mapped_arrays(bundle / "ids.safetensors")["vector"] if tower.spec.id_dim else None
         return cls(tower, ItemTables(text, hgnn, ntype, ids))
 

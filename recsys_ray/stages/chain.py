@@ -137,7 +137,7 @@ TWO_TOWER = Stage(
     inputs=("ingest", "featurize", "graph", "hgnn"),
     settings=_two_tower_settings,
     run=_two_tower,
-    version=5,  # texts are part of the memory
+    version=6,  # learned vectors start at HGNN embeddings
 )
 
 # -- 6: item vectors into FAISS, and the bundle for serving ----------------------------------------------------------

@@ -57,7 +57,7 @@ SPACE: tuple[Dimension, ...] = (
     Choice("two_tower.history", (50, 100, 200, 400)),
     Choice("two_tower.batch_size", (256, 512, 1024, 2048)),
     Choice("two_tower.layers", ([128], [512, 256, 128], [1024, 512, 256])),
-    Choice("two_tower.id_dim", (0, 16, 32, 64)),
+    Choice("two_tower.id_dim", (16, 32, 64)),
     Choice("two_tower.id_dropout", (None, 0.1, 0.3, 0.5, 0.8)),
     Range("hgnn.temperature", 0.03, 0.3, log=True),
     Range("hgnn.learning_rate", 3e-5, 3e-3, log=True),

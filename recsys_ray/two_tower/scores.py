@@ -16,7 +16,7 @@ from recsys_ray.scoring.choose import item_terms
 from recsys_ray.scoring.scorer import VECTOR, ScoreSpec
 from recsys_ray.scoring.unseen import Period, share_ahead
 from recsys_ray.storage.artifacts import save_arrays
-from recsys_ray.two_tower.towers import ItemIds, TwoTower
+from recsys_ray.two_tower.towers import TwoTower
 from recsys_ray.two_tower.training import TowerTask, item_vectors, queries_by_type, sample_of_queries, users_of
 
 ASKED = ("test", "serve")  # snapshots as of which items are ranked
@@ -87,6 +87,6 @@ def write_towers(
         terms = item_terms(queries, users, vectors, known, score)
         save_arrays(out / "items" / f"{snapshot}.safetensors", {VECTOR: vectors.numpy(), **terms})
     save_file(model.state_dict(), out / "model.safetensors")
-    hidden = model.ids.dropout if isinstance(model.ids, ItemIds) else 0.0
+    hidden = model.ids.dropout if model.ids is not None else 0.0
     replace(task.spec, id_dropout=hidden).save(out / "spec.json")
     replace(score, unseen_share=shares.get("test", [])).save(out)

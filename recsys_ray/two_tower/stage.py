@@ -159,7 +159,6 @@ def _spec(config: Config, ingest: Artifact, featurize: Artifact, hgnn: Artifact)
         item_types=list(facts["item_types"]),
         countries=list(facts["countries"]),
         dropout=config.two_tower.dropout,
-        hgnn_dropout=config.two_tower.hgnn_dropout,
         history=config.two_tower.history,
         window_days=config.graph.window_days,
         inputs=config.two_tower.inputs,

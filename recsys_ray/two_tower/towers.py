@@ -1,10 +1,11 @@
 """The two towers: three fully connected layers each, unit-norm outputs, one vector space for all item types
 (paper A, section 3.3; paper B, section 3).
 
-Ours, not the papers': a linear path beside the layers. It starts as the same principal directions of text and HGNN
-embedding in both towers, while the layers start at zero. So before its first step the two-tower recommends the nearest
-neighbours of the user's items, new items included, and training continues from there. ``TowerSpec.inputs`` of "paper"
-are those of paper A alone, without the linear path.
+Ours, not the papers': both towers see the graph through each item's learned vector, which is a narrow map of its HGNN
+embedding plus a part of its own (:class:`ItemVectors`). And a linear path beside the layers: it starts as the same
+principal directions of text and HGNN embedding in both towers, while the layers start at zero. So before its first step
+the two-tower recommends the nearest neighbours of the user's items, new items included, and training continues from
+there. ``TowerSpec.inputs`` of "paper" are those of paper A alone: whole HGNN embeddings, no linear path.
 
 Shape suffixes: B users, N items of a table, n flat history events, T text dimension, H HGNN dimension, D output.
 Imports neither dgl nor transformers, because serving replicas run the user tower.
@@ -31,13 +32,14 @@ from recsys_ray.two_tower.features import ItemRows, ItemTables, UserInputs
 
 METRIC = "inner_product"
 _SMALL = 16  # width of the embeddings of country, language, category and item type
-_ID_SCALE = 8.0  # Adam moves an entry by about the learning rate a step: this many times that
-_ID_START = 0.1  # size of an item's own vector before the first step
+_OWN_SCALE = 8.0  # Adam moves an entry by about the learning rate a step: this many times that
+_OWN_START = 0.1  # size of an item's own vector before the first step
 _AGE_SCALE = 50.0  # years; brings ages to about one
 
 ALL, PAPER = "all", "paper"  # what the towers read: all that helps, or what paper A feeds and no more
 
 Directions = tuple[Float[Tensor, "d"], Float[Tensor, "k d"]]  # a mean, and orthonormal axes around it
+Block = tuple[int, Float[Tensor, "_ _"], Float[Tensor, "_"]]  # first column, weights and biases of some rows
 
 
 @dataclass(frozen=True)
@@ -57,18 +59,22 @@ class TowerSpec:
     item_types: list[str] = field(default_factory=list)
     countries: list[str] = field(default_factory=list)
     dropout: float = 0.0
-    hgnn_dropout: float = 0.0
     history: int = 50
     window_days: int | None = None
     metric: str = METRIC
-    id_dim: int = 0  # 0: items have no vectors of their own
-    id_rows: int = 0  # how many have one
+    id_dim: int = 0  # of the items' learned vectors; 0: they have none
+    id_rows: int = 0  # how many items have a part of their own
     num_items: int = 0
     id_dropout: float | None = 0.0  # None: training chooses
     last_item: bool | None = False  # None: to be chosen before the towers are built
     recent: list[float] = field(default_factory=list)  # half-lives, in places, of further means of the history
     cold_start: bool = True  # trained on empty histories too: every user's first event is an example
     inputs: str = ALL
+
+    @property
+    def reads_embeddings(self) -> bool:
+        """Whether the towers read HGNN embeddings as they are."""
+        return self.inputs == PAPER and self.hgnn_dim > 0
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -129,8 +135,8 @@ class _Layers(nn.Module):
         return self.deep(x_BF) if self.linear is None else self.deep(x_BF) + self.linear(x_BF)
 
     @torch.no_grad()
-    def start(self, blocks: list[tuple[int, Directions]]) -> None:
-        """Silence the layers; let each block of inputs (its first column) pass along its directions."""
+    def start(self, blocks: Sequence[Block]) -> None:
+        """Silence the layers; let each block of inputs pass, to outputs of its own."""
         if self.linear is None:
             return
         last = self.deep[-1]
@@ -138,10 +144,10 @@ class _Layers(nn.Module):
         for parameter in (last.weight, last.bias, self.linear.weight, self.linear.bias):
             parameter.zero_()
         row = 0
-        for column, (mean, axes) in blocks:
-            count, dim = axes.shape
-            self.linear.weight[row : row + count, column : column + dim] = axes / dim**0.5  # inputs: _unit_variance
-            self.linear.bias[row : row + count] = -axes @ mean
+        for column, weight, bias in blocks:
+            count, dim = weight.shape
+            self.linear.weight[row : row + count, column : column + dim] = weight
+            self.linear.bias[row : row + count] = bias
             row += count
 
 
@@ -154,9 +160,9 @@ def principal_directions(vectors: Float[Tensor, "N d"], count: int) -> Direction
 
 
 class UserTower(nn.Module):
-    """Features of a user: the mean text vector of the history, the mean HGNN embedding of all items and of those of
-    each type, the mean of the learned item vectors, all three of the last item and in means of the latest, how much of
-    each type; and age, country and taste vectors, each of which may be absent (zeros and a flag).
+    """Features of a user: the mean text vector of the history and the mean of its items' learned vectors, both also of
+    the last item and in means of the latest, how much of each type; and age, country and taste vectors, each of which
+    may be absent (zeros and a flag).
 
     Paper A's are the mean HGNN embedding of the items of each type, in which all events weigh the same; and age,
     country and taste vectors."""
@@ -168,11 +174,12 @@ class UserTower(nn.Module):
         self.country = _small_embedding(spec.num_countries + 1)
         weighed = len(spec.events) > 1 and spec.inputs == ALL  # one event has nothing to be weighed against
         self.event_weight.requires_grad_(weighed)
-        width = spec.num_types * spec.hgnn_dim + 2 + _SMALL + sum(dim + 1 for dim in spec.tastes.values())
+        width = 2 + _SMALL + sum(dim + 1 for dim in spec.tastes.values())
         if spec.inputs == ALL:
             means = 1 + bool(spec.last_item) + len(spec.recent)  # of all, the last item, of the latest
-            width += means * (spec.text_dim + spec.hgnn_dim + spec.id_dim) + 2 * spec.num_types
-        self.hide = Dropout(spec.hgnn_dropout)
+            width += means * (spec.text_dim + spec.id_dim) + 2 * spec.num_types
+        else:
+            width += spec.num_types * spec.hgnn_dim
         self.layers = _Layers(width, spec)
 
     def forward(self, inputs: UserInputs, tables: ItemTables) -> Float[Tensor, "B D"]:
@@ -180,30 +187,26 @@ class UserTower(nn.Module):
         return self.layers(self._features(inputs, tables))
 
     def _features(self, inputs: UserInputs, tables: ItemTables) -> Float[Tensor, "B width"]:
-        users, kinds, everything = len(inputs.offsets) - 1, self.spec.num_types, self.spec.inputs == ALL
+        users, kinds = len(inputs.offsets) - 1, self.spec.num_types
         row_n = torch.repeat_interleave(torch.arange(users), inputs.offsets.diff())
-        weight_n = self.event_weight.exp()[inputs.events]
-        vectors = [_unit_variance(table.float()) for table in (tables.text, tables.hgnn) if table is not None]
-        if self.spec.id_dim:
-            assert tables.ids is not None
-            vectors.append(tables.ids)
         kind_n = tables.ntype[inputs.gids]
         known_n = kind_n < kinds  # a type added later counts in the means over all types only
-        bag_n, order = torch.sort((row_n * kinds + kind_n)[known_n], stable=True)
-        parts, latest = [], []
-        if everything:
+        bag_n = (row_n * kinds + kind_n)[known_n]
+        weight_n = self.event_weight.exp()[inputs.events]
+        parts = []
+        if self.spec.inputs == ALL:
+            vectors = [_unit_variance(tables.text.float())] if tables.text is not None else []
+            vectors += [tables.ids] if tables.ids is not None else []
             bags = _Bags.together([_Bags(inputs.gids, weight_n, row_n, users), *self._of_the_latest(inputs, row_n)])
             means = [bags.means(table).view(-1, users, table.shape[1]).unbind() for table in vectors]
-            all_, *latest = zip(*means, strict=True)
-            parts += self._hidden(all_)
-        if self.spec.hgnn_dim:
-            each_type = _Bags(inputs.gids[known_n][order], weight_n[known_n][order], bag_n, users * kinds)
-            parts.append(self.hide(each_type.means(vectors[1]).view(users, -1)))
-        for made in latest:
-            parts += self._hidden(made)
-        if everything:
+            parts += [part for bag in zip(*means, strict=True) for part in bag]
             counts = torch.bincount(bag_n, minlength=users * kinds).view(users, kinds).float()
             parts += [torch.log1p(counts), (counts > 0).float()]
+        elif self.spec.reads_embeddings:
+            assert tables.hgnn is not None
+            bag_n, order = torch.sort(bag_n, stable=True)
+            each_type = _Bags(inputs.gids[known_n][order], weight_n[known_n][order], bag_n, users * kinds)
+            parts.append(each_type.means(_unit_variance(tables.hgnn.float())).view(users, -1))
         return torch.cat([*parts, *self._traits(inputs)], 1)
 
     def _of_the_latest(self, inputs: UserInputs, row_n: Int64[Tensor, "n"]) -> list[_Bags]:
@@ -215,10 +218,6 @@ class UserTower(nn.Module):
         for half_life in self.spec.recent:
             bags.append(_Bags(inputs.gids, recent_weights(inputs.offsets, half_life), row_n, users))
         return bags
-
-    def _hidden(self, made: Sequence[Tensor]) -> list[Tensor]:
-        """Of text, HGNN embedding and the items' own vectors (:meth:`TwoTower.start_near` relies on the order)."""
-        return [self.hide(part) if place == 1 and self.spec.hgnn_dim else part for place, part in enumerate(made)]
 
     def _traits(self, inputs: UserInputs) -> list[Tensor]:
         """Age, country and taste vectors."""
@@ -234,8 +233,8 @@ class UserTower(nn.Module):
 
 
 class ItemTower(nn.Module):
-    """Text vector, HGNN embedding, own vector, activity, item type, language and categories of an item; paper A has
-    text, HGNN embedding, language and categories."""
+    """Text vector, learned vector, activity, item type, language and categories of an item; paper A has text, HGNN
+    embedding, language and categories."""
 
     def __init__(self, spec: TowerSpec) -> None:
         super().__init__()
@@ -245,19 +244,17 @@ class ItemTower(nn.Module):
         self.category = nn.EmbeddingBag.from_pretrained(
             _small_embedding(spec.num_categories + 1).weight.detach(), freeze=False, mode="mean"
         )
-        self.hide = Dropout(spec.hgnn_dropout)
-        width = spec.text_dim + spec.hgnn_dim + spec.id_dim + 2 * _SMALL
-        width += spec.activity_dim + _SMALL if spec.inputs == ALL else 0
+        width = spec.text_dim + 2 * _SMALL
+        width += spec.id_dim + spec.activity_dim + _SMALL if spec.inputs == ALL else spec.hgnn_dim
         self.layers = _Layers(width, spec)
 
     def forward(self, rows: ItemRows) -> Float[Tensor, "N D"]:
         """Unit vectors."""
-        vectors = [rows.text] if rows.hgnn is None else [rows.text, rows.hgnn]
-        parts = [_unit_variance(vector) for vector in vectors]
-        if rows.hgnn is not None:
-            parts[1] = self.hide(parts[1])
-        if self.spec.id_dim:
-            assert rows.ids is not None
+        parts = [_unit_variance(rows.text)]
+        if self.spec.reads_embeddings:
+            assert rows.hgnn is not None
+            parts.append(_unit_variance(rows.hgnn))
+        if rows.ids is not None:
             parts.append(rows.ids)
         if self.kind is not None:
             known = rows.ntype < self.spec.num_types  # a type added later has no type embedding
@@ -267,53 +264,54 @@ class ItemTower(nn.Module):
         return self.layers(torch.cat(parts, 1))
 
 
-class ItemIds(nn.Module):
-    """A learned vector for each item with training examples, shared by both towers (ours; the item embedding of
-    matrix factorisation). Zeros stand for all other items and, now and then in training, for any: the towers must not
-    lean on it alone."""
+class ItemVectors(nn.Module):
+    """The items' learned vectors, which both towers read: e_j = P z_j + d_j (ours).
 
-    row: Tensor  # int64 [items]: the item's row in the table; 0: none
+    P maps an item's HGNN embedding z_j, so items that the graph shows to be alike start alike. d_j is the item's own,
+    as in matrix factorisation; only items with training examples have one. Zeros stand in the place of d_j for all
+    other items and, now and then in training, for any: the towers must not lean on it alone. The map is narrow on
+    purpose. A whole embedding tells items apart, and towers that read it learn the training items by heart.
+    """
+
+    row: Tensor  # int64 [items]: place of the item's own part in the table; 0: it has none
 
     def __init__(self, spec: TowerSpec) -> None:
         super().__init__()
         self.dropout = spec.id_dropout or 0.0
         self.register_buffer("row", torch.zeros(spec.num_items, dtype=torch.int64))
-        self.vector = nn.Embedding(spec.id_rows + 1, spec.id_dim, padding_idx=0)
-        nn.init.normal_(self.vector.weight, std=_ID_START / _ID_SCALE)
+        self.own = nn.Embedding(spec.id_rows + 1, spec.id_dim, padding_idx=0)
+        nn.init.normal_(self.own.weight, std=_OWN_START / _OWN_SCALE)
+        self.map = nn.Linear(spec.hgnn_dim, spec.id_dim, bias=False) if spec.hgnn_dim else None
         self.forget()
 
     @torch.no_grad()
     def forget(self) -> None:
         """Every item is new."""
         self.row.zero_()
-        self.vector.weight[0] = 0.0
+        self.own.weight[0] = 0.0
 
     def assign(self, examples: Float[Tensor, "items"]) -> None:
-        """Give vectors to the items with the most training examples."""
-        order = torch.argsort(examples, descending=True, stable=True)[: self.vector.num_embeddings - 1]
+        """Give parts of their own to the items with the most training examples."""
+        order = torch.argsort(examples, descending=True, stable=True)[: self.own.num_embeddings - 1]
         chosen = torch.sort(order[examples[order] > 0]).values
         self.row.zero_()
         self.row[chosen] = torch.arange(1, len(chosen) + 1)
 
-    def forward(self, owners: Int64[Tensor, "N"]) -> Float[Tensor, "N d"]:
-        """Vectors of these gids, with entries of about one; zeros for -1."""
-        rows = torch.where(owners >= 0, self.row[owners], 0)
-        vectors = self.vector(rows) * _ID_SCALE
-        if not self.training or not self.dropout:
+    def forward(self, owners: Int64[Tensor, "N"], hgnn: Float[Tensor, "N h"] | None) -> Float[Tensor, "N d"]:
+        """The vectors of items, with entries of about one.
+
+        Args:
+            owners: gids; -1, or one that came after training: nothing of its own.
+            hgnn: the same items' embeddings; None without HGNN.
+        """
+        mine = (owners >= 0) & (owners < len(self.row))
+        vectors = self.own(torch.where(mine, self.row[owners.where(mine, 0)], 0)) * _OWN_SCALE
+        if self.training and self.dropout:
+            vectors = vectors * (torch.rand(len(owners), 1) >= self.dropout) / (1 - self.dropout)
+        if self.map is None:
             return vectors
-        kept = torch.rand(len(owners), 1) >= self.dropout
-        return vectors * kept / (1 - self.dropout)
-
-
-class GivenIds(nn.Module):
-    """Vectors that are there already, row = gid, in the place of :class:`ItemIds`."""
-
-    def __init__(self, ids: Float[Tensor, "items d"]) -> None:
-        super().__init__()
-        self.vectors = ids
-
-    def forward(self, owners: Int64[Tensor, "N"]) -> Float[Tensor, "N d"]:
-        return self.vectors[owners] * (owners >= 0)[:, None]
+        assert hgnn is not None
+        return vectors + self.map(hgnn.float()) * hgnn.shape[1] ** 0.5  # as _unit_variance
 
 
 class TwoTower(nn.Module):
@@ -322,7 +320,7 @@ class TwoTower(nn.Module):
     def __init__(self, spec: TowerSpec) -> None:
         super().__init__()
         self.user, self.item = UserTower(spec), ItemTower(spec)
-        self.ids: nn.Module | None = ItemIds(spec) if spec.id_dim else None
+        self.ids = ItemVectors(spec) if spec.id_dim else None
 
     def forward(
         self, inputs: UserInputs, tables: ItemTables, rows: ItemRows
@@ -333,28 +331,34 @@ class TwoTower(nn.Module):
         """Unit vectors of users; ``inputs.gids`` are rows of ``tables``."""
         if self.ids is not None:
             assert tables.owners is not None
-            tables = replace(tables, ids=self.ids(tables.owners))
+            tables = replace(tables, ids=self.ids(tables.owners, tables.hgnn))
         return self.user(inputs, tables)
 
     def items(self, rows: ItemRows) -> Float[Tensor, "N D"]:
         """Unit vectors of items."""
-        return self.item(rows if self.ids is None else replace(rows, ids=self.ids(rows.owners)))
+        return self.item(rows if self.ids is None else replace(rows, ids=self.ids(rows.owners, rows.hgnn)))
 
     def train_in(self, precision: Precision) -> None:
         """The precision of the layers while they train."""
         for tower in (self.user, self.item):
             tower.layers.bf16 = precision == "bf16"
 
+    @torch.no_grad()
     def start_near(self, text_NT: Float[Tensor, "N T"], hgnn_NH: Float[Tensor, "N H"] | None) -> None:
-        """Start as nearest neighbours, given the vectors of a sample of items: half of the output's width to either."""
+        """Start as nearest neighbours, given the vectors of a sample of items. The towers' output begins with the main
+        directions of the texts and ends with those of the HGNN embeddings (half of it at most), which the learned
+        vectors hold."""
         spec = self.user.spec
-        room = spec.layers[-1]
-        text = principal_directions(text_NT, room if hgnn_NH is None else room - room // 2)
-        blocks = [(0, text)]  # text comes first in both towers, the HGNN embedding (of all items) after it
-        if hgnn_NH is not None:
-            blocks.append((spec.text_dim, principal_directions(hgnn_NH, room // 2)))
+        room, from_graph = spec.layers[-1], list[Block]()
+        if self.ids is not None and self.ids.map is not None and hgnn_NH is not None:
+            mean, axes = principal_directions(hgnn_NH, min(spec.id_dim, room // 2))
+            self.ids.map.weight[: len(axes)] = axes
+            passing = torch.eye(len(axes), spec.id_dim) / spec.hgnn_dim**0.5
+            from_graph, room = [(spec.text_dim, passing, -axes @ mean)], room - len(axes)  # inputs after the text
+        mean, axes = principal_directions(text_NT, room)
+        from_text = 0, axes / spec.text_dim**0.5, -axes @ mean  # inputs: _unit_variance
         for tower in (self.user, self.item):
-            tower.layers.start(blocks)
+            tower.layers.start([from_text, *from_graph])
 
 
 def _unit_variance(vectors: Float[Tensor, "*N d"]) -> Float[Tensor, "*N d"]:
@@ -413,14 +417,20 @@ def load_towers(folder: Path) -> TwoTower:
     return towers
 
 
-def load_item_ids(folder: Path) -> np.ndarray | None:
-    """The items' own vectors in ``folder``, float32 [items, id_dim], row = gid; None where the towers have none."""
+def load_item_vectors(folder: Path, hgnn: np.ndarray | None) -> np.ndarray | None:
+    """The items' learned vectors by the towers of ``folder``, float32 [items, id_dim], row = gid; None where they have
+    none.
+
+    Args:
+        hgnn: float32 [items, h]: the embeddings of a snapshot.
+    """
     spec = TowerSpec.load(folder / "spec.json")
     if not spec.id_dim:
         return None
-    ids = ItemIds(spec)
-    _load(ids, folder, "ids.")
-    return ids(torch.arange(spec.num_items)).numpy()
+    vectors = ItemVectors(spec)
+    _load(vectors, folder, "ids.")
+    embeddings = torch.from_numpy(hgnn) if hgnn is not None and spec.hgnn_dim else None
+    return vectors(torch.arange(spec.num_items), embeddings).numpy()
 
 
 def _load(module: nn.Module, folder: Path, prefix: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int64
 from torch import Tensor, nn
 
 from recsys_ray.cluster.train import largest_over_ranks, mean_over_ranks, run_epochs, sum_over_ranks
@@ -29,7 +29,7 @@ from recsys_ray.two_tower.batches import (
 )
 from recsys_ray.two_tower.loss import inclusion_log_q, paper_loss, sampled_softmax
 from recsys_ray.two_tower.rows import Examples, histories_of, join
-from recsys_ray.two_tower.towers import ItemIds, TowerSpec, TwoTower
+from recsys_ray.two_tower.towers import TowerSpec, TwoTower
 
 _ITEM_CHUNK = 8192
 _QUERY_CHUNK = 512
@@ -56,8 +56,8 @@ class TowerTask:
 
 def start(model: TwoTower, task: TowerTask, seed: int) -> None:
     """Let a fresh model start as nearest neighbours (:meth:`TwoTower.start_near`), and give the items that occur in
-    examples vectors of their own; the same on every rank."""
-    if isinstance(model.ids, ItemIds):
+    examples a part of their own in their vectors; the same on every rank."""
+    if model.ids is not None:
         items = len(task.catalogue.ntype)
         chosen = np.bincount(task.examples["target"], minlength=items)
         touched = np.bincount(task.examples["history"], minlength=items)
@@ -161,15 +161,19 @@ class TowerTrainer:
 
 
 def item_vectors(
-    model: TwoTower, source: FeatureSource, catalogue: ItemFeatures, snapshot: str
-) -> Float[Tensor, "N D"]:
-    """Vectors of all items as of a snapshot."""
+    model: TwoTower, source: FeatureSource, catalogue: ItemFeatures, snapshot: str,
+    gids: Int64[Tensor, "N"] | None = None,
+) -> Float[Tensor, "N D"]:  # fmt: skip
+    """Vectors of all items of a catalogue as of a snapshot. ``gids``: their numbers in training, if other than here."""
     chunks = []
     with torch.no_grad():
-        for gids in torch.arange(len(catalogue.ntype)).split(_ITEM_CHUNK):
-            tables = tables_for(source, model.user.spec, catalogue, snapshot, gids)
+        for rows in torch.arange(len(catalogue.ntype)).split(_ITEM_CHUNK):
+            tables = tables_for(source, model.user.spec, catalogue, snapshot, rows)
             assert tables.text is not None
-            chunks.append(model.items(catalogue.rows(gids, snapshot, tables.text, tables.hgnn)))
+            items = catalogue.rows(rows, snapshot, tables.text, tables.hgnn)
+            if gids is not None:
+                items = replace(items, owners=torch.where(items.owners >= 0, gids[rows], -1))
+            chunks.append(model.items(items))
     return torch.cat(chunks)
 
 

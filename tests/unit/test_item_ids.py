@@ -11,7 +11,7 @@ from checkerboard import ITEMS, board_task, board_trainer
 
 from recsys_ray.graph.activity import UNTOUCHED
 from recsys_ray.two_tower.batches import tables_for
-from recsys_ray.two_tower.towers import ItemIds, TwoTower
+from recsys_ray.two_tower.towers import ItemVectors, TwoTower
 from recsys_ray.two_tower.training import share_unknown, start, train_epochs
 
 
@@ -27,14 +27,38 @@ def test_with_vectors_of_their_own_items_are_told_apart_where_nothing_else_does(
 
 
 def test_only_items_of_examples_have_vectors_and_the_most_frequent_come_first():
-    spec = replace(board_task().spec, id_dim=3, id_rows=2)
-    ids = ItemIds(spec).eval()
+    spec = replace(board_task(with_hgnn=False).spec, id_dim=3, id_rows=2)
+    ids = ItemVectors(spec).eval()
     counts = torch.zeros(ITEMS)
     counts[[4, 9, 7]] = torch.tensor([5.0, 2.0, 8.0])
     ids.assign(counts)
-    vectors = ids(torch.arange(ITEMS))
+    vectors = ids(torch.arange(ITEMS), None)
     assert vectors.abs().sum(1).nonzero().squeeze(1).tolist() == [4, 7]
-    assert not ids(torch.tensor([-1])).any()
+    assert not ids(torch.tensor([-1, ITEMS]), None).any()
+
+
+def test_a_vector_is_what_the_graph_says_plus_what_the_item_learned():
+    task = board_task(id_dim=4)
+    vectors = ItemVectors(task.spec).eval()
+    vectors.assign((torch.arange(ITEMS) < 5).double())
+    hgnn = task.source.features("hgnn_cut0", torch.arange(ITEMS))
+    made = vectors(torch.arange(ITEMS), hgnn)
+    graph = hgnn @ vectors.map.weight.T * hgnn.shape[1] ** 0.5
+    assert torch.allclose(made[5:], graph[5:], atol=1e-6)  # no examples: what the graph says alone
+    assert ((made - graph)[:5].norm(dim=1) > 1e-3).all()
+    assert torch.allclose(vectors(torch.tensor([-1, ITEMS]), hgnn[:2]), graph[:2], atol=1e-6)  # new, or came later
+    vectors.train().dropout = 1 - 1e-9
+    assert torch.allclose(vectors(torch.arange(ITEMS), hgnn), graph, atol=1e-6)
+
+
+def test_training_moves_the_map_from_the_graph():
+    task = board_task("hgnn", id_dim=4)
+    trainer, optimizer = board_trainer(task)
+    start(trainer.model, task, seed=0)
+    before = trainer.model.ids.map.weight.detach().clone()
+    assert torch.allclose(before @ before.T, torch.eye(4), atol=1e-4), "it starts at principal directions"
+    train_epochs(trainer, optimizer, {})
+    assert (trainer.model.ids.map.weight - before).abs().max() > 1e-3
 
 
 def test_an_item_that_nobody_had_touched_shows_no_vector_of_its_own():
@@ -48,11 +72,11 @@ def test_an_item_that_nobody_had_touched_shows_no_vector_of_its_own():
 
 
 def test_training_does_without_some_vectors_and_keeps_their_mean():
-    ids = ItemIds(replace(board_task().spec, id_dim=3, id_dropout=0.5))
+    ids = ItemVectors(replace(board_task(with_hgnn=False).spec, id_dim=3, id_dropout=0.5))
     ids.assign(torch.ones(ITEMS))
     gids = torch.zeros(4000, dtype=torch.int64)
     torch.manual_seed(0)
-    drawn, whole = ids(gids), ids.eval()(gids[:1])
+    drawn, whole = ids(gids, None), ids.eval()(gids[:1], None)
     assert set((drawn / whole).round(decimals=3).unique().tolist()) == {0.0, 2.0}
     assert torch.allclose(drawn.mean(0), whole[0], atol=0.1)
 

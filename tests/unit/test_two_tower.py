@@ -20,7 +20,7 @@ from recsys_ray.two_tower.batches import batches_in, country_index, epoch_batche
 from recsys_ray.two_tower.features import UserInputs
 from recsys_ray.two_tower.loss import inclusion_log_q, paper_loss, sampled_softmax
 from recsys_ray.two_tower.rows import histories_of
-from recsys_ray.two_tower.towers import TwoTower, load_item_ids, load_towers, load_user_tower
+from recsys_ray.two_tower.towers import TwoTower, load_item_vectors, load_towers, load_user_tower
 from recsys_ray.two_tower.training import (
     item_vectors,
     refit,
@@ -48,7 +48,7 @@ def test_it_learns_the_checkerboard(loss, with_hgnn):
 
 def papers_board(with_hgnn: bool = True) -> TowerTask:
     task = board_task(with_hgnn=with_hgnn)
-    return replace(task, spec=replace(task.spec, inputs="paper", last_item=False))
+    return replace(task, spec=replace(task.spec, inputs="paper", id_dim=0, last_item=False))
 
 
 def test_it_learns_the_checkerboard_from_the_papers_inputs():
@@ -279,7 +279,7 @@ def test_saved_towers_answer_as_the_trained_ones(someone, tmp_path):
     task, model, inputs, tables = someone
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     task.spec.save(tmp_path / "spec.json")
-    alone = replace(tables, ids=torch.from_numpy(load_item_ids(tmp_path)))
+    alone = replace(tables, ids=torch.from_numpy(load_item_vectors(tmp_path, tables.hgnn.numpy())))
     assert torch.equal(load_user_tower(tmp_path)(inputs, alone), model.users(inputs, tables))
     towers = load_towers(tmp_path)
     assert towers.user.spec == task.spec
@@ -340,10 +340,11 @@ def test_examples_without_any_history_make_inputs():
 @pytest.mark.parametrize("with_hgnn", [True, False])
 def test_before_its_first_step_it_recommends_what_is_near(with_hgnn):
     """Of the widths here nothing of the vectors is lost: both towers turn centred text and HGNN vectors alike."""
-    task = board_task("text", with_hgnn)
+    task = board_task("text", with_hgnn, id_dim=TEXT)
     task.spec = replace(task.spec, layers=[8, 2 * TEXT])
     torch.manual_seed(0)
     model = TwoTower(task.spec).eval()
+    model.ids.own.weight.data.zero_()
     start(model, task, seed=0)
     items = item_vectors(model, task.source, task.catalogue, "cut1")
     users = user_vectors(model, task.source, task.catalogue, "cut1", task.examples, np.arange(50))
@@ -395,13 +396,14 @@ def test_the_last_item_counts_beside_the_mean(someone):
 
 
 def test_means_of_the_latest_are_weighted_by_place(someone):
-    task, _, inputs, tables = someone
-    spec = replace(task.spec, id_dim=0, tastes={}, recent=[1.0])
+    task, model, inputs, tables = someone
+    spec = replace(task.spec, tastes={}, recent=[1.0])
+    tables = replace(tables, ids=model.ids(tables.owners, tables.hgnn).detach())
     features = TwoTower(spec).user._features(replace(inputs, tastes={}), tables)
     behind = 2 * TYPES + 2 + 16  # how much of each type, age, country
-    latest = features[:, :-behind][:, -(spec.text_dim + spec.hgnn_dim) :]
-    for table, found in ((tables.text, latest[:, : spec.text_dim]), (tables.hgnn, latest[:, spec.text_dim :])):
-        vectors = table.float() * table.shape[1] ** 0.5
+    latest = features[:, :-behind][:, -(spec.text_dim + spec.id_dim) :]
+    text = tables.text.float() * spec.text_dim**0.5
+    for vectors, found in ((text, latest[:, : spec.text_dim]), (tables.ids, latest[:, spec.text_dim :])):
         wanted = (vectors[3] / 4 + vectors[150] / 2 + vectors[3]) / 1.75
         assert torch.allclose(found[0], wanted, atol=1e-5)
         assert not found[1:].any()  # no history
