@@ -19,7 +19,7 @@ from recsys_ray.config import Config, TextConfig
 from recsys_ray.core.progress import Progress
 from recsys_ray.scoring.choices import choices_file
 from recsys_ray.scoring.memory import RIDGES, Memory, memory_file
-from recsys_ray.scoring.scorer import TRENDS, UNSEEN, VECTOR, ScoreSpec
+from recsys_ray.scoring.scorer import LEARNED, TRENDS, UNSEEN, VECTOR, ScoreSpec
 from recsys_ray.storage.artifacts import Artifact, publish, save_arrays
 
 DAY = 86_400
@@ -104,7 +104,7 @@ def make_world(
     }
     parts["model.safetensors"] = {"nothing": np.zeros(1, np.float32)}  # serving does not open it
     publish_arrays(root / "hgnn", parts, config={"hgnn": {}})
-    _write_towers(root / "two_tower", world, types, text, dim, memory, shares, near=bool(latent))
+    _write_towers(root / "two_tower", world, types, text, embedding, memory, shares, near=bool(latent))
     return world
 
 
@@ -272,14 +272,14 @@ def some_memory(items: int) -> Memory:
 
 
 def _write_towers(
-    target: Path, world: World, types: list[str], text: int, dim: int, memory: float, shares: Sequence[float | None],
-    near: bool,
+    target: Path, world: World, types: list[str], text: int, embedding: np.ndarray, memory: float,
+    shares: Sequence[float | None], near: bool,
 ) -> None:  # fmt: skip
     from safetensors.torch import save_file
 
     from recsys_ray.two_tower.towers import TowerSpec, TwoTower
 
-    size = len(world.item_ids)
+    size, dim = embedding.shape
     (target / "hgnn" / "items").mkdir(parents=True, exist_ok=True)
     spec = TowerSpec(
         num_types=len(types), events=EVENTS, text_dim=text, hgnn_dim=dim, activity_dim=3, num_countries=2,
@@ -296,11 +296,14 @@ def _write_towers(
     torch.manual_seed(0)
     towers = TwoTower(spec)
     if near:  # a user is the mean of the history, as if trained: of random weights a user is near no item
-        towers.ids.map.weight.data = torch.eye(dim)
+        towers.ids.map.load_state_dict({"weight": torch.eye(dim), "bias": torch.zeros(dim)})
         towers.user.layers.start([(text, torch.eye(dim), torch.zeros(dim))])
+    learned = towers.eval().ids(torch.arange(size), torch.from_numpy(embedding)).detach().numpy()
     save_file(towers.state_dict(), target / "hgnn" / "model.safetensors")
     spec.save(target / "hgnn" / "spec.json")
     (target / "hgnn" / "metrics.json").write_text(json.dumps([{"epoch": 0, "valid_ndcg_at_100": 0.2}]))
     score.save(target / "hgnn")
-    save_arrays(target / "hgnn" / "items" / "serve.safetensors", {VECTOR: world.vectors, **world.terms})
+    save_arrays(
+        target / "hgnn" / "items" / "serve.safetensors", {VECTOR: world.vectors, LEARNED: learned, **world.terms}
+    )
     publish(target, target.name, target.name)

@@ -29,7 +29,7 @@ from recsys_ray.hgnn.signature import SignedSource, item_signatures
 from recsys_ray.scoring.choices import choices_file
 from recsys_ray.scoring.memory import RIDGES, TEXT_USERS, memory_file
 from recsys_ray.scoring.ridge import memory_of, solve
-from recsys_ray.scoring.scorer import TRENDS, UNSEEN, VECTOR, ScoreSpec
+from recsys_ray.scoring.scorer import LEARNED, TRENDS, UNSEEN, VECTOR, ScoreSpec
 from recsys_ray.serving.histories import mapped_arrays
 from recsys_ray.serving.recommender import Recommender
 from recsys_ray.storage.artifacts import publish, save_arrays
@@ -38,7 +38,7 @@ from recsys_ray.text.featurize import encode_alike
 from recsys_ray.two_tower.batches import ArrayFeatures
 from recsys_ray.two_tower.stage import catalogue_of
 from recsys_ray.two_tower.towers import TowerSpec, TwoTower
-from recsys_ray.two_tower.training import item_vectors
+from recsys_ray.two_tower.training import item_vectors, learned_vectors
 
 SIZES = (9, 10, 11)
 TYPES = ["audiobook", "music", "podcast"]
@@ -149,6 +149,7 @@ def make_late(root: Path) -> Late:
     with torch.no_grad():
         features = ArrayFeatures(text=text, hgnn_serve=embedding)
         vectors = item_vectors(towers, features, catalogue, "serve").numpy()
+        learned = learned_vectors(towers, features, catalogue, "serve").numpy()
 
     trend = 0.1 * np.random.default_rng(4).standard_normal(size, dtype=np.float32)
     trend[gone] = 0  # nothing is known of arrivals
@@ -166,14 +167,14 @@ def make_late(root: Path) -> Late:
     )  # fmt: skip
     everything = replace(whole, root=root / "everything", vectors=vectors, terms=terms)
     hidden, users = store.table.numpy(), users_at(whole, size)
-    write_stages(everything, text, embedding.numpy(), (hidden, strength, users), model, towers, spec, encoder)
+    write_stages(everything, text, embedding.numpy(), (hidden, strength, users), model, towers, learned, spec, encoder)
     everything.bundle()
     fewer = replace(spec, num_items=len(kept))
     known_towers = TwoTower(fewer)
     state = towers.state_dict()
     known_towers.load_state_dict({**state, "ids.row": state["ids.row"][torch.from_numpy(kept)]})
     sent = hidden[kept], strength[kept], users[kept]
-    write_stages(part, text[kept], embedding.numpy()[kept], sent, model, known_towers, fewer, encoder)
+    write_stages(part, text[kept], embedding.numpy()[kept], sent, model, known_towers, learned[kept], fewer, encoder)
     mine = whole.events[whole.events[:, 1] == linked]
     trickle = pa.table(
         {
@@ -197,7 +198,7 @@ def users_of_items(world: World) -> np.ndarray:
     return np.where([name.endswith("-00001") for name in world.item_ids], 0, had).astype(np.int32)
 
 
-def write_stages(world, text, embedding, sent, model, towers, spec, encoder) -> None:
+def write_stages(world, text, embedding, sent, model, towers, learned, spec, encoder) -> None:
     """The four stages' folders of a world, from what real models made."""
     root, size = world.root, len(world.item_ids)
     root.mkdir()
@@ -212,7 +213,7 @@ def write_stages(world, text, embedding, sent, model, towers, spec, encoder) -> 
     save_file(model.state_dict(), work / "model.safetensors")
     publish(work, "hgnn", "hgnn", config={"hgnn": HGNN_CONFIG.model_dump(mode="json")})
     work = root / "two_tower"
-    save_arrays(work / "hgnn" / "items" / "serve.safetensors", {VECTOR: world.vectors, **world.terms})
+    save_arrays(work / "hgnn" / "items" / "serve.safetensors", {VECTOR: world.vectors, LEARNED: learned, **world.terms})
     had = users_of_items(world)
     save_arrays(choices_file(work), {"serve": np.stack([had, np.zeros_like(had), np.zeros_like(had)])})
     ScoreSpec(

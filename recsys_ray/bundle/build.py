@@ -51,7 +51,7 @@ from recsys_ray.data.tables import Tables, traits_of, whole_users
 from recsys_ray.graph.activity import Counts, add_counts, count_events
 from recsys_ray.scoring.choices import choices_file
 from recsys_ray.scoring.memory import MEMORY_FILE, Memory, memory_file
-from recsys_ray.scoring.scorer import ITEM_TERMS, SCORE, ScoreSpec, as_queries, with_item_terms
+from recsys_ray.scoring.scorer import ITEM_TERMS, LEARNED, SCORE, ScoreSpec, as_queries, with_item_terms
 from recsys_ray.serving.catalogue import Items, Users, sorted_ids, write_table
 from recsys_ray.serving.filters import write_facts
 from recsys_ray.serving.histories import (
@@ -78,7 +78,7 @@ from recsys_ray.storage.artifacts import (
 )
 from recsys_ray.storage.outputs import find_finished, set_current, work_folder
 from recsys_ray.two_tower.batches import country_index
-from recsys_ray.two_tower.towers import TowerSpec, load_item_vectors
+from recsys_ray.two_tower.towers import TowerSpec
 
 VERSION = 10  # of a bundle's contents: raise it when they change
 VARIANT = "hgnn"  # of the two-tower stage's models, the one that is served
@@ -229,12 +229,10 @@ def _write_items(work: Path, sources: _Sources) -> None:
     save_arrays(work / "vectors.safetensors", {"vector": with_item_terms(made)})
     _write_terms(work, sources, made)
     told = _hgnn_tables(sources.hgnn.path, size)
-    embedding = told.pop("embedding")
-    save_arrays(work / "hgnn.safetensors", {"embedding": embedding})
+    save_arrays(work / "hgnn.safetensors", {"embedding": told.pop("embedding")})
     save_arrays(work / "hidden.safetensors", told)
-    ids = load_item_vectors(sources.two_tower.path / VARIANT, embedding)
-    if ids is not None:
-        save_arrays(work / "ids.safetensors", {"vector": ids})
+    if LEARNED in made:
+        save_arrays(work / "ids.safetensors", {"vector": made[LEARNED]})
     score = ScoreSpec.load(sources.two_tower.path / VARIANT)
     if score.memory:
         memory = Memory.load(memory_file(sources.two_tower.path, "serve")).at(score.ridge, [score.text_users])

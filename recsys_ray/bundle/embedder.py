@@ -36,7 +36,7 @@ from recsys_ray.text.featurize import find_same_model, text_of
 from recsys_ray.two_tower.batches import ArrayFeatures
 from recsys_ray.two_tower.stage import catalogue_of
 from recsys_ray.two_tower.towers import load_towers
-from recsys_ray.two_tower.training import item_vectors
+from recsys_ray.two_tower.training import item_vectors, learned_vectors
 
 
 class Models:
@@ -59,21 +59,19 @@ class Models:
         embedding: torch.Tensor,
         activity: npt.NDArray[np.float16],
         gids: npt.NDArray[np.int64],
-    ) -> npt.NDArray[np.float32]:
-        """What the item tower makes of items [n, d].
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32] | None]:
+        """What the item tower makes of items [n, d], and their learned vectors [n, id_dim]; None where the towers read
+        none.
 
         Args:
             items: ntype, language, categories.
             gids: those that came after training have nothing of their own in their learned vectors.
         """
         catalogue = catalogue_of(items, {"serve": activity}, **self._vocabularies)
-        features = ArrayFeatures(text=text, hgnn_serve=embedding)
-        return item_vectors(self._towers, features, catalogue, "serve", torch.from_numpy(gids)).numpy()
-
-    def learned_vectors(self, gids: npt.NDArray[np.int64], embedding: torch.Tensor) -> npt.NDArray[np.float32] | None:
-        """The items' learned vectors [n, id_dim]; None where the towers have none."""
-        ids = self._towers.ids
-        return None if ids is None else ids(torch.from_numpy(gids), embedding).numpy()
+        features, told = ArrayFeatures(text=text, hgnn_serve=embedding), torch.from_numpy(gids)
+        learned = learned_vectors(self._towers, features, catalogue, "serve", told)
+        made = item_vectors(self._towers, features, catalogue, "serve", told).numpy()
+        return made, None if learned is None else learned.numpy()
 
 
 def given_to_unseen(terms: Mapping[str, npt.NDArray[Any]], ntype: npt.NDArray[np.integer], kind: int) -> float:
@@ -148,7 +146,7 @@ class Embedder:
                 "categories": pl.Series([row["categories"] or [] for row in rows], dtype=pl.List(pl.String)),
             }
         )
-        made = self._models.item_vectors(frame, text, embedding, self._activity(rows, ntype), gids)
+        made, _ = self._models.item_vectors(frame, text, embedding, self._activity(rows, ntype), gids)
         wide = np.column_stack([made, self._unseen[ntype]]).astype(np.float32)
         told = [Raisers.of(pairs, gid, users, self._score.ridge, self._score.text_users) for gid in gids.tolist()]
         parts = zip(ntype.tolist(), wide, text, embedding.numpy(), told, strict=True)

@@ -245,11 +245,10 @@ class _Extension:
         [n, d]. ``activity``: float16 [items, columns], of all."""
         surroundings, strength = known.surround(new.table["item_id"].to_pylist(), new.ntype, text, new.gid, edges)
         hidden, embedding = self.models.embed(len(new.types), surroundings)
-        ids = self.models.learned_vectors(new.gid, embedding)
-        if ids is not None:
-            self._grow("ids.safetensors", new, vector=ids)
         items = pl.DataFrame(new.table.select(["language", "categories"])).with_columns(ntype=pl.Series(new.ntype))
-        vectors = self.models.item_vectors(items, text, embedding, activity[new.gid], new.gid)
+        vectors, learned = self.models.item_vectors(items, text, embedding, activity[new.gid], new.gid)
+        if learned is not None:
+            self._grow("ids.safetensors", new, vector=learned)
         had = users[new.gid].astype(np.int32)
         self._grow("hidden.safetensors", new, hidden=hidden.half().numpy(), strength=strength, users=had)
         self._grow("hgnn.safetensors", new, embedding=embedding.numpy())

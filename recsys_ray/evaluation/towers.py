@@ -17,11 +17,11 @@ from recsys_ray.data.tables import traits_of
 from recsys_ray.evaluation.ranking import Scorer as RangeScorer
 from recsys_ray.evaluation.ranking import UserBatch, as_tensor
 from recsys_ray.scoring.memory import Memory, memory_file
-from recsys_ray.scoring.scorer import Scorer, ScoreSpec
+from recsys_ray.scoring.scorer import LEARNED, Scorer, ScoreSpec
 from recsys_ray.storage.artifacts import load_arrays
 from recsys_ray.two_tower.batches import country_index
 from recsys_ray.two_tower.features import ItemTables, UserInputs
-from recsys_ray.two_tower.towers import UserTower, load_item_vectors, load_user_tower
+from recsys_ray.two_tower.towers import UserTower, load_user_tower
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class TrainedTowers:
             memory = Memory.load(memory_file(folder.parent, "test")).at(spec.ridge, [spec.text_users])
         tower = load_user_tower(folder)
         score = Scorer.of_items(items, spec, memory, left_out)
-        ids = load_item_vectors(folder, hgnn)
-        return TrainedTowers(tower, score, text, hgnn if tower.spec.reads_embeddings else None, ntype, ids, moment)
+        hgnn = hgnn if tower.spec.reads_embeddings else None
+        return TrainedTowers(tower, score, text, hgnn, ntype, items.get(LEARNED), moment)
 
     @property
     def item_vectors(self) -> np.ndarray:

@@ -37,6 +37,7 @@ MEMORY, TRENDS, UNSEEN = "memory", "trends", "unseen"
 TERMS = (MEMORY, TRENDS, UNSEEN)  # terms in addition to the towers; each can be left out
 ITEM_TERMS = (TRENDS, UNSEEN)
 VECTOR = "vector"  # stored with the item terms in the two-tower's item files
+LEARNED = "learned"  # beside it: the learned vectors, where the towers read them
 
 
 def without(model: str, term: str) -> str:

@@ -13,11 +13,18 @@ from safetensors.torch import save_file
 from recsys_ray.cluster.train import sum_over_ranks
 from recsys_ray.scoring.choices import Choices, nobody_had
 from recsys_ray.scoring.choose import item_terms
-from recsys_ray.scoring.scorer import VECTOR, ScoreSpec
+from recsys_ray.scoring.scorer import LEARNED, VECTOR, ScoreSpec
 from recsys_ray.scoring.unseen import Period, share_ahead
 from recsys_ray.storage.artifacts import save_arrays
 from recsys_ray.two_tower.towers import TwoTower
-from recsys_ray.two_tower.training import TowerTask, item_vectors, queries_by_type, sample_of_queries, users_of
+from recsys_ray.two_tower.training import (
+    TowerTask,
+    item_vectors,
+    learned_vectors,
+    queries_by_type,
+    sample_of_queries,
+    users_of,
+)
 
 ASKED = ("test", "serve")  # snapshots as of which items are ranked
 
@@ -85,7 +92,9 @@ def write_towers(
         users, queries = users_of(model, task, snapshot, some), queries_by_type(model, task, snapshot, some)
         known = replace(task.moment, choices=choices.get(snapshot), shares=shares.get(snapshot, ()))
         terms = item_terms(queries, users, vectors, known, score)
-        save_arrays(out / "items" / f"{snapshot}.safetensors", {VECTOR: vectors.numpy(), **terms})
+        learned = learned_vectors(model, task.source, task.catalogue, snapshot)
+        tables = {VECTOR: vectors.numpy(), **({} if learned is None else {LEARNED: learned.numpy()})}
+        save_arrays(out / "items" / f"{snapshot}.safetensors", {**tables, **terms})
     save_file(model.state_dict(), out / "model.safetensors")
     hidden = model.ids.dropout if model.ids is not None else 0.0
     replace(task.spec, id_dropout=hidden).save(out / "spec.json")

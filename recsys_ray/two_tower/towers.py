@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from safetensors.torch import load_file
@@ -265,11 +264,12 @@ class ItemTower(nn.Module):
 
 
 class ItemVectors(nn.Module):
-    """The items' learned vectors, which both towers read: e_j = P z_j + d_j (ours).
+    """The items' learned vectors, which both towers read: e_j = P z_j + p + d_j (ours).
 
-    P maps an item's HGNN embedding z_j, so items that the graph shows to be alike start alike. d_j is the item's own,
-    as in matrix factorisation; only items with training examples have one. Zeros stand in the place of d_j for all
-    other items and, now and then in training, for any: the towers must not lean on it alone. The map is narrow on
+    P maps an item's HGNN embedding z_j, so items that the graph shows to be alike start alike; p centres them. d_j is
+    the item's own, as in matrix factorisation; only items with training examples have one. Zeros stand in the place of
+    d_j for all other items and, now and then in training, for any: the towers must not lean on it alone. An item
+    without interactions has no vector: of such an item the graph only repeats what its text tells. The map is narrow on
     purpose. A whole embedding tells items apart, and towers that read it learn the training items by heart.
     """
 
@@ -281,7 +281,7 @@ class ItemVectors(nn.Module):
         self.register_buffer("row", torch.zeros(spec.num_items, dtype=torch.int64))
         self.own = nn.Embedding(spec.id_rows + 1, spec.id_dim, padding_idx=0)
         nn.init.normal_(self.own.weight, std=_OWN_START / _OWN_SCALE)
-        self.map = nn.Linear(spec.hgnn_dim, spec.id_dim, bias=False) if spec.hgnn_dim else None
+        self.map = nn.Linear(spec.hgnn_dim, spec.id_dim) if spec.hgnn_dim else None
         self.forget()
 
     @torch.no_grad()
@@ -301,7 +301,7 @@ class ItemVectors(nn.Module):
         """The vectors of items, with entries of about one.
 
         Args:
-            owners: gids; -1, or one that came after training: nothing of its own.
+            owners: gids (those that came after training have nothing of their own); -1: an item without interactions.
             hgnn: the same items' embeddings; None without HGNN.
         """
         mine = (owners >= 0) & (owners < len(self.row))
@@ -311,7 +311,8 @@ class ItemVectors(nn.Module):
         if self.map is None:
             return vectors
         assert hgnn is not None
-        return vectors + self.map(hgnn.float()) * hgnn.shape[1] ** 0.5  # as _unit_variance
+        told = self.map(hgnn.float()) * hgnn.shape[1] ** 0.5  # as _unit_variance
+        return vectors + told * (owners >= 0)[:, None]
 
 
 class TwoTower(nn.Module):
@@ -353,8 +354,13 @@ class TwoTower(nn.Module):
         if self.ids is not None and self.ids.map is not None and hgnn_NH is not None:
             mean, axes = principal_directions(hgnn_NH, min(spec.id_dim, room // 2))
             self.ids.map.weight[: len(axes)] = axes
+            self.ids.map.bias.zero_()
+            self.ids.map.bias[: len(axes)] = -axes @ mean
             passing = torch.eye(len(axes), spec.id_dim) / spec.hgnn_dim**0.5
-            from_graph, room = [(spec.text_dim, passing, -axes @ mean)], room - len(axes)  # inputs after the text
+            from_graph, room = (
+                [(spec.text_dim, passing, torch.zeros(len(axes)))],
+                room - len(axes),
+            )  # inputs after the text
         mean, axes = principal_directions(text_NT, room)
         from_text = 0, axes / spec.text_dim**0.5, -axes @ mean  # inputs: _unit_variance
         for tower in (self.user, self.item):
@@ -415,22 +421,6 @@ def load_towers(folder: Path) -> TwoTower:
     towers = TwoTower(TowerSpec.load(folder / "spec.json"))
     _load(towers, folder, "")
     return towers
-
-
-def load_item_vectors(folder: Path, hgnn: np.ndarray | None) -> np.ndarray | None:
-    """The items' learned vectors by the towers of ``folder``, float32 [items, id_dim], row = gid; None where they have
-    none.
-
-    Args:
-        hgnn: float32 [items, h]: the embeddings of a snapshot.
-    """
-    spec = TowerSpec.load(folder / "spec.json")
-    if not spec.id_dim:
-        return None
-    vectors = ItemVectors(spec)
-    _load(vectors, folder, "ids.")
-    embeddings = torch.from_numpy(hgnn) if hgnn is not None and spec.hgnn_dim else None
-    return vectors(torch.arange(spec.num_items), embeddings).numpy()
 
 
 def _load(module: nn.Module, folder: Path, prefix: str) -> None:

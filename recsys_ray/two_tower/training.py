@@ -171,10 +171,31 @@ def item_vectors(
             tables = tables_for(source, model.user.spec, catalogue, snapshot, rows)
             assert tables.text is not None
             items = catalogue.rows(rows, snapshot, tables.text, tables.hgnn)
-            if gids is not None:
-                items = replace(items, owners=torch.where(items.owners >= 0, gids[rows], -1))
-            chunks.append(model.items(items))
+            chunks.append(model.items(replace(items, owners=_owners(catalogue, snapshot, rows, gids))))
     return torch.cat(chunks)
+
+
+def learned_vectors(
+    model: TwoTower, source: FeatureSource, catalogue: ItemFeatures, snapshot: str,
+    gids: Int64[Tensor, "N"] | None = None,
+) -> Float[Tensor, "N d"] | None:  # fmt: skip
+    """The learned vectors of all items of a catalogue as of a snapshot; None where the towers read none. ``gids``: as
+    above."""
+    if model.ids is None:
+        return None
+    chunks = []
+    with torch.no_grad():
+        for rows in torch.arange(len(catalogue.ntype)).split(_ITEM_CHUNK):
+            tables = tables_for(source, model.user.spec, catalogue, snapshot, rows)
+            chunks.append(model.ids(_owners(catalogue, snapshot, rows, gids), tables.hgnn))
+    return torch.cat(chunks)
+
+
+def _owners(
+    catalogue: ItemFeatures, snapshot: str, rows: Int64[Tensor, "n"], gids: Int64[Tensor, "N"] | None
+) -> Int64[Tensor, "n"]:
+    owners = catalogue.owners(rows, snapshot)
+    return owners if gids is None else torch.where(owners >= 0, gids[rows], -1)
 
 
 def user_vectors(

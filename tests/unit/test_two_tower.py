@@ -20,9 +20,10 @@ from recsys_ray.two_tower.batches import batches_in, country_index, epoch_batche
 from recsys_ray.two_tower.features import UserInputs
 from recsys_ray.two_tower.loss import inclusion_log_q, paper_loss, sampled_softmax
 from recsys_ray.two_tower.rows import histories_of
-from recsys_ray.two_tower.towers import TwoTower, load_item_vectors, load_towers, load_user_tower
+from recsys_ray.two_tower.towers import TwoTower, load_towers, load_user_tower
 from recsys_ray.two_tower.training import (
     item_vectors,
+    learned_vectors,
     refit,
     start,
     train_epochs,
@@ -279,7 +280,8 @@ def test_saved_towers_answer_as_the_trained_ones(someone, tmp_path):
     task, model, inputs, tables = someone
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     task.spec.save(tmp_path / "spec.json")
-    alone = replace(tables, ids=torch.from_numpy(load_item_vectors(tmp_path, tables.hgnn.numpy())))
+    learned = learned_vectors(load_towers(tmp_path), task.source, task.catalogue, "valid")
+    alone = replace(tables, ids=learned)
     assert torch.equal(load_user_tower(tmp_path)(inputs, alone), model.users(inputs, tables))
     towers = load_towers(tmp_path)
     assert towers.user.spec == task.spec
