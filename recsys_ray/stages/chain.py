@@ -137,7 +137,7 @@ TWO_TOWER = Stage(
     inputs=("ingest", "featurize", "graph", "hgnn"),
     settings=_two_tower_settings,
     run=_two_tower,
-    version=6,  # learned vectors start at HGNN embeddings
+    version=7,  # learned vectors start at HGNN embeddings
 )
 
 # -- 6: item vectors into FAISS, and the bundle for serving ----------------------------------------------------------
