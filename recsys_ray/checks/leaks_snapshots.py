@@ -40,11 +40,12 @@ from recsys_ray.hgnn.signature import SignedSource, item_signatures
 from recsys_ray.scoring.choices import PERIODS, choices_file, count_choices
 from recsys_ray.scoring.memory import Memory, memory_file
 from recsys_ray.scoring.ridge import memory_of, solve
+from recsys_ray.scoring.scorer import LEARNED, VECTOR
 from recsys_ray.storage.artifacts import load_arrays
 from recsys_ray.two_tower.batches import ArrayFeatures
 from recsys_ray.two_tower.stage import load_catalogue
 from recsys_ray.two_tower.towers import load_towers
-from recsys_ray.two_tower.training import item_vectors
+from recsys_ray.two_tower.training import item_vectors, learned_vectors
 
 _ITEMS_AT_MOST = 500  # whose edges are counted again: a user with one of them brings all of the user's items
 _EMBEDDED_AT_MOST = 100  # whose neighbours' neighbours are embedded again
@@ -274,10 +275,14 @@ def check_item_vectors(run: FinishedRun, words: Words) -> list[str]:
     catalogue = load_catalogue(run.tables, run.graph.path / ACTIVITY, facts["languages"], facts["categories"])
     variants = sorted(path.parent.name for path in run.two_tower.path.glob("*/spec.json"))
     for variant in variants:
-        made = item_vectors(load_towers(run.two_tower.path / variant), source, catalogue, "test").numpy()
-        stored = load_arrays(run.two_tower.path / variant / "items" / "test.safetensors")["vector"]
-        what = f"the test's vector by the two-tower {variant}"
-        _compare(what, made, stored, np.arange(len(made)), "the test snapshot's embeddings and activity", words)
+        towers = load_towers(run.two_tower.path / variant)
+        stored = load_arrays(run.two_tower.path / variant / "items" / "test.safetensors")
+        found = {VECTOR: item_vectors(towers, source, catalogue, "test")}
+        learned = learned_vectors(towers, source, catalogue, "test")
+        for name, made in (found if learned is None else {**found, LEARNED: learned}).items():
+            what = f"the test's {'learned ' * (name == LEARNED)}vector by the two-tower {variant}"
+            rows = np.arange(len(made))
+            _compare(what, made.numpy(), stored[name], rows, "the test snapshot's embeddings and activity", words)
     return variants
 
 
