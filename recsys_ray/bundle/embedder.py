@@ -8,7 +8,7 @@ replica does not.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +68,10 @@ class Models:
             gids: those that came after training have nothing of their own in their learned vectors.
         """
         catalogue = catalogue_of(items, {"serve": activity}, **self._vocabularies)
-        features, told = ArrayFeatures(text=text, hgnn_serve=embedding), torch.from_numpy(gids)
-        learned = learned_vectors(self._towers, features, catalogue, "serve", told)
-        made = item_vectors(self._towers, features, catalogue, "serve", told).numpy()
+        catalogue = replace(catalogue, gids=torch.from_numpy(gids))
+        features = ArrayFeatures(text=text, hgnn_serve=embedding)
+        learned = learned_vectors(self._towers, features, catalogue, "serve")
+        made = item_vectors(self._towers, features, catalogue, "serve").numpy()
         return made, None if learned is None else learned.numpy()
 
 

@@ -33,6 +33,7 @@ class ItemFeatures:
     categories: Int64[Tensor, "c"]
     category_offsets: Int64[Tensor, "items_plus_1"]
     activity: Mapping[str, Float[Tensor, "items A"]]  # by snapshot (recsys_ray/graph/activity.py)
+    gids: Int64[Tensor, "items"] | None = None  # the items' numbers in training; None: their places here
 
     def rows(self, gids: Int64[Tensor, "N"], snapshot: str, text: Tensor, hgnn: Tensor | None) -> ItemRows:
         counts = self.category_offsets.diff()[gids]
@@ -46,7 +47,8 @@ class ItemFeatures:
     def owners(self, gids: Int64[Tensor, "N"], snapshot: str) -> Int64[Tensor, "N"]:
         """Whose learned vector each item may show: its own, or none (-1) while it has no interactions. A new item has
         none in the test either, and the towers have to learn to handle that."""
-        return torch.where(self.activity[snapshot][gids, UNTOUCHED] > 0, -1, gids)
+        numbers = gids if self.gids is None else self.gids[gids]
+        return torch.where(self.activity[snapshot][gids, UNTOUCHED] > 0, -1, numbers)
 
 
 class ArrayFeatures:
@@ -75,7 +77,7 @@ class Batch:
 def tables_for(
     source: FeatureSource, spec: TowerSpec, catalogue: ItemFeatures, snapshot: str, gids: Int64[Tensor, "N"]
 ) -> ItemTables:
-    """Text vectors and HGNN embeddings (as of ``snapshot``) of these items, and whose own vectors they may show."""
+    """Text vectors and HGNN embeddings (as of ``snapshot``) of these items, and whose learned vectors they may show."""
     hgnn = source.features(f"hgnn_{snapshot}", gids) if spec.hgnn_dim else None
     text, owners = source.features("text", gids), catalogue.owners(gids, snapshot)
     return ItemTables(text=text, hgnn=hgnn, ntype=catalogue.ntype[gids], owners=owners)

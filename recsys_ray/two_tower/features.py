@@ -29,8 +29,8 @@ class ItemTables:
     text: Tensor | None  # Float16[items, t]
     hgnn: Tensor | None  # Float32[items, h]
     ntype: Tensor  # Long[items]: number of the item's type
-    ids: Tensor | None = None  # Float32[items, d]: the items' own learned vectors
-    owners: Tensor | None = None  # Long[items]: gids whose vectors are still to be looked up for ``ids``, -1: nobody's
+    ids: Tensor | None = None  # Float32[items, d]: the items' learned vectors
+    owners: Tensor | None = None  # Long[items]: gids of which ``ids`` are still to be made, -1: no interactions
 
 
 @dataclass(frozen=True)

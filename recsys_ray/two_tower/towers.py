@@ -195,7 +195,9 @@ class UserTower(nn.Module):
         parts = []
         if self.spec.inputs == ALL:
             vectors = [_unit_variance(tables.text.float())] if tables.text is not None else []
-            vectors += [tables.ids] if tables.ids is not None else []
+            if self.spec.id_dim:
+                assert tables.ids is not None
+                vectors.append(tables.ids)
             bags = _Bags.together([_Bags(inputs.gids, weight_n, row_n, users), *self._of_the_latest(inputs, row_n)])
             means = [bags.means(table).view(-1, users, table.shape[1]).unbind() for table in vectors]
             parts += [part for bag in zip(*means, strict=True) for part in bag]
@@ -253,7 +255,8 @@ class ItemTower(nn.Module):
         if self.spec.reads_embeddings:
             assert rows.hgnn is not None
             parts.append(_unit_variance(rows.hgnn))
-        if rows.ids is not None:
+        if self.spec.id_dim:
+            assert rows.ids is not None
             parts.append(rows.ids)
         if self.kind is not None:
             known = rows.ntype < self.spec.num_types  # a type added later has no type embedding
@@ -357,10 +360,8 @@ class TwoTower(nn.Module):
             self.ids.map.bias.zero_()
             self.ids.map.bias[: len(axes)] = -axes @ mean
             passing = torch.eye(len(axes), spec.id_dim) / spec.hgnn_dim**0.5
-            from_graph, room = (
-                [(spec.text_dim, passing, torch.zeros(len(axes)))],
-                room - len(axes),
-            )  # inputs after the text
+            from_graph.append((spec.text_dim, passing, torch.zeros(len(axes))))  # these inputs come after the text
+            room -= len(axes)
         mean, axes = principal_directions(text_NT, room)
         from_text = 0, axes / spec.text_dim**0.5, -axes @ mean  # inputs: _unit_variance
         for tower in (self.user, self.item):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Int64
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from recsys_ray.cluster.train import largest_over_ranks, mean_over_ranks, run_epochs, sum_over_ranks
@@ -161,41 +161,30 @@ class TowerTrainer:
 
 
 def item_vectors(
-    model: TwoTower, source: FeatureSource, catalogue: ItemFeatures, snapshot: str,
-    gids: Int64[Tensor, "N"] | None = None,
-) -> Float[Tensor, "N D"]:  # fmt: skip
-    """Vectors of all items of a catalogue as of a snapshot. ``gids``: their numbers in training, if other than here."""
+    model: TwoTower, source: FeatureSource, catalogue: ItemFeatures, snapshot: str
+) -> Float[Tensor, "N D"]:
+    """Vectors of all items as of a snapshot."""
     chunks = []
     with torch.no_grad():
-        for rows in torch.arange(len(catalogue.ntype)).split(_ITEM_CHUNK):
-            tables = tables_for(source, model.user.spec, catalogue, snapshot, rows)
+        for gids in torch.arange(len(catalogue.ntype)).split(_ITEM_CHUNK):
+            tables = tables_for(source, model.user.spec, catalogue, snapshot, gids)
             assert tables.text is not None
-            items = catalogue.rows(rows, snapshot, tables.text, tables.hgnn)
-            chunks.append(model.items(replace(items, owners=_owners(catalogue, snapshot, rows, gids))))
+            chunks.append(model.items(catalogue.rows(gids, snapshot, tables.text, tables.hgnn)))
     return torch.cat(chunks)
 
 
 def learned_vectors(
-    model: TwoTower, source: FeatureSource, catalogue: ItemFeatures, snapshot: str,
-    gids: Int64[Tensor, "N"] | None = None,
-) -> Float[Tensor, "N d"] | None:  # fmt: skip
-    """The learned vectors of all items of a catalogue as of a snapshot; None where the towers read none. ``gids``: as
-    above."""
+    model: TwoTower, source: FeatureSource, catalogue: ItemFeatures, snapshot: str
+) -> Float[Tensor, "N d"] | None:
+    """The learned vectors of all items as of a snapshot; None where the towers read none."""
     if model.ids is None:
         return None
     chunks = []
     with torch.no_grad():
-        for rows in torch.arange(len(catalogue.ntype)).split(_ITEM_CHUNK):
-            tables = tables_for(source, model.user.spec, catalogue, snapshot, rows)
-            chunks.append(model.ids(_owners(catalogue, snapshot, rows, gids), tables.hgnn))
+        for gids in torch.arange(len(catalogue.ntype)).split(_ITEM_CHUNK):
+            hgnn = source.features(f"hgnn_{snapshot}", gids) if model.user.spec.hgnn_dim else None
+            chunks.append(model.ids(catalogue.owners(gids, snapshot), hgnn))
     return torch.cat(chunks)
-
-
-def _owners(
-    catalogue: ItemFeatures, snapshot: str, rows: Int64[Tensor, "n"], gids: Int64[Tensor, "N"] | None
-) -> Int64[Tensor, "n"]:
-    owners = catalogue.owners(rows, snapshot)
-    return owners if gids is None else torch.where(owners >= 0, gids[rows], -1)
 
 
 def user_vectors(
